@@ -1,0 +1,3 @@
+"""SeedLM: large language models whose weights are regrown from seeds (Shafipour et al., ICLR 2025)."""
+
+__version__ = "0.1.0"

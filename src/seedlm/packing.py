@@ -1,0 +1,137 @@
+"""Fields of a block to dense words and back (FORMAT.md, "Packed words").
+
+A block is one little-endian bit field of `format.block_bits` bits, lowest first::
+
+    seed (K bits) | exponent (two's complement) | q[0] | q[1] | ... | q[P-1] (two's complement)
+
+The blocks of a row follow each other with no gap; bit i of the row is bit i % 32 of int32 word i // 32. Only the end of a
+row is padded, with zero bits, so rows start at a word and 32 / gcd(32, block_bits) blocks always fill whole words. At
+the 4-bit preset a block is exactly one word: the seed in the low half, then e, q0, q1, q2 a nibble each.
+"""
+
+import torch
+from torch import Tensor
+
+from seedlm.errors import TensorError
+from seedlm.format import WORD_BITS, BlockFormat
+
+_WORD_MASK = (1 << WORD_BITS) - 1
+
+
+def pack(seeds: Tensor, exponents: Tensor, coefficients: Tensor, format: BlockFormat) -> Tensor:
+    """Pack the fields of all blocks of a matrix into words.
+
+    seeds          integer [out, blocks], 1 .. 2^K - 1
+    exponents      integer [out, blocks], in `format.exponent_range`
+    coefficients   integer [out, blocks, P], in `format.coefficient_range`
+    returns        int32 [out, words]
+    Raises TensorError if a shape does not fit or a field is out of range.
+    """
+    if seeds.dim() != 2 or exponents.shape != seeds.shape or coefficients.shape != (*seeds.shape, format.num_coefficients):
+        raise TensorError(
+            f"fields must be [out, blocks], [out, blocks] and [out, blocks, {format.num_coefficients}], "
+            f"got {[*seeds.shape]}, {[*exponents.shape]} and {[*coefficients.shape]}"
+        )
+    _check_range("seed", seeds, (1, format.num_seeds))
+    _check_range("exponent", exponents, format.exponent_range)
+    _check_range("coefficient", coefficients, format.coefficient_range)
+
+    codes = seeds.to(torch.int64)
+    shift = format.seed_bits
+    codes = codes | (exponents.to(torch.int64) & ((1 << format.exponent_bits) - 1)) << shift
+    shift += format.exponent_bits
+    for p in range(format.num_coefficients):
+        codes = codes | (coefficients[..., p].to(torch.int64) & ((1 << format.coefficient_bits) - 1)) << shift
+        shift += format.coefficient_bits
+
+    rows, blocks = codes.shape
+    groups = -(-blocks // format.blocks_per_group)
+    padded = codes.new_zeros(rows, groups * format.blocks_per_group)
+    padded[:, :blocks] = codes
+    padded = padded.view(rows, groups, format.blocks_per_group)
+    words = []
+    for word in range(format.blocks_per_group * format.block_bits // WORD_BITS):
+        value = padded.new_zeros(rows, groups)
+        for block, offset in _overlaps(word, format):
+            part = padded[:, :, block]
+            value |= part << offset if offset >= 0 else part >> -offset
+        words.append(value & _WORD_MASK)
+    row_words = -(-blocks * format.block_bits // WORD_BITS)
+    return _to_int32(torch.stack(words, dim=2).view(rows, -1)[:, :row_words])
+
+
+def unpack(words: Tensor, blocks: int, format: BlockFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of all blocks: the inverse of `pack`. Checks shapes only; `check_codes` checks contents.
+
+    words     int32 [out, words]
+    blocks    blocks of a row
+    returns   seeds int32 [out, blocks], exponents int8 [out, blocks], coefficients int8 [out, blocks, P]
+    """
+    row_words = -(-blocks * format.block_bits // WORD_BITS)
+    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != row_words:
+        raise TensorError(
+            f"{blocks} blocks of {format} need int32 words of shape [out, {row_words}], "
+            f"got {str(words.dtype).removeprefix('torch.')} {[*words.shape]}"
+        )
+    rows = words.shape[0]
+    group_words = format.blocks_per_group * format.block_bits // WORD_BITS
+    groups = -(-blocks // format.blocks_per_group)
+    padded = torch.zeros(rows, groups * group_words, dtype=torch.int64, device=words.device)
+    padded[:, :row_words] = words.to(torch.int64) & _WORD_MASK
+    padded = padded.view(rows, groups, group_words)
+    parts = [padded.new_zeros(rows, groups) for _ in range(format.blocks_per_group)]
+    for word in range(group_words):
+        for block, offset in _overlaps(word, format):
+            value = padded[:, :, word]
+            parts[block] |= value >> offset if offset >= 0 else value << -offset
+    codes = torch.stack(parts, dim=2).view(rows, -1)[:, :blocks]
+
+    shift = format.seed_bits + format.exponent_bits
+    seeds = codes & ((1 << format.seed_bits) - 1)
+    exponents = _signed(codes >> format.seed_bits, format.exponent_bits)
+    shifts = shift + format.coefficient_bits * torch.arange(format.num_coefficients, device=words.device)
+    coefficients = _signed(codes.unsqueeze(2) >> shifts, format.coefficient_bits)
+    return seeds.to(torch.int32), exponents.to(torch.int8), coefficients.to(torch.int8)
+
+
+def check_codes(words: Tensor, blocks: int, format: BlockFormat) -> None:
+    """Raise TensorError if words hold a zero seed or set padding bits: all that packed words can get wrong.
+
+    words   int32 [out, words], shape as `unpack` wants it
+    """
+    seeds, _, _ = unpack(words, blocks, format)
+    zeros = (seeds == 0).nonzero()
+    if len(zeros):
+        row, block = zeros[0].tolist()
+        raise TensorError(f"{len(zeros)} blocks have seed 0, the first at row {row}, block {block}; seeds start at 1")
+    used = blocks * format.block_bits % WORD_BITS
+    if used and words.numel():
+        dirty = ((words[:, -1].to(torch.int64) & _WORD_MASK) >> used).nonzero()
+        if len(dirty):
+            raise TensorError(f"padding bits must be zero, row {int(dirty[0])} has some set in its last word")
+
+
+def _overlaps(word: int, format: BlockFormat) -> list[tuple[int, int]]:
+    """Blocks of a group that share bits with its word number `word`, each with its first bit's offset in that word."""
+    start = word * WORD_BITS
+    first, last = start // format.block_bits, (start + WORD_BITS - 1) // format.block_bits
+    return [(block, block * format.block_bits - start) for block in range(first, last + 1)]
+
+
+def _signed(value: Tensor, bits: int) -> Tensor:
+    """The lowest `bits` bits of int64 values, read as two's complement."""
+    half = 1 << (bits - 1)
+    return ((value & ((1 << bits) - 1)) ^ half) - half
+
+
+def _to_int32(value: Tensor) -> Tensor:
+    """int64 values in 0 .. 2^32 - 1 to the int32 with the same bits."""
+    half = 1 << (WORD_BITS - 1)
+    return ((value ^ half) - half).to(torch.int32)
+
+
+def _check_range(name: str, values: Tensor, allowed: tuple[int, int]) -> None:
+    if values.is_floating_point() or values.dtype == torch.bool:
+        raise TensorError(f"{name}s must be integers, got {values.dtype}")
+    if values.numel() and not (allowed[0] <= int(values.min()) and int(values.max()) <= allowed[1]):
+        raise TensorError(f"{name}s must be {allowed[0]} .. {allowed[1]}, got {int(values.min())} .. {int(values.max())}")

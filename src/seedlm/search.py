@@ -1,0 +1,151 @@
+"""Weights in, encoded tensor out: cuts a matrix into blocks, lets a backend find every block's code, packs the codes.
+
+A search backend is a function ``search(blocks, exponent_bias, format, rounding)`` over float32 [N, C] that yields
+(codes, scores) of consecutive blocks as they are proved. All backends return the same bits (`codec`, tie rule), so which one
+ran is never recorded. `reason_unavailable` is the one place that knows where each can run.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from seedlm import codec, packing, search_torch
+from seedlm.codec import BlockCodes, Rounding
+from seedlm.errors import BackendError, TensorError
+from seedlm.format import EXPONENT_BIAS_RANGE, BlockFormat, Format
+
+Backend = Literal["auto", "numba", "torch"]
+BACKENDS: Final = ("numba", "torch")
+"""Search backends, fastest first: ``auto`` takes the first that can run."""
+
+Search = Callable[[Tensor, int, BlockFormat, Rounding], Iterator[tuple[BlockCodes, Tensor]]]
+Progress = Callable[[int], None]
+"""Told the number of weights just finished, any number of times."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTensor:
+    """A weight as it is stored.
+
+    format     how
+    shape      (out_features, in_features) of the weight it stands for
+    tensors    `format.tensor_specs(*shape)`, name -> tensor
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        specs = self.format.tensor_specs(*self.shape)
+        found = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in self.tensors.items()}
+        if found != specs:
+            raise TensorError(f"a {self.format} weight {[*self.shape]} is stored as {specs}, got {found}")
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out_features, in_features] in `dtype`, rebuilt in float32 and rounded once."""
+        return decode(self.tensors["words"], int(self.tensors["exponent_bias"]), self.shape[1], self.format).to(dtype)
+
+
+def decode(words: Tensor, exponent_bias: int, in_features: int, format: BlockFormat) -> Tensor:
+    """Rebuild rows from packed words: the reference that every kernel is held against.
+
+    words      int32 [out, words]
+    returns    float32 [out, in_features]
+    """
+    codes = BlockCodes(*packing.unpack(words, format.blocks_per_row(in_features), format))
+    return codec.decode(codes, exponent_bias, format).flatten(1)[:, :in_features]
+
+
+def encode(
+    weight: Tensor,
+    format: Format,
+    *,
+    rounding: Rounding = "best",
+    exponent_bias: int | None = None,
+    backend: Backend = "auto",
+    on_progress: Progress | None = None,
+) -> tuple[EncodedTensor, float]:
+    """Compress one matrix: for every block the seed, exponent and coefficients of least error (paper Algorithm 3).
+
+    weight          floating point [out_features, in_features], finite, not float64
+    rounding        how coefficients are chosen (`codec.Rounding`)
+    exponent_bias   None picks it from the largest magnitude; 0 is the paper's absolute exponent range
+    returns         the encoded tensor, on the weight's device, and ||W - W^||_F^2
+    Raises TensorError for a weight that cannot be encoded, BackendError for a backend that cannot run here.
+    """
+    check_weight(weight)
+    if rounding not in codec.ROUNDINGS:
+        raise TensorError(f"rounding must be one of {', '.join(codec.ROUNDINGS)}, got {rounding!r}")
+    low, high = EXPONENT_BIAS_RANGE
+    bias = codec.choose_exponent_bias(weight, format) if exponent_bias is None else exponent_bias
+    if not low <= bias <= high:
+        raise TensorError(f"exponent bias must be {low} .. {high}, got {bias}")
+    find = _load(backend, weight.device)
+
+    out_features, in_features = weight.shape
+    per_row = format.blocks_per_row(in_features)
+    padding = per_row * format.block_size - in_features
+    rows = torch.nn.functional.pad(weight.detach().float(), (0, padding))
+    pieces, error = [], 0.0
+    for codes, scores in find(rows.reshape(-1, format.block_size), bias, format, rounding):
+        pieces.append(codes)
+        error += float(scores.sum()) / format.divisor**2
+        if on_progress is not None:
+            on_progress(len(scores) * format.block_size)
+    seeds, exponents, q = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    codes = BlockCodes(
+        seeds.view(out_features, per_row), exponents.view(out_features, per_row), q.view(out_features, per_row, -1)
+    )
+    error += float(weight.double().square().sum())
+    if padding:
+        tails = codec.decode(BlockCodes(*(field[:, -1] for field in codes)), bias, format)
+        error -= float(tails[:, -padding:].double().square().sum())
+    tensors = {
+        "words": packing.pack(*codes, format),
+        "exponent_bias": torch.tensor([bias], dtype=torch.int32, device=weight.device),
+    }
+    return EncodedTensor(format, (out_features, in_features), tensors), max(error, 0.0)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise TensorError unless this is a finite, non-empty float32, float16 or bfloat16 matrix."""
+    if weight.dim() != 2 or not weight.numel():
+        raise TensorError(f"a weight must be a non-empty matrix [out_features, in_features], got shape {[*weight.shape]}")
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TensorError(f"a weight must be float32, float16 or bfloat16, got {str(weight.dtype).removeprefix('torch.')}")
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        nan = int(torch.isnan(weight).sum())
+        raise TensorError(f"a weight must be finite, got {nan} NaN and {int((~finite).sum()) - nan} Inf values")
+
+
+def reason_unavailable(backend: str, device: torch.device) -> str | None:
+    """Why a search backend cannot run for weights on `device`; None if it can."""
+    if backend == "torch":
+        return None
+    if backend == "numba":
+        if device.type != "cpu":
+            return f"backend 'numba' searches on the CPU, the weight is on {device}"
+        if importlib.util.find_spec("numba") is None:
+            return "backend 'numba' needs numba: pip install 'seedlm[fast]'"
+        return None
+    return f"unknown backend {backend!r}, known: auto, {', '.join(BACKENDS)}"
+
+
+def _load(backend: str, device: torch.device) -> Search:
+    """The search function of a backend; `auto` takes the first that can run."""
+    names = BACKENDS if backend == "auto" else (backend,)
+    reasons = [reason_unavailable(name, device) for name in names]
+    if all(reasons):
+        raise BackendError("; ".join(filter(None, reasons)))
+    name = names[reasons.index(None)]
+    if name == "numba":
+        from seedlm import search_numba
+
+        return search_numba.search
+    return search_torch.search
