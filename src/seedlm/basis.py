@@ -74,7 +74,7 @@ def basis(format: BlockFormat) -> Basis:
     """The tables of a format, kept for the life of the process (19 MB at the 4-bit preset)."""
     size, count = format.num_seeds, format.block_size * format.num_coefficients
     columns = generator(torch.arange(size), format).to(torch.float64).permute(2, 1, 0).contiguous()  # [P, C, N]
-    pinv, span = _greville(columns)
+    pinv, span = greville(columns)
     cycle = cycle_states(format.seed_bits)
     repeats = -(-(size + count) // len(cycle))
     return Basis(
@@ -85,7 +85,7 @@ def basis(format: BlockFormat) -> Basis:
     )
 
 
-def _greville(columns: Tensor) -> tuple[Tensor, Tensor]:
+def greville(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Pseudo-inverse and orthonormal column basis of many small matrices at once.
 
     columns   float64 [P, C, N], integers

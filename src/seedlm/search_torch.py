@@ -4,9 +4,9 @@
 
     ||w||^2 - ||w - U q 2^E||^2  <=  ||Q' w||^2        (Q an orthonormal basis of U(s)'s columns)
 
-caps what any coefficients can achieve, so one matrix product bounds all seeds at once. Seeds are then scored in descending
-order of their cap until the next cap, plus the rounding margin of float32, falls below what the best scored seed achieved.
-Every block returned is thereby proved: no seed outside the scored ones can win or tie.
+caps what any coefficients can achieve, so one matrix product bounds all seeds at once. The seed with the highest cap sets the
+bar, and every seed whose cap, plus the rounding margin of float32, reaches it is scored. What is left out can neither win
+nor tie, so every block's answer is proved.
 """
 
 from collections.abc import Iterator
@@ -14,16 +14,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from seedlm.basis import Basis, basis
+from seedlm.basis import basis
 from seedlm.codec import BlockCodes, Rounding, evaluate, power_of_two
 from seedlm.format import BlockFormat
 
 _MARGIN = 1e-5
 """Share of ||w||^2 by which a float32 energy may fall short of the true one: 24 products of unit vectors at 2^-24 each
 give less than 4e-6."""
-_FIRST_CANDIDATES = 8
-_BRUTE_PAIRS = 1 << 18
-_BOUND_ENERGIES = 1 << 23
+_PAIRS = 1 << 18
+"""(block, seed) pairs scored at once: 0.2 GB at the 4-bit preset."""
+_ENERGIES = 1 << 23
+"""(block, seed) energies held at once: 32 MB each of a few temporaries."""
 
 
 def brute_force(
@@ -34,74 +35,69 @@ def brute_force(
     blocks    float32 [N, C]
     returns   codes of [N] blocks, score float64 [N] (`codec.score`)
     """
-    tables = basis(format)
-    state = _State(blocks, exponent_bias, format, rounding, tables)
+    winners = _Winners(blocks, exponent_bias, format, rounding)
+    rows = torch.arange(len(blocks), device=blocks.device)
     everyone = torch.arange(format.num_seeds, device=blocks.device)
-    for positions in everyone.split(max(1, _BRUTE_PAIRS // max(1, len(blocks)))):
-        state.consider(torch.arange(len(blocks), device=blocks.device), positions.expand(len(blocks), -1))
-    return state.result()
+    for positions in everyone.split(max(1, _PAIRS // max(1, len(blocks)))):
+        winners.consider(rows.repeat_interleave(len(positions)), positions.repeat(len(rows)))
+    return winners.result()
 
 
 def search(
     blocks: Tensor, exponent_bias: int, format: BlockFormat, rounding: Rounding = "best"
 ) -> Iterator[tuple[BlockCodes, Tensor]]:
     """The same answer as `brute_force`, in pieces of consecutive blocks, each as soon as it is proved."""
-    tables = basis(format)
-    span = tables.span.to(blocks.device, torch.float32).flatten(0, 1)  # [P * C, N]
-    span = span.view(format.num_coefficients, format.block_size, -1)
-    for chunk in blocks.split(max(1, _BOUND_ENERGIES // format.num_seeds)):
-        yield _search_chunk(chunk, exponent_bias, format, rounding, tables, span)
+    span = basis(format).span.to(blocks.device, torch.float32)
+    for chunk in blocks.split(max(1, _ENERGIES // format.num_seeds)):
+        exponents = torch.frexp(chunk.abs().amax(1).double())[1].long()
+        unit = chunk.double() * power_of_two(-exponents).unsqueeze(1)
+        unit = (unit / unit.norm(dim=1, keepdim=True)).nan_to_num().float()
+        energies = torch.zeros(len(chunk), format.num_seeds, device=chunk.device)
+        for columns in span:
+            energies += (unit @ columns).square()
+
+        winners = _Winners(chunk, exponent_bias, format, rounding)
+        winners.consider(torch.arange(len(chunk), device=chunk.device), energies.argmax(1))
+        bar = winners.achieved()
+        energies += _MARGIN
+        for part in (energies >= bar.unsqueeze(1)).nonzero().split(_PAIRS):
+            winners.consider(*part.unbind(1))
+        yield winners.result()
 
 
-def _search_chunk(blocks, exponent_bias, format, rounding, tables: Basis, span: Tensor):
-    exponents = torch.frexp(blocks.abs().amax(1).double())[1].long()
-    unit = (blocks.double() * power_of_two(-exponents).unsqueeze(1)).float()
-    norms = unit.double().square().sum(1)
-    energies = sum((unit @ q).square() for q in span)  # [N, seeds]
-
-    state = _State(blocks, exponent_bias, format, rounding, tables)
-    open_rows = torch.arange(len(blocks), device=blocks.device)
-    count = min(_FIRST_CANDIDATES, format.num_seeds)
-    done = 0
-    while len(open_rows):
-        top, positions = energies[open_rows].topk(count, dim=1)
-        state.consider(open_rows, positions[:, done:])
-        if count == format.num_seeds:
-            break
-        achieved = -state.score[open_rows] / format.divisor**2 * power_of_two(-2 * exponents[open_rows])
-        unproved = top[:, -1].double() + _MARGIN * norms[open_rows] >= achieved
-        open_rows = open_rows[unproved]
-        done, count = count, min(4 * count, format.num_seeds)
-    return state.result()
-
-
-class _State:
+class _Winners:
     """The best candidate so far of every block, under the tie rule."""
 
-    def __init__(self, blocks: Tensor, exponent_bias: int, format: BlockFormat, rounding: Rounding, tables: Basis) -> None:
+    def __init__(self, blocks: Tensor, exponent_bias: int, format: BlockFormat, rounding: Rounding) -> None:
         n, device = len(blocks), blocks.device
-        self.arguments = (exponent_bias, format, tables, rounding)
+        self.tables = basis(format)
+        self.format = format
+        self.arguments = (exponent_bias, format, self.tables, rounding)
         self.blocks = blocks.double()
-        self.cycle = tables.cycle.to(device)
+        self.cycle = self.tables.cycle.to(device)
         self.score = torch.full((n,), torch.inf, dtype=torch.float64, device=device)
-        self.seeds = torch.zeros(n, dtype=torch.int64, device=device)
+        self.seeds = torch.full((n,), format.num_seeds + 1, device=device)
         self.exponents = torch.zeros(n, dtype=torch.int64, device=device)
         self.coefficients = torch.zeros(n, format.num_coefficients, dtype=torch.int64, device=device)
 
     def consider(self, rows: Tensor, positions: Tensor) -> None:
-        """Score seeds at positions int64 [len(rows), S] for these rows' blocks and keep the better of each row."""
-        score, exponents, coefficients = evaluate(self.blocks[rows].unsqueeze(1), positions, *self.arguments)
+        """Score the seed at positions[i] for block rows[i], both int64 [pairs], and keep what beats a row's winner."""
+        score, exponents, coefficients = evaluate(self.blocks[rows], positions, *self.arguments)
         seeds = self.cycle[positions]
-        least = score.amin(1, keepdim=True)
-        pick = torch.where(score == least, seeds, seeds.max() + 1).argmin(1, keepdim=True)
-        score, seeds, exponents = (x.gather(1, pick)[:, 0] for x in (score, seeds, exponents))
-        coefficients = coefficients.gather(1, pick.unsqueeze(2).expand(-1, -1, coefficients.shape[2]))[:, 0]
-        better = (score < self.score[rows]) | ((score == self.score[rows]) & (seeds < self.seeds[rows]))
-        rows = rows[better]
-        self.score[rows] = score[better]
-        self.seeds[rows] = seeds[better]
-        self.exponents[rows] = exponents[better]
-        self.coefficients[rows] = coefficients[better]
+        least = self.score.scatter_reduce(0, rows, score, "amin")
+        self.seeds[least < self.score] = self.format.num_seeds + 1
+        lowest = self.seeds.scatter_reduce(0, rows, torch.where(score == least[rows], seeds, self.format.num_seeds + 1), "amin")
+        winners = (score == least[rows]) & (seeds == lowest[rows])
+        rows = rows[winners]
+        self.score, self.seeds = least, lowest
+        self.exponents[rows] = exponents[winners]
+        self.coefficients[rows] = coefficients[winners]
+
+    def achieved(self) -> Tensor:
+        """Share of each block's energy that its winner accounts for, float64 [N]; 0 for blocks of zeros."""
+        exponents = torch.frexp(self.blocks.abs().amax(1))[1].long()
+        energy = (self.blocks * power_of_two(-exponents).unsqueeze(1)).square().sum(1) * self.format.divisor**2
+        return (-self.score * power_of_two(-2 * exponents) / energy).nan_to_num()
 
     def result(self) -> tuple[BlockCodes, Tensor]:
         codes = BlockCodes(self.seeds.int(), self.exponents.to(torch.int8), self.coefficients.to(torch.int8))

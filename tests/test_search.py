@@ -1,0 +1,186 @@
+"""Every search returns Algorithm 3's argmin: the same codes and scores as scoring all seeds, on easy and hard blocks."""
+
+import pytest
+import torch
+
+from seedlm import search_torch
+from seedlm.basis import basis
+from seedlm.codec import BlockCodes, decode
+from seedlm.errors import BackendError, TensorError
+from seedlm.format import PRESETS, parse_format
+from seedlm.search import BACKENDS, encode, reason_unavailable
+
+SMALL = [
+    "block-k3-c4-p2-q4-e4",
+    "block-k5-c3-p3-q4-e4",
+    "block-k8-c1-p1-q4-e4",
+    "block-k8-c8-p3-q4-e4",
+    "block-k10-c5-p2-q3-e3",
+    "block-k11-c17-p4-q5-e4",
+    "block-k12-c9-p2-q2-e5",
+    "block-k13-c6-p1-q8-e4",
+]
+
+
+def _backend_params():
+    for name in BACKENDS:
+        reason = reason_unavailable(name, torch.device("cpu"))
+        yield pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=reason or ""))
+
+
+BACKEND_PARAMS = list(_backend_params())
+
+
+def search_with(backend, *args):
+    if backend == "numba":
+        from seedlm import search_numba as module
+    else:
+        module = search_torch
+    pieces = list(module.search(*args))
+    codes = BlockCodes(*(torch.cat(field) for field in zip(*(codes for codes, _ in pieces), strict=True)))
+    return codes, torch.cat([scores for _, scores in pieces])
+
+
+def hard_blocks(size, exponent_bias=-7):
+    """Blocks of every kind that broke a search once, float32 [N, size]; the smallest exponent reaches 2^(bias - 8)."""
+    generator = torch.Generator().manual_seed(7)
+    normal = torch.randn(6, size, generator=generator)
+    heavy = torch.randn(4, size, generator=generator) / torch.rand(4, size, generator=generator)
+    one_hot = torch.zeros(3, size)
+    one_hot[0, 0] = one_hot[1, -1] = 1.0
+    one_hot[2, size // 2] = -1e-3
+    limits = [torch.full((1, size), value) for value in (0.0, 1.0, -1.0, 1e-45, 1e30, -3e38, 2.0**-15, 2.0**-16)]
+    scales = 2.0 ** torch.tensor([-2.0, -9.0, -14.0, -15.0, -16.0, -18.0, -22.0, -30.0, -40.0, -126.0])
+    scaled = torch.randn(len(scales), size, generator=generator) * scales.unsqueeze(1)
+    alternating = torch.ones(1, size)
+    alternating[0, ::2] = -1.0
+    return torch.cat([normal, heavy, one_hot, *limits, scaled, alternating, normal.bfloat16().float()])
+
+
+@pytest.mark.parametrize("backend", BACKEND_PARAMS)
+@pytest.mark.parametrize("rounding", ["best", "nearest"])
+@pytest.mark.parametrize("spec", SMALL)
+def test_equals_brute_force_for_small_formats(spec, rounding, backend):
+    format = parse_format(spec)
+    for bias in (-7, 0, -30):
+        blocks = hard_blocks(format.block_size)
+        expected_codes, expected_scores = search_torch.brute_force(blocks, bias, format, rounding)
+        codes, scores = search_with(backend, blocks, bias, format, rounding)
+        torch.testing.assert_close(scores, expected_scores, rtol=0, atol=0)
+        for found, expected in zip(codes, expected_codes, strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKEND_PARAMS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_equals_brute_force_for_presets(name, backend):
+    format = PRESETS[name]
+    blocks = hard_blocks(format.block_size)[::3]
+    for rounding in ("nearest", "best")[: 1 if backend == "torch" else 2]:
+        chosen = blocks if rounding == "nearest" else blocks[::4]
+        expected_codes, expected_scores = search_torch.brute_force(chosen, -7, format, rounding)
+        codes, scores = search_with(backend, chosen, -7, format, rounding)
+        assert torch.equal(scores, expected_scores)
+        for found, expected in zip(codes, expected_codes, strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_thread_count_does_not_change_a_bit(threads):
+    pytest.importorskip("numba")
+    weight = torch.randn(37, 333, generator=torch.Generator().manual_seed(1))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        encoded, error = encode(weight, parse_format("block-k10-c8-p3-q4-e4"), backend="numba")
+    finally:
+        torch.set_num_threads(before)
+    expected, expected_error = encode(weight, encoded.format, backend="torch")
+    assert torch.equal(encoded.tensors["words"], expected.tensors["words"])
+    assert error == pytest.approx(expected_error, rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKEND_PARAMS)
+def test_scores_are_the_error_less_the_energy(backend):
+    format = parse_format("block-k9-c6-p2-q4-e4")
+    blocks = torch.randn(50, 6, generator=torch.Generator().manual_seed(2))
+    codes, scores = search_with(backend, blocks, -4, format, "best")
+    error = (blocks.double() - decode(codes, -4, format).double()).square().sum(1)
+    torch.testing.assert_close(scores / format.divisor**2 + blocks.double().square().sum(1), error, rtol=1e-5, atol=1e-6)
+
+
+def test_a_valid_code_encodes_to_an_exact_reconstruction():
+    format = parse_format("block-k10-c8-p3-q4-e4")
+    codes = BlockCodes(
+        torch.arange(1, 1001, dtype=torch.int32),
+        torch.randint(-4, 4, (1000,), generator=torch.Generator().manual_seed(3), dtype=torch.int8),
+        torch.randint(-8, 8, (1000, 3), generator=torch.Generator().manual_seed(4), dtype=torch.int8),
+    )
+    weight = decode(codes, -3, format)
+    encoded, error = encode(weight, format, exponent_bias=-3)
+    assert error <= 1e-7 * float(weight.double().square().sum())  # not 0: the weights were rounded to float32
+    assert float((encoded.decode() - weight).square().sum()) == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("sigma", [1e-8, 1e-4, 1e-3, 0.02, 1.0, 1e4])
+@pytest.mark.parametrize(("name", "expected"), [("4", 0.1205), ("3", 0.2195)])
+def test_relative_error_at_any_scale(name, expected, sigma):
+    pytest.importorskip("numba")
+    weight = torch.randn(32, 480, generator=torch.Generator().manual_seed(5)) * sigma
+    encoded, error = encode(weight, PRESETS[name])
+    relative = error**0.5 / float(weight.double().norm())
+    assert relative == pytest.approx(expected, rel=0.02)
+    assert relative == pytest.approx(float((encoded.decode().double() - weight).norm() / weight.double().norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "draw", "expected"),
+    [("4", "normal", 0.123), ("3", "normal", 0.226), ("4", "student", 0.126), ("3", "student", 0.234)],
+)
+def test_relative_error_of_the_papers_rounding(name, draw, expected):
+    """SPEC section 3: the published method, all seeds, nearest rounding."""
+    pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(64, 960, generator=generator)
+    if draw == "student":
+        weight = weight / (torch.randn(4, 64, 960, generator=generator).square().mean(0)).sqrt()
+    _, error = encode(weight, PRESETS[name], rounding="nearest")
+    assert error**0.5 / float(weight.norm()) == pytest.approx(expected, rel=0.02)
+
+
+def test_absolute_exponents_collapse_small_tensors():
+    """What the exponent bias is for: the paper's range alone loses tensors of sigma 1e-3 and below (SPEC section 2)."""
+    pytest.importorskip("numba")
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(8)) * 1e-4
+    _, error = encode(weight, PRESETS["4"], exponent_bias=0, rounding="nearest")
+    assert error**0.5 / float(weight.norm()) == pytest.approx(0.59, abs=0.05)
+
+
+def test_ties_go_to_the_smallest_seed():
+    """Column p of a seed is column p - 1 of the next one, so single-column reconstructions tie at P consecutive seeds."""
+    format = parse_format("block-k8-c4-p3-q4-e4")
+    tables = basis(format)
+    states = tables.cycle[40 : 40 + 12].view(4, 3) - format.center
+    block = states[:, 1].double().mul(4 / format.divisor).float().unsqueeze(0)
+    codes, _ = search_torch.brute_force(block, 0, format)
+    neighbours = tables.cycle[[38, 39, 40]]
+    assert int(codes.seeds) == int(neighbours.min())
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(3), r"matrix .* got shape \[3\]"),
+        (torch.zeros(0, 4), r"non-empty .* got shape \[0, 4\]"),
+        (torch.zeros(2, 2, dtype=torch.float64), "got float64"),
+        (torch.tensor([[float("nan"), float("inf"), 1.0]]), "got 1 NaN and 1 Inf values"),
+    ],
+)
+def test_refuses_weights_it_cannot_encode(weight, message):
+    with pytest.raises(TensorError, match=message):
+        encode(weight, PRESETS["4"])
+
+
+def test_an_explicit_backend_that_cannot_run_says_why():
+    with pytest.raises(BackendError, match="unknown backend 'abacus', known: auto"):
+        encode(torch.ones(1, 8), PRESETS["4"], backend="abacus")
