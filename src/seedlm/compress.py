@@ -23,7 +23,7 @@ from torch import Tensor
 from seedlm import __version__, checkpoint, report, search
 from seedlm.checkpoint import PackedInfo, stored_name
 from seedlm.codec import ROUNDINGS, Rounding, choose_exponent_bias
-from seedlm.errors import FormatError, OutputError, SourceError, TensorError
+from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
 from seedlm.format import Format, parse_format
 from seedlm.report import Report, inspect_checkpoint
 from seedlm.search import Backend
@@ -105,6 +105,8 @@ def compress_checkpoint(
     format = parse_format(format) if isinstance(format, str) else format
     if rounding not in ROUNDINGS:
         raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if backend != "auto" and (reason := search.reason_unavailable(backend, torch.device("cpu"))):
+        raise BackendError(reason)
     shard_bytes = parse_size(max_shard_size)
     progress = on_progress or (lambda phase, done, total: None)
     model = open_source(source, revision=revision)
