@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_tensors, tiny_llama
 
 from seedlm.errors import SourceError
 from seedlm.source import open_source
+from tiny_models import save_tensors, tiny_llama
 
 
 def loaded(source):
@@ -166,8 +166,8 @@ class TestGGUF:
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_vocab_size(32)
         writer.add_tokenizer_model("gpt2")
-        writer.add_token_list([*(chr(65 + n) for n in range(31)), "AB"])
-        writer.add_token_merges(["A B"])
+        writer.add_token_list([*(chr(65 + n) for n in range(30)), "CD", "AB"])
+        writer.add_token_merges(["C D", "A B"])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         kinds = gguf.GGMLQuantizationType
