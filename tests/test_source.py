@@ -166,8 +166,8 @@ class TestGGUF:
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_vocab_size(32)
         writer.add_tokenizer_model("gpt2")
-        writer.add_token_list([*(chr(65 + n) for n in range(30)), "CD", "AB"])
-        writer.add_token_merges(["C D", "A B"])
+        writer.add_token_list([*(chr(65 + n) for n in range(30)), "DE", "FG"])
+        writer.add_token_merges(["D E", "F G"])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         kinds = gguf.GGMLQuantizationType
@@ -228,7 +228,7 @@ class TestGGUF:
         source.copy_side_files(out)
         (out / "config.json").write_text(json.dumps(source.config))
         assert AutoConfig.from_pretrained(out).num_key_value_heads == 2
-        assert AutoTokenizer.from_pretrained(out)("BAB").input_ids == [1, 31]
+        assert AutoTokenizer.from_pretrained(out)("EFGE").input_ids == [4, 31, 4]
 
     @pytest.mark.parametrize(
         ("change", "message"),
