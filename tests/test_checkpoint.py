@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 
+from seedlm import packing
 from seedlm.checkpoint import Checkpoint, stored_name
 from seedlm.compress import compress_checkpoint
-from seedlm.errors import CheckpointError, SourceError
+from seedlm.errors import CheckpointError, SourceError, TensorError
+from seedlm.format import parse_format
 from seedlm.source import open_source
 from tiny_models import SMALL, join, save_tensors, split, tiny_llama
 
@@ -411,3 +413,21 @@ def test_a_module_may_have_a_format_of_its_own(folder):
     described(lambda d: d["tensors"][UP].update(format="block-k6-c8-p3-q4-e6"))(folder)
     config(lambda q: q.update(overrides={UP: other}))(folder)
     assert Checkpoint.open(folder).packed[UP].format.seed_bits == 6
+
+
+@pytest.mark.parametrize("spec", ["4", "3", SMALL, "block-k15-c8-p2-q4-e4", "block-k24-c9-p5-q6-e3", "block-k2-c4-p1-q2-e1"])
+def test_a_zero_seed_is_found_in_every_block(spec):
+    """Seeds that lie in one word, at its end, and over two words."""
+    format = parse_format(spec)
+    blocks = 2 * format.blocks_per_group + 1
+    shape = (2, blocks)
+    q = torch.zeros(*shape, format.num_coefficients, dtype=torch.int8)
+    words = packing.pack(torch.full(shape, 1 << (format.seed_bits - 1)), torch.zeros(shape, dtype=torch.int8), q, format)
+    packing.check_codes(words, blocks, format)
+    for row in range(2):
+        for block in range(blocks):
+            spoiled = words.clone()
+            bit = block * format.block_bits + format.seed_bits - 1  # the one bit that is set
+            spoiled[row, bit // 32] ^= torch.tensor(1 << bit % 32).to(torch.int32)
+            with pytest.raises(TensorError, match=rf"^1 blocks have seed 0, the first at row {row}, block {block};"):
+                packing.check_codes(spoiled, blocks, format)
