@@ -139,9 +139,10 @@ def inspect(
 
 
 def _print_totals(report: "Report") -> None:
-    share = f" of {_bytes(report.source_bytes)} ({report.bytes / report.source_bytes:.1%})" if report.source_bytes else ""
+    share = f", the original {_bytes(report.source_bytes)}" if report.source_bytes else ""
     print(f"model             {report.folder}")
-    print(f"size              {_bytes(report.bytes)}{share}")
+    sixteen = 2 * (report.compressed_weights + report.dense_weights)
+    print(f"size              {_bytes(report.bytes)}{share}; at 16 bits a weight it would be {_bytes(sixteen)}")
     print(
         f"compressed        {len(report.tensors)} tensors, {report.compressed_weights:,} weights, "
         f"{report.bits_per_weight:.4f} bits each"
