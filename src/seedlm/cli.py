@@ -1,0 +1,210 @@
+"""The command line. One function per command; what takes time to import is imported inside it.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 refused with one line that says why, 130 stopped by
+Ctrl-C.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from seedlm import __version__
+from seedlm.errors import SeedLMError
+
+if TYPE_CHECKING:
+    from seedlm.report import Report
+
+app = typer.Typer(
+    name="seedlm",
+    help="Large language models whose weights are regrown from seeds: a quarter of the memory, no calibration data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point: errors that have a message are one line, anything else is a bug and keeps its traceback."""
+    try:
+        app(standalone_mode=True)
+    except SeedLMError as error:
+        print(f"seedlm: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"seedlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compress(
+    source: Annotated[str, typer.Argument(help="Folder of safetensors, GGUF file, or Hub repository (owner/name).")],
+    out: Annotated[Path, typer.Argument(help="Folder to create. OUT.partial beside it holds the unfinished run.")],
+    bits: Annotated[str, typer.Option(help="Bits per weight: 4 or 3, the paper's configurations.")] = "4",
+    format: Annotated[
+        str | None, typer.Option(help="A format instead of --bits, such as block-k16-c8-p3-q4-e4.", metavar="SPEC")
+    ] = None,
+    rounding: Annotated[str, typer.Option(help="How coefficients are chosen: best, or the paper's own nearest.")] = "best",
+    include: Annotated[
+        list[str] | None, typer.Option(help="Also compress modules that match this glob, such as lm_head.", metavar="GLOB")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave modules that match this glob as they are; wins.", metavar="GLOB")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
+    backend: Annotated[str, typer.Option(help="Search backend: auto, numba or torch; all give the same bits.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Compress a model into a new folder.
+
+    The linear layers inside numbered layers are compressed; embeddings, head, norms, biases and routers stay as they are.
+    Stopped at any moment, the same command goes on where it was.
+    """
+    from seedlm.compress import compress_checkpoint
+
+    start = time.monotonic()
+    try:
+        with _progress() as (on_progress, rate):
+            report = compress_checkpoint(
+                source,
+                out,
+                format=format or bits,
+                rounding=rounding,  # type: ignore[arg-type]  # checked inside, with the allowed values in the message
+                include=include or (),
+                exclude=exclude or (),
+                max_shard_size=max_shard_size,
+                backend=backend,  # type: ignore[arg-type]
+                revision=revision,
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        print(f"seedlm: stopped; run the same command again to go on ({out}.partial holds what is done)", file=sys.stderr)
+        sys.exit(130)
+    run = {"seconds": round(time.monotonic() - start, 2), "weights_per_second": rate()}
+    if as_json:
+        print(json.dumps({**report.to_dict(), **run}, indent=2))
+        return
+    _print_totals(report)
+    speed = f", {run['weights_per_second'] / 1e6:.3f} million weights/s" if run["weights_per_second"] else ""
+    print(f"time              {run['seconds']:.1f} s{speed}")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A compressed model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also read and check every code.")] = False,
+) -> None:
+    """Show the compressed tensors of a model: shape, format, bits per weight, error; then the totals."""
+    from seedlm.checkpoint import Checkpoint
+    from seedlm.report import inspect_checkpoint
+
+    report = inspect_checkpoint(folder)
+    if check:
+        checkpoint = Checkpoint.open(folder)
+        for module in checkpoint.packed:
+            checkpoint.tensor(module)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return
+    header = ("module", "shape", "format", "bits", "error")
+    rows = [
+        (t.module, f"{t.shape[0]} x {t.shape[1]}", t.format, f"{t.bits_per_weight:.3f}", _number(t.relative_error))
+        for t in report.tensors
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+    _print_totals(report)
+
+
+def _print_totals(report: "Report") -> None:
+    share = f", the original {_bytes(report.source_bytes)}" if report.source_bytes else ""
+    print(f"model             {report.folder}")
+    sixteen = 2 * (report.compressed_weights + report.dense_weights)
+    print(f"size              {_bytes(report.bytes)}{share}; at 16 bits a weight it would be {_bytes(sixteen)}")
+    print(
+        f"compressed        {len(report.tensors)} tensors, {report.compressed_weights:,} weights, "
+        f"{report.bits_per_weight:.4f} bits each"
+    )
+    print(
+        f"left as it was    {report.dense_weights:,} weights; the whole model {report.model_bits_per_weight:.4f} bits a weight"
+    )
+    if report.relative_error is not None and report.tensors:
+        worst = max(report.tensors, key=lambda tensor: tensor.relative_error or 0.0)
+        print(f"relative error    {report.relative_error:.4f}, largest {_number(worst.relative_error)} in {worst.module}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Any, Any]]:
+    """A progress bar on stderr, only if that is a terminal: the callback for it, and the rate of the search so far."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Amount(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            rate = f" {speed / 1e6:6.3f} M/s" if speed else ""
+            return Text(f"{task.completed / 1e6:.1f} / {(task.total or 0) / 1e6:.1f} M {task.fields['unit']}{rate}")
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        Amount(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    labels = {"read": ("Reading the source", "bytes"), "compress": ("Searching seeds", "weights")}
+    tasks: dict[str, Any] = {}
+    started: dict[str, tuple[float, int]] = {}
+    latest: dict[str, tuple[float, int]] = {}
+
+    def on_progress(phase: str, done: int, total: int) -> None:
+        if phase not in tasks:
+            label, unit = labels[phase]
+            tasks[phase] = bar.add_task(label, total=total, completed=done, unit=unit)
+            started[phase] = (time.monotonic(), done)
+        latest[phase] = (time.monotonic(), done)
+        bar.update(tasks[phase], completed=done)
+
+    def rate() -> float | None:
+        """Weights per second of this run's search; None if nothing was left to search."""
+        if "compress" not in started:
+            return None
+        seconds, weights = (end - begin for end, begin in zip(latest["compress"], started["compress"], strict=True))
+        return weights / seconds if weights and seconds > 0 else None
+
+    with bar:
+        yield on_progress, rate

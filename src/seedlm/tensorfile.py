@@ -1,0 +1,310 @@
+"""Safetensors files, read and laid out by their bytes: the one container that models come in and go out as.
+
+A file is an 8-byte little-endian header length, a JSON header, then the tensors' bytes with no gap. The reader here exists
+because a file is hostile until checked (every size is arithmetic on the header before anything is allocated, and every way
+of being wrong has its message) and because rows are read one range at a time. The writer side needs no more than `layout`:
+sizes are known before the first weight is encoded, so each tensor has its place in the file from the start.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from seedlm.errors import SeedLMError
+
+SINGLE_NAME: Final = "model.safetensors"
+INDEX_NAME: Final = "model.safetensors.index.json"
+MAX_JSON_BYTES: Final = 100_000_000
+"""Longest header (the limit of the safetensors library itself), index or config that is read at all."""
+
+DTYPE_BITS: Final[Mapping[str, int]] = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Element types of the container, by its own names."""
+
+TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor is, before any of it is read: dtype by its safetensors name, shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {[*self.shape]}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor and where its bytes start in its file."""
+
+    info: TensorInfo
+    path: Path
+    offset: int
+
+
+def parse_json(text: bytes | str, where: str, error: type[SeedLMError]) -> Any:
+    """JSON with nothing ambiguous in it: `error` for what is not UTF-8 JSON, and for a key that stands twice."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise error(f"{where}: the key {twice!r} stands twice")
+        return result
+
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{where}: not valid JSON ({reason})") from None
+
+
+def read_json(path: Path, error: type[SeedLMError]) -> dict[str, Any]:
+    """A JSON object from a file of bounded size."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise error(f"{path}: {size} bytes of JSON, at most {MAX_JSON_BYTES} are read")
+        data = parse_json(path.read_bytes(), str(path), error)
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    if not isinstance(data, dict):
+        raise error(f"{path}: must be a JSON object, got {type(data).__name__}")
+    return data
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """All tensors of a model folder, checked against the files' sizes and ready to be read a row range at a time.
+
+    entries    tensor name -> where it is, in file order
+    metadata   file -> its ``__metadata__`` strings
+    error      the class of every error raised: whose fault a bad folder is depends on who reads it
+    """
+
+    folder: Path
+    error: type[SeedLMError]
+    entries: dict[str, Entry] = field(default_factory=dict)
+    metadata: dict[Path, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path, error: type[SeedLMError]) -> "TensorFiles":
+        """Open ``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists.
+
+        Raises `error` unless every file is whole and index and shards list exactly the same tensors.
+        """
+        files = cls(folder, error)
+        single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+        if single.exists() and index.exists():
+            raise error(f"{folder}: has both {SINGLE_NAME} and {INDEX_NAME}; which one is the model cannot be told, remove one")
+        if single.exists():
+            files._add(_inside(folder, SINGLE_NAME, error))
+            return files
+        if not index.exists():
+            raise error(f"{folder}: has no {SINGLE_NAME} and no {INDEX_NAME}")
+        weight_map = read_json(index, error).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise error(f"{index}: weight_map must map tensor names to file names")
+        for name in sorted(set(weight_map.values())):
+            files._add(_inside(folder, name, error))
+        for tensor, name in weight_map.items():
+            if tensor not in files.entries or files.entries[tensor].path.name != name:
+                raise error(f"{index}: places {tensor!r} in {name}, which does not hold it")
+        for tensor, entry in files.entries.items():
+            if tensor not in weight_map:
+                raise error(f"{entry.path}: holds {tensor!r}, which {index.name} does not list")
+        return files
+
+    def _add(self, path: Path) -> None:
+        entries, self.metadata[path] = read_header(path, self.error)
+        for name, entry in entries.items():
+            if name in self.entries:
+                raise self.error(f"{path}: holds {name!r}, which {self.entries[name].path.name} holds too")
+            self.entries[name] = entry
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files on disk, headers included."""
+        return sum(path.stat().st_size for path in self.metadata)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start .. stop of a tensor (its first dimension; all of it by default), in its own dtype."""
+        info = self.entries[name].info
+        row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
+        if start or stop is not None:
+            rows = range(info.shape[0])[start:stop]
+            data = self._bytes(name, rows.start * row_bytes, len(rows) * row_bytes)
+            shape = (len(rows), *info.shape[1:])
+        else:
+            data, shape = self._bytes(name, 0, info.nbytes), info.shape
+        if not data:
+            return torch.empty(shape, dtype=TORCH_DTYPES[info.dtype])
+        return torch.frombuffer(data, dtype=torch.uint8).view(TORCH_DTYPES[info.dtype]).view(shape)
+
+    def chunks(self, name: str) -> Iterator[bytearray]:
+        """A tensor's bytes, in pieces of at most 16 MiB."""
+        total = self.entries[name].info.nbytes
+        for start in range(0, total, _CHUNK_BYTES):
+            yield self._bytes(name, start, min(_CHUNK_BYTES, total - start))
+
+    def _bytes(self, name: str, start: int, count: int) -> bytearray:
+        entry = self.entries[name]
+        buffer = bytearray(count)
+        try:
+            with open(entry.path, "rb", buffering=0) as file:
+                file.seek(entry.offset + start)
+                view, done = memoryview(buffer), 0
+                while done < count:
+                    got = file.readinto(view[done:])
+                    if not got:
+                        raise self.error(f"{entry.path}: ends inside {name!r}; it was cut short while being read")
+                    done += got
+        except OSError as reason:
+            raise self.error(f"{entry.path}: cannot read {name!r} ({reason.strerror or reason})") from None
+        return buffer
+
+
+def read_header(path: Path, error: type[SeedLMError]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors and metadata of one safetensors file, in the order of their bytes.
+
+    Raises `error` for a file that is truncated, overlong, or whose header contradicts itself.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise error(f"{path}: truncated, {size} bytes cannot hold a safetensors header")
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_JSON_BYTES:
+                raise error(f"{path}: not a safetensors file, it claims a header of {length} bytes, at most {MAX_JSON_BYTES}")
+            if length > size - 8:
+                raise error(f"{path}: truncated, a header of {length} bytes does not fit a file of {size}")
+            text = file.read(length)
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    header = parse_json(text, f"{path}, header", error)
+    if not isinstance(header, dict):
+        raise error(f"{path}: the header must be a JSON object, got {type(header).__name__}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise error(f"{path}: __metadata__ must map strings to strings")
+
+    spans = sorted(((*_span(name, item, path, error), name) for name, item in header.items()), key=lambda s: (s[0], s[1]))
+    entries, position = {}, 0
+    for begin, end, info, name in spans:
+        if begin != position:
+            raise error(f"{path}: {name!r} starts at byte {begin}, the tensors before it end at {position}")
+        entries[name] = Entry(info, path, 8 + length + begin)
+        position = end
+    if position != size - 8 - length:
+        kind = "truncated" if position > size - 8 - length else "overlong"
+        raise error(f"{path}: {kind}, its header describes {8 + length + position} bytes, the file has {size}")
+    return entries, metadata
+
+
+def _span(name: str, item: object, path: Path, error: type[SeedLMError]) -> tuple[int, int, TensorInfo]:
+    """The byte range and type of one header entry, checked against each other."""
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
+        raise error(f"{where} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise error(f"{where} has the unknown dtype {dtype!r}")
+    if not _is_sizes(shape) or len(shape) > 64:
+        raise error(f"{where} has the impossible shape {shape!r:.80}")
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        raise error(f"{where} has the impossible data_offsets {offsets!r:.80}")
+    info = TensorInfo(dtype, tuple(shape))
+    if offsets[1] - offsets[0] != info.nbytes:
+        raise error(f"{where} is {info}, which takes {info.nbytes} bytes, its data_offsets span {offsets[1] - offsets[0]}")
+    return offsets[0], offsets[1], info
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+def _inside(folder: Path, name: str, error: type[SeedLMError]) -> Path:
+    """The file of that name in the folder, refused if the name or a link leads elsewhere."""
+    if name != os.path.basename(name) or "\\" in name or ":" in name or not name.endswith(".safetensors"):
+        raise error(f"{folder}: {name!r} is not the plain name of a .safetensors file; paths are refused")
+    path = folder / name
+    if not stays_inside(path, folder):
+        raise error(f"{path}: links to {path.resolve()}, outside of the folder")
+    if not path.is_file():
+        raise error(f"{path}: is missing or not a file")
+    return path
+
+
+def stays_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, links followed, is in the folder, or among the Hub cache's blobs if the folder is a snapshot there."""
+    real, home = path.resolve(), folder.resolve()
+    return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file to be written: its header's bytes, and each tensor's offset in the file."""
+
+    header: bytes
+    offsets: dict[str, int]
+    nbytes: int
+
+
+def layout(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Layout:
+    """Place tensors in a file: widest elements first, so that each is aligned to its own size, else in the order given."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position, starts = 0, {}
+    for name in sorted(tensors, key=lambda n: -DTYPE_BITS[tensors[n].dtype]):
+        info = tensors[name]
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        starts[name] = position
+        position += info.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return Layout(
+        header=len(text).to_bytes(8, "little") + text,
+        offsets={name: start + offset for name, offset in starts.items()},
+        nbytes=start + position,
+    )
