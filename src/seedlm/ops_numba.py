@@ -25,12 +25,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numba import njit
-from numba.cpython.unsafe.tuple import tuple_setitem
+from numba.cpython.unsafe import tuple as registers
 from torch import Tensor
 
 from seedlm.basis import cycle_states, seed_positions
 from seedlm.codec import block_scale
 from seedlm.format import BlockFormat
+
+_with: Any = registers.tuple_setitem
+"""_with(values, i, x): the tuple with item i replaced."""
 
 _WEIGHTS_PER_TASK = 1 << 17
 """A task shorter than this (0.3 ms) is not worth handing to a thread."""
@@ -119,19 +122,17 @@ def _compile(format: BlockFormat, length: int) -> Any:
                 at, q = at_zero, q_zero
                 for p in range(count):
                     n = first + np.uint32(p)
-                    at = tuple_setitem(at, p, n % np.uint32(count) * np.uint32(length) + n // np.uint32(count))
+                    at = _with(at, p, n % np.uint32(count) * np.uint32(length) + n // np.uint32(count))
                     above = 64 - coefficients_at - (p + 1) * coefficient_bits
-                    q = tuple_setitem(
-                        q, p, integer(np.int64(code << np.uint64(above)) >> np.int64(64 - coefficient_bits))
-                    )
+                    q = _with(q, p, integer(np.int64(code << np.uint64(above)) >> np.int64(64 - coefficient_bits)))
 
                 for c in range(0, size, lanes):
                     sums, weights = sums_zero, weights_zero
                     for p in range(count):
                         for i in range(lanes):
-                            sums = tuple_setitem(sums, i, sums[i] + integer(table[at[p] + np.uint32(c + i)]) * q[p])
+                            sums = _with(sums, i, sums[i] + integer(table[at[p] + np.uint32(c + i)]) * q[p])
                     for i in range(lanes):
-                        weights = tuple_setitem(weights, i, np.float32(sums[i]) * scale)
+                        weights = _with(weights, i, np.float32(sums[i]) * scale)
                     column = block * size + c
                     if column + lanes <= in_features:
                         for i in range(lanes):
