@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-LICENSE = """stories260K, weights and tokenizer: Copyright (c) Andrej Karpathy, MIT licence (karpathy/tinyllamas on Hugging Face,
-revision 0bd21da7698eaf29a0d7de3992de8a46ef624add, folder stories260K). Converted by convert_stories260k.py; the values are
+LICENSE = """stories260K, weights and tokenizer: Copyright (c) Andrej Karpathy, MIT licence (karpathy/tinyllamas on Hugging
+Face, revision 0bd21da7698eaf29a0d7de3992de8a46ef624add, folder stories260K). Converted by convert_stories260k.py; the values are
 unchanged, the rows of the query and key projections are in transformers' order.
 """
 
@@ -98,8 +98,8 @@ def read_weights(data: bytes) -> tuple[dict[str, torch.Tensor], dict]:
 def read_tokenizer(data: bytes, size: int) -> Tokenizer:
     """The same encoding as llama2.c: a space in front, then the best-scored merge of two neighbours until there is none.
 
-    llama2.c merges whatever two neighbours spell a token, best score first and leftmost among equals. `tokenizers` wants the pairs
-    listed, in order of preference: all ways to cut a token into two tokens.
+    llama2.c merges whatever two neighbours spell a token, best score first and leftmost among equals. `tokenizers` wants the
+    pairs listed, in order of preference: all ways to cut a token into two tokens.
     """
     tokens, position = [], 4
     for _ in range(size):
