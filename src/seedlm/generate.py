@@ -35,10 +35,10 @@ def generate(
     expand: bool = False,
     timing: Timing | None = None,
 ) -> Iterator[str]:
-    """Generate from a folder or Hub id, packed or not, yielding text as it is decoded.
+    """Generate from a folder or Hub id, packed or not, yielding text as it is decoded: the prompt and what follows it.
 
     temperature   0 is greedy; above, tokens are drawn with this `seed`
-    chat          put the prompt into the model's chat template
+    chat          put the prompt into the model's chat template, and yield the answer alone
     device        "auto", or a torch device
     dtype         of everything that is not packed: "auto" (as stored) or a torch dtype's name
     expand        regrow all weights once after loading: faster on small models, as large as the original
@@ -70,7 +70,7 @@ def generate(
     if temperature > 0:
         torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     failure: list[BaseException] = []
 
     def work() -> None:

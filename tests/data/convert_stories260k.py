@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 LICENSE = """stories260K, weights and tokenizer: Copyright (c) Andrej Karpathy, MIT licence (karpathy/tinyllamas on Hugging
-Face, revision 0bd21da7698eaf29a0d7de3992de8a46ef624add, folder stories260K). Converted by convert_stories260k.py; the values are
-unchanged, the rows of the query and key projections are in transformers' order.
+Face, revision 0bd21da7698eaf29a0d7de3992de8a46ef624add, folder stories260K). Converted by convert_stories260k.py; the
+values are unchanged, the rows of the query and key projections are in transformers' order.
 """
 
 
