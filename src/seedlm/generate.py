@@ -51,8 +51,9 @@ def generate(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        network = network.to(device)
     except (OSError, ValueError) as reason:
         raise SourceError(f"cannot open {model}: {' '.join(str(reason).split())}") from reason
     if expand and hasattr(network, "hf_quantizer"):
