@@ -47,7 +47,7 @@ def test_impossible_formats_are_refused(change, message):
 
 @pytest.mark.parametrize("text", ["5.5", "", "block-k16-c8-p3", "block-k16-c8-p3-q4-e4 ", "trellis-k16-c8-p3-q4-e4"])
 def test_unknown_specifications_are_refused(text):
-    with pytest.raises(FormatError, match="unknown format .* presets are 4, 3"):
+    with pytest.raises(FormatError, match=r"unknown format .* presets are 4, 3"):
         parse_format(text)
 
 
