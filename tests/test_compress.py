@@ -252,7 +252,7 @@ class TestSelection:
 
     def test_what_would_not_get_smaller_is_left_unless_included(self):
         tensors = {"model.layers.0.narrow.weight": TensorInfo("BF16", (8, 1)), **self.TENSORS}
-        chosen, left = select(tensors, {}, FORMAT)
+        _, left = select(tensors, {}, FORMAT)
         assert left["model.layers.0.narrow.weight"] == "no smaller as codes"
         assert "model.layers.0.narrow" in select(tensors, {}, FORMAT, include=["*.narrow"])[0]
 
