@@ -18,8 +18,8 @@ from seedlm.codec import BlockCodes, Rounding
 from seedlm.errors import BackendError, TensorError
 from seedlm.format import EXPONENT_BIAS_RANGE, BlockFormat, Format
 
-Backend = Literal["auto", "numba", "torch"]
-BACKENDS: Final = ("numba", "torch")
+Backend = Literal["auto", "triton", "numba", "torch"]
+BACKENDS: Final = ("triton", "numba", "torch")
 """Search backends, fastest first: ``auto`` takes the first that can run."""
 
 Search = Callable[[Tensor, int, BlockFormat, Rounding], Iterator[tuple[BlockCodes, Tensor]]]
@@ -85,7 +85,7 @@ def encode(
     bias = codec.choose_exponent_bias(weight, format) if exponent_bias is None else exponent_bias
     if not low <= bias <= high:
         raise TensorError(f"exponent bias must be {low} .. {high}, got {bias}")
-    find = _load(backend, weight.device)
+    find = _load(backend, weight.device, format)
 
     out_features, in_features = weight.shape
     per_row = format.blocks_per_row(in_features)
@@ -124,10 +124,12 @@ def check_weight(weight: Tensor) -> None:
         raise TensorError(f"a weight must be finite, got {nan} NaN and {int((~finite).sum()) - nan} Inf values")
 
 
-def reason_unavailable(backend: str, device: torch.device) -> str | None:
-    """Why a search backend cannot run for weights on `device`; None if it can."""
+def reason_unavailable(backend: str, device: torch.device, format: Format | None = None) -> str | None:
+    """Why a search backend cannot run for weights on `device` (in `format`, if given); None if it can."""
     if backend == "torch":
         return None
+    if backend == "triton":
+        return _reason_no_triton(device, format)
     if backend == "numba":
         if device.type != "cpu":
             return f"backend 'numba' searches on the CPU, the weight is on {device}"
@@ -137,13 +139,33 @@ def reason_unavailable(backend: str, device: torch.device) -> str | None:
     return f"unknown backend {backend!r}, known: auto, {', '.join(BACKENDS)}"
 
 
-def _load(backend: str, device: torch.device) -> Search:
+def _reason_no_triton(device: torch.device, format: Format | None) -> str | None:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"backend 'triton' searches on an NVIDIA GPU, the weight is on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "backend 'triton' needs triton, which PyTorch's CUDA builds for Linux install"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"backend 'triton' needs compute capability 8.0 (Ampere) or newer, {device} is a {torch.cuda.get_device_name(device)}"
+    if format is not None:
+        limits = {"seed bits": (format.seed_bits, 16), "weights a block": (format.block_size, 16)}
+        limits |= {"coefficients": (format.num_coefficients, 4)}
+        beyond = [f"{most} {name}, not {value}" for name, (value, most) in limits.items() if value > most]
+        if beyond:
+            return f"backend 'triton' takes formats of at most {', '.join(beyond)} ({format})"
+    return None
+
+
+def _load(backend: str, device: torch.device, format: Format) -> Search:
     """The search function of a backend; `auto` takes the first that can run."""
     names = BACKENDS if backend == "auto" else (backend,)
-    reasons = [reason_unavailable(name, device) for name in names]
+    reasons = [reason_unavailable(name, device, format) for name in names]
     if all(reasons):
         raise BackendError("; ".join(filter(None, reasons)))
     name = names[reasons.index(None)]
+    if name == "triton":
+        from seedlm import search_triton
+
+        return search_triton.search
     if name == "numba":
         from seedlm import search_numba
 
