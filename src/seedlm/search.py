@@ -91,17 +91,17 @@ def encode(
     per_row = format.blocks_per_row(in_features)
     padding = per_row * format.block_size - in_features
     rows = torch.nn.functional.pad(weight.detach().float(), (0, padding))
-    pieces, error = [], 0.0
+    pieces, errors = [], []
     for codes, scores in find(rows.reshape(-1, format.block_size), bias, format, rounding):
         pieces.append(codes)
-        error += float(scores.sum()) / format.divisor**2
+        errors.append(scores.sum())  # read at the end: a GPU search is already at work on the next piece
         if on_progress is not None:
             on_progress(len(scores) * format.block_size)
     seeds, exponents, q = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     codes = BlockCodes(
         seeds.view(out_features, per_row), exponents.view(out_features, per_row), q.view(out_features, per_row, -1)
     )
-    error += float(weight.double().square().sum())
+    error = sum(torch.stack(errors).tolist()) / format.divisor**2 + float(weight.double().square().sum())
     if padding:
         tails = codec.decode(BlockCodes(*(field[:, -1] for field in codes)), bias, format)
         error -= float(tails[:, -padding:].double().square().sum())

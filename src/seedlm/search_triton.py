@@ -13,7 +13,7 @@ A seed that is not listed provably scores worse than one that was scored: `_marg
 arithmetic can lose. Lists are sized for `_BUDGETS[0]` entries a block on average. A block that does not fit (4 of 10^4 ...
 on Gaussian weights none) stays open and is redone with a larger budget, and in the end with every seed; nothing is dropped.
 
-Blocks go in segments of 128, each with its own lists and counters, so that no counter is shared by the whole device. The order
+Blocks go in segments of 256, each with its own lists and counters, so that no counter is shared by the whole device. The order
 within a list depends on timing; what is selected from it does not.
 """
 
@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,11 +36,13 @@ from seedlm.groups import groups
 WORKING_SET = 1 << 30
 """Bytes of GPU memory that a search may use at once, beside the tables (8 MB at the 4-bit preset) and its result."""
 
-_SEGMENT = 128
+_SEGMENT = 256
 _TILE_SEEDS = 64
 _TILE_ROWS = 64
 _FIRST_TILES = 4
-_BUDGETS = (12, 512)
+_BUDGETS = (16, 512)
+_FEW_BLOCKS = 64
+"""Open blocks that are scored with every seed at once (0.3 ms): fewer cost less than another round of the bound."""
 _MAX_CHUNK = 1 << 18
 
 
@@ -77,10 +80,29 @@ def search(
     """
     with torch.cuda.device(blocks.device):
         job = _Job(blocks.device, exponent_bias, format, rounding, working_set, Counter() if redone is None else redone)
+    pending: _Round | None = None
     for chunk in blocks.split(job.chunk_blocks(_BUDGETS[0])):
+        # The GPU gets its next chunk before this thread waits for the last one.
         with torch.cuda.device(blocks.device):
-            score, key = job.solve(chunk.contiguous())
-            yield _codes(key, format), score
+            started = job.start(chunk.contiguous())
+            finished, pending = pending and job.finish(pending), started
+        if finished:
+            yield finished
+    if pending:
+        with torch.cuda.device(blocks.device):
+            finished = job.finish(pending)
+        yield finished
+
+
+class _Round(NamedTuple):
+    """A chunk's first round under way: its blocks, their score, key and whether they stay open, and how many do, on the host."""
+
+    blocks: Tensor
+    score: Tensor
+    key: Tensor
+    unsolved: Tensor
+    count: Tensor
+    done: torch.cuda.Event
 
 
 class _Job:
@@ -112,22 +134,36 @@ class _Job:
         per_block = 2 * tiles + 6 * self.tables.rows.shape[-1] + 64 + budget * (8 + 24)
         return max(1, min(_MAX_CHUNK, self.working_set // per_block) // _SEGMENT) * _SEGMENT
 
-    def solve(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Score float64 [N] and key int64 [N] of the winners."""
+    def start(self, blocks: Tensor) -> _Round:
+        """Queue the first round of a chunk; waits for nothing."""
         score, key, unsolved = self.bounded(blocks, _BUDGETS[0])
-        rows = unsolved.nonzero()[:, 0]
+        count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(unsolved.sum(), non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return _Round(blocks, score, key, unsolved, count, done)
+
+    def finish(self, started: _Round) -> tuple[BlockCodes, Tensor]:
+        """Wait for a chunk and redo what stayed open until nothing is."""
+        started.done.synchronize()
+        if int(started.count):
+            self.redo(started.blocks, started.unsolved.nonzero()[:, 0], started.score, started.key)
+        return _codes(started.key, self.format), started.score
+
+    def redo(self, blocks: Tensor, rows: Tensor, score: Tensor, key: Tensor) -> None:
+        """Solve these rows' blocks in place: with a larger budget if they are many, then with every seed."""
         for budget in (*_BUDGETS[1:], None):
             if not len(rows):
                 break
-            self.redone[budget] += len(rows)
             # Open blocks are often copies of one: zeros, constants.
             distinct, copy = blocks[rows].unique(dim=0, return_inverse=True)
+            if len(distinct) <= _FEW_BLOCKS:
+                budget = None
+            self.redone[budget] += len(rows)
             size = self.chunk_blocks(budget) if budget else max(1, self.working_set // (24 * self.format.num_seeds))
             pieces = [self.bounded(p, budget) if budget else self.exhaustive(p) for p in distinct.split(size)]
             new_score, new_key, still = (torch.cat(parts)[copy] for parts in zip(*pieces, strict=True))
             score[rows], key[rows] = new_score, new_key
             rows = rows[still]
-        return score, key
 
     def bounded(self, blocks: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
         """Winners' score [N] and key [N], and which blocks stay open (bool [N]; theirs mean nothing)."""
@@ -150,23 +186,25 @@ class _Job:
         tile_block = torch.empty(segments, capacity, dtype=torch.int32, device=device)
         tile_index = torch.empty_like(tile_block)
         tile_count = torch.full((segments,), _FIRST_TILES * _SEGMENT, dtype=torch.int32, device=device)
-        _first[segments,](least, tile_block, tile_index, padded, capacity, TILES=tiles, BN=_SEGMENT, TT=16, FIRST=_FIRST_TILES)
+        _first[segments,](
+            least, tile_block, tile_index, padded, capacity, TILES=tiles, BN=_SEGMENT, TT=16, FIRST=_FIRST_TILES, num_warps=4
+        )
 
         threshold = torch.empty(padded, dtype=torch.float32, device=device)
         for first in (True, False):
             if not first:
                 tile_count.zero_()
                 found.count.zero_()
-                _list[segments,](
+                _list[segments, 4](
                     least, norm, found.best, threshold, found.open, tile_block, tile_index, tile_count, padded, capacity,
-                    tables.tile_margin, tables.seed_margin, DIVISOR=self.format.divisor, TILES=tiles, BN=_SEGMENT, TT=16, LIMIT=4 * budget,
+                    tables.tile_margin, tables.seed_margin, DIVISOR=self.format.divisor, TILES=tiles, BN=_SEGMENT, TT=16, LIMIT=8 * budget, num_warps=1,
                 )  # fmt: skip
-            _rescan[segments, 4](
+            _rescan[segments, 8](
                 unit, tables.own, tables.shared, tables.position, threshold, tile_block, tile_index, tile_count,
-                found.block, found.position, found.count, found.open, capacity, CK=width, ENTRIES=16, FIRST=first, **shape,
+                found.block, found.position, found.count, found.open, capacity, CK=width, ENTRIES=64 if first else 16, FIRST=first, **shape,
             )  # fmt: skip
-            self.evaluate(blocks, found, splits=4)
-        self.select(found, splits=2)
+            self.evaluate(blocks, found, splits=8)
+        self.select(found, splits=4)
         score, key = found.result()
         return score[:count], key[:count], found.open[:count] != 0
 
@@ -267,12 +305,13 @@ def _margins(format: BlockFormat, deficit: float) -> tuple[float, float]:
         2h + h^2 + 2 sqrt(C) 2^-25   the block rounded to float16, subnormal where small
         4h + 4h^2                    each product rounded to float16, 2h because truncation is not ruled out, then squared
         P h / 2                      P subtractions from at most 1
+        2^-14                        the tag in the two lowest bits, which can raise a residual only where it is negative: -0.01 * 2^-8
         2^-14                        the sums inside the tensor cores, undocumented: 2^-18 each is a hundred times what was seen
     """
     h = 2.0**-11
     size, count = format.block_size, format.num_coefficients
     single = (size + count + 4) * 2.0**-22 + deficit
-    half = (6 * h + 5 * h * h) * (1 + 2 * deficit) + 2 * size**0.5 * 2.0**-25 + count * h / 2 + 2.0**-14
+    half = (6 * h + 5 * h * h) * (1 + 2 * deficit) + 2 * size**0.5 * 2.0**-25 + count * h / 2 + 2.0**-13
     return single, single + half
 
 
@@ -280,9 +319,12 @@ def _launch_bound(half: Tensor, rows: Tensor, least: Tensor) -> None:
     """Fill least float16 [tiles, blocks] for unit blocks float16 [blocks, Ck] and `_Tables.rows`."""
     tile_blocks, per_tile, group_rows, tile_rows, width = rows.shape
     own = _TILE_SEEDS // per_tile
-    _bound[len(half) // _SEGMENT,](
-        half, rows, least, len(half), tile_blocks, OWN=own, SHARED=group_rows - own, T=per_tile, BM=tile_rows, BN=_SEGMENT,
-        CK=width, STAGES=1, XORSIGN=torch.cuda.get_device_capability() >= (8, 6), num_warps=4,
+    # H100: 14.6e12 pairs/s at the 4-bit preset, against 11.8e12 with 128 blocks in 3 stages; with few own rows a group is
+    # too short for that, and 128 blocks in 3 stages are best (7.2e12 at the 3-bit preset).
+    block_columns, stages = (256, 2) if own > 8 else (128, 3)
+    _bound[len(half) // block_columns,](
+        half, rows, least, len(half), tile_blocks, OWN=own, SHARED=group_rows - own, T=per_tile, BM=tile_rows,
+        BN=block_columns, CK=width, STAGES=stages, XORSIGN=torch.cuda.get_device_capability() >= (8, 6), num_warps=4,
     )  # fmt: skip
 
 
@@ -311,6 +353,16 @@ def _less_square(a, b):
 @triton.jit
 def _smaller(a, b):
     return tl.inline_asm_elementwise("min.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _tagged(a, tag):
+    """a with the scalar `tag` in its two lowest mantissa bits."""
+    bits = tl.zeros(a.shape, tl.int16) + tag.to(tl.int16)
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, 0xFFFCFFFC, $2, 0xEA;",  # (a & b) | c
+        "=r,r,r", [a, bits], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -351,7 +403,7 @@ def _bound(
             for p in tl.static_range(SHARED):
                 s = tl.dot(tl.load(group + (OWN + p) * BM * CK), w, out_dtype=tl.float16)
                 residual = _less_square(residual, s)
-            best = _smaller(best, residual)
+            best = _smaller(best, _tagged(residual, t * 4 // T))
         tl.store(least + (tile_block * BM + m)[:, None].to(tl.int64) * blocks + n[None, :], best)
 
 
@@ -368,23 +420,24 @@ def _first(
         tile = start + tl.arange(0, TT)[:, None]
         residual = tl.load(least + tile.to(tl.int64) * blocks + n[None, :])
         # Non-negative float16 are ordered like their bits, so a residual and its tile make one integer to minimise.
-        bits = tl.maximum(residual, 0.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        bits = tl.maximum(residual.to(tl.int16, bitcast=True), 0).to(tl.int32)
         key = tl.minimum(key, (bits << 16) | tile)
     for i in tl.static_range(FIRST):
         smallest = tl.min(key, axis=0)
         key = tl.where(key == smallest[None, :], 2147483647, key)
         at = segment.to(tl.int64) * capacity + i * BN + lane
         tl.store(tile_block + at, n)
-        tl.store(tile_index + at, smallest & 0xFFFF)
+        tl.store(tile_index + at, (smallest & 0xFFFF) << 2 | (smallest >> 16 & 3))
 
 
 @triton.jit
 def _list(
     least, norm, best, threshold, open, tile_block, tile_index, tile_count, blocks, capacity, tile_margin, seed_margin,
-    DIVISOR: tl.constexpr,     TILES: tl.constexpr, BN: tl.constexpr, TT: tl.constexpr, LIMIT: tl.constexpr,
+    DIVISOR: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, TT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Thresholds of a segment of BN blocks and every tile that reaches them."""
+    """Thresholds of a segment of BN blocks and every tile that reaches them; program 1 of the grid takes a share of the tiles."""
     segment = tl.program_id(0)
+    base = segment.to(tl.int64) * capacity
     n = segment * BN + tl.arange(0, BN)
     squared = tl.load(norm + n)
     ordered = tl.load(best + n)
@@ -392,20 +445,27 @@ def _list(
     reached = 1.0 + score / (DIVISOR * DIVISOR * 1.0) / tl.where(squared > 0, squared, 1.0)
     # A block of zeros reaches nothing with any seed and cannot be scaled: left open. 1e-6 covers the rounding to float32.
     zero = squared == 0
-    seeds = tl.where(zero, -1.0, (reached + seed_margin + 1e-6).to(tl.float32))
-    tl.store(threshold + n, seeds)
-    tiles = tl.where(zero, -1.0, (reached + tile_margin + 1e-6).to(tl.float32))
+    tl.store(threshold + n, tl.where(zero, -1.0, reached + seed_margin + 1e-6).to(tl.float32))
+    reach = tl.where(zero, -1.0, reached + tile_margin + 1e-6).to(tl.float32)
     listed = tl.zeros([BN], tl.int32)
-    for start in range(0, TILES, TT):
-        tile = start + tl.arange(0, TT)[:, None]
-        residual = tl.load(least + tile.to(tl.int64) * blocks + n[None, :]).to(tl.float32)
-        wanted = (residual <= tiles[None, :]) & (listed < LIMIT)[None, :]
-        listed += tl.sum(wanted.to(tl.int32), axis=0)
-        at = tl.atomic_add(tile_count + segment + tl.zeros([TT, BN], tl.int32), 1, mask=wanted, sem="relaxed")
-        fits = wanted & (at < capacity)
-        tl.store(tile_block + segment.to(tl.int64) * capacity + at, n[None, :] + tl.zeros([TT, BN], tl.int32), mask=fits)
-        tl.store(tile_index + segment.to(tl.int64) * capacity + at, tile + tl.zeros([TT, BN], tl.int32), mask=fits)
-        tl.store(open + n[None, :] + tl.zeros([TT, BN], tl.int32), 1, mask=wanted & (at >= capacity))
+    share = TILES // tl.num_programs(1)
+    row = tl.arange(0, TT)[:, None]
+    for start in range(tl.program_id(1) * share, (tl.program_id(1) + 1) * share, TT):
+        tagged = tl.load(least + (start + row).to(tl.int64) * blocks + n[None, :]).to(tl.int16, bitcast=True)
+        residual = (tagged & -4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        # One word a block says which of TT tiles are wanted; almost all words are empty or have one bit.
+        word = tl.sum(tl.where(residual <= reach[None, :], 1 << row, 0), axis=0)
+        while tl.max(word, axis=0) > 0:
+            wanted = (word != 0) & (listed < LIMIT)
+            lowest = word & -word
+            tile = start + (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            at = tl.atomic_add(tile_count + segment + tl.zeros([BN], tl.int32), 1, mask=wanted, sem="relaxed")
+            fits = wanted & (at < capacity)
+            tl.store(tile_block + base + at, n, mask=fits)
+            tl.store(tile_index + base + at, tile << 2, mask=fits)
+            tl.store(open + n, 1, mask=wanted & (at >= capacity))
+            listed += wanted.to(tl.int32)
+            word = word & (word - 1)
     tl.store(open + n, 1, mask=zero | (listed >= LIMIT))
 
 
@@ -415,41 +475,44 @@ def _rescan(
     capacity, C: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, CK: tl.constexpr, ENTRIES: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Residuals of every seed in the listed tiles: the best of each tile (FIRST) or all that reach their block's threshold."""
+    """Residuals of the seeds of listed tiles: the best of the tile's tagged quarter (FIRST), or all that reach the threshold."""
     segment = tl.program_id(0)
     base = segment.to(tl.int64) * capacity
     count = tl.minimum(tl.load(tile_count + segment), capacity)
-    t = tl.arange(0, T)
-    slot = (t * G)[:, None] + tl.arange(0, G)[None, :]
+    TS: tl.constexpr = T // 4 if FIRST else T
+    g = tl.arange(0, G)
     for start in range(tl.program_id(1) * ENTRIES, count, tl.num_programs(1) * ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
         valid = entry < count
         n = tl.load(tile_block + base + entry, mask=valid, other=0)
-        tile = tl.load(tile_index + base + entry, mask=valid, other=0)
-        residual = tl.full([ENTRIES, T], 1.0, tl.float32)
+        index = tl.load(tile_index + base + entry, mask=valid, other=0)
+        tile = index >> 2
+        t = (index & 3)[:, None] * (T // 4) + tl.arange(0, TS)[None, :]  # the tag is 0 where the whole tile is scanned
+        slot = (t * G)[:, :, None] + g[None, None, :]
+        residual = tl.full([ENTRIES, TS], 1.0, tl.float32)
         for p in tl.static_range(P - 1):
-            s = tl.zeros([ENTRIES, T], tl.float32)
+            s = tl.zeros([ENTRIES, TS], tl.float32)
             for c in tl.static_range(C):
                 w = tl.load(unit + n * CK + c)
-                s += w[:, None] * tl.load(shared + ((tile * (P - 1) + p) * C + c)[:, None] * T + t[None, :]).to(tl.float32)
+                s += w[:, None] * tl.load(shared + ((tile * (P - 1) + p) * C + c)[:, None] * T + t).to(tl.float32)
             residual -= s * s
-        x = tl.zeros([ENTRIES, T, G], tl.float32)
+        x = tl.zeros([ENTRIES, TS, G], tl.float32)
         for c in tl.static_range(C):
             w = tl.load(unit + n * CK + c)
-            row = tl.load(own + (tile * C + c)[:, None, None] * (T * G) + slot[None, :, :])
+            row = tl.load(own + (tile * C + c)[:, None, None] * (T * G) + slot)
             x += w[:, None, None] * row.to(tl.float32)
         residuals = residual[:, :, None] - x * x
         if FIRST:
-            winner = tl.argmin(tl.reshape(residuals, [ENTRIES, T * G]), axis=1)
+            winner = (index & 3) * (T * G // 4) + tl.argmin(tl.reshape(residuals, [ENTRIES, TS * G]), axis=1)
             tl.store(found_block + base + entry, n, mask=valid)
             tl.store(found_position + base + entry, tl.load(position + tile * (T * G) + winner), mask=valid)
         else:
             reach = tl.where(valid, tl.load(threshold + n), -1.0)
             wanted = residuals <= reach[:, None, None]
-            at = tl.atomic_add(found_count + segment + tl.zeros([ENTRIES, T, G], tl.int32), 1, mask=wanted, sem="relaxed")
+            at = tl.atomic_add(found_count + segment + tl.zeros([ENTRIES, TS, G], tl.int32), 1, mask=wanted, sem="relaxed")
             fits = wanted & (at < capacity)
-            block = n[:, None, None] + tl.zeros([ENTRIES, T, G], tl.int32)
-            where = tl.load(position + (tile * (T * G))[:, None, None] + slot[None, :, :], mask=fits, other=0)
+            block = n[:, None, None] + tl.zeros([ENTRIES, TS, G], tl.int32)
+            where = tl.load(position + (tile * (T * G))[:, None, None] + slot, mask=fits, other=0)
             tl.store(found_block + base + at, block, mask=fits)
             tl.store(found_position + base + at, where, mask=fits)
             tl.store(open + block, 1, mask=wanted & (at >= capacity))
