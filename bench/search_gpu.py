@@ -59,7 +59,7 @@ def measure(format: Format, shape: tuple[int, int], repeats: int) -> dict[str, f
     peak = torch.cuda.max_memory_allocated() - before
     redone: Counter[int | None] = Counter()
     searched = seconds(lambda: list(search_triton.search(blocks, bias, format, redone=redone)), repeats)
-    few, some = blocks[:512], blocks[:4096]
+    few, some = blocks[:64], blocks[:4096]
     brute = seconds(lambda: search_torch.brute_force(few, bias, format), 1) / few.numel()
     bounded = seconds(lambda: list(search_torch.search(some, bias, format)), 1) / some.numel()
     return {

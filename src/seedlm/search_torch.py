@@ -23,7 +23,7 @@ _MARGIN = 1e-5
 """Share of ||w||^2 by which a float32 energy may fall short of the true one: 24 products of unit vectors at 2^-24 each
 give less than 4e-6."""
 _FIRST_CANDIDATES = 8
-_BRUTE_PAIRS = {"cpu": 1 << 18, "cuda": 1 << 22}
+_BRUTE_PAIRS, _BRUTE_PAIRS_GPU = 1 << 18, 1 << 22
 """Pairs scored at once. A GPU needs millions to be busy: 2^18 left an H100 at 10^7 pairs/s."""
 _BOUND_ENERGIES = 1 << 23
 
@@ -39,7 +39,8 @@ def brute_force(
     tables = _tables_on(blocks.device, format)
     state = _State(blocks, exponent_bias, format, rounding, tables)
     everyone = torch.arange(format.num_seeds, device=blocks.device)
-    for positions in everyone.split(max(1, _BRUTE_PAIRS[blocks.device.type] // max(1, len(blocks)))):
+    pairs = _BRUTE_PAIRS_GPU if blocks.is_cuda else _BRUTE_PAIRS
+    for positions in everyone.split(max(1, pairs // max(1, len(blocks)))):
         state.consider(torch.arange(len(blocks), device=blocks.device), positions.expand(len(blocks), -1))
     return state.result()
 

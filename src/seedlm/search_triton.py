@@ -33,13 +33,17 @@ from seedlm.codec import BlockCodes, Rounding
 from seedlm.format import WORD_BITS, BlockFormat
 from seedlm.groups import groups
 
-WORKING_SET = 1 << 30
+WORKING_SET = 3 << 29
 """Bytes of GPU memory that a search may use at once, beside the tables (8 MB at the 4-bit preset) and its result."""
 
 _SEGMENT = 256
 _TILE_SEEDS = 64
 _TILE_ROWS = 64
 _FIRST_TILES = 4
+_ENTRIES = 4
+_LIST_TILES = 16
+_LIST_BLOCKS = 4096
+_SEEDS_PER_TILE = 3
 _BUDGETS = (16, 512)
 _FEW_BLOCKS = 64
 """Open blocks that are scored with every seed at once (0.3 ms): fewer cost less than another round of the bound."""
@@ -131,7 +135,7 @@ class _Job:
     def chunk_blocks(self, budget: int) -> int:
         """Blocks, whole segments of them, whose lists and bounds fit the working set."""
         tiles = self.tables.position.shape[0]
-        per_block = 2 * tiles + 6 * self.tables.rows.shape[-1] + 64 + budget * (8 + 24)
+        per_block = 2 * tiles + 6 * self.tables.rows.shape[-1] + 64 + 32 * _FIRST_TILES + (8 + 24 * _SEEDS_PER_TILE) * budget
         return max(1, min(_MAX_CHUNK, self.working_set // per_block) // _SEGMENT) * _SEGMENT
 
     def start(self, blocks: Tensor) -> _Round:
@@ -170,87 +174,95 @@ class _Job:
         tables, device, count = self.tables, blocks.device, len(blocks)
         blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -count % _SEGMENT))
         tiles, groups_per_tile, group = tables.position.shape
-        padded, segments, capacity = len(blocks), len(blocks) // _SEGMENT, _SEGMENT * budget
-        width = tables.rows.shape[-1]
-        shape = {"C": self.format.block_size, "P": self.format.num_coefficients, "T": groups_per_tile, "G": group}
+        padded, segments, width = len(blocks), len(blocks) // _SEGMENT, tables.rows.shape[-1]
+        shape = {"C": self.format.block_size, "P": self.format.num_coefficients, "T": groups_per_tile, "G": group, "CK": width}
 
         unit = torch.empty(padded, width, dtype=torch.float32, device=device)
         half = torch.empty(padded, width, dtype=torch.float16, device=device)
         norm = torch.empty(padded, dtype=torch.float64, device=device)
         _normalize[segments,](blocks, unit, half, norm, C=self.format.block_size, CK=width, BN=_SEGMENT)
-
         least = torch.empty(tiles, padded, dtype=torch.float16, device=device)
         _launch_bound(half, tables.rows, least)
 
-        found = _Found(segments, padded, capacity, device)
-        tile_block = torch.empty(segments, capacity, dtype=torch.int32, device=device)
-        tile_index = torch.empty_like(tile_block)
-        tile_count = torch.full((segments,), _FIRST_TILES * _SEGMENT, dtype=torch.int32, device=device)
-        _first[segments,](
-            least, tile_block, tile_index, padded, capacity, TILES=tiles, BN=_SEGMENT, TT=16, FIRST=_FIRST_TILES, num_warps=4
-        )
-
+        best = _Best(padded, device)
+        first, seeds = (_Pairs(segments, _FIRST_TILES * _SEGMENT, device, full=True) for _ in range(2))
+        _first[segments,](least, *first, padded, TILES=tiles, BN=_SEGMENT, TT=16, FIRST=_FIRST_TILES)
         threshold = torch.empty(padded, dtype=torch.float32, device=device)
-        for first in (True, False):
-            if not first:
-                tile_count.zero_()
-                found.count.zero_()
-                _list[segments, 4](
-                    least, norm, found.best, threshold, found.open, tile_block, tile_index, tile_count, padded, capacity,
-                    tables.tile_margin, tables.seed_margin, DIVISOR=self.format.divisor, TILES=tiles, BN=_SEGMENT, TT=16, LIMIT=8 * budget, num_warps=1,
-                )  # fmt: skip
-            _rescan[segments, 8](
-                unit, tables.own, tables.shared, tables.position, threshold, tile_block, tile_index, tile_count,
-                found.block, found.position, found.count, found.open, capacity, CK=width, ENTRIES=64 if first else 16, FIRST=first, **shape,
-            )  # fmt: skip
-            self.evaluate(blocks, found, splits=8)
-        self.select(found, splits=4)
-        score, key = found.result()
-        return score[:count], key[:count], found.open[:count] != 0
+        _rescan[segments, 8](
+            unit, tables.own, tables.shared, tables.position, threshold, best.open, *first, *seeds, first.capacity, seeds.capacity,
+            ENTRIES=64, FIRST=True, **shape,
+        )  # fmt: skip
+        self.evaluate(blocks, seeds, best, splits=8)
+
+        _threshold[segments,](norm, best.score, threshold, best.open, tables.seed_margin, DIVISOR=self.format.divisor, BN=_SEGMENT)
+        columns = min(_LIST_BLOCKS, padded)
+        parts = tiles // _LIST_TILES, -(-padded // columns)
+        # A single block may list all 1024 seeds of a segment's tiles, so seeds get more room than tiles.
+        capacity = columns * budget // parts[0]
+        wanted = _Pairs(parts[0] * parts[1], capacity, device)
+        seeds = _Pairs(parts[0] * parts[1], capacity * _SEEDS_PER_TILE, device)
+        _list[parts](
+            least, threshold, best.open, best.listed, *wanted, padded, columns, wanted.capacity,
+            tables.tile_margin - tables.seed_margin, BN=_SEGMENT, TT=_LIST_TILES, LIMIT=8 * budget, num_warps=1,
+        )  # fmt: skip
+        _rescan[parts[0] * parts[1], 4](
+            unit, tables.own, tables.shared, tables.position, threshold, best.open, *wanted, *seeds, wanted.capacity, seeds.capacity,
+            ENTRIES=_ENTRIES, FIRST=False, num_warps=1, **shape,
+        )  # fmt: skip
+        self.select(seeds, *self.evaluate(blocks, seeds, best, splits=2), best, splits=1)
+        score, key = best.result()
+        return score[:count], key[:count], best.open[:count] != 0
 
     def exhaustive(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Winners' score [N] and key [N] over all seeds, and that no block stays open."""
-        count, seeds, device = len(blocks), self.format.num_seeds, blocks.device
-        found = _Found(count, count, seeds, device)
-        found.block.copy_(torch.arange(count, dtype=torch.int32, device=device).unsqueeze(1).expand(-1, seeds))
-        found.position.copy_(torch.arange(seeds, dtype=torch.int32, device=device).expand(count, -1))
-        found.count.fill_(seeds)
-        self.evaluate(blocks, found, splits=64)
-        self.select(found, splits=16)
-        return *found.result(), torch.zeros(count, dtype=torch.bool, device=device)
+        count, device = len(blocks), blocks.device
+        seeds, best = _Pairs(count, self.format.num_seeds, device, full=True), _Best(count, device)
+        seeds.block.copy_(torch.arange(count, dtype=torch.int32, device=device).unsqueeze(1).expand_as(seeds.block))
+        seeds.item.copy_(torch.arange(seeds.capacity, dtype=torch.int32, device=device).expand_as(seeds.item))
+        self.select(seeds, *self.evaluate(blocks, seeds, best, splits=64), best, splits=16)
+        return *best.result(), torch.zeros(count, dtype=torch.bool, device=device)
 
-    def evaluate(self, blocks: Tensor, found: "_Found", splits: int) -> None:
-        segments, capacity = found.block.shape
+    def evaluate(self, blocks: Tensor, seeds: "_Pairs", best: "_Best", splits: int) -> tuple[Tensor, Tensor]:
+        """Score and key int64 [segments, capacity] of every pair; lowers `best.score`."""
+        score, key = (torch.empty(seeds.block.shape, dtype=torch.int64, device=blocks.device) for _ in range(2))
         # A fused multiply-add would round once where the definition rounds twice.
-        _evaluate[segments, splits](
-            blocks, self.tables.pinv, self.tables.stream, found.block, found.position, found.count, found.score, found.key,
-            found.best, capacity, enable_fp_fusion=False, **self.evaluation,
+        _evaluate[len(seeds.count), splits](
+            blocks, self.tables.pinv, self.tables.stream, *seeds, score, key, best.score, seeds.capacity,
+            enable_fp_fusion=False, **self.evaluation,
         )  # fmt: skip
+        return score, key
 
-    def select(self, found: "_Found", splits: int) -> None:
-        segments, capacity = found.block.shape
-        _select[segments, splits](
-            found.block, found.count, found.score, found.key, found.best, found.best_key, capacity, LANES=256
-        )
+    def select(self, seeds: "_Pairs", score: Tensor, key: Tensor, best: "_Best", splits: int) -> None:
+        _select[len(seeds.count), splits](*seeds, score, key, best.score, best.key, seeds.capacity, LANES=256)
 
 
-class _Found:
-    """Candidates (block, position) in segments, what they scored, and the best of every block. Scores are kept as `_ordered`."""
+class _Pairs:
+    """Lists of (block, item) in segments of one capacity; items are tiles (times 4, plus a tag) or positions in the cycle.
 
-    def __init__(self, segments: int, blocks: int, capacity: int, device: torch.device) -> None:
-        self.block = torch.empty(segments, capacity, dtype=torch.int32, device=device)
-        self.position = torch.empty(segments, capacity, dtype=torch.int32, device=device)
-        self.score = torch.empty(segments, capacity, dtype=torch.int64, device=device)
-        self.key = torch.empty(segments, capacity, dtype=torch.int64, device=device)
-        self.count = torch.full((segments,), _FIRST_TILES * _SEGMENT, dtype=torch.int32, device=device)
-        largest = torch.iinfo(torch.int64).max
-        self.best = torch.full((blocks,), largest, dtype=torch.int64, device=device)
-        self.best_key = torch.full((blocks,), largest, dtype=torch.int64, device=device)
-        self.open = torch.zeros(blocks, dtype=torch.int32, device=device)
+    block, item   int32 [segments, capacity], in no particular order
+    count         int32 [segments]; may exceed the capacity, what is beyond was not kept
+    """
+
+    def __init__(self, segments: int, capacity: int, device: torch.device, full: bool = False) -> None:
+        self.capacity = capacity = max(16, capacity // 16 * 16) if not full else capacity
+        self.block, self.item = (torch.empty(segments, capacity, dtype=torch.int32, device=device) for _ in range(2))
+        self.count = torch.full((segments,), capacity if full else 0, dtype=torch.int32, device=device)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.block, self.item, self.count))
+
+
+class _Best:
+    """The best of every block so far (a score as `_evaluate` orders it, int64), tiles it has listed, whether it stays open."""
+
+    def __init__(self, blocks: int, device: torch.device) -> None:
+        self.score, self.key = torch.full((2, blocks), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
+        self.listed, self.open = torch.zeros(2, blocks, dtype=torch.int32, device=device)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        ordered = self.best
-        return (ordered ^ ((ordered >> 63) & torch.iinfo(torch.int64).max)).view(torch.float64), self.best_key
+        """Score float64 and key int64."""
+        ordered = self.score
+        return (ordered ^ ((ordered >> 63) & torch.iinfo(torch.int64).max)).view(torch.float64), self.key
 
 
 def _codes(key: Tensor, format: BlockFormat) -> BlockCodes:
@@ -409,7 +421,7 @@ def _bound(
 
 @triton.jit
 def _first(
-    least, tile_block, tile_index, blocks, capacity, TILES: tl.constexpr, BN: tl.constexpr, TT: tl.constexpr, FIRST: tl.constexpr
+    least, tile_block, tile_index, tile_count, blocks, TILES: tl.constexpr, BN: tl.constexpr, TT: tl.constexpr, FIRST: tl.constexpr
 ):
     """The FIRST best among the minima of TT interleaved shares of the tiles, for a segment of BN blocks."""
     segment = tl.program_id(0)
@@ -425,59 +437,68 @@ def _first(
     for i in tl.static_range(FIRST):
         smallest = tl.min(key, axis=0)
         key = tl.where(key == smallest[None, :], 2147483647, key)
-        at = segment.to(tl.int64) * capacity + i * BN + lane
+        at = segment * (FIRST * BN) + i * BN + lane
         tl.store(tile_block + at, n)
         tl.store(tile_index + at, (smallest & 0xFFFF) << 2 | (smallest >> 16 & 3))
 
 
 @triton.jit
-def _list(
-    least, norm, best, threshold, open, tile_block, tile_index, tile_count, blocks, capacity, tile_margin, seed_margin,
-    DIVISOR: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, TT: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    """Thresholds of a segment of BN blocks and every tile that reaches them; program 1 of the grid takes a share of the tiles."""
-    segment = tl.program_id(0)
-    base = segment.to(tl.int64) * capacity
-    n = segment * BN + tl.arange(0, BN)
+def _threshold(norm, best, threshold, open, margin, DIVISOR: tl.constexpr, BN: tl.constexpr):
+    """The residual that a seed must not exceed to be able to win, for BN blocks."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
     squared = tl.load(norm + n)
     ordered = tl.load(best + n)
     score = (ordered ^ ((ordered >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
     reached = 1.0 + score / (DIVISOR * DIVISOR * 1.0) / tl.where(squared > 0, squared, 1.0)
     # A block of zeros reaches nothing with any seed and cannot be scaled: left open. 1e-6 covers the rounding to float32.
-    zero = squared == 0
-    tl.store(threshold + n, tl.where(zero, -1.0, reached + seed_margin + 1e-6).to(tl.float32))
-    reach = tl.where(zero, -1.0, reached + tile_margin + 1e-6).to(tl.float32)
-    listed = tl.zeros([BN], tl.int32)
-    share = TILES // tl.num_programs(1)
+    tl.store(threshold + n, tl.where(squared > 0, reached + margin + 1e-6, -1.0).to(tl.float32))
+    tl.store(open + n, 1, mask=squared == 0)
+
+
+@triton.jit
+def _list(
+    least, threshold, open, listed, tile_block, tile_index, tile_count, blocks, columns, capacity, margin,
+    BN: tl.constexpr, TT: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Every tile that reaches its block's threshold, among TT tiles and some columns of blocks.
+
+    A segment of the lists has few tiles and many blocks, so that `_rescan` finds the tiles' rows, a kilobyte each, in L1.
+    """
+    segment = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    base = segment.to(tl.int64) * capacity
+    tiles = tl.program_id(0) * TT
     row = tl.arange(0, TT)[:, None]
-    for start in range(tl.program_id(1) * share, (tl.program_id(1) + 1) * share, TT):
-        tagged = tl.load(least + (start + row).to(tl.int64) * blocks + n[None, :]).to(tl.int16, bitcast=True)
+    for start in range(tl.program_id(1) * columns, tl.minimum((tl.program_id(1) + 1) * columns, blocks), BN):
+        n = start + tl.arange(0, BN)
+        reach = tl.load(threshold + n) + margin
+        tagged = tl.load(least + (tiles + row).to(tl.int64) * blocks + n[None, :]).to(tl.int16, bitcast=True)
         residual = (tagged & -4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        # One word a block says which of TT tiles are wanted; almost all words are empty or have one bit.
+        # One word a block says which of the tiles are wanted; almost all words are empty or have one bit.
         word = tl.sum(tl.where(residual <= reach[None, :], 1 << row, 0), axis=0)
         while tl.max(word, axis=0) > 0:
-            wanted = (word != 0) & (listed < LIMIT)
-            lowest = word & -word
-            tile = start + (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-            at = tl.atomic_add(tile_count + segment + tl.zeros([BN], tl.int32), 1, mask=wanted, sem="relaxed")
-            fits = wanted & (at < capacity)
+            wanted = word != 0
+            tile = tiles + ((word & -word).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            before = tl.atomic_add(listed + n, 1, mask=wanted, sem="relaxed")
+            at = tl.atomic_add(
+                tile_count + segment + tl.zeros([BN], tl.int32), 1, mask=wanted & (before < LIMIT), sem="relaxed"
+            )
+            fits = wanted & (before < LIMIT) & (at < capacity)
             tl.store(tile_block + base + at, n, mask=fits)
             tl.store(tile_index + base + at, tile << 2, mask=fits)
-            tl.store(open + n, 1, mask=wanted & (at >= capacity))
-            listed += wanted.to(tl.int32)
+            tl.store(open + n, 1, mask=wanted & (fits == 0))
             word = word & (word - 1)
-    tl.store(open + n, 1, mask=zero | (listed >= LIMIT))
 
 
 @triton.jit
 def _rescan(
-    unit, own, shared, position, threshold, tile_block, tile_index, tile_count, found_block, found_position, found_count, open,
-    capacity, C: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, CK: tl.constexpr, ENTRIES: tl.constexpr,
+    unit, own, shared, position, threshold, open, tile_block, tile_index, tile_count, found_block, found_position, found_count,
+    capacity, found_capacity, C: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, CK: tl.constexpr, ENTRIES: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
     """Residuals of the seeds of listed tiles: the best of the tile's tagged quarter (FIRST), or all that reach the threshold."""
     segment = tl.program_id(0)
     base = segment.to(tl.int64) * capacity
+    found_base = segment.to(tl.int64) * found_capacity
     count = tl.minimum(tl.load(tile_count + segment), capacity)
     TS: tl.constexpr = T // 4 if FIRST else T
     g = tl.arange(0, G)
@@ -510,12 +531,12 @@ def _rescan(
             reach = tl.where(valid, tl.load(threshold + n), -1.0)
             wanted = residuals <= reach[:, None, None]
             at = tl.atomic_add(found_count + segment + tl.zeros([ENTRIES, TS, G], tl.int32), 1, mask=wanted, sem="relaxed")
-            fits = wanted & (at < capacity)
+            fits = wanted & (at < found_capacity)
             block = n[:, None, None] + tl.zeros([ENTRIES, TS, G], tl.int32)
             where = tl.load(position + (tile * (T * G))[:, None, None] + slot, mask=fits, other=0)
-            tl.store(found_block + base + at, block, mask=fits)
-            tl.store(found_position + base + at, where, mask=fits)
-            tl.store(open + block, 1, mask=wanted & (at >= capacity))
+            tl.store(found_block + found_base + at, block, mask=fits)
+            tl.store(found_position + found_base + at, where, mask=fits)
+            tl.store(open + block, 1, mask=wanted & (at >= found_capacity))
 
 
 @triton.jit
@@ -539,7 +560,7 @@ def _rounded(t, exponent, up, NEAREST: tl.constexpr, Q_LOW: tl.constexpr, Q_HIGH
     return _clamp(x, Q_LOW * 1.0, Q_HIGH * 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "BIAS"])
 def _evaluate(
     blocks, pinv, stream, found_block, found_position, found_count, found_score, found_key, best, capacity, BIAS,
     K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, DIVISOR: tl.constexpr, Q_LOW: tl.constexpr, Q_HIGH: tl.constexpr,
@@ -641,7 +662,7 @@ def _evaluate(
 
 
 @triton.jit
-def _select(found_block, found_count, found_score, found_key, best, best_key, capacity, LANES: tl.constexpr):
+def _select(found_block, found_position, found_count, found_score, found_key, best, best_key, capacity, LANES: tl.constexpr):
     """The least key of the candidates that have their block's least score."""
     segment = tl.program_id(0)
     base = segment.to(tl.int64) * capacity
