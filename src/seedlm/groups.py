@@ -95,7 +95,7 @@ def _own_rows(span: Tensor, shared: Tensor) -> Tensor:
 
 
 def _missing(span: Tensor, shared: Tensor, own: Tensor) -> Tensor:
-    """span span' - shared shared' - own own', for each seed: [..., G, C, C]."""
+    """What is missing, span span' - shared shared' - own own', for each seed: [..., G, C, C]."""
     return span @ span.mT - (shared @ shared.mT).unsqueeze(-3) - own.unsqueeze(-1) * own.unsqueeze(-2)
 
 

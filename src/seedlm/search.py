@@ -145,7 +145,8 @@ def _reason_no_triton(device: torch.device, format: Format | None) -> str | None
     if importlib.util.find_spec("triton") is None:
         return "backend 'triton' needs triton, which PyTorch's CUDA builds for Linux install"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"backend 'triton' needs compute capability 8.0 (Ampere) or newer, {device} is a {torch.cuda.get_device_name(device)}"
+        name = torch.cuda.get_device_name(device)
+        return f"backend 'triton' needs compute capability 8.0 (Ampere) or newer, {device} is a {name}"
     if format is not None:
         limits = {"seed bits": (format.seed_bits, 16), "weights a block": (format.block_size, 16)}
         limits |= {"coefficients": (format.num_coefficients, 4)}
