@@ -35,15 +35,20 @@ from seedlm.groups import groups
 WORKING_SET = 3 << 29
 """Bytes of GPU memory that a search may use at once, beside the tables (8 MB at the 4-bit preset) and its result."""
 
-_SEGMENT = 256
 _TILE_SEEDS = 64
 _TILE_ROWS = 64
+_SEGMENT = 256
+"""Blocks to a program where blocks are independent."""
 _FIRST_TILES = 4
+"""Seeds scored for the threshold. One is not enough: where its coefficients clamp, hundreds of seeds reach the threshold."""
+_LIST_TILES, _LIST_BLOCKS = 16, 4096
+"""Tiles and blocks to a segment of the lists."""
 _ENTRIES = 4
-_LIST_TILES = 16
-_LIST_BLOCKS = 4096
-_SEEDS_PER_TILE = 3
+"""Tiles rescanned by a warp at a time: 16 read so many cache lines a load that it took 0.69 ms instead of 0.41 (H100)."""
 _BUDGETS = (16, 512)
+"""Tiles that the lists have room for, per block, in the first and the second round."""
+_SEEDS_PER_TILE = 3
+"""Seeds that they have room for, per tile; with one, a single block's 1024 seeds could crowd out its neighbours."""
 _FEW_BLOCKS = 64
 """Open blocks that are scored with every seed at once (0.3 ms): fewer cost less than another round of the bound."""
 _MAX_CHUNK = 1 << 18
@@ -195,8 +200,8 @@ class _Job:
         kernels.first[segments,](least, *first, padded, TILES=tiles, BN=_SEGMENT, TT=16, FIRST=_FIRST_TILES)
         threshold = torch.empty(padded, dtype=torch.float32, device=device)
         kernels.rescan[segments, 8](
-            unit, tables.own, tables.shared, tables.position, threshold, best.open, *first, *seeds, first.capacity, seeds.capacity,
-            ENTRIES=64, FIRST=True, **shape,
+            unit, tables.own, tables.shared, tables.position, threshold, best.open, *first, *seeds,
+            first.capacity, seeds.capacity, ENTRIES=64, FIRST=True, **shape,
         )  # fmt: skip
         self.evaluate(blocks, seeds, best, splits=8)
 
@@ -205,7 +210,6 @@ class _Job:
         )
         columns = min(_LIST_BLOCKS, padded)
         parts = tiles // _LIST_TILES, -(-padded // columns)
-        # A single block may list all 1024 seeds of a segment's tiles, so seeds get more room than tiles.
         capacity = columns * budget // parts[0]
         wanted = _Pairs(parts[0] * parts[1], capacity, device)
         seeds = _Pairs(parts[0] * parts[1], capacity * _SEEDS_PER_TILE, device)
@@ -214,8 +218,8 @@ class _Job:
             tables.tile_margin - tables.seed_margin, BN=_SEGMENT, TT=_LIST_TILES, LIMIT=8 * budget, num_warps=1,
         )  # fmt: skip
         kernels.rescan[parts[0] * parts[1], 4](
-            unit, tables.own, tables.shared, tables.position, threshold, best.open, *wanted, *seeds, wanted.capacity, seeds.capacity,
-            ENTRIES=_ENTRIES, FIRST=False, num_warps=1, **shape,
+            unit, tables.own, tables.shared, tables.position, threshold, best.open, *wanted, *seeds,
+            wanted.capacity, seeds.capacity, ENTRIES=_ENTRIES, FIRST=False, num_warps=1, **shape,
         )  # fmt: skip
         self.select(seeds, *self.evaluate(blocks, seeds, best, splits=2), best, splits=1)
         score, key = best.result()

@@ -170,10 +170,10 @@ def list(
 @triton.jit
 def rescan(
     unit, own, shared, position, threshold, open, tile_block, tile_index, tile_count, found_block, found_position, found_count,
-    capacity, found_capacity, C: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, CK: tl.constexpr, ENTRIES: tl.constexpr,
-    FIRST: tl.constexpr,
+    capacity, found_capacity, C: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, CK: tl.constexpr,
+    ENTRIES: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Residuals of the seeds of listed tiles: the best of the tile's tagged quarter (FIRST), or all that reach the threshold."""
+    """Residuals of the seeds of listed tiles: the best of the tagged quarter (FIRST), or all that reach the threshold."""
     segment = tl.program_id(0)
     base = segment.to(tl.int64) * capacity
     found_base = segment.to(tl.int64) * found_capacity
