@@ -114,7 +114,7 @@ def compress_checkpoint(
         raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if dtype is not None and dtype not in _DTYPES:
         raise FormatError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    if backend != "auto" and (reason := search.reason_unavailable(backend, torch.device("cpu"))):
+    if backend != "auto" and (reason := search.reason_unavailable(backend, torch.device("cpu"), format)):
         raise BackendError(reason)
     shard_bytes = parse_size(max_shard_size)
     progress = on_progress or (lambda phase, done, total: None)
