@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from seedlm import compress, search, workfolder
-from seedlm.checkpoint import Checkpoint
+from seedlm.checkpoint import GUARD, Checkpoint
 from seedlm.compress import compress_checkpoint, parse_size
 from seedlm.errors import BackendError, CheckpointError, FormatError, OutputError, SourceError, TensorError
 from seedlm.format import parse_format
@@ -85,6 +85,7 @@ class TestResult:
         source = json.loads((llama[0] / "config.json").read_text())
         config = json.loads((finished[0] / "config.json").read_text())
         quantization = config.pop("quantization_config")
+        assert config.pop("fusion_config") == {GUARD: False}
         assert config == source
         assert config["dtype"] == "bfloat16"
         assert quantization == {
