@@ -112,9 +112,9 @@ class WorkFolder:
             old = json.loads((self.path / _PLAN).read_bytes())
         except ValueError:
             raise OutputError(f"{self.path / _PLAN}: is damaged; delete {self.path} to start over") from None
-        differences = list(differences(old, plan))
-        if differences:
-            shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
+        found = list(differences(old, plan))
+        if found:
+            shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
             raise OutputError(
                 f"{self.path}: holds an unfinished run that differs: {shown}. Repeat its command to go on, "
                 f"or delete {self.path} to start over"
