@@ -22,6 +22,8 @@ from seedlm.tensorfile import TensorInfo
 from seedlm.workfolder import WorkFolder
 from tiny_models import SMALL, folder_bytes, save_tensors, tiny_llama
 
+FORMAT = parse_format(SMALL)
+
 
 def run(source, out, **options):
     return compress_checkpoint(source, out, **{"format": SMALL, "backend": "torch", **options})
@@ -40,6 +42,23 @@ def finished(llama, tmp_path_factory):
 
 
 class TestResult:
+    def test_dtype_converts_what_is_not_compressed(self, llama, finished, tmp_path):
+        run(llama[0], tmp_path / "out", dtype="float32")
+        checkpoint, original = Checkpoint.open(tmp_path / "out"), Checkpoint.open(finished[0])
+        assert checkpoint.config["dtype"] == "float32"
+        for name in original.dense:
+            assert torch.equal(checkpoint.dense_tensor(name), original.dense_tensor(name).float())
+        for module in original.packed:
+            assert torch.equal(checkpoint.tensor(module).tensors["words"], original.tensor(module).tensors["words"])
+
+    def test_dtype_too_small_for_a_number_is_refused(self, tmp_path):
+        weights = {"model.layers.0.a.weight": torch.randn(8, 32), "model.norm.weight": torch.tensor([1.0, -7e4])}
+        source = save_tensors(tmp_path / "source", weights)
+        with pytest.raises(TensorError, match=r"model.norm.weight: holds 70000, too large for F16"):
+            run(source, tmp_path / "out", dtype="float16")
+        with pytest.raises(FormatError, match="dtype must be one of bfloat16, float16, float32, got 'int8'"):
+            run(source, tmp_path / "out", dtype="int8")
+
     def test_each_linear_layer_is_what_encode_gives(self, llama, finished):
         state = llama[1].state_dict()
         checkpoint = Checkpoint.open(finished[0])
@@ -191,7 +210,7 @@ class TestSelection:
     )
 
     def test_default_is_the_linear_layers_of_the_decoder(self):
-        chosen, left = select(self.TENSORS, {})
+        chosen, left = select(self.TENSORS, {}, FORMAT)
         assert chosen == list(self.DEFAULT)
         assert left["model.layers.0.mlp.gate.weight"] == "a router"
         assert left["model.layers.0.mlp.experts.gate_up_proj"] == "stacked experts"
@@ -211,7 +230,7 @@ class TestSelection:
         ids=["head", "router", "never-embeddings", "exclude", "exclude-wins"],
     )
     def test_patterns_add_and_take_away(self, options, added, removed):
-        chosen, _ = select(self.TENSORS, {}, **options)
+        chosen, _ = select(self.TENSORS, {}, FORMAT, **options)
         assert set(chosen) == (set(self.DEFAULT) | added) - removed
 
     @pytest.mark.parametrize(
@@ -229,7 +248,13 @@ class TestSelection:
     )
     def test_what_cannot_be_meant_is_refused(self, tensors, config, options, message):
         with pytest.raises(SourceError, match=message):
-            select({**self.TENSORS, **tensors}, config, **options)
+            select({**self.TENSORS, **tensors}, config, FORMAT, **options)
+
+    def test_what_would_not_get_smaller_is_left_unless_included(self):
+        tensors = {"model.layers.0.narrow.weight": TensorInfo("BF16", (8, 1)), **self.TENSORS}
+        chosen, left = select(tensors, {}, FORMAT)
+        assert left["model.layers.0.narrow.weight"] == "no smaller as codes"
+        assert "model.layers.0.narrow" in select(tensors, {}, FORMAT, include=["*.narrow"])[0]
 
     def test_an_included_head_is_compressed_and_left_off_the_dense_list(self, llama, tmp_path):
         run(llama[0], tmp_path / "out", include=["lm_head"], exclude=["*.self_attn.*"])

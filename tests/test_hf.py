@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from seedlm import hf
+from seedlm.checkpoint import GUARD, stored_name
 from seedlm.errors import CheckpointError, FormatError
 from seedlm.format import parse_format
-from seedlm.linear import SeedLinear, seed_linears, stored_name
+from seedlm.linear import SeedLinear, seed_linears
 from seedlm.search import encode
 
 FORMAT = parse_format("block-k8-c8-p3-q4-e4")
@@ -59,7 +60,7 @@ def packed(dense, tmp_path_factory):
         "rounding": "best",
         "modules_to_not_convert": ["lm_head"],
     }
-    config["fusion_config"] = {hf.GUARD: False}
+    config["fusion_config"] = {GUARD: False}
     return write(tmp_path_factory.mktemp("packed"), config, tensors)
 
 

@@ -29,6 +29,8 @@ from seedlm.tensorfile import TensorFiles, TensorInfo, parse_json, read_json
 QUANT_METHOD: Final = "seedlm"
 FORMAT_VERSION: Final = 1
 METADATA_KEY: Final = "seedlm"
+GUARD: Final = "none. This model's weights are packed by seedlm: `pip install seedlm`, then `import seedlm` before loading it"
+"""The key in config.json's ``fusion_config`` that transformers quotes when it refuses a folder (`hf`)."""
 
 _MAX_FEATURES: Final = 1 << 31
 _CHECK_WORDS: Final = 1 << 20
@@ -91,6 +93,11 @@ def quantization_config(
     if overrides:
         config["overrides"] = {module: overrides[module].to_dict() for module in sorted(overrides)}
     return config
+
+
+def guarded(fusions: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A model's ``fusion_config`` with the guard in it, which is off: its value is false."""
+    return {**(fusions or {}), GUARD: False}
 
 
 def metadata(packed: Mapping[str, PackedInfo]) -> dict[str, str]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seedlm import __version__
 from seedlm.errors import EvaluationError, SeedLMError
+from seedlm.version import __version__
 
 if TYPE_CHECKING:
     from seedlm.report import Report
@@ -63,6 +63,9 @@ def compress(
         str | None, typer.Option(help="A format instead of --bits, such as block-k16-c8-p3-q4-e4.", metavar="SPEC")
     ] = None,
     rounding: Annotated[str, typer.Option(help="How coefficients are chosen: best, or the paper's own nearest.")] = "best",
+    dtype: Annotated[
+        str | None, typer.Option(help="Store what is not compressed as bfloat16, float16 or float32; default: as it is.")
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Also compress modules that match this glob, such as lm_head.", metavar="GLOB")
     ] = None,
@@ -89,6 +92,7 @@ def compress(
                 out,
                 format=format or bits,
                 rounding=rounding,  # type: ignore[arg-type]  # checked inside, with the allowed values in the message
+                dtype=dtype,
                 include=include or (),
                 exclude=exclude or (),
                 max_shard_size=max_shard_size,
@@ -106,6 +110,37 @@ def compress(
     _print_totals(report)
     speed = f", {run['weights_per_second'] / 1e6:.3f} million weights/s" if run["weights_per_second"] else ""
     print(f"time              {run['seconds']:.1f} s{speed}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Model folder or Hub repository, compressed or not.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.", max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template and print the answer alone.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")] = "auto",
+    expand: Annotated[
+        bool, typer.Option("--expand", help="Regrow all weights once after loading: faster on a CPU, full size in memory.")
+    ] = False,
+) -> None:
+    """Generate text, printed as it comes; then, on stderr, the speed."""
+    from seedlm.generate import Timing
+    from seedlm.generate import generate as pieces
+
+    timing = Timing()
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "chat": chat}
+    for piece in pieces(model, prompt, **options, device=device, dtype=dtype, expand=expand, timing=timing):  # type: ignore[arg-type]
+        print(piece, end="", flush=True)
+    print()
+    print(
+        f"{timing.tokens} tokens in {timing.seconds:.1f} s, {timing.tokens / timing.seconds:.1f} tokens/s; "
+        f"loaded in {timing.load_seconds:.1f} s",
+        file=sys.stderr,
+    )
 
 
 @app.command()

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from seedlm import __version__, checkpoint, report, search
+from seedlm import checkpoint, report, search
 from seedlm.checkpoint import PackedInfo, stored_name
 from seedlm.codec import ROUNDINGS, Rounding, choose_exponent_bias
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
@@ -30,6 +30,7 @@ from seedlm.search import Backend
 from seedlm.selection import dense_linears, select
 from seedlm.source import Source, open_source
 from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout
+from seedlm.version import __version__
 from seedlm.workfolder import WorkFolder, Writer
 
 Progress = Callable[[str, int, int], None]
@@ -38,6 +39,9 @@ it starts, which is not 0 when an earlier run is gone on with."""
 
 _PIECE_WEIGHTS: Final = 1 << 22
 """Weights that are in memory at a time: 16 MiB of them in float32, 32 MiB in float64 while they are summed up."""
+
+_DTYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_TORCH_DTYPES: Final = {code: getattr(torch, name) for name, code in _DTYPES.items()}
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -82,6 +86,7 @@ def compress_checkpoint(
     *,
     format: str | Format = "4",
     rounding: Rounding = "best",
+    dtype: str | None = None,
     include: tuple[str, ...] | list[str] = (),
     exclude: tuple[str, ...] | list[str] = (),
     max_shard_size: int | str = "5GB",
@@ -95,6 +100,8 @@ def compress_checkpoint(
     out                 folder to be created; ``OUT.partial`` beside it holds the unfinished run
     format              preset, specification or format object
     rounding            how coefficients are chosen (`codec.Rounding`)
+    dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;
+                        None leaves every one as it is
     include, exclude    glob patterns over module names (`selection`)
     max_shard_size      bytes, or a text such as ``"5GB"``
     returns             sizes, bits and errors, read back from what was written
@@ -105,13 +112,15 @@ def compress_checkpoint(
     format = parse_format(format) if isinstance(format, str) else format
     if rounding not in ROUNDINGS:
         raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise FormatError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     if backend != "auto" and (reason := search.reason_unavailable(backend, torch.device("cpu"))):
         raise BackendError(reason)
     shard_bytes = parse_size(max_shard_size)
     progress = on_progress or (lambda phase, done, total: None)
     model = open_source(source, revision=revision)
-    modules, left = select(model.tensors, model.config, include, exclude)
-    items = _items(model.tensors, modules, format)
+    modules, left = select(model.tensors, model.config, format, include, exclude)
+    items = _items(model.tensors, modules, format, _DTYPES.get(dtype or ""))
     shards = _shards(items, shard_bytes)
 
     with WorkFolder.claim(out) as work:
@@ -121,6 +130,7 @@ def compress_checkpoint(
             "arguments": {
                 "format": format.to_dict(),
                 "rounding": rounding,
+                "dtype": dtype,
                 "include": sorted(include),
                 "exclude": sorted(exclude),
                 "max_shard_size": shard_bytes,
@@ -131,9 +141,11 @@ def compress_checkpoint(
         layouts = {name: _layout(shard) for name, shard in shards.items()}
         if not work.begin(plan, layouts):
             _write_tensors(work, model, shards, scans, rounding, backend, progress)
-            _write_rest(
-                work, model, shards, scans, checkpoint.quantization_config(format, rounding, dense_linears(model.tensors, left))
-            )
+            config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
+            if dtype is not None:
+                config["dtype"] = dtype
+            config["quantization_config"] = checkpoint.quantization_config(format, rounding, dense_linears(model.tensors, left))
+            _write_rest(work, model, shards, scans, config)
             work.publish()
         work.remove()
     return inspect_checkpoint(out)
@@ -150,7 +162,7 @@ def parse_size(size: int | str) -> int:
     return size
 
 
-def _items(tensors: Mapping[str, TensorInfo], modules: list[str], format: Format) -> list[_Item]:
+def _items(tensors: Mapping[str, TensorInfo], modules: list[str], format: Format, dtype: str | None) -> list[_Item]:
     """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight."""
     chosen = {f"{module}.weight": module for module in modules}
     items: list[_Item] = []
@@ -158,7 +170,8 @@ def _items(tensors: Mapping[str, TensorInfo], modules: list[str], format: Format
     for name, info in tensors.items():
         module = chosen.get(name)
         if module is None:
-            item = _Item(name, None, None, {name: info})
+            convert = dtype is not None and info.dtype in _DTYPES.values()
+            item = _Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})
         else:
             packed = PackedInfo(format, (info.shape[0], info.shape[1]))
             item = _Item(name, module, packed, {stored_name(module, part): spec for part, spec in packed.stored.items()})
@@ -251,8 +264,9 @@ def _write_tensors(
                 if item.packed is None:
                     start = 0
                     for chunk in source.chunks(item.name):
-                        writer.write(item.name, start, chunk)
-                        start += len(chunk)
+                        data = _converted(chunk, source.tensors[item.name], item.stored[item.name], item.name)
+                        writer.write(item.name, start, data)
+                        start += len(data)
                 else:
 
                     def within(count: int, before: int = done) -> None:
@@ -298,6 +312,17 @@ def _encode(
     return squared_error
 
 
+def _converted(chunk: bytes | bytearray, read: TensorInfo, stored: TensorInfo, name: str) -> bytes | bytearray | memoryview:
+    """Some bytes of a dense tensor in the dtype that it is stored in. TensorError for a number too large for it."""
+    if read.dtype == stored.dtype:
+        return chunk
+    values = torch.frombuffer(bytearray(chunk), dtype=_TORCH_DTYPES[read.dtype])
+    converted = values.to(_TORCH_DTYPES[stored.dtype])
+    if not torch.equal(converted.isfinite(), values.isfinite()):
+        raise TensorError(f"{name}: holds {float(values.abs().nan_to_num(posinf=0.0).max()):g}, too large for {stored.dtype}")
+    return _bytes(converted)
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     """A CPU tensor's bytes, row-major."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
@@ -308,7 +333,7 @@ def _write_rest(
     source: Source,
     shards: Mapping[str, list[_Item]],
     scans: Mapping[str, _Scan],
-    quantization: dict[str, Any],
+    config: dict[str, Any],
 ) -> None:
     """Everything but the tensors; config.json, without which nothing is a model, comes last."""
     items = [item for shard in shards.values() for item in shard]
@@ -321,4 +346,4 @@ def _write_rest(
         item.module: (work.done[item.key]["squared_error"], scans[item.name].squared_norm) for item in items if item.module
     }
     work.write_json(report.REPORT_NAME, report.recorded(source.nbytes, errors))
-    work.write_json("config.json", {**source.config, "quantization_config": quantization})
+    work.write_json("config.json", config)

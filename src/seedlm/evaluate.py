@@ -25,10 +25,10 @@ import torch
 import transformers
 from torch import Tensor
 
-import seedlm
 from seedlm import measure, models
 from seedlm.errors import EvaluationError, OutputError
 from seedlm.source import locate
+from seedlm.version import __version__
 from seedlm.workfolder import differences, try_lock
 
 EVALUATION_VERSION: Final = 1
@@ -229,7 +229,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
     """What else the last bits of the results depend on."""
     cuda = device.type == "cuda"
     return {
-        "seedlm": seedlm.__version__,
+        "seedlm": __version__,
         "commit": _commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

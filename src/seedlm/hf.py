@@ -5,15 +5,14 @@ whether every part of them is there in the right shape, is taken from the files'
 a missing tensor from random values. Afterwards every code is checked.
 
 A folder must also fail where this package is missing, and transformers only warns about a quantisation method that it does not
-know. Two guards see to that. The codes are stored under the weights' own names, with other shapes (`linear.stored_name`). And
+know. Two guards see to that. The codes have the weights' own names, with other shapes (`checkpoint.stored_name`). And
 config.json names, under ``fusion_config``, a fusion of layers that no transformers has: its name is the message, and the
 ValueError about it comes before anything is loaded, whatever the arguments. Its value is false, "off", so that where
 `register` has made the name known nothing happens.
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,15 +27,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from seedlm.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, guarded, metadata, stored_name
 from seedlm.codec import ROUNDINGS, Rounding
 from seedlm.errors import CheckpointError, FormatError
 from seedlm.format import Format, format_from_dict, parse_format
-from seedlm.linear import SeedLinear, choose_modules, compress_model, expand_model, seed_linears, stored_name
-
-QUANT_METHOD: Final = "seedlm"
-FORMAT_VERSION: Final = 1
-GUARD: Final = "none. This model's weights are packed by seedlm: `pip install seedlm`, then `import seedlm` before loading it"
-"""The key in ``fusion_config`` that transformers quotes when it refuses a folder."""
+from seedlm.linear import SeedLinear, choose_modules, compress_model, expand_model, seed_linears
 
 
 class SeedLMConfig(QuantizationConfigMixin):
@@ -122,12 +117,8 @@ class SeedLMQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model):
         """No state dict of its own; the safetensors metadata of a packed file, in which shapes are told."""
-        tensors = {
-            name: {"shape": [layer.out_features, layer.in_features], "format": layer.format.spec}
-            for name, layer in seed_linears(model)
-        }
-        data = {"format_version": FORMAT_VERSION, "tensors": tensors}
-        return None, {QUANT_METHOD: json.dumps(data, separators=(",", ":"), ensure_ascii=False)}
+        packed = {name: PackedInfo(m.format, (m.out_features, m.in_features)) for name, m in seed_linears(model)}
+        return None, metadata(packed)
 
     def is_serializable(self) -> bool:
         return True
@@ -225,9 +216,10 @@ def _compress_loaded(model: nn.Module, config: SeedLMConfig) -> None:
 
 def _set_guard(config: Any, wanted: bool) -> None:
     """Put the guard into a model's configuration, or take it out."""
-    fusions = {name: on for name, on in (getattr(config, "fusion_config", None) or {}).items() if name != GUARD}
+    fusions = dict(getattr(config, "fusion_config", None) or {})
+    fusions.pop(GUARD, None)
     if wanted:
-        fusions[GUARD] = False
+        fusions = guarded(fusions)
     if fusions:
         config.fusion_config = fusions
     elif hasattr(config, "fusion_config"):

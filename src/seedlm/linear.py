@@ -11,30 +11,18 @@ codes alone. Mind that its `weight` is therefore the packed words, int32; the we
 
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
-from typing import Final, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from seedlm import ops, packing
+from seedlm import ops
+from seedlm.checkpoint import PackedInfo, check_codes, stored_name
 from seedlm.codec import Rounding
-from seedlm.errors import CheckpointError, TensorError
-from seedlm.format import EXPONENT_BIAS_RANGE, Format, parse_format
+from seedlm.errors import TensorError
+from seedlm.format import Format, parse_format
 from seedlm.search import Backend, EncodedTensor, Progress, encode
-
-LEFT_DENSE: Final = ("*lm_head*", "*router*", "*.gate", "*.shared_expert_gate")
-"""Heads and routers: never compressed by default, small or sensitive."""
-
-_CHECK_WORDS = 1 << 20
-
-
-def stored_name(module: str, part: str) -> str:
-    """The name under which a part of a compressed module's weight is stored.
-
-    The codes take the weight's own name: a reader that does not know this format then finds a tensor of the wrong
-    shape and fails, where under a new name it would find nothing and start from random weights.
-    """
-    return f"{module}.weight" if part == "words" else f"{module}.weight_{part}"
+from seedlm.selection import gets_smaller, left_by_default
 
 
 class SeedLinear(nn.Module):
@@ -96,17 +84,8 @@ class SeedLinear(nn.Module):
 
     def check_codes(self, where: str) -> None:
         """Raise CheckpointError if codes that came from a file are not valid: bias out of range, zero seeds, padding set."""
-        words, exponent_bias = self.codes
-        low, high = EXPONENT_BIAS_RANGE
-        if not low <= int(exponent_bias) <= high:
-            raise CheckpointError(f"{where}: exponent bias must be {low} .. {high}, got {int(exponent_bias)}")
-        rows = max(1, _CHECK_WORDS // words.shape[1])
-        for first in range(0, len(words), rows):
-            try:
-                packing.check_codes(words[first : first + rows], self.format.blocks_per_row(self.in_features), self.format)
-            except TensorError as reason:
-                place = f", rows counted from row {first}" if first else ""
-                raise CheckpointError(f"{where}: {reason}{place}") from None
+        info = PackedInfo(self.format, (self.out_features, self.in_features))
+        check_codes(where, info, dict(zip(info.stored, self.codes, strict=True)))
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -164,7 +143,7 @@ def compress_model(
 
 
 def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[str]:
-    """The linear layers to compress: those in numbered layers that are no heads or routers, and that become smaller.
+    """The linear layers to compress: those that `selection` takes by default, if they become smaller.
 
     include   glob patterns of names to add whatever the default says
     exclude   glob patterns of names to leave out; they win
@@ -180,8 +159,7 @@ def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = ()
         owners.setdefault(id(parameter), []).append(name)
     chosen = []
     for name, module in linears.items():
-        smaller = format.stored_bits(*module.weight.shape) < 16 * module.weight.numel()
-        default = smaller and any(part.isdigit() for part in name.split(".")) and not _matches(name, LEFT_DENSE)
+        default = gets_smaller(format, *module.weight.shape) and left_by_default(name) is None
         if _matches(name, exclude) or not (default or _matches(name, include)):
             continue
         shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]

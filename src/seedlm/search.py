@@ -16,7 +16,7 @@ from torch import Tensor
 from seedlm import codec, packing, search_torch
 from seedlm.codec import BlockCodes, Rounding
 from seedlm.errors import BackendError, TensorError
-from seedlm.format import EXPONENT_BIAS_RANGE, BlockFormat, Format
+from seedlm.format import EXPONENT_BIAS_RANGE, BlockFormat, Format, parse_format
 
 Backend = Literal["auto", "numba", "torch"]
 BACKENDS: Final = ("numba", "torch")
@@ -63,7 +63,7 @@ def decode(words: Tensor, exponent_bias: int, in_features: int, format: BlockFor
 
 def encode(
     weight: Tensor,
-    format: Format,
+    format: Format | str,
     *,
     rounding: Rounding = "best",
     exponent_bias: int | None = None,
@@ -73,12 +73,14 @@ def encode(
     """Compress one matrix: for every block the seed, exponent and coefficients of least error (paper Algorithm 3).
 
     weight          floating point [out_features, in_features], finite, not float64
+    format          a format, or anything `parse_format` reads
     rounding        how coefficients are chosen (`codec.Rounding`)
     exponent_bias   None picks it from the largest magnitude; 0 is the paper's absolute exponent range
     returns         the encoded tensor, on the weight's device, and ||W - W^||_F^2
     Raises TensorError for a weight that cannot be encoded, BackendError for a backend that cannot run here.
     """
     check_weight(weight)
+    format = parse_format(format) if isinstance(format, str) else format
     if rounding not in codec.ROUNDINGS:
         raise TensorError(f"rounding must be one of {', '.join(codec.ROUNDINGS)}, got {rounding!r}")
     low, high = EXPONENT_BIAS_RANGE

@@ -5,7 +5,7 @@ The rule, for a tensor named ``M.weight`` of module M:
 1. Only matrices [out_features, in_features] that belong to a linear layer can be compressed. Vectors, stacks of matrices,
    other parameters and embeddings cannot, whatever the patterns say.
 2. By default those inside a numbered layer (``model.layers.3.mlp.up_proj``) are, except routers, vision and audio towers,
-   and heads.
+   heads, and what would not become smaller.
 3. ``include`` patterns add modules that rule 2 leaves out (``lm_head``); ``exclude`` patterns take modules away, and win.
 
 Patterns are shell globs over the whole module name, in which ``*`` also matches dots. A pattern that matches no module of the
@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from seedlm.errors import SourceError
+from seedlm.format import Format
 from seedlm.tensorfile import TensorInfo
 
 _EMBEDDINGS: Final = ("*embed*", "*wte", "*wpe", "*word_embeddings*", "*relative_attention_bias")
@@ -32,7 +33,11 @@ _TRANSPOSED_MODELS: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decisi
 
 
 def select(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], include: Iterable[str] = (), exclude: Iterable[str] = ()
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    format: Format,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Split a model's tensors into what is compressed and what is not.
 
@@ -50,7 +55,7 @@ def select(
                 raise SourceError(f"no module with a weight matches --{option} {pattern!r}{tied}")
     chosen, left = [], {}
     for name, info in tensors.items():
-        reason = _why_not(name, info, include, exclude)
+        reason = _why_not(name, info, format, include, exclude)
         if reason is not None:
             left[name] = reason
         elif info.dtype not in _ENCODABLE:
@@ -77,7 +82,7 @@ def dense_linears(tensors: Mapping[str, TensorInfo], left: Mapping[str, str]) ->
     return sorted(names)
 
 
-def _why_not(name: str, info: TensorInfo, include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
+def _why_not(name: str, info: TensorInfo, format: Format, include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
     """Why a tensor stays as it is; None if it is to be compressed."""
     cannot = _cannot(name, info)
     if cannot is not None:
@@ -87,6 +92,18 @@ def _why_not(name: str, info: TensorInfo, include: tuple[str, ...], exclude: tup
         return "excluded"
     if any(fnmatchcase(module, pattern) for pattern in include):
         return None
+    if not gets_smaller(format, *info.shape):
+        return "no smaller as codes"
+    return left_by_default(module)
+
+
+def gets_smaller(format: Format, out_features: int, in_features: int) -> bool:
+    """Whether a weight takes fewer bits as codes than as 16-bit numbers; tails of short rows may eat up the gain."""
+    return format.stored_bits(out_features, in_features) < 16 * out_features * in_features
+
+
+def left_by_default(module: str) -> str | None:
+    """Rule 2: why a linear layer of this name stays as it is unless it is included; None if it is compressed."""
     for reason, patterns in _LEFT_DENSE.items():
         if any(fnmatchcase(module, pattern) for pattern in patterns):
             return reason

@@ -8,14 +8,17 @@ operations that the seed search uses. They are generic IR, not instructions of o
 Arrays are C-contiguous, offsets count elements, nothing is bounds-checked.
 """
 
+from typing import Any
+
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import make_array
 
 LANES = 32
+
+intrinsic: Any = extending.intrinsic  # whose type hints do not know that the typing context is not the caller's to give
 
 _I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 _I16V, _I32V, _F32V = (ir.VectorType(t, LANES) for t in (_I16, _I32, _F32))
@@ -31,8 +34,8 @@ int16x32 = _Vector("int16x32", _I16V)
 float32x32 = _Vector("float32x32", _F32V)
 
 
-@register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):
+@extending.register_model(_Vector)
+class _VectorModel(extending.models.PrimitiveModel):
     def __init__(self, dmm, fe_type) -> None:
         super().__init__(dmm, fe_type, fe_type.llvm)
 

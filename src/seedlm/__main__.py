@@ -1,0 +1,5 @@
+"""`python -m seedlm` is the command line."""
+
+from seedlm.cli import main
+
+main()

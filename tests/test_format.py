@@ -1,0 +1,67 @@
+"""The format object: its arithmetic, its limits, its written forms."""
+
+import pytest
+
+from seedlm.errors import FormatError
+from seedlm.format import PRESETS, BlockFormat, format_from_dict, parse_format
+
+
+def test_presets_are_the_papers_configurations():
+    four, three = PRESETS["4"], PRESETS["3"]
+    assert (four.block_bits, four.bits_per_weight) == (32, 4.0)
+    assert (three.block_bits, three.bits_per_weight) == (36, 3.0)
+    assert four.num_seeds == three.num_seeds == 65535
+
+
+def test_stored_bits_count_tails_padding_and_bias():
+    three = PRESETS["3"]
+    assert three.blocks_per_row(100) == 9
+    assert three.words_per_row(100) == 11  # 324 bits
+    assert three.stored_bits(7, 100) == 7 * 11 * 32 + 32
+    assert three.blocks_per_group == 8
+
+
+@pytest.mark.parametrize("spec", ["4", "3", "block-k24-c20-p5-q3-e6", "block-k2-c1-p1-q2-e1"])
+def test_written_forms_read_back(spec):
+    format = parse_format(spec)
+    assert parse_format(format.spec) == format
+    assert format_from_dict(format.to_dict()) == format
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed_bits": 25}, "seed_bits must be an integer from 2 to 24, got 25"),
+        ({"block_size": 0}, "block_size must be an integer from 1 to 64, got 0"),
+        ({"block_size": True}, "block_size must be an integer from 1 to 64, got True"),
+        ({"num_coefficients": 9}, "num_coefficients must be an integer from 1 to 8, got 9"),
+        ({"num_coefficients": 4, "block_size": 3}, r"must not exceed block_size \(3\), got 4"),
+        ({"seed_bits": 24, "num_coefficients": 8, "coefficient_bits": 8}, "must fit 63 bits, .* takes 92"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_impossible_formats_are_refused(change, message):
+    with pytest.raises(FormatError, match=message):
+        BlockFormat(**{"block_size": 8, "num_coefficients": 3, **change})
+
+
+@pytest.mark.parametrize("text", ["5.5", "", "block-k16-c8-p3", "block-k16-c8-p3-q4-e4 ", "trellis-k16-c8-p3-q4-e4"])
+def test_unknown_specifications_are_refused(text):
+    with pytest.raises(FormatError, match=r"unknown format .* presets are 4, 3"):
+        parse_format(text)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "must be a JSON object, got list"),
+        ({"family": "trellis"}, "unknown format family 'trellis', known: 'block'"),
+        ({"family": "block", "seed_bits": 16}, "has the keys .* got"),
+        ({**PRESETS["4"].to_dict(), "extra": 1}, "has the keys .* got"),
+        ({**PRESETS["4"].to_dict(), "seed_bits": 16.0}, "seed_bits must be an integer"),
+    ],
+    ids=["list", "family", "missing", "extra", "float"],
+)
+def test_json_forms_are_checked(data, message):
+    with pytest.raises(FormatError, match=message):
+        format_from_dict(data)
