@@ -27,3 +27,7 @@ class OutputError(SeedLMError):
 
 class BackendError(SeedLMError, RuntimeError):
     """A backend that was asked for by name and cannot run here. The message is the reason."""
+
+
+class EvaluationError(SeedLMError):
+    """A measurement that cannot be made: a text shorter than a window, models that do not share a vocabulary, no memory."""

@@ -82,15 +82,28 @@ class FolderSource:
 
 
 def open_source(source: str | Path, *, revision: str | None = None) -> Source:
-    """Open a local folder of safetensors, a GGUF file, or a Hub repository (``owner/name``, downloaded to the Hub's cache).
+    """Open a model by whatever `locate` understands.
+
+    Raises SourceError if there is no such model, if it is damaged, or if it is in a kind of file that is refused.
+    """
+    path = locate(source, revision=revision)
+    if path.is_file():
+        from seedlm.source_gguf import GGUFSource
+
+        return GGUFSource(path)
+    return _check(FolderSource(path), str(source))
+
+
+def locate(source: str | Path, *, revision: str | None = None) -> Path:
+    """The folder or GGUF file of a model: a local path, or a Hub repository (``owner/name``, downloaded to the Hub's cache).
 
     revision   branch, tag or commit of a Hub repository
-    Raises SourceError if there is no such model, if it is damaged, or if it is in a kind of file that is refused.
+    Raises SourceError if there is none, or if it is another kind of file.
     """
     path = Path(source)
     if not path.exists():
         if isinstance(source, str) and _HUB_ID.fullmatch(source):
-            return _check(FolderSource(_download(source, revision)), source)
+            return _download(source, revision)
         raise SourceError(f"{path}: no such file or folder (a Hub repository is written owner/name)")
     if revision is not None:
         raise SourceError(f"{path}: a revision belongs to a Hub repository, this is a local path")
@@ -99,19 +112,13 @@ def open_source(source: str | Path, *, revision: str | None = None) -> Source:
             raise SourceError(_refuse_pickle(path, path.parent))
         if path.suffix != ".gguf":
             raise SourceError(f"{path}: a source is a folder of safetensors, a .gguf file or a Hub repository, not this file")
-        return _open_gguf(path)
+        return path
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs and not any(path.glob("*.safetensors")):
         if len(ggufs) > 1:
             raise SourceError(f"{path}: has {len(ggufs)} GGUF files, name one of them: {', '.join(p.name for p in ggufs)}")
-        return _open_gguf(ggufs[0])
-    return _check(FolderSource(path), str(path))
-
-
-def _open_gguf(path: Path) -> Source:
-    from seedlm.source_gguf import GGUFSource
-
-    return GGUFSource(path)
+        return ggufs[0]
+    return path
 
 
 def _check(source: FolderSource, name: str) -> Source:

@@ -69,7 +69,7 @@ class WorkFolder:
     def _locked(self) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / _LOCK, "ab") as file:
-            if not _try_lock(file):
+            if not try_lock(file):
                 raise OutputError(f"{self.path}: another run is writing this output; wait for it, or stop it")
             yield
 
@@ -112,9 +112,9 @@ class WorkFolder:
             old = json.loads((self.path / _PLAN).read_bytes())
         except ValueError:
             raise OutputError(f"{self.path / _PLAN}: is damaged; delete {self.path} to start over") from None
-        differences = list(_differences(old, plan))
-        if differences:
-            shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
+        found = list(differences(old, plan))
+        if found:
+            shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
             raise OutputError(
                 f"{self.path}: holds an unfinished run that differs: {shown}. Repeat its command to go on, "
                 f"or delete {self.path} to start over"
@@ -204,11 +204,11 @@ class Writer:
             view = view[self._file.write(view) :]
 
 
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
     """Where two plans differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
-            yield from _differences(old.get(key), new.get(key), f"{where} {key}".strip())
+            yield from differences(old.get(key), new.get(key), f"{where} {key}".strip())
     elif old != new:
         yield f"{where} was {_short(old)}, is now {_short(new)}"
 
@@ -233,7 +233,7 @@ def _sync_folder(path: Path) -> None:
             os.close(fd)
 
 
-def _try_lock(file: Any) -> bool:
+def try_lock(file: Any) -> bool:
     """Lock an open file against other processes until it is closed or the process dies."""
     try:
         if os.name == "nt":

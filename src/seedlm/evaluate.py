@@ -1,0 +1,372 @@
+"""One measurement of one model: its text, its models, its record of finished windows, and its results as one JSON object.
+
+Everything that the numbers depend on is gathered first, from files alone, as the plan. The results are the plan, the metrics,
+and what the run itself was like. While it runs, ``OUT.partial`` holds the plan as a line of JSON and then the finished
+windows' records, fixed in size, as bytes; a run with an equal plan goes on after the last whole batch, and comes to the same
+results to the last bit, since they are computed from these records alone. OUT exists only when it is whole.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from seedlm import measure, models
+from seedlm.errors import EvaluationError, OutputError
+from seedlm.source import locate
+from seedlm.version import __version__
+from seedlm.workfolder import differences, try_lock
+
+EVALUATION_VERSION: Final = 1
+"""Of the results' layout."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with "evaluate", the tokens scored so far, and all tokens to score."""
+
+_ROWS: Final = "the lines as dataset rows (a blank line is an empty row), joined by a blank line: '\\n\\n'.join(rows)"
+_AS_IS: Final = "the file as it is"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to be predicted: its content, the file that it came from, and how it was made of that file."""
+
+    content: str
+    path: str
+    form: str
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Text":
+        """A UTF-8 file as it is."""
+        return cls(_read_text(path), str(path), _AS_IS)
+
+    @classmethod
+    def from_wikitext(cls, path: str | Path) -> "Text":
+        r"""The raw WikiText-2 file, ``wiki.test.raw``, as papers of the GPTQ line score it.
+
+        They join the rows of the Hugging Face data set ``wikitext-2-raw-v1`` by a blank line. A row there is a line of the
+        file with its line end, a blank line (" \n" in the file) the row "".
+        """
+        lines = _read_text(path).replace("\r\n", "\n").split("\n")
+        rows = [f"{line}\n" if line.strip() else "" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+        return cls("\n\n".join(rows), str(path), _ROWS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a text is scored.
+
+    context      tokens in a window; the papers' is 2048
+    limit        at most this many windows, from the start of the text; None for all
+    batch_size   windows in one forward pass
+    device       "auto", or a torch device
+    dtype        "auto" (each model as it is stored; float32 for GGUF) or another of `models.DTYPES`
+    packed       leave packed weights packed, instead of expanding them once: less memory, slower
+    Raises EvaluationError for a value that cannot be.
+    """
+
+    context: int = 2048
+    limit: int | None = None
+    batch_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("context", 2), ("batch_size", 1), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise EvaluationError(f"{name} must be at least {least}, got {value}")
+        if self.dtype not in models.DTYPES:
+            raise EvaluationError(f"dtype must be one of {', '.join(models.DTYPES)}, got {self.dtype!r}")
+
+
+def evaluate(
+    model: str,
+    text: Text,
+    settings: Settings | None = None,
+    *,
+    reference: str | None = None,
+    out: Path | None = None,
+    tokens_out: Path | None = None,
+    revision: str | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score a text with a model, and with a reference if there is one.
+
+    model, reference   what `source.locate` finds: a folder, packed or not, a GGUF file, a Hub repository
+    out                JSON file to write the results to; with it, a run that was stopped can go on
+    tokens_out         .npz file to write the record of every prediction to: the fields of `measure.PAIR_RECORD`
+                       [windows, context - 1], and token_ids [windows, context]
+    revision           of the model on the Hub
+    returns            the results, as `out` holds them
+    Raises EvaluationError, SourceError, CheckpointError, BackendError or OutputError.
+    """
+    settings = settings or Settings()
+    start = time.monotonic()
+    for path in filter(None, (out, tokens_out)):
+        _check_free(path)
+    device = models.choose_device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    paths = [locate(model, revision=revision)] + ([locate(reference)] if reference is not None else [])
+    windows, facts = _tokenize(text, paths, settings)
+    names = [model] if reference is None else [model, reference]
+    infos = [asdict(models.describe(name, path)) for name, path in zip(names, paths, strict=True)]
+    plan = {
+        "evaluation_version": EVALUATION_VERSION,
+        "model": infos[0],
+        "reference": infos[1] if reference is not None else None,
+        "text": facts,
+        "protocol": _protocol(len(windows), settings.context),
+        "settings": asdict(settings),
+        "seed": None,  # nothing is drawn
+        "environment": _environment(device),
+    }
+    dtype = measure.RECORD if reference is None else measure.PAIR_RECORD
+    with _Journal.claim(out, plan, np.dtype((dtype, settings.context - 1)), settings.batch_size) as journal:
+        run = _score(journal, windows, paths, settings, device, on_progress)
+        records = np.concatenate(journal.records)
+        metrics = {name: asdict(estimate) for name, estimate in measure.summarize(records).items()}
+        run["seconds"] = round(time.monotonic() - start, 3)
+        results = {**plan, "metrics": metrics, "run": run}
+        if tokens_out is not None:
+            columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
+            with _replacing(tokens_out) as file:
+                np.savez_compressed(file, token_ids=windows.numpy().astype(np.int32), **columns)
+        if out is not None:
+            with _replacing(out) as file:
+                file.write(json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
+    journal.remove()
+    return results
+
+
+def _score(
+    journal: "_Journal",
+    windows: Tensor,
+    paths: list[Path],
+    settings: Settings,
+    device: torch.device,
+    on_progress: Progress | None,
+) -> dict[str, Any]:
+    """Score the windows that the journal lacks, and say what that was like."""
+    loaded = [models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed) for path in paths]
+    _check_context(loaded, settings.context)
+    model, reference = loaded[0], loaded[1] if len(loaded) > 1 else None
+    dtypes = [str(network.dtype).removeprefix("torch.") for network in loaded]
+    done = resumed = sum(map(len, journal.records))
+    speeds = []
+    if on_progress:
+        on_progress("evaluate", done * settings.context, windows.numel())
+    batches = measure.score_windows(model, windows, reference=reference, batch_size=settings.batch_size, start=done)
+    for records, seconds in batches:
+        journal.add(records)
+        speeds.append(len(records) * settings.context / seconds)
+        done += len(records)
+        if on_progress:
+            on_progress("evaluate", done * settings.context, windows.numel())
+    return {
+        "dtype": dtypes[0],
+        "reference_dtype": dtypes[1] if len(dtypes) > 1 else None,
+        "resumed_windows": resumed,
+        "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
+        "peak_memory_bytes": _peak_memory(device),
+    }
+
+
+def _tokenize(text: Text, paths: list[Path], settings: Settings) -> tuple[Tensor, dict[str, Any]]:
+    """The windows int64 [windows, context] of a text, and what there is to say of it."""
+    tokenizer = models.load_tokenizer(paths[0])
+    ids = tokenizer(text.content)["input_ids"]
+    for other in paths[1:]:
+        theirs = models.load_tokenizer(other)(text.content)["input_ids"]
+        if theirs != ids:
+            raise EvaluationError(f"{other} and {paths[0]} turn the text into different tokens: they have no common vocabulary")
+    windows = measure.cut_windows(torch.tensor(ids, dtype=torch.int64), settings.context, settings.limit)
+    return windows, {
+        "path": text.path,
+        "form": text.form,
+        "sha256": hashlib.sha256(text.content.encode()).hexdigest(),
+        "tokens": len(ids),
+        "starts_with_bos": bool(ids and ids[0] == tokenizer.bos_token_id),
+        "windows": len(windows),
+        "predictions": windows.numel() - len(windows),
+    }
+
+
+def _protocol(windows: int, context: int) -> str:
+    return (
+        f"The text is tokenised once, with the special tokens that the tokenizer adds by itself, and its first {windows} whole "
+        f"windows of {context} tokens are scored, each alone: {context - 1} predictions, the first token being context only. "
+        "Perplexity is exp of the mean negative log likelihood over all predictions (as GPTQ and OmniQuant compute it). "
+        "Log-probabilities are float32, from logits in the model's dtype; KL is KL(reference || model) in nats. "
+        "Standard errors are over windows, taken as independent."
+    )
+
+
+def _check_context(loaded: list[Any], context: int) -> None:
+    for model in loaded:
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and context > longest:
+            raise EvaluationError(f"the model knows {longest} positions, a window has {context}: choose a shorter context")
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    """What else the last bits of the results depend on."""
+    cuda = device.type == "cuda"
+    return {
+        "seedlm": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout that this package runs from, with "-dirty" if it was changed; else None."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # a virtual environment may lie inside another project
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes: what torch had allocated on a CUDA device, models and reference together; on a CPU the process's largest size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _Journal:
+    """The windows' records so far, in memory and, if there is an output file, in ``OUT.partial`` beside it."""
+
+    def __init__(self, path: Path | None, file: BinaryIO | None) -> None:
+        self._path, self._file = path, file
+        self.records: list[np.ndarray] = []
+
+    @classmethod
+    @contextmanager
+    def claim(cls, out: Path | None, plan: Mapping[str, Any], window: np.dtype, batch: int) -> Iterator["_Journal"]:
+        """The journal of a plan's run, ours alone: a new one, or the one to go on with.
+
+        window   dtype of one window's record
+        batch    windows in a batch: a run goes on at the start of one, since sums in a GPU depend on the batch
+        Raises OutputError if another run holds it, or if it is of another plan.
+        """
+        if out is None:
+            yield cls(None, None)
+            return
+        path = out.with_name(out.name + ".partial")
+        try:
+            with open(path, "a+b") as file:
+                if not try_lock(file):
+                    raise OutputError(f"{path}: another run is writing this output; wait for it, or stop it")
+                journal = cls(path, file)
+                journal._read(plan, window, batch)
+                try:
+                    yield journal
+                finally:
+                    if not journal.records:  # nothing begun: leave no trace
+                        path.unlink()
+        except OSError as reason:
+            raise OutputError(f"{reason.filename or path}: {reason.strerror or reason}") from reason
+
+    def _read(self, plan: Mapping[str, Any], window: np.dtype, batch: int) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        head, newline, body = self._file.read().partition(b"\n")
+        if not newline:  # new, or stopped before the plan was whole
+            self._file.truncate(0)
+            self._append(json.dumps(plan).encode() + b"\n")
+            return
+        try:
+            old = json.loads(head)
+        except ValueError:
+            raise OutputError(f"{self._path}: is not from a run, or damaged; move it away") from None
+        found = list(differences(old, json.loads(json.dumps(plan))))
+        if found:
+            raise OutputError(
+                f"{self._path}: holds an unfinished run that differs: {'; '.join(found[:3])}. Repeat its command to go on, or "
+                "delete the file to start over"
+            )
+        whole = len(body) // window.itemsize // batch * batch
+        self._file.truncate(len(head) + 1 + whole * window.itemsize)
+        if whole:
+            assert window.subdtype is not None
+            base, shape = window.subdtype
+            self.records.append(np.frombuffer(body, base, whole * shape[0]).reshape(whole, *shape))
+
+    def add(self, records: np.ndarray) -> None:
+        """Take over a batch; on return it has reached the disk."""
+        self.records.append(records)
+        if self._file is not None:
+            self._append(records.tobytes())
+
+    def _append(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def remove(self) -> None:
+        if self._path is not None:
+            self._path.unlink()
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_bytes().decode()
+    except OSError as reason:
+        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    except UnicodeDecodeError as reason:
+        raise EvaluationError(f"{path}: is not UTF-8 text (byte {reason.start})") from None
+
+
+def _check_free(path: Path) -> None:
+    if path.exists():
+        raise OutputError(f"{path}: exists already; choose another output, or delete it")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent}: no such folder")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,178 @@
+"""Any causal language model, opened to be run: a folder, packed or not, a GGUF file, or a Hub repository.
+
+What a model is (`describe`) is read from its files alone, so that a run can be planned, refused or gone on with before
+anything large is loaded.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from seedlm.checkpoint import QUANT_METHOD
+from seedlm.errors import BackendError, SourceError
+from seedlm.linear import expand_model, seed_linears
+from seedlm.report import inspect_checkpoint
+from seedlm.source import FolderSource
+from seedlm.tensorfile import TORCH_DTYPES, read_json
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """A model on disk.
+
+    name                    as it was given
+    format                  our format, a GGUF type, another library's method, or the dtype: of most of its weights
+    bits_per_weight         of the weights in that format, all overhead counted; None where another library's files do not
+                            tell how many weights they hold
+    model_bits_per_weight   of the whole model, every byte of its weight files counted
+    weights                 numbers that the files stand for
+    bytes                   its weight files
+    fingerprint             of its headers, its side files, and samples of its weights
+    """
+
+    name: str
+    format: str
+    bits_per_weight: float | None
+    model_bits_per_weight: float | None
+    weights: int | None
+    bytes: int
+    fingerprint: str
+
+
+def describe(name: str, path: Path) -> ModelInfo:
+    """What the model is that `source.locate` found at `path`. Raises SourceError or CheckpointError if it is damaged."""
+    if path.is_file():
+        return _describe_gguf(name, path)
+    files = FolderSource(path)
+    paths = sorted(path.glob("*.safetensors"))
+    fingerprint = _fingerprint(paths, files.fingerprint)
+    section = read_json(path / "config.json", SourceError).get("quantization_config")
+    if section is not None:
+        method = str(section.get("quant_method")) if isinstance(section, dict) else "unknown"
+        if method != QUANT_METHOD:
+            return _info(name, method, None, None, files.nbytes, fingerprint)
+        report = inspect_checkpoint(path)
+        formats = ", ".join(sorted({tensor.format for tensor in report.tensors}))
+        weights = report.compressed_weights + report.dense_weights
+        return _info(name, formats, report.bits_per_weight, weights, report.bytes, fingerprint)
+    sizes: Counter[str] = Counter()
+    for info in files.tensors.values():
+        sizes[info.dtype] += prod(info.shape)
+    dtype = sizes.most_common(1)[0][0]
+    bits = 8.0 * TORCH_DTYPES[dtype].itemsize
+    return _info(name, str(TORCH_DTYPES[dtype]).removeprefix("torch."), bits, sizes.total(), files.nbytes, fingerprint)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of the model at `path`. Raises SourceError if it has none."""
+    from transformers import AutoTokenizer
+
+    folder, options = _arguments(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as reason:  # transformers raises whatever the missing file led to
+        raise SourceError(f"{path}: has no tokenizer that can be opened ({_one_line(reason)})") from reason
+
+
+def load_model(path: Path, *, device: torch.device, dtype: str = "auto", packed: bool = False) -> Any:
+    """The model at `path`, in evaluation mode.
+
+    dtype    "auto" (as stored; float32 for a GGUF file) or another of `DTYPES`
+    packed   leave packed weights packed: the least memory, but they are regrown in every forward pass
+    Raises SourceError if it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import seedlm.hf  # noqa: F401  (makes packed folders known to transformers)
+
+    folder, options = _arguments(path)
+    options["dtype"] = "float32" if dtype == "auto" and options else dtype
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = model.to(device)
+    except torch.OutOfMemoryError:
+        raise SourceError(f"{path}: does not fit into the memory of {device}") from None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as reason:
+        raise SourceError(f"{path}: cannot be loaded ({_one_line(reason)})") from reason
+    if not packed and any(seed_linears(model)):
+        expand_model(model, model.dtype)
+    return model.eval()
+
+
+def choose_device(device: str) -> torch.device:
+    """A device by name; "auto" is the first CUDA device, or the CPU. Raises BackendError if it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as reason:
+        raise BackendError(f"device {device!r} cannot be used here ({_one_line(reason)})") from None
+    return chosen
+
+
+def _arguments(path: Path) -> tuple[Path, dict[str, Any]]:
+    """How transformers is told of a folder, and of a GGUF file."""
+    return (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+
+
+def _describe_gguf(name: str, path: Path) -> ModelInfo:
+    try:
+        import gguf
+    except ImportError:
+        raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
+    try:
+        tensors = gguf.GGUFReader(path).tensors
+    except Exception as reason:  # whatever numpy or the enums raise on a damaged file
+        raise SourceError(f"{path}: not a readable GGUF file ({_one_line(reason)})") from reason
+    weights: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for tensor in tensors:
+        weights[tensor.tensor_type.name] += int(tensor.n_elements)
+        nbytes[tensor.tensor_type.name] += int(tensor.n_bytes)
+    if not weights:
+        raise SourceError(f"{path}: holds no tensors")
+    kind = weights.most_common(1)[0][0]
+    bits = 8 * nbytes[kind] / weights[kind]
+    return _info(name, f"gguf {kind}", bits, weights.total(), path.stat().st_size, _fingerprint([path], {}))
+
+
+def _info(name: str, format: str, bits: float | None, weights: int | None, nbytes: int, fingerprint: str) -> ModelInfo:
+    return ModelInfo(
+        name=name,
+        format=format,
+        bits_per_weight=bits,
+        model_bits_per_weight=8 * nbytes / weights if weights else None,
+        weights=weights,
+        bytes=nbytes,
+        fingerprint=fingerprint,
+    )
+
+
+def _fingerprint(paths: list[Path], facts: dict[str, Any]) -> str:
+    """SHA-256 of some facts, and of each file's length and 64 evenly spaced pieces of 4 KiB, its first and last included.
+
+    Enough to tell two models apart that only differ in their weights, without reading a hundred gigabytes.
+    """
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode())
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _one_line(reason: BaseException) -> str:
+    return " ".join(str(reason).split())[:300] or type(reason).__name__
