@@ -151,14 +151,15 @@ class Decoder(Leaf):
     def edge(self, name: str, c: int, tables: list[tuple[int, int, list[Staged]]]) -> Staged:
         """The sum of an edge's choices for weight c; the first table carries the constant."""
         (start, stop, values), *others = tables
-        total = self.pipe.stage(name, lambda s, *v: _pick(s, v), self.bits(c, start, stop), *values)
+        room = self.sum_bits - (self.first_high - self.first_middle)
+        total = self.pipe.stage(name, lambda s, *v: _pick(s, v), self.bits(c, start, stop), *values, shape=signed(room))
         for start, stop, values in others:
-            total = self.choose(name, total, self.bits(c, start, stop), values)
+            total = self.choose(name, total, self.bits(c, start, stop), values, shape=signed(room))
         return total
 
     def choose(self, name: str, total: Staged, select: StagedPart, values: list[Staged], shape: Shape | None = None) -> Staged:
-        """total + the choice. The choice folds into the adder's LUT: its five inputs and one of `total` make six."""
-        return self.pipe.stage(name, lambda t, s, *v: t + _pick(s, (Const(0), *v)), total, select, *values, shape=shape)
+        """total + the choice, which folds into the adder's LUT (`_add_choice`)."""
+        return self.pipe.stage(name, lambda t, s, *v: _add_choice(t, _pick(s, (Const(0), *v)), 0), total, select, *values, shape=shape)
 
     def node(self, first: int, count: int) -> tuple[Staged, int, int]:
         """G times the number that `count` digits from digit `first` on make, with its range. Made once for all weights."""
@@ -172,10 +173,16 @@ class Decoder(Leaf):
         low, high = (bound * ((1 << width) - 1) ** 2 for bound in self.format.coefficient_range)
         digit = self.stream.part(n * width, (n + 1) * width)
 
-        def product(bits: Value, *multiples: Value) -> Value:
-            return _sum(_pick(bits[i : i + 2], (Const(0), *multiples)).shift_left(i) for i in range(0, width, 2))
+        shape = shape_of(low, high)
 
-        return self.pipe.stage(f"digit{n}", product, digit, *self.multiples, shape=shape_of(low, high)), low, high
+        def product(bits: Value, *multiples: Value) -> Value:
+            first, *others = (_pick(bits[i : i + 2], (Const(0), *multiples)) for i in range(0, width, 2))
+            total = Cat(first, first[-1].replicate(shape.width - len(first))).as_signed()
+            for row, choice in enumerate(others, 1):
+                total = _add_choice(total, choice, 2 * row)
+            return total
+
+        return self.pipe.stage(f"digit{n}", product, digit, *self.multiples, shape=shape), low, high
 
     def join(self, first: int, count: int) -> tuple[Staged, int, int]:
         lower = 1 << (count - 1).bit_length() - 1
@@ -198,6 +205,17 @@ def _add_above(a: Value, b: Value, shift: int) -> Value:
     """a + b * 2^shift; the low bits of `a` pass by the adder."""
     upper = (a >> shift) + b
     return Cat(a[:shift], upper).as_signed() if shift else upper
+
+
+def _add_choice(total: Value, choice: Value, shift: int) -> Value:
+    """total + choice * 2^shift, no wider than total.
+
+    The choice is extended to the other operand's width by hand: yosys feeds the narrower operand to the carry chain's own
+    input, where it would need LUTs of its own. As the other one, its five inputs and one bit of the total make one LUT6.
+    """
+    upper = total[shift:].as_signed()
+    extended = Cat(choice, choice[-1].replicate(max(0, len(upper) - len(choice))))[: len(upper)].as_signed()
+    return Cat(total[:shift], (upper + extended)[: len(upper)]).as_signed()
 
 
 def _sum(values) -> Value:
