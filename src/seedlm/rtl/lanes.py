@@ -70,7 +70,8 @@ class HalfLanes(Leaf):
             multiplied = pipe.stage("multiplied", lambda a, b: a * b, value, registered)
             product = pipe.stage("product", lambda p: p, multiplied)
             products.append(pipe.shift_left("aligned", product, exponent, design.max_weight_shift))
-        total = pipe.sum("tree", products)
+        width = design.term_bits - (design.max_shift - design.max_weight_shift)
+        total = pipe.join(pipe.sum_pieces("tree", [pipe.split(product, width) for product in products]))
         term = pipe.shift_left("shifted", total, Staged(self.shared), design.max_shift - design.max_weight_shift)
         self.latency = term.time
         self.m.d.comb += [self.term.eq(term.value), self.invalid.eq(pipe.at(invalid, self.latency))]

@@ -4,12 +4,12 @@ The terms are integers in one unit, so the tree and the running sum of a row are
 is by 2^n - 1, once a row: 1 / (2^n - 1) = 2^-n (1 + 2^-n)(1 + 2^-2n)(1 + 2^-4n)..., a few shifted additions on 33 bits.
 """
 
-from amaranth.hdl import Cat, Const, Mux, Value, signed
+from amaranth.hdl import Cat, Const, Mux, Signal, Value, signed
 from amaranth.lib.wiring import In, Out
 
 from seedlm.rtl.design import COMMAND_BITS, Design
 from seedlm.rtl.parts import Leaf
-from seedlm.rtl.pipeline import Pipeline, Staged
+from seedlm.rtl.pipeline import Operand, Pipeline, Staged, carry_add
 
 FRACTION_BITS = 32
 """Leading bits of a row's sum that its float is made from."""
@@ -44,16 +44,31 @@ class RowSum(Leaf):
                 "total_invalid": Out(1),
             }
         )
-        pipe = Pipeline(self.m)
+        self.pipe = pipe = Pipeline(self.m)
         terms = [Staged(self.terms.word_select(i, design.term_bits).as_signed()) for i in range(design.blocks)]
-        chunk = pipe.sum("tree", terms)
-        self.latency = chunk.time + 1
-        first, enable, invalid = (pipe.at(Staged(s), chunk.time) for s in (self.first, self.enable, self.invalid))
+        chunk = pipe.sum_pieces("tree", [pipe.split(term, design.total_bits) for term in terms])
+        total = self.accumulate(chunk)
+        first, enable, invalid = (pipe.at(Staged(s), total.time - 1) for s in (self.first, self.enable, self.invalid))
         with self.m.If(enable):
-            self.m.d.sync += [
-                self.total.eq(Mux(first, 0, self.total) + chunk.value),
-                self.total_invalid.eq((self.total_invalid & ~first) | invalid),
-            ]
+            self.m.d.sync += self.total_invalid.eq((self.total_invalid & ~first) | invalid)
+        self.latency = total.time
+        self.m.d.comb += self.total.eq(total.value)
+
+    def accumulate(self, chunk: list[Operand]) -> Staged:
+        """The running sum, in the chunk's pieces; each has its own clock of `first` and `enable`."""
+        first, enable = Staged(self.first), Staged(self.enable)
+        carry: Operand = Staged(Const(0, 1), chunk[0].time)
+        pieces: list[Operand] = []
+        for i, operand in enumerate(chunk):
+            value = self.pipe.at(operand, operand.time)
+            running = Signal(len(value) + 1, name=f"running{i}", reset_less=True)
+            before = Mux(self.pipe.at(first, operand.time), 0, running[: len(value)])
+            with self.m.If(self.pipe.at(enable, operand.time)):
+                self.m.d.sync += running.eq(carry_add(value, before, self.pipe.at(carry, operand.time)))
+            whole = Staged(running, operand.time + 1)
+            carry = whole.part(len(value), len(value) + 1)
+            pieces.append(whole.part(0, len(value)))
+        return self.pipe.join(pieces)
 
 
 class ToFloat(Leaf):
@@ -75,8 +90,10 @@ class ToFloat(Leaf):
         self.pipe = pipe = Pipeline(self.m)
         total = Staged(self.total)
         sign = pipe.stage("sign", lambda t: t[-1], total)
-        fraction = pipe.stage("magnitude", lambda t: Mux(t[-1], -t, t)[: len(t)], total)
         width = len(self.total)
+        flipped = Staged(self.total.as_unsigned() ^ self.total[-1].replicate(width))
+        one = Staged(Cat(self.total[-1], Const(0, width - 1)))
+        fraction = pipe.join(pipe.add_pieces("magnitude", pipe.split(flipped, width), pipe.split(one, width)))
         # Where the leading one stands, most significant bit first; `zeros` counts the places shifted.
         zeros = []
         for power in reversed(range((width - 1).bit_length())):

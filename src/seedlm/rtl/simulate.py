@@ -54,27 +54,23 @@ class Simulator:
         self.top = f"{design.prefix}_matvec"
         text = emit(design)
         self.build = folder.resolve() / f"{self.top}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        self.build.mkdir(parents=True, exist_ok=True)
-        source = self.build / f"{self.top}.v"
-        source.write_text(text)
+        source, control = self.build / f"{self.top}.v", self.build / "ports.vlt"
+        if not source.exists():  # Verilator skips what has not been written since
+            self.build.mkdir(parents=True, exist_ok=True)
+            ports = ("clk", "rst", "s_axis_*", "m_axis_*")
+            lines = [f'public_flat_rw -module "{self.top}" -var "{port}"\n' for port in ports]
+            control.write_text("`verilator_config\n" + "".join(lines))
+            source.write_text(text)
         self.runner = _runner()
-        if not (self.build / "done").exists():
-            # cocotb makes every signal public, which costs Verilator most of its optimisation; the ports are enough.
-            control = self.build / "ports.vlt"
-            control.write_text(
-                "`verilator_config\n"
-                + "".join(f'public_flat_rw -module "{self.top}" -var "{port}"\n' for port in ("clk", "rst", "s_axis_*", "m_axis_*"))
-            )
-            arguments = ["-Wno-fatal", "-Wno-lint", "--no-public-flat-rw", "-O3", "--x-assign", "fast", "--x-initial", "fast"]
-            self.runner.build(
-                sources=[_control_file(control), source],
-                hdl_toplevel=self.top,
-                build_dir=self.build,
-                build_args=[*arguments, "--output-split", "0", "--noassert"],
-                always=True,
-                log_file=self.build / "build.log",
-            )
-            (self.build / "done").touch()
+        # cocotb makes every signal public, which costs Verilator most of its optimisation; the ports are enough.
+        options = ["-Wno-fatal", "-Wno-lint", "--no-public-flat-rw", "-O3", "--x-assign", "fast", "--x-initial", "fast"]
+        self.runner.build(
+            sources=[_control_file(control), source],
+            hdl_toplevel=self.top,
+            build_dir=self.build,
+            build_args=[*options, "--output-split", "0"],
+            log_file=self.build / "build.log",
+        )
 
     def run(self, products: Sequence[Product], *, stall: float = 0.0, seed: int = 0) -> list[Run]:
         """Simulates products one after the other. `stall`: how often each stream pauses, 0 .. 1, at random by `seed`."""
