@@ -127,14 +127,7 @@ class MatVec(Part):
         with m.If(start):
             m.d.sync += [left.eq(command.columns), row.eq(0), bank.eq(1), more.eq(1)]
 
-        chunk = Staged(aligner.chunk, aligner.latency)
-        count = Staged(aligner.take)
-        halves = pipe.stage(
-            "halves",
-            lambda x, n: Cat(Mux(i < n, x.word_select(i, HALF_BITS), 0) for i in range(units)),
-            chunk,
-            count,
-        )
+        halves = taken_halves(pipe, aligner)
         converted, invalid = [], []
         for i, part in enumerate(self.activations):
             m.d.comb += part.halves.eq(halves.value.word_select(i, design.block_size * HALF_BITS))
@@ -210,8 +203,11 @@ class MatVec(Part):
     def operands(self, m: Module, pipe: Pipeline, aligner: Aligner, chunk: Signal) -> int:
         """Brings a chunk's codes and activations to the lanes. Returns the clocks from issue to the lanes' terms."""
         design = self.design
-        codes = [aligner.chunk.word_select(i, design.block_bits) for i in range(design.blocks)]
-        time = aligner.latency
+        stored = Staged(aligner.chunk, aligner.latency)
+        if not self.decoders:  # an Inf or NaN of the next row is not this one's
+            stored = taken_halves(pipe, aligner)
+        codes = [stored.value.word_select(i, design.block_bits) for i in range(design.blocks)]
+        time = stored.time
         if self.decoders:
             for decoder, lane, code in zip(self.decoders, self.lanes, codes, strict=True):
                 m.d.comb += [decoder.code.eq(code), lane.sums.eq(decoder.sums), lane.exponent.eq(decoder.exponent)]
@@ -224,3 +220,12 @@ class MatVec(Part):
             row = self.memory.data.word_select(i, self.row_bits)
             m.d.comb += Cat(lane.mantissas, lane.shared).eq(row)
         return time + self.lanes[0].latency
+
+
+def taken_halves(pipe: Pipeline, aligner: Aligner) -> Staged:
+    """An aligner's FP16 numbers, those past `take` set to zero."""
+
+    def mask(chunk: Value, take: Value) -> Value:
+        return Cat(Mux(i < take, chunk.word_select(i, HALF_BITS), 0) for i in range(aligner.chunk_units))
+
+    return pipe.stage("halves", mask, Staged(aligner.chunk, aligner.latency), Staged(aligner.take))

@@ -25,6 +25,7 @@ class Leaf(Part):
     def __init__(self, ports: dict[str, wiring.Member]):
         super().__init__(ports)
         self.m = Module()
+        self.m._MustUse__silence = True  # of equal parts a library takes one, and that is not a mistake
 
     def elaborate(self, platform: object) -> Module:
         return self.m
