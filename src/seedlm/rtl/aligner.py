@@ -5,7 +5,7 @@ memory is read in the ring's row that holds its next unit, and what comes out is
 need no padding this way: the stream is the checkpoint's tensor as it lies in memory.
 """
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal, signed
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -53,6 +53,7 @@ class Aligner(Part):
         m = Module()
         capacity = ROWS * self.units
         level = Signal(range(capacity + 1))
+        below = Signal(signed(len(level) + 1))
         full = Signal()
         open_ = Signal(name="open")
         written = Signal(range(ROWS * self.beats))  # counts beats, wraps
@@ -62,10 +63,12 @@ class Aligner(Part):
         m.d.comb += [
             self.s_axis_tready.eq(open_ & ~full),
             accept.eq(self.s_axis_tready & self.s_axis_tvalid),
-            self.available.eq(level >= self.take),
+            below.eq(level - self.take),
+            self.available.eq(~below[-1]),
         ]
-        change = Mux(accept, self.beat_units, 0) - Mux(self.pop, self.take, 0)
-        m.d.sync += level.eq(level + change)
+        # Both next levels side by side: pop comes late and only chooses.
+        beat = Mux(accept, self.beat_units, 0)
+        m.d.sync += level.eq(Mux(self.pop, below + beat, level + beat))
         # One clock late, hence the room for two beats.
         m.d.sync += full.eq(level > capacity - 3 * self.beat_units)
         with m.If(accept):

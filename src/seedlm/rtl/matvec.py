@@ -117,15 +117,19 @@ class MatVec(Part):
         row = Signal(range(design.depth + 1))
         bank = Signal(design.banks, init=1)  # one-hot
         more, pop = Signal(), Signal()
-        take = Mux(left > units, units, left)
-        last = bank[-1] & (row + 1 == command.chunks)
+        take = Signal.like(aligner.take, name="take_x")
+        next_left = Mux(load, left - take, command.columns)
+        rows_left = Signal.like(row)
+        last = bank[-1] & (rows_left == 1)
         m.d.comb += [aligner.take.eq(take), pop.eq(load & more & aligner.available), aligner.pop.eq(pop)]
         with m.If(pop):
-            m.d.sync += [left.eq(left - take), bank.eq(bank.rotate_left(1)), row.eq(row + bank[-1])]
+            m.d.sync += [bank.eq(bank.rotate_left(1)), row.eq(row + bank[-1]), rows_left.eq(rows_left - bank[-1])]
             with m.If(last):
                 m.d.sync += more.eq(0)
         with m.If(start):
-            m.d.sync += [left.eq(command.columns), row.eq(0), bank.eq(1), more.eq(1)]
+            m.d.sync += [row.eq(0), rows_left.eq(command.chunks), bank.eq(1), more.eq(1)]
+        with m.If(start | pop):
+            m.d.sync += [left.eq(next_left), take.eq(Mux(next_left > units, units, next_left))]
 
         halves = taken_halves(pipe, aligner)
         converted, invalid = [], []
@@ -160,10 +164,12 @@ class MatVec(Part):
         accepted = self.m_axis_y_tvalid & self.m_axis_y_tready
 
         m.d.comb += [aligner.take.eq(take), go.eq(run & aligner.available & room), aligner.pop.eq(go)]
-        next_last = Mux(start | last, command.chunks == 1, chunk + 2 == command.chunks)
+        chunks_left = Signal.like(chunk)
+        next_last = Mux(start | last, command.chunks == 1, chunks_left == 2)
         with m.If(go | start):
             m.d.sync += [
                 chunk.eq(Mux(start | last, 0, chunk + 1)),
+                chunks_left.eq(Mux(start | last, command.chunks, chunks_left - 1)),
                 first.eq(start | last),
                 last.eq(next_last),
                 take.eq(Mux(next_last, command.tail_units, design.chunk_units)),

@@ -56,7 +56,8 @@ class RowSum(Leaf):
 
     def accumulate(self, chunk: list[Operand]) -> Staged:
         """The running sum, in the chunk's pieces; each has its own clock of `first` and `enable`."""
-        first, enable = Staged(self.first), Staged(self.enable)
+        # `reset` keeps these two out of shift-register LUTs, whose slow output would start the longest path.
+        first, enable = Staged(self.first, reset=True), Staged(self.enable, reset=True)
         carry: Operand = Staged(Const(0, 1), chunk[0].time)
         pieces: list[Operand] = []
         for i, operand in enumerate(chunk):
