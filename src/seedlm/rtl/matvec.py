@@ -178,9 +178,8 @@ class MatVec(Part):
             m.d.sync += [rows_left.eq(rows_left - 1), last_row.eq(rows_left == 2)]
         with m.If(start):
             m.d.sync += [rows_left.eq(command.rows), last_row.eq(command.rows == 1)]
-        next_outstanding = outstanding + (go & last) - accepted
-        # `room` is a clock old when it is used: leave one place for what that clock issued.
-        m.d.sync += [outstanding.eq(next_outstanding), room.eq(next_outstanding < RESULT_FIFO - 1)]
+        # `room` is two clocks old when it is used: leave places for what those issued.
+        m.d.sync += [outstanding.eq(outstanding + (go & last) - accepted), room.eq(outstanding < RESULT_FIFO - 2)]
 
         time = self.operands(m, pipe, aligner, chunk)
         invalid = Cat(part.invalid for part in self.lanes).any() | x_invalid

@@ -112,7 +112,8 @@ class ToFloat(Leaf):
         drop = FRACTION_BITS - 24
         rounded = pipe.stage("rounded", lambda v: (v + (1 << (drop - 1))) >> drop, normal)  # 24 bits, or 2^24
         constant = width - 1 + 127 + design.exponent_offset - (design.divisor_bits if design.divisor_bits > 1 else 0)
-        scale = pipe.stage("scale", lambda z: self.bias + (Const(constant, signed(12)) - z), lead)
+        unbiased = pipe.stage("unbiased", lambda z: Const(constant, signed(12)) - z, lead)
+        scale = pipe.stage("scale", lambda u: self.bias + u, unbiased)
         exponent = pipe.stage("exponent", lambda s, c, r: s + c + r[24], scale, carry, rounded)
         result = pipe.stage("result_word", _pack, sign, exponent, rounded, zero, Staged(self.invalid))
         self.latency = result.time
