@@ -1,7 +1,7 @@
 """The generated Verilog of the full-width designs under Verilator: clocks, stalls and real layers. Run by `make rtl-test`.
 
-Not collected with the quick tests: each design takes minutes to compile. SEEDLM_STORIES and SEEDLM_SMOLLM2 name a stories260K.bin and
-a SmolLM2 GGUF file; a layer whose file is not there is skipped.
+Not collected with the quick tests: each design takes minutes to compile. SEEDLM_STORIES and SEEDLM_SMOLLM2 name a
+stories260K.bin and a SmolLM2 GGUF file; a layer whose file is not there is skipped.
 """
 
 import os
@@ -32,7 +32,7 @@ def check(design, products, runs):
 
 
 def test_no_stall_and_the_same_overhead_at_every_size(simulator):
-    name, simulated = simulator
+    _, simulated = simulator
     design, sizes = simulated.design, (512, 1024)
     products = [report.random_product(design, n, n) for n in sizes]
     runs = simulated.run(products)
@@ -47,7 +47,7 @@ def test_no_stall_and_the_same_overhead_at_every_size(simulator):
 
 @pytest.mark.parametrize("stall", [0.2, 0.7])
 def test_stalling_streams_and_odd_shapes_change_no_bit(simulator, stall):
-    name, simulated = simulator
+    _, simulated = simulator
     design = simulated.design
     shapes = [(5, 1), (70, design.lanes), (3, design.lanes + 1), (9, 1001), (64, 130), (2, design.max_features)]
     products = [report.random_product(design, *shape, seed=i) for i, shape in enumerate(shapes)]
@@ -76,7 +76,7 @@ def smollm2_layer() -> torch.Tensor:
 
 @pytest.mark.parametrize("layer", [stories_layer, smollm2_layer])
 def test_a_real_layer_gives_the_software_s_result(simulator, layer):
-    name, simulated = simulator
+    _, simulated = simulator
     design, weight = simulated.design, layer()
     x = np.random.default_rng(0).standard_normal(weight.shape[1]).astype(np.float16)
     if isinstance(design, SeedDesign):
@@ -110,5 +110,3 @@ def test_a_format_that_is_no_preset_works_as_well():
     design = SeedDesign(format=format, beat_bits=128, max_features=256)
     products = [report.random_product(design, 6, 100)]
     check(design, products, Simulator(design, BUILD).run(products, stall=0.3))
-
-

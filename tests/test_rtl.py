@@ -1,4 +1,4 @@
-"""Every hardware module against the software's integers, in Amaranth's simulator; small copies of the whole, streams stalling."""
+"""Every hardware module against the software's integers, in Amaranth's simulator; small whole designs, streams stalling."""
 
 import random
 from fractions import Fraction
@@ -198,7 +198,16 @@ def test_float_result_is_the_twin_s_and_near_the_quotient(name):
     part = ToFloat(design)
     rng = random.Random(3)
     top = 1 << design.total_bits - 1
-    totals = [0, 1, -1, top - 1, -top, 0xFFFFFF, 0x1FFFFFF, *(rng.randrange(-top, top) >> rng.randrange(design.total_bits) for _ in range(80))]
+    totals = [
+        0,
+        1,
+        -1,
+        top - 1,
+        -top,
+        0xFFFFFF,
+        0x1FFFFFF,
+        *(rng.randrange(-top, top) >> rng.randrange(design.total_bits) for _ in range(80)),
+    ]
     bias = -2
 
     async def testbench(ctx):
@@ -320,7 +329,9 @@ def test_products_of_an_encoded_matrix_stay_within_the_stated_bound():
     words = packing.pack(*codes, format)
     x = np.random.default_rng(0).standard_normal(50).astype(np.float16) * np.float16(10)
     y = twin.product(design, words, x, bias)
-    exact = (twin.block_sums(codes, format).double() * torch.pow(2.0, codes.exponents.double() + bias)[..., None] / format.divisor)
+    exact = (
+        twin.block_sums(codes, format).double() * torch.pow(2.0, codes.exponents.double() + bias)[..., None] / format.divisor
+    )
     exact = exact.flatten(1)[:, :50].numpy()
     error = np.abs(exact @ x.astype(np.float64) - y)
     assert (error <= twin.error_bound(design, np.abs(exact), x, y)).all()

@@ -15,7 +15,7 @@ from seedlm.rtl.pipeline import Pipeline, Staged
 
 
 class Activations(Leaf):
-    """Ports: halves In, C FP16 numbers; mantissas Out, C signed fields; shared Out, their exponent; invalid Out, an Inf or NaN."""
+    """Ports: halves In, C FP16 numbers; mantissas Out, C fields; shared Out, their exponent; invalid Out: an Inf or NaN."""
 
     module_name = "seedlm_activations"
 
@@ -34,7 +34,9 @@ class Activations(Leaf):
         invalid = pipe.stage("invalid", lambda *h: Cat(x[10:15].all() for x in h).any(), *halves)
         level = exponents
         while len(level) > 1:
-            pairs = [pipe.stage("largest", lambda a, b: Mux(a > b, a, b), *level[i : i + 2]) for i in range(0, len(level) - 1, 2)]
+            pairs = [
+                pipe.stage("largest", lambda a, b: Mux(a > b, a, b), *level[i : i + 2]) for i in range(0, len(level) - 1, 2)
+            ]
             level = pairs + level[2 * len(pairs) :]
         shared = level[0]
         mantissas = [self.mantissa(h, e, shared) for h, e in zip(halves, exponents, strict=True)]

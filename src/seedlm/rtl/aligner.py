@@ -5,7 +5,7 @@ memory is read in the ring's row that holds its next unit, and what comes out is
 need no padding this way: the stream is the checkpoint's tensor as it lies in memory.
 """
 
-from amaranth.hdl import Cat, Module, Mux, Signal, signed
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -112,8 +112,8 @@ class Aligner(Part):
         return m
 
 
-def _rotate(data, amount, step: int):
-    """data rotated right by amount * step bits; amount has one or two bits."""
+def _rotate(data: Value, amount: Value, step: int) -> Value:
+    """Data rotated right by amount * step bits; amount has one or two bits."""
     choices = [data.rotate_right(step * n) for n in range(1 << len(amount))]
     if len(choices) == 2:
         return Mux(amount[0], choices[1], choices[0])

@@ -1,17 +1,19 @@
 """One block code in, its C integer sums out, every clock.
 
-`codec.decode` defines the sum of weight c as S_c = sum over p of q_p * (V[c,p] - center). The states V are K-bit windows of one bit
-stream d (seed bits first), each window one bit further. So S_c is a sum over the K + P - 1 stream bits from d[c*P + 1] on, where
-bit j counts g_j = sum over p of q_p * 2^(j - p), p such that 0 <= j - p < K:
+`codec.decode` defines the sum of weight c as S_c = sum over p of q_p * (V[c,p] - center). The states V are K-bit windows of
+one bit stream d (seed bits first), each window one bit further. So S_c is a sum over the K + P - 1 stream bits from
+d[c*P + 1] on, where bit j counts g_j = sum over p of q_p * 2^(j - p), p such that 0 <= j - p < K:
 
     low edge     j < P - 1         not yet in all P windows
     middle       P - 1 <= j < K    g_j = G * 2^(j - P + 1) with one G for the block
     high edge    the rest          no longer in all windows; takes the constant -center * sum(q) along
 
-Windows of neighbouring weights lie P bits apart, so the middle is a number in base 2^P whose digits they share: G * digit is made
-once for each digit, then pairs of digits, then pairs of pairs. Two bits of an edge choose one of four sums made once for the
-block. That is 92 LUTs a weight at the 4-bit preset and no multiplier, where C * P products of 16 by 4 bits would take over 200.
+Windows of neighbouring weights lie P bits apart, so the middle is a number in base 2^P whose digits they share: G * digit is
+made once for each digit, then pairs of digits, then pairs of pairs. Two bits of an edge choose one of four sums made once
+for the block. At the 4-bit preset that is 100 bits of addition a weight and no multiplier.
 """
+
+from collections.abc import Iterable
 
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Value, signed
 from amaranth.lib.wiring import In, Out
@@ -89,7 +91,9 @@ class Decoder(Leaf):
         f = self.format
         low = [self.table(j, min(j + 2, self.first_middle), 0) for j in range(0, self.first_middle, 2)]
         unit = self.first_high - self.first_middle
-        high = [self.table(j, min(j + 2, self.window), unit, j == self.first_high) for j in range(self.first_high, self.window, 2)]
+        high = [
+            self.table(j, min(j + 2, self.window), unit, j == self.first_high) for j in range(self.first_high, self.window, 2)
+        ]
         shape = signed(self.sum_bits)  # S_c fits, and all that still follows are additions: what wraps on the way wraps back
         sums = []
         for c in range(f.block_size):
@@ -128,14 +132,18 @@ class Decoder(Leaf):
         """G, 2G and 3G: what two bits of a digit choose from."""
         g = self.pipe.stage("g", lambda *q: self.weight(q, self.first_middle, 0), *self.coefficients, shape=self.g_shape(1))
         pipe = self.pipe
-        return [g, pipe.stage("g2", lambda a: a << 1, g, shape=self.g_shape(2)), pipe.stage("g3", lambda a: a + (a << 1), g, shape=self.g_shape(3))]
+        return [
+            g,
+            pipe.stage("g2", lambda a: a << 1, g, shape=self.g_shape(2)),
+            pipe.stage("g3", lambda a: a + (a << 1), g, shape=self.g_shape(3)),
+        ]
 
     def g_shape(self, times: int) -> Shape:
         low, high = (bound * ((1 << self.format.num_coefficients) - 1) * times for bound in self.format.coefficient_range)
         return shape_of(low, high)
 
     def table(self, start: int, stop: int, unit: int, constant: bool = False) -> tuple[int, int, list[Staged]]:
-        """What stream bits start .. stop - 1 (two, or one) choose from, in units of 2^unit: [0 or constant, first, second, both]."""
+        """What stream bits start .. stop - 1 (two, or one) choose from, in units of 2^unit: [constant,] first, second, both."""
         f, pipe = self.format, self.pipe
         name = f"edge{start}"
         values = [pipe.stage(name, lambda *q, j=j: self.weight(q, j, unit), *self.coefficients) for j in range(start, stop)]
@@ -143,9 +151,7 @@ class Decoder(Leaf):
             values.append(pipe.stage(name, lambda a, b: a + b, *values))
         if not constant:
             return start, stop, values
-        offset = pipe.stage(
-            "offset", lambda *q: -_sum(q).shift_left(f.seed_bits - 1 - unit), *self.coefficients
-        )
+        offset = pipe.stage("offset", lambda *q: -_sum(q).shift_left(f.seed_bits - 1 - unit), *self.coefficients)
         return start, stop, [offset, *(pipe.stage(name, lambda a, b: a + b, v, offset) for v in values)]
 
     def edge(self, name: str, c: int, tables: list[tuple[int, int, list[Staged]]]) -> Staged:
@@ -158,8 +164,10 @@ class Decoder(Leaf):
         return total
 
     def choose(self, name: str, total: Staged, select: StagedPart, values: list[Staged], shape: Shape | None = None) -> Staged:
-        """total + the choice, which folds into the adder's LUT (`_add_choice`)."""
-        return self.pipe.stage(name, lambda t, s, *v: _add_choice(t, _pick(s, (Const(0), *v)), 0), total, select, *values, shape=shape)
+        """Adds the choice to `total`; it folds into the adder's LUT (`_add_choice`)."""
+        return self.pipe.stage(
+            name, lambda t, s, *v: _add_choice(t, _pick(s, (Const(0), *v)), 0), total, select, *values, shape=shape
+        )
 
     def node(self, first: int, count: int) -> tuple[Staged, int, int]:
         """G times the number that `count` digits from digit `first` on make, with its range. Made once for all weights."""
@@ -202,13 +210,13 @@ def _pick(select: Value, values: tuple[Value, ...]) -> Value:
 
 
 def _add_above(a: Value, b: Value, shift: int) -> Value:
-    """a + b * 2^shift; the low bits of `a` pass by the adder."""
+    """Sum a + b * 2^shift; the low bits of `a` pass by the adder."""
     upper = (a >> shift) + b
     return Cat(a[:shift], upper).as_signed() if shift else upper
 
 
 def _add_choice(total: Value, choice: Value, shift: int) -> Value:
-    """total + choice * 2^shift, no wider than total.
+    """Sum total + choice * 2^shift, no wider than total.
 
     The choice is extended to the other operand's width by hand: yosys feeds the narrower operand to the carry chain's own
     input, where it would need LUTs of its own. As the other one, its five inputs and one bit of the total make one LUT6.
@@ -218,7 +226,7 @@ def _add_choice(total: Value, choice: Value, shift: int) -> Value:
     return Cat(total[:shift], (upper + extended)[: len(upper)]).as_signed()
 
 
-def _sum(values) -> Value:
+def _sum(values: Iterable[Value]) -> Value:
     first, *others = values
     for value in others:
         first = first + value

@@ -5,7 +5,7 @@ reference it is measured against and reads FP16 weights. Both cut a row into blo
 with activations held on chip as block floating point, and add exactly:
 
     activation   v * 2^(x - 30)          v signed 18 bits, x in 0 .. 29 shared by a block (`twin.align`)
-    product sum  A = sum of s * v * 2^k  integers throughout: s is the decoder's sum, or the FP16 weight's mantissa; k is a shift
+    product sum  A = sum of s * v * 2^k  all integers: s is the decoder's sum, or the FP16 weight's mantissa; k a shift
     result       A * 2^(bias + exponent_offset) / divisor, rounded to float32 (`twin.to_float32`)
 
 Nothing is rounded between the block floating point and the result, so the order of the additions does not matter.
@@ -102,7 +102,7 @@ class Design(ABC):
     @property
     @abstractmethod
     def divisor_bits(self) -> int:
-        """n of the result's divisor 2^n - 1; 1 where nothing is divided."""
+        """The n of the result's divisor 2^n - 1; 1 where nothing is divided."""
 
     @property
     @abstractmethod
@@ -129,7 +129,9 @@ class Design(ABC):
     @property
     def load_blocks(self) -> int:
         """Blocks of activations converted a clock: the fewest that divide a chunk and keep up with the stream."""
-        fits = [n for n in range(1, self.blocks + 1) if self.blocks % n == 0 and n * self.block_size * HALF_BITS >= self.beat_bits]
+        fits = [
+            n for n in range(1, self.blocks + 1) if self.blocks % n == 0 and n * self.block_size * HALF_BITS >= self.beat_bits
+        ]
         return fits[0] if fits else self.blocks
 
     @property

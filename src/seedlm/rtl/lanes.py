@@ -13,7 +13,7 @@ from seedlm.rtl.pipeline import Pipeline, Staged
 
 
 class SeedLanes(Leaf):
-    """Ports: sums, exponent In, as `Decoder` gives them; mantissas, shared In, as `Activations`; term Out, signed; invalid Out."""
+    """Ports: sums, exponent In from `Decoder`; mantissas, shared In from `Activations`; term Out, signed; invalid Out: 0."""
 
     module_name = "seedlm_lanes"
 
@@ -95,5 +95,3 @@ def _signed_significand(half: Value) -> Value:
     """The FP16 number's significand with its sign, signed 12 bits."""
     magnitude = Cat(half[:10], half[10:15].any(), Const(0, 1))
     return Mux(half[15], -magnitude, magnitude)[:12].as_signed()
-
-

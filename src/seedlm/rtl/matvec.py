@@ -6,9 +6,11 @@
     m_axis_y     one float32 for each row; tlast with the last
 
 A product goes through LOAD (activations converted and written), RUN (one chunk of weights a clock as long as they come) and
-DRAIN (results leave). A chunk is issued only if the result it may end in has a place in the output FIFO: that is the only way in
-which anything downstream holds back, so the data path itself never stops.
+DRAIN (results leave). A chunk is issued only if the result it may end in has a place in the output FIFO: that is the only
+way in which anything downstream holds back, so the data path itself never stops.
 """
+
+from typing import Any
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib.fifo import SyncFIFOBuffered
@@ -80,7 +82,7 @@ class MatVec(Part):
                 getattr(self, f"{name}_tready").eq(aligner.s_axis_tready),
             ]
 
-        command = Command(*(Signal(bits, name=f"cmd_{name}") for name, bits in COMMAND_BITS._asdict().items()))
+        command: Any = Command(*(Signal(bits, name=f"cmd_{name}") for name, bits in COMMAND_BITS._asdict().items()))
         start, load, run = Signal(), Signal(), Signal()
         loaded, x_invalid = self.load(m, pipe, command, start, load)
         issued, finished, drained = self.run(m, pipe, command, start, run, x_invalid)
@@ -109,8 +111,8 @@ class MatVec(Part):
                     m.next = "IDLE"
         return m
 
-    def load(self, m: Module, pipe: Pipeline, command: Command, start: Signal, load: Signal) -> tuple[Value, Signal]:
-        """Converts the activations and fills their memory, zeros past the last column. Returns (done, an Inf or NaN was met)."""
+    def load(self, m: Module, pipe: Pipeline, command: Any, start: Signal, load: Signal) -> tuple[Value, Signal]:
+        """Converts activations into their memory, zeros past the last column. Returns (done, an Inf or NaN was met)."""
         design, aligner = self.design, self.x_aligner
         units = design.load_blocks * design.block_size
         left = Signal(range(design.depth * design.lanes + 1))
@@ -152,7 +154,7 @@ class MatVec(Part):
         return pipe.at(Staged(pop & last, reset=True), time), x_invalid
 
     def run(
-        self, m: Module, pipe: Pipeline, command: Command, start: Signal, run: Signal, x_invalid: Signal
+        self, m: Module, pipe: Pipeline, command: Any, start: Signal, run: Signal, x_invalid: Signal
     ) -> tuple[Value, Value, Value]:
         """Issues chunks and takes results. Returns (a chunk is issued, it is the last one, no result is outstanding)."""
         design, aligner = self.design, self.w_aligner

@@ -45,6 +45,7 @@ def place(m: Module, name: str, part: Part, platform: object) -> None:
         return
     platform.parts.setdefault(part.module_name, part)
     ports = {
-        ("i_" if member.flow == wiring.In else "o_") + port: getattr(part, port) for port, member in part.signature.members.items()
+        ("i_" if member.flow == wiring.In else "o_") + port: getattr(part, port)
+        for port, member in part.signature.members.items()
     }
     m.submodules[name] = Instance(part.module_name, i_clk=ClockSignal(), i_rst=ResetSignal(), **ports)

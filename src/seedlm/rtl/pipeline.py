@@ -1,8 +1,8 @@
 """Feed-forward data paths whose values know the clock at which they are there.
 
 Results in flight are limited at the start of the pipe (`matvec`), so nothing inside one ever waits: registers have neither
-enable nor reset, operands of different ages are brought together by delays (shift-register LUTs), and a module's latency is read
-off its output instead of being counted by hand.
+enable nor reset, operands of different ages are brought together by delays (shift-register LUTs), and a module's latency is
+read off its output instead of being counted by hand.
 """
 
 import itertools
@@ -11,13 +11,12 @@ from typing import Final
 
 from amaranth.hdl import Cat, Const, Module, Shape, Signal, Value, signed, unsigned
 
-
 PIECE: Final = 40
 """Longest addition of a wide sum in one clock: 10 CARRY4."""
 
 
 class Staged:
-    """A value, the clock it belongs to, and its copies at later clocks. `reset` is for the few flags that must start at zero."""
+    """A value, the clock it belongs to, and its copies at later clocks. `reset` is for flags that must start at zero."""
 
     def __init__(self, value: Value, time: int = 0, *, reset: bool = False):
         self.copies = [value]
@@ -72,15 +71,17 @@ class Pipeline:
 
     def sum(self, name: str, operands: Sequence[Operand]) -> Staged:
         """The sum by a binary tree, a register after every addition."""
-        level = list(operands)
+        level: list[Operand] = list(operands)
         while len(level) > 1:
-            pairs = [self.stage(name, lambda a, b: a + b, *level[i : i + 2]) for i in range(0, len(level) - 1, 2)]
+            pairs: list[Operand] = [
+                self.stage(name, lambda a, b: a + b, *level[i : i + 2]) for i in range(0, len(level) - 1, 2)
+            ]
             level = pairs + level[2 * len(pairs) :]
         only = level[0]
         return only if isinstance(only, Staged) else self.stage(name, lambda a: a, only)
 
     def split(self, operand: Staged, width: int) -> list[Operand]:
-        """The value, sign-extended to `width` bits, in pieces of at most PIECE bits, each a clock later than the one below it."""
+        """The value, sign-extended to `width` bits, in pieces of at most PIECE bits, each a clock after the one below."""
         value = operand.value
         extended = Staged(Cat(value, value[-1].replicate(width - len(value))), operand.time)
         count = -(-width // PIECE)
@@ -88,7 +89,7 @@ class Pipeline:
         return [StagedPart(extended, low, high, i) for i, (low, high) in enumerate(itertools.pairwise(cuts))]
 
     def add_pieces(self, name: str, a: list[Operand], b: list[Operand]) -> list[Operand]:
-        """Adds two numbers in pieces, modulo their width. A piece's carry is a register that the next one adds a clock later."""
+        """Adds two numbers in pieces, modulo their width. A piece's carry is registered; the next adds it a clock later."""
         total: list[Operand] = []
         carry: Operand = Staged(Const(0, 1), a[0].time)
         for x, y in zip(a, b, strict=True):
@@ -111,7 +112,7 @@ class Pipeline:
         return Staged(Cat(self.at(piece, time) for piece in pieces).as_signed(), time)
 
     def shift_left(self, name: str, operand: Staged, amount: Operand, largest: int) -> Staged:
-        """operand << amount for amount in 0 .. largest, two bits of the amount a stage (one LUT6 a bit)."""
+        """Value of operand << amount for amount in 0 .. largest, two bits of the amount a stage (one LUT6 a bit)."""
         width = len(operand.value) + largest
         for low in range(0, largest.bit_length(), 2):
             high = min(low + 2, largest.bit_length())
@@ -127,7 +128,7 @@ class Pipeline:
 
 
 def carry_add(a: Value, b: Value, carry: Value) -> Value:
-    """a + b + carry for unsigned a and b of one width, one bit wider; one carry chain, entered by a bit below."""
+    """Sum a + b + carry for unsigned a and b of one width, one bit wider; one carry chain, entered by a bit below."""
     return (Cat(Const(1, 1), a) + Cat(carry, b))[1 : len(a) + 2]
 
 

@@ -1,6 +1,7 @@
 """The tables of docs/hardware.md: clocks, area, clock rate, energy. Measured here, written between two marks of the page.
 
-``python -m seedlm.rtl.report PAGE`` (make rtl-report) simulates and synthesises three designs at full width, 20 minutes on two cores.
+``python -m seedlm.rtl.report PAGE`` (make rtl-report) simulates and synthesises three designs at full width, 20 minutes on two
+cores.
 """
 
 import sys
@@ -101,7 +102,11 @@ def clocks_table(measured: dict[str, dict[int, Measured]]) -> list[str]:
             f"| {n} x {n} | {half:,} | {paper[0]} | {four:,} | {paper[1]} | {half / four:.3f}x | {PAPER_RATIO[n]} "
             f"| {three:,} | {half / three:.3f}x |"
         )
-    lines += ["", "Clocks beyond the streams' own (`stream_clocks`), and the largest gap between two results against clocks a row:", ""]
+    lines += [
+        "",
+        "Clocks beyond the streams' own (`stream_clocks`), and the largest gap between two results against clocks a row:",
+        "",
+    ]
     lines += ["| | " + " | ".join(f"{n} x {n}" for n in SIZES) + " |", "|---|" + "---|" * len(SIZES)]
     for name, design in DESIGNS.items():
         cells = []
@@ -130,8 +135,9 @@ def model_table(measured: dict[str, dict[int, Measured]]) -> list[str]:
     return [
         *lines,
         "",
-        f"A model: streams, plus the constant measured at 2048 x 2048 for each layer. Memory brings 64 bytes every clock; the times are "
-        f"at {CLOCK_MHZ} MHz, a memory of {bandwidth:g} GB/s, and scale with it. Attention, norms and the output head are left out.",
+        "A model: streams, plus the constant measured at 2048 x 2048 for each layer. Memory brings 64 bytes every clock; the times "
+        f"are at {CLOCK_MHZ} MHz, a memory of {bandwidth:g} GB/s, and scale with it. Attention, norms and the output head are not "
+        "in them.",
     ]
 
 
@@ -185,14 +191,18 @@ INT_ADD = Source(0.1 / 32, f"{HOROWITZ}: 0.1 pJ at 32 bits, a bit its 32nd")
 FPGA_FACTOR = 14
 """Dynamic power of FPGA logic against standard cells (Kuon and Rose, IEEE TCAD 2007); applied to all arithmetic, DSPs too."""
 ADDED_BITS = 130
-"""Bits of addition a weight at the 4-bit preset: 201 CARRY4 of a decoder and 35 of a lane for 8 weights, 12 for the row's sum."""
+"""Bits of addition a weight at the 4-bit preset: 201 CARRY4 of a decoder and 35 of the lanes for 8 weights, 12 for the row."""
 
 
 def energy_table() -> list[str]:
-    """pJ a weight: memory by bits stored, arithmetic by operations."""
+    """Energy of a weight in pJ: memory by bits stored, arithmetic by operations."""
     half_mac = HALF_MULTIPLY.pj + HALF_ADD.pj
     seed_mac = 21 * 18 * INT_MULTIPLY.pj + ADDED_BITS * INT_ADD.pj
-    rows = {"FP16": (16.0, half_mac), "int4, FP16 scale per 128": (4.125, half_mac + HALF_MULTIPLY.pj / 128), "SeedLM 4 bit": (4.0, seed_mac)}
+    rows = {
+        "FP16": (16.0, half_mac),
+        "int4, FP16 scale per 128": (4.125, half_mac + HALF_MULTIPLY.pj / 128),
+        "SeedLM 4 bit": (4.0, seed_mac),
+    }
     lines = ["| | bits | arithmetic, pJ (as cells; on FPGA) |", "|---|---|---|"]
     lines[0] += "".join(f" {name}, pJ | {name} and FPGA |" for name in DRAM)
     lines[1] += "---|---|" * len(DRAM)
@@ -208,8 +218,8 @@ def energy_table() -> list[str]:
     lines += ["", "Sources: " + "; ".join(f"{n} {s.pj:.3g} pJ ({s.source})" for n, s in sources.items()) + "."]
     return [
         *lines,
-        f"FPGA arithmetic is taken as {FPGA_FACTOR} times its cells (Kuon and Rose, IEEE TCAD 2007). Left out of all rows: registers, "
-        "selectors and shifters, the XOR network, on-chip memory, clock and leakage.",
+        f"FPGA arithmetic is taken as {FPGA_FACTOR} times its cells (Kuon and Rose, IEEE TCAD 2007). Left out of all rows: "
+        "registers, selectors and shifters, the XOR network, on-chip memory, clock and leakage.",
     ]
 
 

@@ -20,14 +20,14 @@ INFINITY = 0x7F800000
 def reciprocal_shifts(divisor_bits: int) -> list[int]:
     """Shifts n, 2n, 4n.. of the reciprocal's product that still move a fraction; none where the divisor is 1."""
     shifts, shift = [], divisor_bits
-    while 1 < divisor_bits and shift < FRACTION_BITS:
+    while divisor_bits > 1 and shift < FRACTION_BITS:
         shifts.append(shift)
         shift *= 2
     return shifts
 
 
 class RowSum(Leaf):
-    """Ports: terms In, `blocks` signed fields; enable In: there is a chunk; first In: it starts a row; total Out, `latency` later.
+    """Ports: terms In, `blocks` signed fields; enable In: there is a chunk; first In: it starts a row; total Out.
 
     invalid In and total_invalid Out: whether this chunk, and any chunk of the row so far, had an operand that is no number.
     """

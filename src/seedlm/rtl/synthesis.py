@@ -1,9 +1,11 @@
 """A design through Yosys for Xilinx 7-series: cells of every module, the longest path, and what that says about the clock.
 
-Synthesis keeps the modules, so cells can be counted for each; the path is measured on the flattened netlist, across them. There is
-no placement: `sta` adds the cells' delays as Yosys' own 7-series library states them, and wires are an assumption (`NET_NS`).
+Synthesis keeps the modules, so cells can be counted for each; the path is measured on the flattened netlist, across them.
+There is no placement: `sta` adds the cells' delays as Yosys' own 7-series library states them, and wires are an assumption
+(`NET_NS`).
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -99,7 +101,7 @@ def synthesise(design: Design) -> Synthesis:
         modules = _modules(_json(folder / "stat.json"), top)
         path, cells = _path((folder / "sta.txt").read_text())
         levels, carries = logic_levels(_json(folder / "net.json")["modules"][top]["cells"])
-    nets = sum(1 for before, after in zip(cells, cells[1:], strict=False) if not after.startswith("CARRY4.CI"))
+    nets = sum(1 for _, after in itertools.pairwise(cells) if not after.startswith("CARRY4.CI"))
     return Synthesis(modules=modules, path=path, cells=cells, nets=nets, levels=levels, carries=carries)
 
 
@@ -137,7 +139,9 @@ def _path(text: str) -> tuple[float, list[str]]:
     found = re.search(r"Latest arrival time in '.*' is (\d+):", text)
     if found is None:
         raise BackendError("yosys sta reported no path")
-    return int(found[1]) / 1000, re.findall(r"\((\w+\.\w+(?:->\w+)?)\)", text[found.end() : text.index("Arrival histogram")])[::-1]
+    return int(found[1]) / 1000, re.findall(r"\((\w+\.\w+(?:->\w+)?)\)", text[found.end() : text.index("Arrival histogram")])[
+        ::-1
+    ]
 
 
 def logic_levels(cells: dict[str, Any]) -> tuple[int, int]:
@@ -147,7 +151,7 @@ def logic_levels(cells: dict[str, Any]) -> tuple[int, int]:
         if re.fullmatch(r"LUT\d|INV|MUXF[78]|CARRY4|RAM32M|RAM64M", cell["type"]):
             for port, direction in cell["port_directions"].items():
                 if direction == "output":
-                    driver.update({bit: (name, port) for bit in cell["connections"][port]})
+                    driver.update(dict.fromkeys(cell["connections"][port], (name, port)))
     level: dict[str, int] = {}
     chain: dict[str, int] = {}
     waiting = list(cells)

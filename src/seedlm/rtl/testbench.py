@@ -1,6 +1,7 @@
 """The cocotb side of `simulate`: drives a `*_matvec` module and checks the stream protocol at every clock.
 
-Runs inside the simulator. Reads the job that `simulate` wrote (environment variable SEEDLM_RTL_JOB) and leaves results beside it.
+Runs inside the simulator. Reads the job that `simulate` wrote (environment variable SEEDLM_RTL_JOB) and leaves results
+beside it.
 """
 
 import json
@@ -32,7 +33,7 @@ async def send(dut: Any, name: str, words: list[int], stall: float, rng: random.
 
 
 async def receive(dut: Any, count: int, stall: float, rng: random.Random, now: list[int]) -> tuple[list[int], list[int]]:
-    """One packet of results and the clock of each. Checks that an offer, once made, stands, and that tlast closes the packet."""
+    """One packet of results and the clock of each. Checks that an offer stands until it is taken and where tlast is."""
     words: list[int] = []
     times: list[int] = []
     offered: tuple[int, int] | None = None
@@ -80,7 +81,7 @@ async def products(dut: Any) -> None:
                 started.append(now[0])
 
     started: list[int] = []
-    cocotb.start_soon(Clock(dut.clk, 2, "ns").start())
+    Clock(dut.clk, 2, "ns").start()
     for name in ("s_axis_cmd_tvalid", "s_axis_x_tvalid", "s_axis_w_tvalid", "m_axis_y_tready"):
         getattr(dut, name).value = 0
     dut.rst.value = 1

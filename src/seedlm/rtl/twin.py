@@ -25,7 +25,7 @@ FRACTION_BITS = 32
 
 
 class Aligned(NamedTuple):
-    """Activations as the chip holds them: mantissas int64 [blocks, C], shared int64 [blocks], and whether one was Inf or NaN."""
+    """Activations on chip: mantissas int64 [blocks, C], shared int64 [blocks], and whether one was Inf or NaN."""
 
     mantissas: np.ndarray
     shared: np.ndarray
@@ -40,9 +40,9 @@ def align(x: np.ndarray, block_size: int) -> Aligned:
     """
     if x.dtype != np.float16 or x.ndim != 1:
         raise TensorError(f"activations must be float16 of one dimension, got {x.dtype} {[*x.shape]}")
-    bits = np.zeros(-(-len(x) // block_size) * block_size, np.int64)
-    bits[: len(x)] = x.view(np.uint16)
-    bits = bits.reshape(-1, block_size)
+    padded = np.zeros(-(-len(x) // block_size) * block_size, np.int64)
+    padded[: len(x)] = x.view(np.uint16)
+    bits = padded.reshape(-1, block_size)
     field = bits >> 10 & 31
     exponent = np.maximum(field, 1) - 1
     significand = (bits & 1023) | (field > 0) << 10
