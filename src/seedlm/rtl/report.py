@@ -135,9 +135,9 @@ def model_table(measured: dict[str, dict[int, Measured]]) -> list[str]:
     return [
         *lines,
         "",
-        "A model: streams, plus the constant measured at 2048 x 2048 for each layer. Memory brings 64 bytes every clock; the times "
-        f"are at {CLOCK_MHZ} MHz, a memory of {bandwidth:g} GB/s, and scale with it. Attention, norms and the output head are not "
-        "in them.",
+        "A model: streams, plus the constant measured at 2048 x 2048 for each layer. Memory brings 64 bytes every clock; "
+        f"times are at {CLOCK_MHZ} MHz, a memory of {bandwidth:g} GB/s, and scale with it. Attention, norms and the output "
+        "head are not in them.",
     ]
 
 
