@@ -1,12 +1,16 @@
 """Evaluation: held against a float64 computation that shares nothing with it, and stopped, resumed and misused."""
 
+import contextlib
 import copy
 import json
 import math
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -253,11 +257,12 @@ class TestRun:
         del first["run"], second["run"]
         assert first == second
 
-    def test_a_gguf_file(self, tmp_path):
+    def test_a_gguf_file(self, tmp_path, capsys):
         pytest.importorskip("accelerate")
         test_source.TestGGUF.write(tmp_path / "m.gguf")
         (tmp_path / "text").write_text("ABCDEFGHIJ" * 5)
         results = evaluate.evaluate(str(tmp_path / "m.gguf"), Text.from_file(tmp_path / "text"), Settings(context=8, **CPU))
+        assert "GGUF" not in capsys.readouterr().err
         assert results["model"]["format"] == "gguf Q4_1"
         assert results["model"]["bits_per_weight"] == 5.0
         assert results["run"]["dtype"] == "float32"
@@ -410,6 +415,38 @@ class TestCommand:
         assert "4 windows of 32 tokens" in lines["protocol"]
         for line in ("perplexity", "KL", "same"):
             assert " +- " in lines[line]
+
+    def test_progress_is_shown_on_a_terminal(self, folders, story):
+        pty = pytest.importorskip("pty")
+        primary, secondary = pty.openpty()
+        arguments = [folders[0], "--text", story.path, "--context", "32", "--limit", "4"]
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+        process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=secondary, env=environment)
+        os.close(secondary)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux's way of saying that the other end is closed
+            while piece := os.read(primary, 4096):
+                shown += piece
+        os.close(primary)
+        assert process.wait(timeout=60) == 0
+        assert b"Scoring" in shown
+        assert b"0.1 / 0.1 k tokens" in shown
+
+    def test_ctrl_c_says_how_to_go_on(self, folders, tmp_path):
+        (tmp_path / "text").write_text(STORY * 400)
+        out, partial = tmp_path / "run.json", tmp_path / "run.json.partial"
+        arguments = [folders[0], "--text", tmp_path / "text", "--context", "64", "--out", out]
+        process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and len(partial.read_bytes().partition(b"\n")[2]) > 0):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stdout, stderr.count("\n")) == (130, "", 1)
+        assert f"run the same command again to go on ({partial} holds what is done)" in stderr
+        assert partial.exists()
+        assert not out.exists()
 
     def test_json(self, folders, story, tmp_path):
         done = self.call(
