@@ -227,7 +227,8 @@ def evaluate(
                 on_progress=on_progress,
             )
     except KeyboardInterrupt:
-        kept = f"; run the same command again to go on ({out}.partial holds what is done)" if out else ""
+        partial = Path(f"{out}.partial")
+        kept = f"; run the same command again to go on ({partial} holds what is done)" if partial.exists() else ""
         print(f"seedlm: stopped{kept}", file=sys.stderr)
         sys.exit(130)
     if as_json:
@@ -298,9 +299,11 @@ def _progress() -> Iterator[tuple[Any, Any]]:
 
     class Amount(ProgressColumn):
         def render(self, task: Task) -> Text:
+            prefix, unit = task.fields["unit"]
+            scale = {"M": 1e6, "k": 1e3}[prefix]
             speed = task.finished_speed or task.speed
-            rate = f" {speed / 1e6:6.3f} M/s" if speed else ""
-            return Text(f"{task.completed / 1e6:.1f} / {(task.total or 0) / 1e6:.1f} M {task.fields['unit']}{rate}")
+            rate = f" {speed / scale:6.3f} {prefix}/s" if speed else ""
+            return Text(f"{task.completed / scale:.1f} / {(task.total or 0) / scale:.1f} {prefix} {unit}{rate}")
 
     console = Console(stderr=True)
     bar = Progress(
@@ -313,9 +316,9 @@ def _progress() -> Iterator[tuple[Any, Any]]:
         disable=not console.is_terminal,
     )
     labels = {
-        "read": ("Reading the source", "bytes"),
-        "compress": ("Searching seeds", "weights"),
-        "evaluate": ("Scoring", "tokens"),
+        "read": ("Reading the source", ("M", "bytes")),
+        "compress": ("Searching seeds", ("M", "weights")),
+        "evaluate": ("Scoring", ("k", "tokens")),
     }
     tasks: dict[str, Any] = {}
     started: dict[str, tuple[float, int]] = {}

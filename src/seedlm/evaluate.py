@@ -59,7 +59,8 @@ class Text:
         r"""The raw WikiText-2 file, ``wiki.test.raw``, as papers of the GPTQ line score it.
 
         They join the rows of the Hugging Face data set ``wikitext-2-raw-v1`` by a blank line. A row there is a line of the
-        file with its line end, a blank line (" \n" in the file) the row "".
+        file with its line end, a blank line (" \n" in the file) the row "". Llama-2's tokenizer makes 341,469 tokens of it,
+        the 166 windows of the papers, and GPT-2's 287,644.
         """
         lines = _read_text(path).replace("\r\n", "\n").split("\n")
         rows = [f"{line}\n" if line.strip() else "" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
@@ -131,9 +132,9 @@ def evaluate(
         "evaluation_version": EVALUATION_VERSION,
         "model": infos[0],
         "reference": infos[1] if reference is not None else None,
+        "settings": asdict(settings),
         "text": facts,
         "protocol": _protocol(len(windows), settings.context),
-        "settings": asdict(settings),
         "seed": None,  # nothing is drawn
         "environment": _environment(device),
     }

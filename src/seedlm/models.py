@@ -6,7 +6,9 @@ anything large is loaded.
 
 import hashlib
 from collections import Counter
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -97,14 +99,16 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto", packed:
     folder, options = _arguments(path)
     options["dtype"] = "float32" if dtype == "auto" and options else dtype
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        # Expanding a GGUF file shows a bar that has no switch.
+        with redirect_stderr(StringIO()) if path.is_file() else nullcontext():
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         model = model.to(device)
+        if not packed and any(seed_linears(model)):
+            expand_model(model, model.dtype)
     except torch.OutOfMemoryError:
         raise SourceError(f"{path}: does not fit into the memory of {device}") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as reason:
         raise SourceError(f"{path}: cannot be loaded ({_one_line(reason)})") from reason
-    if not packed and any(seed_linears(model)):
-        expand_model(model, model.dtype)
     return model.eval()
 
 

@@ -1,0 +1,471 @@
+"""Evaluation: held against a float64 computation that shares nothing with it, and stopped, resumed and misused."""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import test_source
+from seedlm import compress_checkpoint, evaluate, inspect_checkpoint, measure
+from seedlm.errors import BackendError, EvaluationError, OutputError, SourceError
+from seedlm.evaluate import Settings, Text
+from tiny_models import SMALL, tiny_llama
+
+STORIES = Path(__file__).parent / "data" / "stories260k"
+COMMAND = [sys.executable, "-m", "seedlm", "evaluate"]
+STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+CPU = {"device": "cpu"}
+
+
+def straightforward(model, windows, reference=None):
+    """Per prediction, in plain float64: nll, top1, and against a reference kl, reference_nll, reference_top1."""
+    records = []
+    for window in windows.tolist():
+        distributions = []
+        for network in (model, reference) if reference is not None else (model,):
+            with torch.no_grad():
+                logits = copy.deepcopy(network).double()(torch.tensor([window])).logits[0].numpy()
+            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+            distributions.append(weights / weights.sum(axis=1, keepdims=True))
+        rows = []
+        for place, token in enumerate(window[1:]):
+            ours = distributions[0][place]
+            row = [-math.log(ours[token]), int(np.argmax(ours))]
+            if reference is not None:
+                theirs = distributions[1][place]
+                kl = sum(p * math.log(p / q) for p, q in zip(theirs.tolist(), ours.tolist(), strict=True))
+                row += [kl, -math.log(theirs[token]), int(np.argmax(theirs))]
+            rows.append(row)
+        records.append(rows)
+    return np.array(records)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two random Llamas of one vocabulary."""
+    folder = tmp_path_factory.mktemp("pair")
+    return [tiny_llama(folder / str(seed), dtype=torch.float32, seed=seed).eval() for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """stories260K, and the same compressed with few seeds: near enough to compare, far enough to differ."""
+    packed = tmp_path_factory.mktemp("models") / "packed"
+    compress_checkpoint(STORIES, packed, format=SMALL, backend="torch")
+    return STORIES, packed
+
+
+@pytest.fixture
+def story(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text(STORY * 8)
+    return Text.from_file(path)
+
+
+class TestMeasure:
+    @pytest.mark.parametrize("chunk", [measure._CHUNK, 1, 64 * 3], ids=["one-chunk", "row-by-row", "three-rows"])
+    @pytest.mark.parametrize(("context", "batch_size"), [(7, 1), (7, 3), (2, 9), (30, 2)])
+    def test_records_are_those_of_float64(self, pair, context, batch_size, chunk, monkeypatch):
+        monkeypatch.setattr(measure, "_CHUNK", chunk)
+        windows = measure.cut_windows(torch.randint(64, (61,), generator=torch.Generator().manual_seed(2)), context)
+        scored = measure.score_windows(pair[0], windows, reference=pair[1], batch_size=batch_size)
+        records = np.concatenate([records for records, _ in scored])
+        expected = straightforward(pair[0], windows, pair[1])
+        assert records.shape == expected.shape[:2] == (61 // context, context - 1)
+        for column, field in enumerate(measure.PAIR_RECORD.names):
+            np.testing.assert_allclose(records[field], expected[..., column], rtol=2e-6, atol=2e-6, err_msg=field)
+        alone = np.concatenate([records for records, _ in measure.score_windows(pair[0], windows, batch_size=batch_size)])
+        assert alone.dtype == measure.RECORD
+        assert all((alone[field] == records[field]).all() for field in measure.RECORD.names)
+
+    def test_means_and_errors(self, pair):
+        windows = measure.cut_windows(torch.randint(64, (50,), generator=torch.Generator().manual_seed(3)), 10)
+        expected = straightforward(pair[0], windows, pair[1])
+        records = np.concatenate([records for records, _ in measure.score_windows(pair[0], windows, reference=pair[1])])
+        found = measure.summarize(records)
+
+        def check(name, per_window, exponential=False):
+            mean, error = statistics.mean(per_window), statistics.stdev(per_window) / math.sqrt(5)
+            if exponential:
+                mean, error = math.exp(mean), math.exp(mean) * error
+            assert (found[name].mean, found[name].standard_error) == pytest.approx((mean, error), rel=1e-5, abs=1e-7)
+
+        nll, _, kl, other, _ = expected.mean(axis=1).T.tolist()
+        check("nll", nll)
+        check("perplexity", nll, exponential=True)
+        check("kl", kl)
+        check("reference_nll", other)
+        check("reference_perplexity", other, exponential=True)
+        check("perplexity_ratio", [a - b for a, b in zip(nll, other, strict=True)], exponential=True)
+        check("top1_agreement", (expected[..., 1] == expected[..., 4]).mean(axis=1).tolist())
+        assert found.keys() == {"nll", "perplexity", "kl", "reference_nll", "reference_perplexity", "perplexity_ratio"} | {
+            "top1_agreement"
+        }
+
+    def test_perplexity_is_gptqs(self, pair):
+        """GPTQ's arithmetic: each window's mean loss times the context, summed, over windows times context."""
+        tokens = torch.randint(64, (35,), generator=torch.Generator().manual_seed(4))
+        with torch.no_grad():
+            losses = [pair[0](w[None], labels=w[None]).loss * 8 for w in tokens[:32].view(4, 8)]
+        expected = math.exp(sum(losses) / (4 * 8))
+        assert measure.perplexity(pair[0], tokens, context=8).mean == pytest.approx(expected, rel=1e-5)
+        fewer = math.exp(sum(losses[:2]) / (2 * 8))
+        assert measure.perplexity(pair[0], tokens, context=8, limit=2).mean == pytest.approx(fewer, rel=1e-5)
+
+    def test_one_window_has_no_error(self, pair):
+        assert measure.perplexity(pair[0], torch.arange(9), context=8).standard_error is None
+
+    def test_a_model_equals_itself(self, pair):
+        records = next(measure.score_windows(pair[0], torch.arange(12).view(2, 6), reference=pair[0], batch_size=2))[0]
+        found = measure.summarize(records)
+        assert (found["kl"].mean, found["top1_agreement"].mean, found["perplexity_ratio"].mean) == (0.0, 1.0, 1.0)
+        assert found["perplexity_ratio"].standard_error == 0.0
+
+    def test_predictions_that_are_not_finite_are_refused(self, tmp_path):
+        model = tiny_llama(tmp_path / "m", dtype=torch.float32).eval()
+        model.lm_head.weight.data[5, 0] = math.inf
+        with pytest.raises(EvaluationError, match="window 3: the model's log likelihood is not finite; float16 overflows"):
+            list(measure.score_windows(model, torch.arange(20).view(5, 4), start=3))
+
+    def test_other_vocabularies_are_refused(self, pair, tmp_path):
+        other = tiny_llama(tmp_path / "m", dtype=torch.float32, vocab_size=70).eval()
+        with pytest.raises(EvaluationError, match="the reference scores 70 tokens, the model 64"):
+            list(measure.score_windows(pair[0], torch.arange(8).view(2, 4), reference=other))
+
+    @pytest.mark.parametrize(
+        ("context", "limit", "message"),
+        [(1, None, "at least 2 tokens"), (5, 0, "at least 1 window"), (11, None, "has 10 tokens, one window needs 11")],
+    )
+    def test_impossible_windows_are_refused(self, context, limit, message):
+        with pytest.raises(EvaluationError, match=message):
+            measure.cut_windows(torch.arange(10), context, limit)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_a_gpu_gives_the_same(self, pair):
+        windows = torch.randint(64, (6, 9), generator=torch.Generator().manual_seed(5))
+        expected = straightforward(pair[0], windows, pair[1])
+        try:
+            scored = measure.score_windows(pair[0].cuda(), windows, reference=pair[1].cuda(), batch_size=4)
+            records = np.concatenate([records for records, _ in scored])
+        finally:
+            pair[0].cpu(), pair[1].cpu()
+        for column, field in enumerate(measure.PAIR_RECORD.names):
+            np.testing.assert_allclose(records[field], expected[..., column], rtol=1e-5, atol=1e-5, err_msg=field)
+
+
+class TestText:
+    def test_wikitext_is_joined_as_the_papers_do(self, tmp_path):
+        r"""Rows of the data set: "", " = A = \n", "", " One @-@ two . \n", " Three \n", ""."""
+        path = tmp_path / "wiki.test.raw"
+        path.write_bytes(b" \n = A = \n \n One @-@ two . \n Three \xc2\x85 \n \n")
+        text = Text.from_wikitext(path)
+        assert text.content == "\n\n = A = \n\n\n\n\n One @-@ two . \n\n\n Three \x85 \n\n\n"
+        assert "joined by a blank line" in text.form
+        assert Text.from_file(path).content == path.read_bytes().decode()
+        assert Text.from_file(path).form == "the file as it is"
+
+    def test_what_is_not_text_is_refused(self, tmp_path):
+        with pytest.raises(EvaluationError, match="cannot be read \\(No such file"):
+            Text.from_file(tmp_path / "none")
+        (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
+        with pytest.raises(EvaluationError, match="is not UTF-8 text \\(byte 3\\)"):
+            Text.from_wikitext(tmp_path / "latin")
+
+
+class TestRun:
+    def test_a_packed_model_against_its_original(self, folders, story, tmp_path):
+        source, packed = folders
+        settings = Settings(context=32, batch_size=3, **CPU)
+        out, tokens = tmp_path / "run.json", tmp_path / "tokens.npz"
+        results = evaluate.evaluate(str(packed), story, settings, reference=str(source), out=out, tokens_out=tokens)
+        assert json.loads(out.read_text()) == results
+        assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.new"))
+
+        ids = AutoTokenizer.from_pretrained(source)(STORY * 8)["input_ids"]
+        windows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+        models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (packed, source)]
+        models[0] = models[0].dequantize()
+        expected = straightforward(models[0], windows, models[1])
+        record = np.load(tokens)
+        assert set(record) == {"token_ids", *measure.PAIR_RECORD.names}
+        assert (record["token_ids"] == windows.numpy()).all()
+        for column, field in enumerate(measure.PAIR_RECORD.names):
+            np.testing.assert_allclose(record[field], expected[..., column], rtol=1e-4, atol=1e-4, err_msg=field)
+        metrics = {name: estimate["mean"] for name, estimate in results["metrics"].items()}
+        assert metrics["nll"] == pytest.approx(expected[..., 0].mean(), rel=1e-5)
+        assert metrics["kl"] == pytest.approx(expected[..., 2].mean(), rel=1e-4)
+        assert metrics["kl"] > 0.1
+        assert metrics["perplexity_ratio"] > 1.1
+        assert 0.3 < metrics["top1_agreement"] < 1
+
+        report = inspect_checkpoint(packed)
+        described = results["model"]
+        assert described["format"] == SMALL
+        assert described["bits_per_weight"] == report.bits_per_weight
+        assert described["model_bits_per_weight"] == report.model_bits_per_weight
+        assert described["bytes"] == (packed / "model.safetensors").stat().st_size
+        assert results["reference"]["format"] == "float32"
+        assert results["reference"]["bits_per_weight"] == 32
+        assert results["reference"]["weights"] == 260_032 == described["weights"]
+        assert results["text"]["tokens"] == len(ids)
+        assert results["text"]["windows"] == len(windows) == results["text"]["predictions"] // 31
+        assert results["text"]["starts_with_bos"] is True
+        assert results["run"]["dtype"] == results["run"]["reference_dtype"] == "float32"
+        assert results["run"]["tokens_per_second"] > 0
+        assert results["run"]["peak_memory_bytes"] > 1e7
+        assert results["environment"]["device"] == "cpu"
+
+    def test_packed_layers_give_the_same_and_stay_packed(self, folders, story, monkeypatch):
+        from seedlm import models
+        from seedlm.linear import seed_linears
+
+        kept = []
+        load = models.load_model
+        monkeypatch.setattr(models, "load_model", lambda *a, **k: kept.append(load(*a, **k)) or kept[-1])
+        runs = [
+            evaluate.evaluate(str(folders[1]), story, Settings(context=64, limit=2, packed=packed, **CPU))
+            for packed in (False, True)
+        ]
+        assert [len(list(seed_linears(model))) for model in kept] == [0, 35]
+        assert runs[0]["metrics"]["nll"]["mean"] == pytest.approx(runs[1]["metrics"]["nll"]["mean"], rel=1e-6)
+
+    def test_dtype_and_limit(self, folders, story):
+        exact, rough = (
+            evaluate.evaluate(str(folders[0]), story, Settings(context=32, limit=3, dtype=dtype, **CPU))
+            for dtype in ("auto", "bfloat16")
+        )
+        assert (exact["run"]["dtype"], rough["run"]["dtype"]) == ("float32", "bfloat16")
+        assert rough["text"]["windows"] == 3
+        assert 0 < abs(exact["metrics"]["nll"]["mean"] - rough["metrics"]["nll"]["mean"]) < 0.05
+
+    def test_the_same_run_gives_the_same_numbers(self, folders, story):
+        first, second = (evaluate.evaluate(str(folders[0]), story, Settings(context=32, **CPU)) for _ in range(2))
+        del first["run"], second["run"]
+        assert first == second
+
+    def test_a_gguf_file(self, tmp_path, capsys):
+        pytest.importorskip("accelerate")
+        test_source.TestGGUF.write(tmp_path / "m.gguf")
+        (tmp_path / "text").write_text("ABCDEFGHIJ" * 5)
+        results = evaluate.evaluate(str(tmp_path / "m.gguf"), Text.from_file(tmp_path / "text"), Settings(context=8, **CPU))
+        assert "GGUF" not in capsys.readouterr().err
+        assert results["model"]["format"] == "gguf Q4_1"
+        assert results["model"]["bits_per_weight"] == 5.0
+        assert results["run"]["dtype"] == "float32"
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+        model.is_quantized = False  # what forbids transformers to turn it to float64
+        ids = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")("ABCDEFGHIJ" * 5)["input_ids"]
+        expected = straightforward(model, torch.tensor(ids[: len(ids) // 8 * 8]).view(-1, 8))[..., 0].mean()
+        assert results["metrics"]["nll"]["mean"] == pytest.approx(expected, rel=1e-5)
+
+
+class Stop(Exception):
+    """A user's hand."""
+
+
+class TestResume:
+    @pytest.fixture
+    def stopped(self, folders, story, tmp_path):
+        """A run stopped after two of its batches: its arguments."""
+        arguments = [str(folders[1]), story, Settings(context=32, batch_size=2, **CPU)]
+        options = {"reference": str(folders[0]), "out": tmp_path / "run.json", "tokens_out": tmp_path / "run.npz"}
+
+        def stop(phase, done, total):
+            if done == 2 * 2 * 32:
+                raise Stop
+
+        with pytest.raises(Stop):
+            evaluate.evaluate(*arguments, **options, on_progress=stop)
+        assert not options["out"].exists()
+        return arguments, options
+
+    @pytest.mark.parametrize(("cut", "windows"), [(0, 4), (100, 2), (10**9, 0)], ids=["whole", "torn-window", "torn-plan"])
+    def test_a_stopped_run_goes_on_to_the_same_results(self, stopped, folders, tmp_path, cut, windows):
+        arguments, options = stopped
+        partial = tmp_path / "run.json.partial"
+        content = partial.read_bytes()
+        partial.write_bytes(content[:-cut] if 0 < cut < len(content) else content[:50] if cut else content)
+        seen = []
+        results = evaluate.evaluate(*arguments, **options, on_progress=lambda phase, done, total: seen.append(done))
+        assert seen[0] == windows * 32
+        assert results["run"]["resumed_windows"] == windows
+        assert not partial.exists()
+        whole = evaluate.evaluate(*arguments, reference=options["reference"], tokens_out=tmp_path / "whole.npz")
+        assert {**results, "run": None} == {**whole, "run": None}
+        assert (tmp_path / "whole.npz").read_bytes() == options["tokens_out"].read_bytes()
+
+    def test_other_arguments_are_refused(self, stopped, folders):
+        (model, text, _), options = stopped
+        with pytest.raises(OutputError, match="differs: settings context was 32, is now 16"):
+            evaluate.evaluate(model, text, Settings(context=16, batch_size=2, **CPU), **options)
+        with pytest.raises(OutputError, match="differs: model name was"):
+            evaluate.evaluate(str(folders[0]), text, Settings(context=32, batch_size=2, **CPU), **options)
+
+    def test_another_model_of_the_same_name_is_refused(self, stopped, folders, tmp_path):
+        """Only weights differ, so every header is the same."""
+        (_, text, settings), options = stopped
+        shutil.copytree(folders[0], tmp_path / "m")
+        options = {"out": tmp_path / "other.json"}
+
+        def stop(phase, done, total):
+            raise Stop
+
+        for _ in range(2):
+            with pytest.raises(Stop):
+                evaluate.evaluate(
+                    str(tmp_path / "m"), text, settings, **options, on_progress=lambda p, d, t: d and stop(p, d, t)
+                )
+        weights = tmp_path / "m" / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        with pytest.raises(OutputError, match="differs: model fingerprint was"):
+            evaluate.evaluate(str(tmp_path / "m"), text, settings, **options)
+
+    def test_two_runs_do_not_share_an_output(self, stopped, tmp_path):
+        fcntl = pytest.importorskip("fcntl")
+        arguments, options = stopped
+        with open(tmp_path / "run.json.partial", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(OutputError, match="another run is writing this output"):
+                evaluate.evaluate(*arguments, **options)
+
+    def test_a_strangers_file_is_left_alone(self, folders, story, tmp_path):
+        (tmp_path / "run.json.partial").write_text("my notes\nmore notes\n")
+        with pytest.raises(OutputError, match="is not from a run, or damaged"):
+            evaluate.evaluate(str(folders[0]), story, Settings(context=32, **CPU), out=tmp_path / "run.json")
+        assert (tmp_path / "run.json.partial").read_text() == "my notes\nmore notes\n"
+
+    def test_an_existing_output_is_refused(self, folders, story, tmp_path):
+        (tmp_path / "run.json").write_text("{}")
+        with pytest.raises(OutputError, match="exists already; choose another output"):
+            evaluate.evaluate(str(folders[0]), story, out=tmp_path / "run.json")
+        with pytest.raises(OutputError, match="no such folder"):
+            evaluate.evaluate(str(folders[0]), story, tokens_out=tmp_path / "none" / "t.npz")
+
+    def test_a_run_that_never_began_leaves_no_trace(self, folders, story, tmp_path):
+        story = Text(story.content * 4, story.path, story.form)
+        with pytest.raises(EvaluationError, match="the model knows 512 positions, a window has 600"):
+            evaluate.evaluate(str(folders[0]), story, Settings(context=600, **CPU), out=tmp_path / "run.json")
+        assert not list(tmp_path.glob("run.json*"))
+
+
+class TestRefusals:
+    def test_settings(self):
+        for wrong, message in [
+            ({"context": 1}, "context must be at least 2, got 1"),
+            ({"limit": 0}, "limit must be at least 1, got 0"),
+            ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+            ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        ]:
+            with pytest.raises(EvaluationError, match=message):
+                Settings(**wrong)
+
+    @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+    def test_a_device_that_is_not_there(self, folders, story, device):
+        with pytest.raises(BackendError, match=f"device '{device}' cannot be used here"):
+            evaluate.evaluate(str(folders[0]), story, Settings(device=device))
+
+    def test_a_model_without_a_tokenizer(self, story, tmp_path):
+        tiny_llama(tmp_path / "m")
+        with pytest.raises(SourceError, match="m: has no tokenizer that can be opened"):
+            evaluate.evaluate(str(tmp_path / "m"), story)
+
+    def test_a_text_shorter_than_a_window(self, folders, tmp_path):
+        (tmp_path / "short").write_text("Once upon a time")
+        with pytest.raises(EvaluationError, match="the text has 5 tokens, one window needs 64"):
+            evaluate.evaluate(str(folders[0]), Text.from_file(tmp_path / "short"), Settings(context=64))
+
+    def test_a_reference_with_another_tokenizer(self, folders, tmp_path):
+        pytest.importorskip("gguf")
+        test_source.TestGGUF.write(tmp_path / "m.gguf")
+        (tmp_path / "text").write_text("ABCDEFGHIJ" * 5)
+        with pytest.raises(EvaluationError, match="turn the text into different tokens"):
+            evaluate.evaluate(
+                str(folders[0]), Text.from_file(tmp_path / "text"), Settings(context=8), reference=str(tmp_path / "m.gguf")
+            )
+
+
+class TestCommand:
+    @staticmethod
+    def call(*arguments):
+        return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+    def test_summary(self, folders, story, tmp_path):
+        done = self.call(
+            folders[1], "--text", story.path, "--reference", folders[0], "--context", 32, "--limit", 4, "--device", "cpu"
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+        assert SMALL in lines["model"]
+        assert "4 windows of 32 tokens" in lines["protocol"]
+        for line in ("perplexity", "KL", "same"):
+            assert " +- " in lines[line]
+
+    def test_progress_is_shown_on_a_terminal(self, folders, story):
+        pty = pytest.importorskip("pty")
+        primary, secondary = pty.openpty()
+        arguments = [folders[0], "--text", story.path, "--context", "32", "--limit", "4"]
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+        process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=secondary, env=environment)
+        os.close(secondary)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux's way of saying that the other end is closed
+            while piece := os.read(primary, 4096):
+                shown += piece
+        os.close(primary)
+        assert process.wait(timeout=60) == 0
+        assert b"Scoring" in shown
+        assert b"0.1 / 0.1 k tokens" in shown
+
+    def test_ctrl_c_says_how_to_go_on(self, folders, tmp_path):
+        (tmp_path / "text").write_text(STORY * 400)
+        out, partial = tmp_path / "run.json", tmp_path / "run.json.partial"
+        arguments = [folders[0], "--text", tmp_path / "text", "--context", "64", "--out", out]
+        process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and len(partial.read_bytes().partition(b"\n")[2]) > 0):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stdout, stderr.count("\n")) == (130, "", 1)
+        assert f"run the same command again to go on ({partial} holds what is done)" in stderr
+        assert partial.exists()
+        assert not out.exists()
+
+    def test_json(self, folders, story, tmp_path):
+        done = self.call(
+            folders[0], "--wikitext", story.path, "--context", 32, "--limit", 2, "--out", tmp_path / "r.json", "--json"
+        )
+        assert done.returncode == 0
+        assert json.loads(done.stdout) == json.loads((tmp_path / "r.json").read_text())
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "give a text: --wikitext FILE"),
+            (["--text", "none.txt"], "none.txt: cannot be read (No such file or directory)"),
+            (["--text", __file__, "--dtype", "int4"], "dtype must be one of"),
+        ],
+        ids=["no-text", "missing-text", "dtype"],
+    )
+    def test_errors_are_one_line(self, arguments, message):
+        done = self.call(STORIES, *arguments)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert done.stderr.startswith("seedlm: ")
+        assert message in done.stderr
