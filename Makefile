@@ -14,7 +14,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q -e '.[fast,gguf,dev]'
+	$(PY) -m pip install -q -e '.[fast,gguf,rtl,dev]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -33,5 +33,7 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(PY) bench/search_cpu.py
 
+include rtl.mk
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) build
