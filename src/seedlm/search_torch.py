@@ -4,8 +4,8 @@
 
     ||w||^2 - ||w - U q 2^E||^2  <=  ||Q' w||^2        (Q an orthonormal basis of U(s)'s columns)
 
-caps what any coefficients can achieve, so one matrix product bounds all seeds at once. The seed with the highest cap sets the
-bar, and every seed whose cap, plus the rounding margin of float32, reaches it is scored. What is left out can neither win
+caps what any coefficients can achieve, so one matrix product bounds all seeds at once. A few seeds with the highest caps set
+the bar, and every seed whose cap, plus the rounding margin of float32, reaches it is scored. What is left out can neither win
 nor tie, so every block's answer is proved.
 """
 
@@ -25,8 +25,11 @@ give less than 4e-6."""
 _PAIRS = {"cpu": 1 << 18}
 _MANY_PAIRS = 1 << 22
 """(block, seed) pairs scored at once: 0.2 GB at the 4-bit preset on a CPU; elsewhere millions, or the device idles."""
-_ENERGIES = 1 << 23
-"""(block, seed) energies held at once: 32 MB each of a few temporaries."""
+_FIRST_SEEDS = 8
+"""Seeds that set the bar, each the best of its tile. One is not enough: the highest cap may be an ill-conditioned seed's, whose
+coefficients do not survive rounding."""
+_CHUNK_BLOCKS, _TILE_SEEDS = 256, 2048
+"""Blocks searched together, and seeds bounded together on a CPU: 2 MB of energies, which stay in its caches."""
 
 
 def brute_force(
@@ -50,21 +53,43 @@ def search(
 ) -> Iterator[tuple[BlockCodes, Tensor]]:
     """The same answer as `brute_force`, in pieces of consecutive blocks, each as soon as it is proved."""
     span = basis(format).span.to(blocks.device, torch.float32)
-    for chunk in blocks.split(max(1, _ENERGIES // format.num_seeds)):
+    for chunk in blocks.split(_CHUNK_BLOCKS):
         exponents = torch.frexp(chunk.abs().amax(1).double())[1].long()
         unit = chunk.double() * power_of_two(-exponents).unsqueeze(1)
         unit = (unit / unit.norm(dim=1, keepdim=True)).nan_to_num().float()
-        energies = torch.zeros(len(chunk), format.num_seeds, device=chunk.device)
-        for columns in span:
-            energies += (unit @ columns).square()
 
+        peaks, positions = [], []
+        for first, energies in _energies(unit, span):
+            value, index = energies.max(1)
+            peaks.append(value)
+            positions.append(index + first)
+        highest = torch.stack(peaks, 1).topk(min(_FIRST_SEEDS, len(peaks)), dim=1).indices
         winners = _Winners(chunk, exponent_bias, format, rounding)
-        winners.consider(torch.arange(len(chunk), device=chunk.device), energies.argmax(1))
-        bar = winners.achieved()
-        energies += _MARGIN
-        for part in (energies >= bar.unsqueeze(1)).nonzero().split(_pairs(blocks)):
+        rows = torch.arange(len(chunk), device=chunk.device).repeat_interleave(highest.shape[1])
+        winners.consider(rows, torch.stack(positions, 1).gather(1, highest).flatten())
+
+        bar = (winners.achieved() - _MARGIN).float().unsqueeze(1)
+        reaching = []
+        for first, energies in _energies(unit, span):
+            rows, index = (energies >= bar).nonzero(as_tuple=True)
+            reaching.append(torch.stack([rows, index + first], 1))
+        for part in torch.cat(reaching).split(_pairs(blocks)):
             winners.consider(*part.unbind(1))
         yield winners.result()
+
+
+def _energies(unit: Tensor, span: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Energies of unit blocks float32 [N, C] on every seed's span, some seeds at a time: (first position, float32 [N, seeds]).
+
+    They are computed anew for each of the two passes: on a CPU that is cheaper than to write and read them.
+    """
+    step = _TILE_SEEDS if unit.device.type == "cpu" else 8 * _TILE_SEEDS
+    for first in range(0, span.shape[2], step):
+        energies = (unit @ span[0, :, first : first + step]).square_()
+        for columns in span[1:, :, first : first + step]:
+            dot = unit @ columns
+            energies.addcmul_(dot, dot)
+        yield first, energies
 
 
 def _pairs(blocks: Tensor) -> int:
