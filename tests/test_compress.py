@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from seedlm import compress, search, workfolder
-from seedlm.checkpoint import Checkpoint
+from seedlm.checkpoint import GUARD, Checkpoint
 from seedlm.compress import compress_checkpoint, parse_size
 from seedlm.errors import BackendError, CheckpointError, FormatError, OutputError, SourceError, TensorError
 from seedlm.format import parse_format
@@ -85,6 +85,7 @@ class TestResult:
         source = json.loads((llama[0] / "config.json").read_text())
         config = json.loads((finished[0] / "config.json").read_text())
         quantization = config.pop("quantization_config")
+        assert config.pop("fusion_config") == {GUARD: False}
         assert config == source
         assert config["dtype"] == "bfloat16"
         assert quantization == {
@@ -252,7 +253,7 @@ class TestSelection:
 
     def test_what_would_not_get_smaller_is_left_unless_included(self):
         tensors = {"model.layers.0.narrow.weight": TensorInfo("BF16", (8, 1)), **self.TENSORS}
-        chosen, left = select(tensors, {}, FORMAT)
+        _, left = select(tensors, {}, FORMAT)
         assert left["model.layers.0.narrow.weight"] == "no smaller as codes"
         assert "model.layers.0.narrow" in select(tensors, {}, FORMAT, include=["*.narrow"])[0]
 

@@ -181,6 +181,16 @@ def test_refuses_weights_it_cannot_encode(weight, message):
         encode(weight, PRESETS["4"])
 
 
+def test_more_seed_bits_are_exact_or_refused():
+    format = parse_format("block-k17-c2-p1-q2-e2")
+    blocks = torch.randn(3, 2, generator=torch.Generator().manual_seed(9))
+    expected, _ = search_torch.brute_force(blocks, -1, format)
+    encoded, _ = encode(blocks, format, exponent_bias=-1)
+    assert torch.equal(encoded.tensors["words"][:, 0] & 0x1FFFF, expected.seeds)
+    with pytest.raises(BackendError, match="'torch' takes at most 20 seed bits, not 24"):
+        encode(blocks, parse_format("block-k24-c8-p3-q4-e4"))
+
+
 def test_an_explicit_backend_that_cannot_run_says_why():
     with pytest.raises(BackendError, match="unknown backend 'abacus', known: auto"):
         encode(torch.ones(1, 8), PRESETS["4"], backend="abacus")

@@ -73,7 +73,10 @@ def compress(
         list[str] | None, typer.Option(help="Leave modules that match this glob as they are; wins.", metavar="GLOB")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
-    backend: Annotated[str, typer.Option(help="Search backend: auto, numba or torch; all give the same bits.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to search: auto (the GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Search backend: auto, triton, numba or torch; all give the same bits.")
+    ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -96,6 +99,7 @@ def compress(
                 include=include or (),
                 exclude=exclude or (),
                 max_shard_size=max_shard_size,
+                device=device,
                 backend=backend,  # type: ignore[arg-type]
                 revision=revision,
                 on_progress=on_progress,

@@ -90,6 +90,7 @@ def compress_checkpoint(
     include: tuple[str, ...] | list[str] = (),
     exclude: tuple[str, ...] | list[str] = (),
     max_shard_size: int | str = "5GB",
+    device: str = "auto",
     backend: Backend = "auto",
     revision: str | None = None,
     on_progress: Progress | None = None,
@@ -104,6 +105,7 @@ def compress_checkpoint(
                         None leaves every one as it is
     include, exclude    glob patterns over module names (`selection`)
     max_shard_size      bytes, or a text such as ``"5GB"``
+    device              where seeds are searched: ``"auto"`` is the GPU if there is one; every device finds the same codes
     returns             sizes, bits and errors, read back from what was written
     Raises SourceError for a model that cannot be read, TensorError for NaN or Inf, OutputError if the output exists, belongs
     to another run or does not fit the disk, FormatError, BackendError.
@@ -114,7 +116,8 @@ def compress_checkpoint(
         raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if dtype is not None and dtype not in _DTYPES:
         raise FormatError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    if backend != "auto" and (reason := search.reason_unavailable(backend, torch.device("cpu"))):
+    where = _device(device)
+    if backend != "auto" and (reason := search.reason_unavailable(backend, where, format)):
         raise BackendError(reason)
     shard_bytes = parse_size(max_shard_size)
     progress = on_progress or (lambda phase, done, total: None)
@@ -140,7 +143,7 @@ def compress_checkpoint(
         }
         layouts = {name: _layout(shard) for name, shard in shards.items()}
         if not work.begin(plan, layouts):
-            _write_tensors(work, model, shards, scans, rounding, backend, progress)
+            _write_tensors(work, model, shards, scans, where, rounding, backend, progress)
             config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
             if dtype is not None:
                 config["dtype"] = dtype
@@ -149,6 +152,17 @@ def compress_checkpoint(
             work.publish()
         work.remove()
     return inspect_checkpoint(out)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as reason:
+        raise BackendError(f"device {name!r} cannot be used: {str(reason).splitlines()[0]}") from None
+    return device
 
 
 def parse_size(size: int | str) -> int:
@@ -246,6 +260,7 @@ def _write_tensors(
     source: Source,
     shards: Mapping[str, list[_Item]],
     scans: Mapping[str, _Scan],
+    device: torch.device,
     rounding: Rounding,
     backend: Backend,
     progress: Progress,
@@ -273,7 +288,7 @@ def _write_tensors(
                         progress("compress", before + count, total)
 
                     bias = choose_exponent_bias(torch.tensor([scans[item.name].largest]), item.packed.format)
-                    facts["squared_error"] = _encode(writer, source, item, item.packed, bias, rounding, backend, within)
+                    facts["squared_error"] = _encode(writer, source, item, item.packed, bias, device, rounding, backend, within)
             work.finish_tensor(item.key, **facts)
             done += item.weights
 
@@ -284,6 +299,7 @@ def _encode(
     item: _Item,
     packed: PackedInfo,
     exponent_bias: int,
+    device: torch.device,
     rounding: Rounding,
     backend: Backend,
     progress: Callable[[int], None],
@@ -300,13 +316,13 @@ def _encode(
             progress(min(before + count, stop))  # a search counts the padding of row tails too
 
         encoded, error = search.encode(
-            piece, packed.format, rounding=rounding, exponent_bias=exponent_bias, backend=backend, on_progress=within
+            piece.to(device), packed.format, rounding=rounding, exponent_bias=exponent_bias, backend=backend, on_progress=within
         )
         squared_error += error
         for part, tensor in encoded.tensors.items():
             info = packed.stored[part]
             offset = start * (info.nbytes // rows) if info.shape[0] == rows else 0
-            writer.write(stored_name(f"{item.module}", part), offset, _bytes(tensor))
+            writer.write(stored_name(f"{item.module}", part), offset, _bytes(tensor.cpu()))
         progress(stop)
         start += len(piece)
     return squared_error

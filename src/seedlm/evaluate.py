@@ -143,7 +143,7 @@ def evaluate(
         "evaluation_version": EVALUATION_VERSION,
         "model": infos[0],
         "reference": infos[1] if reference is not None else None,
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "tasks": list(settings.tasks)},
         "text": facts,
         "protocol": _protocol(len(windows), settings.context),
         "seed": None,  # nothing is drawn
@@ -332,7 +332,7 @@ class _Journal:
             old = json.loads(head)
         except ValueError:
             raise OutputError(f"{self._path}: is not from a run, or damaged; move it away") from None
-        found = list(differences(old, json.loads(json.dumps(plan))))
+        found = list(differences(old, plan))
         if found:
             raise OutputError(
                 f"{self._path}: holds an unfinished run that differs: {'; '.join(found[:3])}. Repeat its command to go on, or "

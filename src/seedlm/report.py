@@ -60,14 +60,14 @@ class Report:
 def recorded(source_bytes: int, errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     """The content of ``seedlm_report.json``.
 
-    errors   module -> (squared error, squared norm). Nine digits are kept: the last ones depend on the order in which a
-             backend adds blocks up, and the same run must leave the same bytes.
+    errors   module -> (squared error, squared norm). Six digits are kept: the last of a float64 depend on the order in
+             which a backend adds blocks up, and every device must leave the same bytes.
     """
     return {
         "format_version": FORMAT_VERSION,
         "source_bytes": source_bytes,
         "tensors": {
-            module: {"squared_error": float(f"{error:.9g}"), "squared_norm": float(f"{norm:.9g}")}
+            module: {"squared_error": float(f"{error:.6g}"), "squared_norm": float(f"{norm:.6g}")}
             for module, (error, norm) in errors.items()
         },
     }

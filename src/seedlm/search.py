@@ -18,8 +18,8 @@ from seedlm.codec import BlockCodes, Rounding
 from seedlm.errors import BackendError, TensorError
 from seedlm.format import EXPONENT_BIAS_RANGE, BlockFormat, Format, parse_format
 
-Backend = Literal["auto", "numba", "torch"]
-BACKENDS: Final = ("numba", "torch")
+Backend = Literal["auto", "triton", "numba", "torch"]
+BACKENDS: Final = ("triton", "numba", "torch")
 """Search backends, fastest first: ``auto`` takes the first that can run."""
 
 Search = Callable[[Tensor, int, BlockFormat, Rounding], Iterator[tuple[BlockCodes, Tensor]]]
@@ -87,23 +87,23 @@ def encode(
     bias = codec.choose_exponent_bias(weight, format) if exponent_bias is None else exponent_bias
     if not low <= bias <= high:
         raise TensorError(f"exponent bias must be {low} .. {high}, got {bias}")
-    find = _load(backend, weight.device)
+    find = _load(backend, weight.device, format)
 
     out_features, in_features = weight.shape
     per_row = format.blocks_per_row(in_features)
     padding = per_row * format.block_size - in_features
     rows = torch.nn.functional.pad(weight.detach().float(), (0, padding))
-    pieces, error = [], 0.0
+    pieces, errors = [], []
     for codes, scores in find(rows.reshape(-1, format.block_size), bias, format, rounding):
         pieces.append(codes)
-        error += float(scores.sum()) / format.divisor**2
+        errors.append(scores.sum())  # read at the end: a GPU search is already at work on the next piece
         if on_progress is not None:
             on_progress(len(scores) * format.block_size)
     seeds, exponents, q = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     codes = BlockCodes(
         seeds.view(out_features, per_row), exponents.view(out_features, per_row), q.view(out_features, per_row, -1)
     )
-    error += float(weight.double().square().sum())
+    error = sum(torch.stack(errors).tolist()) / format.divisor**2 + float(weight.double().square().sum())
     if padding:
         tails = codec.decode(BlockCodes(*(field[:, -1] for field in codes)), bias, format)
         error -= float(tails[:, -padding:].double().square().sum())
@@ -126,26 +126,53 @@ def check_weight(weight: Tensor) -> None:
         raise TensorError(f"a weight must be finite, got {nan} NaN and {int((~finite).sum()) - nan} Inf values")
 
 
-def reason_unavailable(backend: str, device: torch.device) -> str | None:
-    """Why a search backend cannot run for weights on `device`; None if it can."""
+def reason_unavailable(backend: str, device: torch.device, format: Format | None = None) -> str | None:
+    """Why a search backend cannot run for weights on `device` (in `format`, if given); None if it can."""
     if backend == "torch":
+        if format is not None and format.seed_bits > 20:
+            return f"backend 'torch' takes at most 20 seed bits, not {format.seed_bits}: tables too large ({format})"
         return None
+    if backend == "triton":
+        return _reason_no_triton(device, format)
     if backend == "numba":
         if device.type != "cpu":
             return f"backend 'numba' searches on the CPU, the weight is on {device}"
         if importlib.util.find_spec("numba") is None:
             return "backend 'numba' needs numba: pip install 'seedlm[fast]'"
+        if format is not None and format.seed_bits > 16:
+            return f"backend 'numba' takes at most 16 seed bits, not {format.seed_bits} ({format})"
         return None
     return f"unknown backend {backend!r}, known: auto, {', '.join(BACKENDS)}"
 
 
-def _load(backend: str, device: torch.device) -> Search:
+def _reason_no_triton(device: torch.device, format: Format | None) -> str | None:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"backend 'triton' searches on an NVIDIA GPU, the weight is on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "backend 'triton' needs triton, which PyTorch's CUDA builds for Linux install"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"backend 'triton' needs compute capability 8.0 (Ampere) or newer, {device} is a {name}"
+    if format is not None:
+        limits = {"seed bits": (format.seed_bits, 16), "weights a block": (format.block_size, 16)}
+        limits |= {"coefficients": (format.num_coefficients, 4)}
+        beyond = [f"{most} {name}, not {value}" for name, (value, most) in limits.items() if value > most]
+        if beyond:
+            return f"backend 'triton' takes formats of at most {', '.join(beyond)} ({format})"
+    return None
+
+
+def _load(backend: str, device: torch.device, format: Format) -> Search:
     """The search function of a backend; `auto` takes the first that can run."""
     names = BACKENDS if backend == "auto" else (backend,)
-    reasons = [reason_unavailable(name, device) for name in names]
+    reasons = [reason_unavailable(name, device, format) for name in names]
     if all(reasons):
         raise BackendError("; ".join(filter(None, reasons)))
     name = names[reasons.index(None)]
+    if name == "triton":
+        from seedlm import search_triton
+
+        return search_triton.search
     if name == "numba":
         from seedlm import search_numba
 

@@ -34,13 +34,13 @@ from torch import Tensor
 from seedlm import simd
 from seedlm.codec import BlockCodes, Rounding
 from seedlm.format import BlockFormat
-from seedlm.search_numba_tables import ENERGY_UNIT, UNIT, plan
+from seedlm.search_numba_tables import ENERGY_UNIT, SHARE, UNIT, plan
 from seedlm.simd import LANES
 
 _FLOAT_MARGIN = 1e-5
 """Proved bound of the float32 energy's error, as a share of ||w||^2: P * C products of unit vectors give 4e-6."""
-_UNIT_WEIGHT = np.full(1, 0x0800_0800, np.int32)
-"""1 / 16 in Q15, twice."""
+_UNIT_WEIGHT = np.full(1, (1 << 15) // SHARE * 0x10001, np.int32)
+"""The weight 1 in Q15, twice."""
 _ONE = 1000
 _POWERS = np.ldexp(1.0, np.arange(-_ONE, _ONE))
 """_POWERS[_ONE + e] is 2^e: a call into the math library costs more than the candidate it is for."""

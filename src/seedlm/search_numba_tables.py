@@ -19,8 +19,10 @@ from seedlm.simd import LANES
 
 UNIT: Final = 32700.0
 """Fixed-point image of |<w, s>| = sqrt(C) ||w||; the rounding of its tables must not carry it past 32767."""
-ENERGY_UNIT: Final = UNIT**2 / 2**19
-"""Fixed-point image of an energy of ||w||^2: kept in sixteenths, so that weights up to 16 fit Q15."""
+SHARE: Final = 16
+"""Energies are divided by this so that Gram-Schmidt weights up to it fit Q15; beyond are 2.8 % of the 4-bit preset's seeds."""
+ENERGY_UNIT: Final = UNIT**2 / 2**15 / SHARE
+"""Fixed-point image of an energy of ||w||^2."""
 _MAX_MARGIN = 4e-3
 """Seeds whose proved fixed-point error may exceed this share of ||w||^2 are bounded in float32 instead."""
 
@@ -147,7 +149,7 @@ def _constants(columns: Tensor, chunks: int, span: Tensor) -> tuple[np.ndarray, 
         weight = size * pivot.square()
         combination = inverse[:, : k - 1, k - 1] / pivot.unsqueeze(1)
         if k > 1 or count == 1:
-            constants += [*combination.unbind(1), weight / 16]
+            constants += [*combination.unbind(1), weight / SHARE]
             ulps = (state_error if k == count else table_error) + (combination.abs() * table_error + 1.0).sum(1)
             error += 2 * weight.sqrt() * ulps / UNIT + weight * (ulps / UNIT).square() + weight * 2.0**-16
             error += 0.5 / ENERGY_UNIT + 0.5 / ENERGY_UNIT / weight

@@ -10,6 +10,7 @@ nor tie, so every block's answer is proved.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from seedlm.format import BlockFormat
 _MARGIN = 1e-5
 """Share of ||w||^2 by which a float32 energy may fall short of the true one: 24 products of unit vectors at 2^-24 each
 give less than 4e-6."""
-_PAIRS = 1 << 18
-"""(block, seed) pairs scored at once: 0.2 GB at the 4-bit preset."""
+_PAIRS = {"cpu": 1 << 18}
+_MANY_PAIRS = 1 << 22
+"""(block, seed) pairs scored at once: 0.2 GB at the 4-bit preset on a CPU; elsewhere millions, or the device idles."""
 _ENERGIES = 1 << 23
 """(block, seed) energies held at once: 32 MB each of a few temporaries."""
 
@@ -38,7 +40,7 @@ def brute_force(
     winners = _Winners(blocks, exponent_bias, format, rounding)
     rows = torch.arange(len(blocks), device=blocks.device)
     everyone = torch.arange(format.num_seeds, device=blocks.device)
-    for positions in everyone.split(max(1, _PAIRS // max(1, len(blocks)))):
+    for positions in everyone.split(max(1, _pairs(blocks) // max(1, len(blocks)))):
         winners.consider(rows.repeat_interleave(len(positions)), positions.repeat(len(rows)))
     return winners.result()
 
@@ -60,9 +62,13 @@ def search(
         winners.consider(torch.arange(len(chunk), device=chunk.device), energies.argmax(1))
         bar = winners.achieved()
         energies += _MARGIN
-        for part in (energies >= bar.unsqueeze(1)).nonzero().split(_PAIRS):
+        for part in (energies >= bar.unsqueeze(1)).nonzero().split(_pairs(blocks)):
             winners.consider(*part.unbind(1))
         yield winners.result()
+
+
+def _pairs(blocks: Tensor) -> int:
+    return _PAIRS.get(blocks.device.type, _MANY_PAIRS)
 
 
 class _Winners:
@@ -70,11 +76,12 @@ class _Winners:
 
     def __init__(self, blocks: Tensor, exponent_bias: int, format: BlockFormat, rounding: Rounding) -> None:
         n, device = len(blocks), blocks.device
-        self.tables = basis(format)
+        tables = basis(format)
+        tables = replace(tables, pinv=tables.pinv.to(device))
         self.format = format
-        self.arguments = (exponent_bias, format, self.tables, rounding)
+        self.arguments = (exponent_bias, format, tables, rounding)
         self.blocks = blocks.double()
-        self.cycle = self.tables.cycle.to(device)
+        self.cycle = tables.cycle.to(device)
         self.score = torch.full((n,), torch.inf, dtype=torch.float64, device=device)
         self.seeds = torch.full((n,), format.num_seeds + 1, device=device)
         self.exponents = torch.zeros(n, dtype=torch.int64, device=device)

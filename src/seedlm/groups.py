@@ -1,0 +1,134 @@
+"""Seeds in groups that share most of their span: the tables of the GPU search's bound pass.
+
+What caps a seed is the energy of the block on the span of its P columns, P squared products with orthonormal rows. Neighbours
+repeat most of that work, so seeds are put into groups of G whose spans share P - 1 rows, and only one row is a seed's own:
+
+    energy of a group's best seed  =  sum over shared rows s of (s . w)^2  +  (max over its seeds x of |x . w|)^2
+
+so a group costs P - 1 + G products and, per seed, one maximum: 1.125 products a seed at the 4-bit preset instead of 3. Two
+ways to group are tried and the one with fewer rows is kept:
+
+    signs   column p of U is half of column p - 1 plus or minus 1/2, up to 2^-K, so the span is that of column 0 and P - 1 sign
+            vectors; seeds whose sign vectors agree up to order and sign share them (16 to a class at the 4-bit preset)
+    pairs   seeds next to each other in the cycle share P - 1 columns outright
+
+Neither the sharing nor the rounding of the rows to float16 is exact. `deficit` is what they can cost, computed for every
+seed from the rounded rows themselves: the largest eigenvalue of (projector on the span) - (sum of row row'). A seed whose
+shared rows miss its span by more than `_TOLERANCE` (sign vectors that coincide, 0.8 % of seeds) gets a group of its own.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from seedlm.basis import basis, generator
+from seedlm.format import BlockFormat
+
+_TOLERANCE = 2e-3
+_SIGN_GROUP = 16
+_SIGN_BITS = 12
+"""Shorter registers drop a bit that weighs more than the tolerance, and are small enough for any grouping."""
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Rows of the bound, float16.
+
+    shared      float16 [groups, P-1, C]
+    own         float16 [groups, G, C]: one row a seed; the last groups of a class repeat a seed to fill up
+    position    int32 [groups, G]: where the seed stands in the cycle
+    deficit     for unit w: energy of any seed <= what its rows give + deficit
+    """
+
+    shared: Tensor
+    own: Tensor
+    position: Tensor
+    deficit: float
+
+
+@lru_cache(maxsize=4)
+def groups(format: BlockFormat) -> Groups:
+    """The grouping of a format with the fewest rows, kept for the life of the process."""
+    span = basis(format).span.permute(2, 1, 0)  # [N, C, P]
+    found = [_by_pairs(format)] if format.seed_bits < _SIGN_BITS else [_by_pairs(format), _by_signs(format)]
+    members = min(found, key=lambda m: len(m) * (format.num_coefficients - 1 + m.shape[1]))
+    columns = generator(members[:, 0], format)[..., 1:].double()
+    if members.shape[1] == _SIGN_GROUP:
+        columns = torch.where(columns >= 0, 1.0, -1.0).double()
+    return _complete(span, members, _orthonormal(columns))
+
+
+def _complete(span: Tensor, members: Tensor, shared: Tensor) -> Groups:
+    """Groups of positions int64 [groups, G] and shared rows float64 [groups, C, P-1], with every misfit set apart."""
+    own = _own_rows(span[members], shared)
+    rest = _missing(span[members], shared, own).norm(dim=(-2, -1))
+    misfits = members[rest > _TOLERANCE].unique()
+    if len(misfits):
+        # What stays in a group is repeated over the places of those that left; groups that lost all members go.
+        stays = rest <= _TOLERANCE
+        kept = stays.any(1)
+        members, shared, own, stays = members[kept], shared[kept], own[kept], stays[kept]
+        source = torch.where(stays, torch.arange(members.shape[1]), stays.int().argmax(1, keepdim=True))
+        members = members.gather(1, source)
+        own = own.gather(1, source.unsqueeze(-1).expand_as(own))
+        alone = misfits.unsqueeze(1).expand(-1, members.shape[1])
+        members = torch.cat([members, alone])
+        shared = torch.cat([shared, span[misfits, :, :-1]])
+        own = torch.cat([own, span[misfits, :, -1].unsqueeze(1).expand(-1, own.shape[1], -1)])
+    rows = own.half(), shared.half()
+    deficit = float(torch.linalg.eigvalsh(_missing(span[members], rows[1].double(), rows[0].double())).max())
+    # 1e-9: the float64 bases and eigenvalues themselves, condition 5e5 included.
+    return Groups(rows[1].mT.contiguous(), rows[0].contiguous(), members.int(), max(deficit, 0.0) + 1e-9)
+
+
+def _own_rows(span: Tensor, shared: Tensor) -> Tensor:
+    """The unit vector of each span [..., G, C, P] that is farthest from the shared rows [..., C, P-1]: [..., G, C]."""
+    outside = span
+    for _ in range(2):
+        outside = outside - shared.unsqueeze(-3) @ (shared.mT.unsqueeze(-3) @ outside)
+    lengths = outside.norm(dim=-2)
+    length, farthest = lengths.max(-1, keepdim=True)
+    row = outside.take_along_dim(farthest.unsqueeze(-2), dim=-1)[..., 0]
+    return torch.where(length > 1e-10, row / length, 0.0)
+
+
+def _missing(span: Tensor, shared: Tensor, own: Tensor) -> Tensor:
+    """What is missing, span span' - shared shared' - own own', for each seed: [..., G, C, C]."""
+    return span @ span.mT - (shared @ shared.mT).unsqueeze(-3) - own.unsqueeze(-1) * own.unsqueeze(-2)
+
+
+def _by_pairs(format: BlockFormat) -> Tensor:
+    """Neighbours (n, n + 1): columns 1 .. P-1 of the first are columns 0 .. P-2 of the second. int64 [groups, 2]."""
+    return torch.arange(format.num_seeds + format.num_seeds % 2).view(-1, 2) % format.num_seeds
+
+
+def _by_signs(format: BlockFormat) -> Tensor:
+    """Seeds whose sign vectors agree up to order and sign: int64 [groups, _SIGN_GROUP]."""
+    signs = generator(torch.arange(format.num_seeds), format) >= 0  # [N, C, P]
+    signs = signs ^ signs[:, :1]
+    codes = (signs.long() << torch.arange(format.block_size).view(-1, 1)).sum(1)
+    codes[:, 0] = 0  # column 0 is no sign vector
+    classes, of_seed = codes.sort(1).values.unique(dim=0, return_inverse=True)
+    order = of_seed.argsort(stable=True)
+    counts = of_seed.bincount(minlength=len(classes))
+    first = counts.cumsum(0) - counts
+    per_class = -(-counts // _SIGN_GROUP)
+    group_class = torch.arange(len(classes)).repeat_interleave(per_class)
+    group_first = torch.arange(len(group_class)) - (per_class.cumsum(0) - per_class)[group_class]
+    places = (group_first * _SIGN_GROUP).unsqueeze(1) + torch.arange(_SIGN_GROUP)
+    return order[first[group_class].unsqueeze(1) + places.minimum(counts[group_class].unsqueeze(1) - 1)]
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Orthonormal columns spanning those of float64 [..., C, P]; zero where one depends on those before it."""
+    done: list[Tensor] = []
+    for k in range(columns.shape[-1]):
+        vector = columns[..., k] / columns[..., k].norm(dim=-1, keepdim=True).clamp_min(1e-300)
+        for _ in range(2):
+            for q in done:
+                vector = vector - q * (q * vector).sum(-1, keepdim=True)
+        length = vector.norm(dim=-1, keepdim=True)
+        done.append(torch.where(length > 1e-10, vector / length, 0.0))
+    return torch.stack(done, -1) if done else columns

@@ -1,0 +1,359 @@
+"""The kernels of `search_triton`, in the order in which they run; what they are for is said there.
+
+Lists are int32 arrays [segments, capacity] with a counter for each segment, which may end beyond the capacity. Scores are kept
+as int64 that are ordered like the float64 they stand for, so that one atomic minimum works on them.
+
+Float16 pairs are written in PTX: Triton's own maximum takes one value an instruction, and the bound pass is little else.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _larger_magnitude(a, b, XORSIGN: tl.constexpr):
+    """A value of magnitude max(|a|, |b|), two float16 to an instruction, which Triton's own maximum is not."""
+    if XORSIGN:
+        return tl.inline_asm_elementwise(
+            "max.xorsign.abs.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 x, y; abs.f16x2 x, $1; abs.f16x2 y, $2; max.f16x2 $0, x, y;}",
+        "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _less_square(a, b):
+    """Fused a - b * b, rounded once."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 n; neg.f16x2 n, $2; fma.rn.f16x2 $0, n, $2, $1;}",
+        "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.inline_asm_elementwise("min.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _tagged(a, tag):
+    """Copies a with the scalar `tag` in its two lowest mantissa bits."""
+    bits = tl.zeros(a.shape, tl.int16) + tag.to(tl.int16)
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, 0xFFFCFFFC, $2, 0xEA;",  # (a & b) | c
+        "=r,r,r", [a, bits], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def normalize(blocks, unit, half, norm, C: tl.constexpr, CK: tl.constexpr, BN: tl.constexpr):
+    """Blocks scaled to unit length, zero-padded to [.., CK], and their squared norms in float64."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    c = tl.arange(0, CK)
+    w = tl.load(blocks + n[:, None].to(tl.int64) * C + c[None, :], mask=c[None, :] < C, other=0.0)
+    w = w.to(tl.float64)
+    squared = tl.sum(w * w, axis=1)
+    tl.store(norm + n, squared)
+    scaled = w / tl.sqrt(tl.where(squared > 0, squared, 1.0))[:, None]
+    at = n[:, None] * CK + c[None, :]
+    tl.store(unit + at, scaled.to(tl.float32))
+    tl.store(half + at, scaled.to(tl.float16))
+
+
+@triton.jit
+def bound(
+    half, rows, least, blocks, tile_blocks, OWN: tl.constexpr, SHARED: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CK: tl.constexpr, STAGES: tl.constexpr, XORSIGN: tl.constexpr,
+):  # fmt: skip
+    """Least residual of BM tiles at a time (a row each, T groups of OWN seeds) for BN blocks."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    k = tl.arange(0, CK)
+    w = tl.load(half + n[None, :] * CK + k[:, None])
+    at = rows + m[:, None] * CK + k[None, :]
+    for tile_block in range(tile_blocks):
+        best = tl.full([BM, BN], 4.0, tl.float16)
+        for t in tl.range(T, num_stages=STAGES):
+            group = at + (tile_block * T + t) * ((OWN + SHARED) * BM * CK)
+            own = tl.dot(tl.load(group), w, out_dtype=tl.float16)
+            for j in tl.static_range(1, OWN):
+                x = tl.dot(tl.load(group + j * BM * CK), w, out_dtype=tl.float16)
+                own = _larger_magnitude(own, x, XORSIGN)
+            residual = _less_square(tl.full([BM, BN], 1.0, tl.float16), own)
+            for p in tl.static_range(SHARED):
+                s = tl.dot(tl.load(group + (OWN + p) * BM * CK), w, out_dtype=tl.float16)
+                residual = _less_square(residual, s)
+            best = _smaller(best, _tagged(residual, t * 4 // T))
+        tl.store(least + (tile_block * BM + m)[:, None].to(tl.int64) * blocks + n[None, :], best)
+
+
+@triton.jit
+def first(
+    least,
+    tile_block,
+    tile_index,
+    tile_count,
+    blocks,
+    TILES: tl.constexpr,
+    BN: tl.constexpr,
+    TT: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """The FIRST best among the minima of TT interleaved shares of the tiles, for a segment of BN blocks."""
+    segment = tl.program_id(0)
+    lane = tl.arange(0, BN)
+    n = segment * BN + lane
+    key = tl.full([TT, BN], 2147483647, tl.int32)
+    for start in range(0, TILES, TT):
+        tile = start + tl.arange(0, TT)[:, None]
+        residual = tl.load(least + tile.to(tl.int64) * blocks + n[None, :])
+        # Non-negative float16 are ordered like their bits, so a residual and its tile make one integer to minimise.
+        bits = tl.maximum(residual.to(tl.int16, bitcast=True), 0).to(tl.int32)
+        key = tl.minimum(key, (bits << 16) | tile)
+    for i in tl.static_range(FIRST):
+        smallest = tl.min(key, axis=0)
+        key = tl.where(key == smallest[None, :], 2147483647, key)
+        at = segment * (FIRST * BN) + i * BN + lane
+        tl.store(tile_block + at, n)
+        tl.store(tile_index + at, (smallest & 0xFFFF) << 2 | (smallest >> 16 & 3))
+
+
+@triton.jit
+def threshold(norm, best, threshold, open, margin, DIVISOR: tl.constexpr, BN: tl.constexpr):
+    """The residual that a seed must not exceed to be able to win, for BN blocks."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    squared = tl.load(norm + n)
+    ordered = tl.load(best + n)
+    score = (ordered ^ ((ordered >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+    reached = 1.0 + score / (DIVISOR * DIVISOR * 1.0) / tl.where(squared > 0, squared, 1.0)
+    # A block of zeros reaches nothing with any seed and cannot be scaled: left open. 1e-6 covers the rounding to float32.
+    tl.store(threshold + n, tl.where(squared > 0, reached + margin + 1e-6, -1.0).to(tl.float32))
+    tl.store(open + n, 1, mask=squared == 0)
+
+
+@triton.jit
+def list(
+    least, threshold, open, listed, tile_block, tile_index, tile_count, blocks, columns, capacity, margin,
+    BN: tl.constexpr, TT: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Every tile that reaches its block's threshold, among TT tiles and some columns of blocks.
+
+    A segment of the lists has few tiles and many blocks, so that `rescan` finds the tiles' rows, a kilobyte each, in L1.
+    """
+    segment = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    base = segment.to(tl.int64) * capacity
+    tiles = tl.program_id(0) * TT
+    row = tl.arange(0, TT)[:, None]
+    for start in range(tl.program_id(1) * columns, tl.minimum((tl.program_id(1) + 1) * columns, blocks), BN):
+        n = start + tl.arange(0, BN)
+        reach = tl.load(threshold + n) + margin
+        tagged = tl.load(least + (tiles + row).to(tl.int64) * blocks + n[None, :]).to(tl.int16, bitcast=True)
+        residual = (tagged & -4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        # One word a block says which of the tiles are wanted; almost all words are empty or have one bit.
+        word = tl.sum(tl.where(residual <= reach[None, :], 1 << row, 0), axis=0)
+        while tl.max(word, axis=0) > 0:
+            wanted = word != 0
+            tile = tiles + ((word & -word).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            before = tl.atomic_add(listed + n, 1, mask=wanted, sem="relaxed")
+            at = tl.atomic_add(
+                tile_count + segment + tl.zeros([BN], tl.int32), 1, mask=wanted & (before < LIMIT), sem="relaxed"
+            )
+            fits = wanted & (before < LIMIT) & (at < capacity)
+            tl.store(tile_block + base + at, n, mask=fits)
+            tl.store(tile_index + base + at, tile << 2, mask=fits)
+            tl.store(open + n, 1, mask=wanted & (fits == 0))
+            word = word & (word - 1)
+
+
+@triton.jit
+def rescan(
+    unit, own, shared, position, threshold, open, tile_block, tile_index, tile_count, found_block, found_position, found_count,
+    capacity, found_capacity, C: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, CK: tl.constexpr,
+    ENTRIES: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """Residuals of the seeds of listed tiles: the best of the tagged quarter (FIRST), or all that reach the threshold."""
+    segment = tl.program_id(0)
+    base = segment.to(tl.int64) * capacity
+    found_base = segment.to(tl.int64) * found_capacity
+    count = tl.minimum(tl.load(tile_count + segment), capacity)
+    TS: tl.constexpr = T // 4 if FIRST else T
+    g = tl.arange(0, G)
+    for start in range(tl.program_id(1) * ENTRIES, count, tl.num_programs(1) * ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        valid = entry < count
+        n = tl.load(tile_block + base + entry, mask=valid, other=0)
+        index = tl.load(tile_index + base + entry, mask=valid, other=0)
+        tile = index >> 2
+        t = (index & 3)[:, None] * (T // 4) + tl.arange(0, TS)[None, :]  # the tag is 0 where the whole tile is scanned
+        slot = (t * G)[:, :, None] + g[None, None, :]
+        residual = tl.full([ENTRIES, TS], 1.0, tl.float32)
+        for p in tl.static_range(P - 1):
+            s = tl.zeros([ENTRIES, TS], tl.float32)
+            for c in tl.static_range(C):
+                w = tl.load(unit + n * CK + c)
+                s += w[:, None] * tl.load(shared + ((tile * (P - 1) + p) * C + c)[:, None] * T + t).to(tl.float32)
+            residual -= s * s
+        x = tl.zeros([ENTRIES, TS, G], tl.float32)
+        for c in tl.static_range(C):
+            w = tl.load(unit + n * CK + c)
+            row = tl.load(own + (tile * C + c)[:, None, None] * (T * G) + slot)
+            x += w[:, None, None] * row.to(tl.float32)
+        residuals = residual[:, :, None] - x * x
+        if FIRST:
+            winner = (index & 3) * (T * G // 4) + tl.argmin(tl.reshape(residuals, [ENTRIES, TS * G]), axis=1)
+            tl.store(found_block + base + entry, n, mask=valid)
+            tl.store(found_position + base + entry, tl.load(position + tile * (T * G) + winner), mask=valid)
+        else:
+            reach = tl.where(valid, tl.load(threshold + n), -1.0)
+            wanted = residuals <= reach[:, None, None]
+            at = tl.atomic_add(found_count + segment + tl.zeros([ENTRIES, TS, G], tl.int32), 1, mask=wanted, sem="relaxed")
+            fits = wanted & (at < found_capacity)
+            block = n[:, None, None] + tl.zeros([ENTRIES, TS, G], tl.int32)
+            where = tl.load(position + (tile * (T * G))[:, None, None] + slot, mask=fits, other=0)
+            tl.store(found_block + found_base + at, block, mask=fits)
+            tl.store(found_position + found_base + at, where, mask=fits)
+            tl.store(open + block, 1, mask=wanted & (at >= found_capacity))
+
+
+@triton.jit
+def _power_of_two(exponent):
+    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def _rounded(t, exponent, up, NEAREST: tl.constexpr, Q_LOW: tl.constexpr, Q_HIGH: tl.constexpr):
+    """Gives t / 2^exponent as a coefficient, float64: rounded to nearest even, or down plus `up`, and clamped."""
+    x = _clamp(t * _power_of_two(-exponent), Q_LOW - 2.0, Q_HIGH + 2.0)
+    if NEAREST:
+        x = (x + 6755399441055744.0) - 6755399441055744.0  # 1.5 * 2^52: no fraction bits are left
+    else:
+        x = tl.floor(x) + up
+    return _clamp(x, Q_LOW * 1.0, Q_HIGH * 1.0)
+
+
+@triton.jit(do_not_specialize=["capacity", "BIAS"])
+def evaluate(
+    blocks, pinv, stream, found_block, found_position, found_count, found_score, found_key, best, capacity, BIAS,
+    K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, DIVISOR: tl.constexpr, Q_LOW: tl.constexpr, Q_HIGH: tl.constexpr,
+    Q_BITS: tl.constexpr, E_LOW: tl.constexpr, E_HIGH: tl.constexpr, E_BITS: tl.constexpr, NEAREST: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """`codec.evaluate` of the listed pairs, bit for bit. Where a product is exact in float64, so is its fused form."""
+    segment = tl.program_id(0)
+    base = segment.to(tl.int64) * capacity
+    count = tl.minimum(tl.load(found_count + segment), capacity)
+    for start in range(tl.program_id(1) * LANES, count, tl.num_programs(1) * LANES):
+        entry = start + tl.arange(0, LANES)
+        valid = entry < count
+        n = tl.load(found_block + base + entry, mask=valid, other=0).to(tl.int64)
+        position = tl.load(found_position + base + entry, mask=valid, other=0)
+
+        # The register's states from `position` on: windows of the stream, first brought to a word boundary.
+        words = ()
+        shift = (position & 31).to(tl.int64)
+        for i in tl.static_range((K + C * P + 31) // 32 + 1):
+            low = tl.load(stream + (position >> 5) + i).to(tl.int64) & 0xFFFFFFFF
+            high = tl.load(stream + (position >> 5) + i + 1).to(tl.int64)
+            words = words + (((high << 32) | low) >> shift & 0xFFFFFFFF,)
+        seed = words[0] & ((1 << K) - 1)
+
+        w = ()
+        for c in tl.static_range(C):
+            w = w + (tl.load(blocks + n * C + c).to(tl.float64),)
+        matrix = ()
+        for i in tl.static_range(1, C * P + 1):
+            state = (words[i // 32] | (words[i // 32 + 1] << 32)) >> (i % 32)
+            matrix = matrix + (((state & ((1 << K) - 1)).to(tl.int32) - (1 << (K - 1))).to(tl.float64),)
+
+        solution = ()
+        moments = ()
+        largest = tl.zeros([LANES], tl.float64)
+        for p in tl.static_range(P):
+            t = tl.zeros([LANES], tl.float64)
+            a = tl.zeros([LANES], tl.float64)
+            for c in tl.static_range(C):
+                t = tl.fma(w[c], tl.load(pinv + (position * P + p) * C + c).to(tl.float64), t)
+                a = tl.fma(w[c], matrix[c * P + p], a)
+            t = t * DIVISOR
+            solution = solution + (t,)
+            moments = moments + (a,)
+            largest = tl.maximum(largest, tl.abs(t))
+        gram = ()  # [p][p2 >= p], off the diagonal doubled; sums of integers below 2^53: exact
+        for p in tl.static_range(P):
+            for p2 in tl.static_range(p, P):
+                g = tl.zeros([LANES], tl.float64)
+                for c in tl.static_range(C):
+                    g = tl.fma(matrix[c * P + p], matrix[c * P + p2], g)
+                if p2 > p:
+                    g = g * 2.0
+                gram = gram + (g,)
+
+        # frexp by bits: nothing here is subnormal in float64.
+        bits = (largest / (Q_HIGH + 0.5)).to(tl.int64, bitcast=True)
+        ceiling = ((bits >> 52) - 1022 - tl.where((bits & 0xFFFFFFFFFFFFF) == 0, 1, 0)).to(tl.int32) - BIAS
+        centre = _clamp(tl.where(largest == 0, E_LOW, ceiling), E_LOW, E_HIGH)
+
+        score = tl.full([LANES], float("inf"), tl.float64)
+        pick = tl.zeros([LANES], tl.int32)
+        # Not unrolled: code for three exponents takes three times as long to compile, and no less to run.
+        for shift_index in range(0 if NEAREST else -1, 1 if NEAREST else 2):
+            exponent = _clamp(centre + shift_index, E_LOW, E_HIGH) + BIAS
+            factor = DIVISOR * _power_of_two(1 - exponent)
+            unscale = _power_of_two(2 * exponent)
+            down = ()
+            above = ()
+            for p in tl.static_range(P):
+                down = down + (_rounded(solution[p], exponent, 0, NEAREST, Q_LOW, Q_HIGH),)
+                above = above + (_rounded(solution[p], exponent, 1, NEAREST, Q_LOW, Q_HIGH),)
+            for up in tl.static_range(1 if NEAREST else 2**P):
+                q = ()
+                for p in tl.static_range(P):
+                    q = q + (above[p] if (up >> (P - 1 - p)) & 1 else down[p],)
+                inner = q[0] * moments[0]
+                for p in tl.static_range(1, P):
+                    inner = inner + q[p] * moments[p]
+                squared = tl.zeros([LANES], tl.float64)
+                for p in tl.static_range(P):
+                    part = tl.zeros([LANES], tl.float64)
+                    for p2 in tl.static_range(p, P):
+                        part = tl.fma(gram[p * P - p * (p - 1) // 2 + p2 - p], q[p2], part)
+                    squared = tl.fma(part, q[p], squared)
+                new = (squared - factor * inner) * unscale
+                # Candidates come in the tie rule's order, so only a lesser score replaces.
+                better = new < score
+                score = tl.where(better, new, score)
+                pick = tl.where(better, (shift_index + 1) * 2**P + up, pick)
+
+        exponent = _clamp(centre + (pick >> P) - 1, E_LOW, E_HIGH)
+        key = (seed << E_BITS) | (exponent - E_LOW).to(tl.int64)
+        for p in tl.static_range(P):
+            up = ((pick >> (P - 1 - p)) & 1).to(tl.float64)
+            q = _rounded(solution[p], exponent + BIAS, up, NEAREST, Q_LOW, Q_HIGH)
+            key = (key << Q_BITS) | (q.to(tl.int32) - Q_LOW).to(tl.int64)
+        # Integers ordered like the float64: the sign bit flips the others.
+        ordered = score.to(tl.int64, bitcast=True)
+        ordered = ordered ^ ((ordered >> 63) & 0x7FFFFFFFFFFFFFFF)
+        tl.store(found_score + base + entry, ordered, mask=valid)
+        tl.store(found_key + base + entry, key, mask=valid)
+        tl.atomic_min(best + n, ordered, mask=valid, sem="relaxed")
+
+
+@triton.jit
+def select(found_block, found_position, found_count, found_score, found_key, best, best_key, capacity, LANES: tl.constexpr):
+    """The least key of the candidates that have their block's least score."""
+    segment = tl.program_id(0)
+    base = segment.to(tl.int64) * capacity
+    count = tl.minimum(tl.load(found_count + segment), capacity)
+    for start in range(tl.program_id(1) * LANES, count, tl.num_programs(1) * LANES):
+        entry = start + tl.arange(0, LANES)
+        valid = entry < count
+        n = tl.load(found_block + base + entry, mask=valid, other=0)
+        winner = valid & (tl.load(found_score + base + entry, mask=valid, other=0) == tl.load(best + n))
+        tl.atomic_min(best_key + n, tl.load(found_key + base + entry, mask=valid, other=0), mask=winner, sem="relaxed")

@@ -1,0 +1,36 @@
+"""The GPU search's grouping of seeds: it has all seeds, and what it gives plus its deficit caps every seed's energy."""
+
+import pytest
+import torch
+
+from seedlm.basis import basis
+from seedlm.format import parse_format
+from seedlm.groups import groups
+from seedlm.search import reason_unavailable
+
+SPECS = ["4", "block-k5-c4-p2-q3-e3", "block-k12-c8-p1-q2-e4", "block-k12-c8-p3-q4-e4", "block-k3-c8-p4-q4-e4"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_rows_and_deficit_cap_every_seed(spec):
+    format = parse_format(spec)
+    found = groups(format)
+    assert torch.equal(found.position.unique(), torch.arange(format.num_seeds, dtype=torch.int32))
+    assert found.deficit < 1e-3
+    # Random directions, and for some seeds the worst one: a vector of their own span.
+    span = basis(format).span.permute(2, 0, 1)  # [N, P, C]
+    blocks = torch.cat([torch.randn(64, format.block_size, dtype=torch.float64), span[:: max(1, len(span) // 64), 0]])
+    blocks = torch.nn.functional.normalize(blocks, dim=1)
+    given = (found.own.double() @ blocks.T).square() + (found.shared.double() @ blocks.T).square().sum(1, keepdim=True)
+    energy = (span @ blocks.T).square().sum(1)[found.position.long()]
+    assert float((energy - given).max()) <= found.deficit
+
+
+def test_the_4_bit_preset_shares_two_rows_among_sixteen_seeds():
+    found = groups(parse_format("4"))
+    assert found.own.shape[1:] == (16, 8)
+    assert len(found.shared) < 4608
+
+
+def test_without_a_gpu_the_backend_says_so():
+    assert "NVIDIA GPU" in reason_unavailable("triton", torch.device("cpu"))
