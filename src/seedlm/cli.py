@@ -197,6 +197,14 @@ def evaluate(
         Path | None, typer.Option(help="JSON file to create; OUT.partial beside it holds the unfinished run.", metavar="FILE")
     ] = None,
     tokens_out: Annotated[Path | None, typer.Option(help=".npz file to create: every prediction.", metavar="FILE")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Zero-shot tasks too: names with commas between, or 'paper' for its five.", metavar="NAMES"),
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder of local files for the tasks, instead of the Hub.", metavar="FOLDER")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="The first N questions of each task only.", metavar="N")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -209,6 +217,7 @@ def evaluate(
 
     from seedlm.evaluate import Settings, Text
     from seedlm.evaluate import evaluate as run
+    from seedlm.zeroshot import TASKS
 
     if (wikitext is None) == (text is None):
         raise EvaluationError("give a text: --wikitext FILE (wiki.test.raw) or --text FILE, one of them")
@@ -219,7 +228,17 @@ def evaluate(
             results = run(
                 model,
                 Text.from_wikitext(wikitext) if wikitext else Text.from_file(text or ""),
-                Settings(context=context, limit=limit, batch_size=batch_size, device=device, dtype=dtype, packed=packed),
+                Settings(
+                    context=context,
+                    limit=limit,
+                    batch_size=batch_size,
+                    device=device,
+                    dtype=dtype,
+                    packed=packed,
+                    tasks=TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else (),
+                    task_data=str(task_data) if task_data else None,
+                    task_limit=task_limit,
+                ),
                 reference=reference,
                 out=out,
                 tokens_out=tokens_out,
@@ -261,6 +280,10 @@ def _print_results(results: dict[str, Any]) -> None:
         print(f"same top token    {estimate('top1_agreement')} of all")
     speed = [f"{run['tokens_per_second']:,.0f} tokens/s"] if run["tokens_per_second"] else []
     memory = [f"at most {_bytes(run['peak_memory_bytes'])} of memory"] if run["peak_memory_bytes"] else []
+    for task, answer in results["tasks"].items():
+        kind = "acc_norm" if "acc_norm" in answer else "acc"
+        accuracy, error = answer[kind].values()
+        print(f"{task:17} {accuracy:.4f} +- {error:.4f} ({kind}, {answer['questions']} questions, version {answer['version']})")
     print("time              " + ", ".join([f"{run['seconds']:.1f} s", *speed, *memory]))
     print(f"on                {place['device_name']} ({place['device']}), {run['dtype']}, torch {place['torch']}")
 

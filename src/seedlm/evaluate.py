@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -30,6 +32,7 @@ from seedlm.errors import EvaluationError, OutputError
 from seedlm.source import locate
 from seedlm.version import __version__
 from seedlm.workfolder import differences, try_lock
+from seedlm.zeroshot import check_tasks, zero_shot
 
 EVALUATION_VERSION: Final = 1
 """Of the results' layout."""
@@ -77,6 +80,9 @@ class Settings:
     device       "auto", or a torch device
     dtype        "auto" (each model as it is stored; float32 for GGUF) or another of `models.DTYPES`
     packed       leave packed weights packed, instead of expanding them once: less memory, slower
+    tasks        zero-shot tasks to do after the text, as `zeroshot.zero_shot` names them
+    task_data    folder of local files for them; None for the Hub
+    task_limit   at most this many questions of each
     Raises EvaluationError for a value that cannot be.
     """
 
@@ -86,9 +92,12 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     packed: bool = False
+    tasks: tuple[str, ...] = ()
+    task_data: str | None = None
+    task_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("context", 2), ("batch_size", 1), ("limit", 1)):
+        for name, least in (("context", 2), ("batch_size", 1), ("limit", 1), ("task_limit", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise EvaluationError(f"{name} must be at least {least}, got {value}")
@@ -121,6 +130,8 @@ def evaluate(
     start = time.monotonic()
     for path in filter(None, (out, tokens_out)):
         _check_free(path)
+    if settings.tasks:
+        check_tasks(settings.tasks, settings.task_data)
     device = models.choose_device(settings.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -132,19 +143,19 @@ def evaluate(
         "evaluation_version": EVALUATION_VERSION,
         "model": infos[0],
         "reference": infos[1] if reference is not None else None,
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "tasks": list(settings.tasks)},
         "text": facts,
         "protocol": _protocol(len(windows), settings.context),
         "seed": None,  # nothing is drawn
-        "environment": _environment(device),
+        "environment": _environment(device, ["lm_eval"] if settings.tasks else []),
     }
     dtype = measure.RECORD if reference is None else measure.PAIR_RECORD
     with _Journal.claim(out, plan, np.dtype((dtype, settings.context - 1)), settings.batch_size) as journal:
-        run = _score(journal, windows, paths, settings, device, on_progress)
+        run, answers = _score(journal, windows, paths, settings, device, on_progress)
         records = np.concatenate(journal.records)
         metrics = {name: asdict(estimate) for name, estimate in measure.summarize(records).items()}
         run["seconds"] = round(time.monotonic() - start, 3)
-        results = {**plan, "metrics": metrics, "run": run}
+        results = {**plan, "metrics": metrics, "tasks": answers, "run": run}
         if tokens_out is not None:
             columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
             with _replacing(tokens_out) as file:
@@ -163,8 +174,8 @@ def _score(
     settings: Settings,
     device: torch.device,
     on_progress: Progress | None,
-) -> dict[str, Any]:
-    """Score the windows that the journal lacks, and say what that was like."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Score the windows that the journal lacks and do the tasks: what that was like, and the tasks' results."""
     loaded = [models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed) for path in paths]
     _check_context(loaded, settings.context)
     model, reference = loaded[0], loaded[1] if len(loaded) > 1 else None
@@ -180,13 +191,17 @@ def _score(
         done += len(records)
         if on_progress:
             on_progress("evaluate", done * settings.context, windows.numel())
+    answers = {}
+    if settings.tasks:
+        tokenizer = models.load_tokenizer(paths[0])
+        answers = zero_shot(model, tokenizer, settings.tasks, data=settings.task_data, limit=settings.task_limit)
     return {
         "dtype": dtypes[0],
         "reference_dtype": dtypes[1] if len(dtypes) > 1 else None,
         "resumed_windows": resumed,
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "peak_memory_bytes": _peak_memory(device),
-    }
+    }, answers
 
 
 def _tokenize(text: Text, paths: list[Path], settings: Settings) -> tuple[Tensor, dict[str, Any]]:
@@ -226,7 +241,7 @@ def _check_context(loaded: list[Any], context: int) -> None:
             raise EvaluationError(f"the model knows {longest} positions, a window has {context}: choose a shorter context")
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def _environment(device: torch.device, extras: list[str]) -> dict[str, Any]:
     """What else the last bits of the results depend on."""
     cuda = device.type == "cuda"
     return {
@@ -234,6 +249,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **{name: version(name) for name in extras if find_spec(name)},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(device),
@@ -316,7 +332,7 @@ class _Journal:
             old = json.loads(head)
         except ValueError:
             raise OutputError(f"{self._path}: is not from a run, or damaged; move it away") from None
-        found = list(differences(old, json.loads(json.dumps(plan))))
+        found = list(differences(old, plan))
         if found:
             raise OutputError(
                 f"{self._path}: holds an unfinished run that differs: {'; '.join(found[:3])}. Repeat its command to go on, or "

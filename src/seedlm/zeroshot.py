@@ -1,0 +1,190 @@
+r"""Multiple-choice tasks without examples, asked and scored by lm-evaluation-harness, from the Hub or from local files.
+
+The harness' own task definitions stay in charge: prompts, targets, metrics and versions are theirs. Local files only take the
+place of the data set; `_READERS` turns their rows into the fields that the task's definition reads. They are:
+
+    arc/arc_easy.jsonl, arc/arc_challenge.jsonl   {"query": "Question: ...", "choices": [...], "gold": 0}
+    boolq/boolq.jsonl                             {"query": "Passage: ...\nQuestion: ...?", "choices": ["no", "yes"], "gold": 0}
+    winogrande/winogrande.jsonl                   {"context_options": [2 texts], "continuation": "...", "gold": 0}
+    hellaswag/hellaswag_val_full.txt.bz2          six lines a row: the context, the number of the right ending, four endings
+"""
+
+import bz2
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from seedlm.errors import EvaluationError
+
+TASKS: Final = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq")
+"""The five of the paper, by the harness' names."""
+
+Row = dict[str, Any]
+
+
+def zero_shot(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str] = TASKS,
+    *,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, Any]]:
+    """Ask a model the questions of some tasks.
+
+    model, tokenizer   as transformers makes them; the model in evaluation mode, on its device
+    data               folder of the local files above; None lets the harness fetch its data sets from the Hub
+    limit              only the first questions of each task
+    returns            task -> version, questions, and acc and, where the task has it, acc_norm (accuracy by log likelihood
+                       per character of the answer), each as mean and standard_error
+    Raises EvaluationError without lm-evaluation-harness, for a task it does not know, and for files not as above.
+    """
+    check_tasks(tasks, data)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    with TemporaryDirectory() as folder:
+        wanted: list[Any] = list(tasks)
+        if data is not None:
+            stock = {task: str(manager.task_index[task].yaml_path) for task in tasks}
+            wanted = [_write_local(task, stock[task], read_local(task, data), Path(folder)) for task in tasks]
+        # The harness' bars and remarks are for a terminal only.
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
+            try:
+                results = simple_evaluate(
+                    model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                    tasks=wanted,
+                    num_fewshot=0,
+                    limit=limit,
+                    log_samples=False,
+                    task_manager=manager,
+                )
+            except OSError as reason:  # a data set that cannot be fetched
+                raise EvaluationError(f"the tasks cannot be run ({' '.join(str(reason).split())[:300]})") from reason
+    return {task: _read_result(task, results) for task in tasks}
+
+
+def check_tasks(tasks: Sequence[str], data: str | Path | None) -> None:
+    """Raise EvaluationError for what `zero_shot` would refuse, before anything large is loaded."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvaluationError("zero-shot tasks need lm-evaluation-harness: pip install 'seedlm[eval]'")
+    if data is None:
+        from lm_eval.tasks import TaskManager
+
+        known, where = TaskManager().all_subtasks, "`lm_eval ls tasks` lists those known"
+    else:
+        known, where = list(_READERS), f"local files are read for {', '.join(_READERS)}"
+    for task in tasks:
+        if task not in known:
+            raise EvaluationError(f"unknown task {task!r}: {where}")
+        if data is not None:
+            read_local(task, data)
+
+
+def read_local(task: str, data: str | Path) -> list[Row]:
+    """A task's rows from local files, in the fields of the harness' definition. Raises EvaluationError if they do not fit."""
+    name, reader = _READERS[task]
+    path = Path(data) / name
+    try:
+        content = (bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()).decode()
+    except OSError as reason:
+        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    except UnicodeDecodeError:
+        raise EvaluationError(f"{path}: is not UTF-8 text") from None
+    try:
+        rows = reader(content)
+    except (ValueError, KeyError, IndexError, TypeError) as reason:
+        raise EvaluationError(f"{path}: is not as {task} needs it ({type(reason).__name__}: {reason})") from None
+    if not rows:
+        raise EvaluationError(f"{path}: holds no questions")
+    return rows
+
+
+def _write_local(task: str, stock: str, rows: list[Row], folder: Path) -> str:
+    """Write the harness' definition of a task, `stock`, over these rows into a folder; the path of its YAML, which JSON is."""
+    data, definition = folder / f"{task}.jsonl", folder / f"{task}.yaml"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config: dict[str, Any] = {
+        "include": stock,
+        "task": task,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+    }
+    if task == "hellaswag":
+        config["process_docs"] = None  # the file's texts are cleaned already
+    definition.write_text(json.dumps(config))
+    return str(definition)
+
+
+def _read_result(task: str, results: Any) -> dict[str, Any]:
+    found = results["results"][task]
+    row: dict[str, Any] = {"version": results["versions"][task], "questions": results["n-samples"][task]["effective"]}
+    for metric in ("acc", "acc_norm"):
+        if f"{metric},none" in found:
+            row[metric] = {"mean": found[f"{metric},none"], "standard_error": found[f"{metric}_stderr,none"]}
+    return row
+
+
+def _json_lines(content: str) -> list[Row]:
+    return [json.loads(line) for line in content.split("\n") if line.strip()]
+
+
+def _read_arc(content: str) -> list[Row]:
+    rows = []
+    for item in _json_lines(content):
+        labels = [chr(ord("A") + n) for n in range(len(item["choices"]))]
+        rows.append(
+            {
+                "question": item["query"].removeprefix("Question: "),
+                "choices": {"text": item["choices"], "label": labels},
+                "answerKey": labels[item["gold"]],
+            }
+        )
+    return rows
+
+
+def _read_boolq(content: str) -> list[Row]:
+    rows = []
+    for item in _json_lines(content):
+        passage, _, question = item["query"].removeprefix("Passage: ").rpartition("\nQuestion: ")
+        rows.append({"passage": passage, "question": question.removesuffix("?"), "label": item["gold"]})
+    return rows
+
+
+def _read_winogrande(content: str) -> list[Row]:
+    """The definition puts each option in the place of "_": here the options hold all that comes before it too."""
+    rows = []
+    for item in _json_lines(content):
+        first, second = item["context_options"]
+        sentence = f"_ {item['continuation']}"
+        rows.append({"sentence": sentence, "option1": first, "option2": second, "answer": "12"[item["gold"]]})
+    return rows
+
+
+def _read_hellaswag(content: str) -> list[Row]:
+    lines = content.removesuffix("\n").split("\n")
+    if len(lines) % 6:
+        raise ValueError(f"{len(lines)} lines are not six a question")
+    return [{"query": lines[n], "label": int(lines[n + 1]), "choices": lines[n + 2 : n + 6]} for n in range(0, len(lines), 6)]
+
+
+_READERS: Final[dict[str, tuple[str, Callable[[str], list[Row]]]]] = {
+    "arc_easy": ("arc/arc_easy.jsonl", _read_arc),
+    "arc_challenge": ("arc/arc_challenge.jsonl", _read_arc),
+    "hellaswag": ("hellaswag/hellaswag_val_full.txt.bz2", _read_hellaswag),
+    "winogrande": ("winogrande/winogrande.jsonl", _read_winogrande),
+    "boolq": ("boolq/boolq.jsonl", _read_boolq),
+}
