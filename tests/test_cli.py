@@ -121,8 +121,8 @@ def test_errors_are_one_line(llama, compressed, tmp_path):
     one_line(call("compress", llama, tmp_path / "o", "--bits", "5"), "unknown format '5'")
     one_line(call("compress", llama, tmp_path / "o", "--exclude", "typo"), "no module with a weight matches")
     one_line(call("inspect", llama), "has no quantization_config")
-    bad = save_tensors(tmp_path / "m", {"layers.0.a.weight": torch.full((2, 2), float("nan"))})
-    one_line(call("compress", bad, tmp_path / "o", *FAST), "layers.0.a.weight: a weight must be finite, got 4 NaN")
+    bad = save_tensors(tmp_path / "m", {"layers.0.a.weight": torch.full((2, 8), float("nan"))})
+    one_line(call("compress", bad, tmp_path / "o", *FAST), "layers.0.a.weight: a weight must be finite, got 16 NaN")
     (tmp_path / "p.bin").write_bytes(b"\x80")
     one_line(call("compress", tmp_path / "p.bin", tmp_path / "o"), "is a pickle")
 
