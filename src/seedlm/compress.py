@@ -23,6 +23,7 @@ from torch import Tensor
 from seedlm import checkpoint, report, search
 from seedlm.checkpoint import PackedInfo, stored_name
 from seedlm.codec import ROUNDINGS, Rounding, choose_exponent_bias
+from seedlm.device import choose_device
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
 from seedlm.format import Format, parse_format
 from seedlm.report import Report, inspect_checkpoint
@@ -116,7 +117,7 @@ def compress_checkpoint(
         raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if dtype is not None and dtype not in _DTYPES:
         raise FormatError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    where = _device(device)
+    where = choose_device(device)
     if backend != "auto" and (reason := search.reason_unavailable(backend, where, format)):
         raise BackendError(reason)
     shard_bytes = parse_size(max_shard_size)
@@ -152,17 +153,6 @@ def compress_checkpoint(
             work.publish()
         work.remove()
     return inspect_checkpoint(out)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as reason:
-        raise BackendError(f"device {name!r} cannot be used: {str(reason).splitlines()[0]}") from None
-    return device
 
 
 def parse_size(size: int | str) -> int:

@@ -28,6 +28,7 @@ import transformers
 from torch import Tensor
 
 from seedlm import measure, models
+from seedlm.device import choose_device
 from seedlm.errors import EvaluationError, OutputError
 from seedlm.source import locate
 from seedlm.version import __version__
@@ -132,7 +133,7 @@ def evaluate(
         _check_free(path)
     if settings.tasks:
         check_tasks(settings.tasks, settings.task_data)
-    device = models.choose_device(settings.device)
+    device = choose_device(settings.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     paths = [locate(model, revision=revision)] + ([locate(reference)] if reference is not None else [])

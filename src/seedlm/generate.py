@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from seedlm.device import choose_device
 from seedlm.errors import SourceError
 
 
@@ -48,12 +49,11 @@ def generate(
 
     timing = timing if timing is not None else Timing()
     start = time.perf_counter()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = choose_device(device)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
         network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        network = network.to(device)
+        network = network.to(where)
     except (OSError, ValueError) as reason:
         raise SourceError(f"cannot open {model}: {' '.join(str(reason).split())}") from reason
     if expand and hasattr(network, "hf_quantizer"):
@@ -77,7 +77,7 @@ def generate(
     def work() -> None:
         begin = time.perf_counter()
         try:
-            output = network.generate(**inputs.to(device), **options, max_new_tokens=max_new_tokens, streamer=streamer)
+            output = network.generate(**inputs.to(where), **options, max_new_tokens=max_new_tokens, streamer=streamer)
             timing.tokens = output.shape[1] - inputs["input_ids"].shape[1]
         except BaseException as reason:  # shown in the caller's thread
             failure.append(reason)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 
 from seedlm.checkpoint import QUANT_METHOD
-from seedlm.errors import BackendError, SourceError
+from seedlm.errors import SourceError
 from seedlm.linear import expand_model, seed_linears
 from seedlm.report import inspect_checkpoint
 from seedlm.source import FolderSource
@@ -110,18 +110,6 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto", packed:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as reason:
         raise SourceError(f"{path}: cannot be loaded ({_one_line(reason)})") from reason
     return model.eval()
-
-
-def choose_device(device: str) -> torch.device:
-    """A device by name; "auto" is the first CUDA device, or the CPU. Raises BackendError if it is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as reason:
-        raise BackendError(f"device {device!r} cannot be used here ({_one_line(reason)})") from None
-    return chosen
 
 
 def _arguments(path: Path) -> tuple[Path, dict[str, Any]]:
