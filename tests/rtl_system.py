@@ -1,7 +1,7 @@
 """The generated Verilog of the full-width designs under Verilator: clocks, stalls and real layers. Run by `make rtl-test`.
 
-Not collected with the quick tests: each design takes minutes to compile. SEEDLM_STORIES and SEEDLM_SMOLLM2 name a
-stories260K.bin and a SmolLM2 GGUF file; a layer whose file is not there is skipped.
+Not collected with the quick tests: each design takes minutes to compile. SEEDLM_SMOLLM2 names a SmolLM2 GGUF file, which the
+make target gets; without it that layer is skipped.
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from seedlm.format import BlockFormat
 from seedlm.rtl import report, twin
@@ -57,13 +58,9 @@ def test_stalling_streams_and_odd_shapes_change_no_bit(simulator, stall):
 
 
 def stories_layer() -> torch.Tensor:
-    """The first query projection of stories260K (llama2.c's file: seven int32, then float32 tensors), [64, 64]."""
-    path = Path(os.environ.get("SEEDLM_STORIES", DATA / "stories260k" / "stories260K.bin"))
-    if not path.exists():
-        pytest.skip(f"no {path.name}: set SEEDLM_STORIES")
-    dim, _, layers, _, _, vocabulary, _ = np.fromfile(path, np.int32, 7).tolist()
-    start = 28 + 4 * (abs(vocabulary) * dim + layers * dim)
-    return torch.from_numpy(np.fromfile(path, np.float32, dim * dim, offset=start).reshape(dim, dim))
+    """The first query projection of stories260K, [64, 64]."""
+    with safe_open(DATA / "stories260k" / "model.safetensors", framework="pt") as tensors:
+        return tensors.get_tensor("model.layers.0.self_attn.q_proj.weight")
 
 
 def smollm2_layer() -> torch.Tensor:
