@@ -122,7 +122,7 @@ _ROUNDING_PRODUCTS = (
     ("neon", "llvm.aarch64.neon.sqrdmulh.v8i16", 8),
 )
 """Processor feature, instruction and its lanes. LLVM used to recognise the product below, but its own simplifications now hide
-it: 41 instead of 6 us a block (EPYC of 2022, LLVM 20)."""
+it: 41 instead of 6 us a block (EPYC of 2022, LLVM 22)."""
 
 
 @intrinsic
