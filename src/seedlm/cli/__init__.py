@@ -1,0 +1,52 @@
+"""The command line: a module for every command. What takes time to import is imported inside the commands.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 refused with one line that says why, 130 stopped by
+Ctrl-C.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from seedlm.cli.compress import compress, inspect
+from seedlm.cli.evaluate import evaluate
+from seedlm.cli.generate import generate
+from seedlm.cli.rtl import rtl
+from seedlm.errors import SeedLMError
+from seedlm.version import __version__
+
+app = typer.Typer(
+    name="seedlm",
+    help="Large language models whose weights are regrown from seeds: a quarter of the memory, no calibration data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (compress, inspect, generate, evaluate, rtl):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point: errors that have a message are one line, anything else is a bug and keeps its traceback."""
+    try:
+        app(standalone_mode=True)
+    except SeedLMError as error:
+        print(f"seedlm: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"seedlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,121 @@
+"""``seedlm compress`` and ``seedlm inspect``."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from seedlm.cli.console import in_bytes, number, show_progress
+
+if TYPE_CHECKING:
+    from seedlm.report import Report
+
+
+def compress(
+    source: Annotated[str, typer.Argument(help="Folder of safetensors, GGUF file, or Hub repository (owner/name).")],
+    out: Annotated[Path, typer.Argument(help="Folder to create. OUT.partial beside it holds the unfinished run.")],
+    bits: Annotated[str, typer.Option(help="Bits per weight: 4 or 3, the paper's configurations.")] = "4",
+    format: Annotated[
+        str | None, typer.Option(help="A format instead of --bits, such as block-k16-c8-p3-q4-e4.", metavar="SPEC")
+    ] = None,
+    rounding: Annotated[str, typer.Option(help="How coefficients are chosen: best, or the paper's own nearest.")] = "best",
+    dtype: Annotated[
+        str | None, typer.Option(help="Store what is not compressed as bfloat16, float16 or float32; default: as it is.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Also compress modules that match this glob, such as lm_head.", metavar="GLOB")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave modules that match this glob as they are; wins.", metavar="GLOB")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
+    device: Annotated[str, typer.Option(help="Where to search: auto (the GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Search backend: auto, triton, numba or torch; all give the same bits.")
+    ] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Compress a model into a new folder.
+
+    The linear layers inside numbered layers are compressed; embeddings, head, norms, biases and routers stay as they are.
+    Stopped at any moment, the same command goes on where it was.
+    """
+    from seedlm.compress import compress_checkpoint
+
+    start = time.monotonic()
+    try:
+        with show_progress() as (on_progress, rate):
+            report = compress_checkpoint(
+                source,
+                out,
+                format=format or bits,
+                rounding=rounding,  # type: ignore[arg-type]  # checked inside, with the allowed values in the message
+                dtype=dtype,
+                include=include or (),
+                exclude=exclude or (),
+                max_shard_size=max_shard_size,
+                device=device,
+                backend=backend,  # type: ignore[arg-type]
+                revision=revision,
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        print(f"seedlm: stopped; run the same command again to go on ({out}.partial holds what is done)", file=sys.stderr)
+        sys.exit(130)
+    run = {"seconds": round(time.monotonic() - start, 2), "weights_per_second": rate()}
+    if as_json:
+        print(json.dumps({**report.to_dict(), **run}, indent=2))
+        return
+    _print_totals(report)
+    speed = f", {run['weights_per_second'] / 1e6:.3f} million weights/s" if run["weights_per_second"] else ""
+    print(f"time              {run['seconds']:.1f} s{speed}")
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A compressed model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also read and check every code.")] = False,
+) -> None:
+    """Show the compressed tensors of a model: shape, format, bits per weight, error; then the totals."""
+    from seedlm.checkpoint import Checkpoint
+    from seedlm.report import inspect_checkpoint
+
+    report = inspect_checkpoint(folder)
+    if check:
+        checkpoint = Checkpoint.open(folder)
+        for module in checkpoint.packed:
+            checkpoint.tensor(module)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return
+    header = ("module", "shape", "format", "bits", "error")
+    rows = [
+        (t.module, f"{t.shape[0]} x {t.shape[1]}", t.format, f"{t.bits_per_weight:.3f}", number(t.relative_error))
+        for t in report.tensors
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+    _print_totals(report)
+
+
+def _print_totals(report: "Report") -> None:
+    share = f", the original {in_bytes(report.source_bytes)}" if report.source_bytes else ""
+    print(f"model             {report.folder}")
+    sixteen = 2 * (report.compressed_weights + report.dense_weights)
+    print(f"size              {in_bytes(report.bytes)}{share}; at 16 bits a weight it would be {in_bytes(sixteen)}")
+    print(
+        f"compressed        {len(report.tensors)} tensors, {report.compressed_weights:,} weights, "
+        f"{report.bits_per_weight:.4f} bits each"
+    )
+    print(
+        f"left as it was    {report.dense_weights:,} weights; the whole model {report.model_bits_per_weight:.4f} bits a weight"
+    )
+    if report.relative_error is not None and report.tensors:
+        worst = max(report.tensors, key=lambda tensor: tensor.relative_error or 0.0)
+        print(f"relative error    {report.relative_error:.4f}, largest {number(worst.relative_error)} in {worst.module}")

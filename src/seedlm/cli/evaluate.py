@@ -1,0 +1,121 @@
+"""``seedlm evaluate``."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from seedlm.cli.console import in_bytes, show_progress
+from seedlm.errors import EvaluationError
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder, packed or not, GGUF file, or Hub repository (owner/name).")],
+    wikitext: Annotated[
+        Path | None, typer.Option(help="The raw WikiText-2 file, wiki.test.raw, joined as papers do.", metavar="FILE")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Any text file instead, as it is.", metavar="FILE")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Model to compare with, token by token: the original.", metavar="MODEL")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens in a window.", metavar="TOKENS")] = 2048,
+    limit: Annotated[int | None, typer.Option(help="Score the first N windows only.", metavar="N")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.", metavar="N")] = 1,
+    device: Annotated[str, typer.Option(help="auto, or a torch device such as cuda:1.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    packed: Annotated[bool, typer.Option("--packed", help="Leave packed weights packed: less memory, slower.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to create; OUT.partial beside it holds the unfinished run.", metavar="FILE")
+    ] = None,
+    tokens_out: Annotated[Path | None, typer.Option(help=".npz file to create: every prediction.", metavar="FILE")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Zero-shot tasks too: names with commas between, or 'paper' for its five.", metavar="NAMES"),
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder of local files for the tasks, instead of the Hub.", metavar="FOLDER")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="The first N questions of each task only.", metavar="N")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure how well a model predicts a text, and how far it is from a reference.
+
+    Perplexity by the papers' protocol; with a reference also KL divergence and agreement on the most likely token. Stopped at
+    any moment, the same command with --out goes on where it was.
+    """
+    from transformers.utils import logging
+
+    from seedlm.evaluate import Settings, Text
+    from seedlm.evaluate import evaluate as run
+    from seedlm.zeroshot import TASKS
+
+    if (wikitext is None) == (text is None):
+        raise EvaluationError("give a text: --wikitext FILE (wiki.test.raw) or --text FILE, one of them")
+    logging.set_verbosity_error()  # a text is longer than a model's context, which its tokenizer warns about
+    logging.disable_progress_bar()
+    try:
+        with show_progress() as (on_progress, _):
+            results = run(
+                model,
+                Text.from_wikitext(wikitext) if wikitext else Text.from_file(text or ""),
+                Settings(
+                    context=context,
+                    limit=limit,
+                    batch_size=batch_size,
+                    device=device,
+                    dtype=dtype,
+                    packed=packed,
+                    tasks=TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else (),
+                    task_data=str(task_data) if task_data else None,
+                    task_limit=task_limit,
+                ),
+                reference=reference,
+                out=out,
+                tokens_out=tokens_out,
+                revision=revision,
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        partial = Path(f"{out}.partial")
+        kept = f"; run the same command again to go on ({partial} holds what is done)" if partial.exists() else ""
+        print(f"seedlm: stopped{kept}", file=sys.stderr)
+        sys.exit(130)
+    if as_json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    else:
+        _print_results(results)
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    def estimate(name: str) -> str:
+        value, error = results["metrics"][name].values()
+        return f"{value:.4f}" + (f" +- {error:.4f}" if error is not None else "")
+
+    for role in ("model", "reference"):
+        if info := results[role]:
+            bits = [f"{info['bits_per_weight']:.4f} bits a weight"] if info["bits_per_weight"] else []
+            bits += [f"the whole model {info['model_bits_per_weight']:.4f}"] if info["model_bits_per_weight"] else []
+            print(f"{role:17} {info['name']} ({', '.join([info['format'], *bits, in_bytes(info['bytes'])])})")
+    facts, run, place = results["text"], results["run"], results["environment"]
+    bos = "starting with" if facts["starts_with_bos"] else "without"
+    print(f"text              {facts['path']}: {facts['form']}; {facts['tokens']:,} tokens, {bos} BOS")
+    print(
+        f"protocol          {facts['windows']} windows of {results['settings']['context']} tokens, each alone, "
+        f"{facts['predictions']:,} predictions; errors are standard errors over windows"
+    )
+    print(f"perplexity        {estimate('perplexity')}")
+    if results["reference"]:
+        print(f"of the reference  {estimate('reference_perplexity')}; ratio {estimate('perplexity_ratio')}")
+        print(f"KL divergence     {estimate('kl')} nats a token")
+        print(f"same top token    {estimate('top1_agreement')} of all")
+    speed = [f"{run['tokens_per_second']:,.0f} tokens/s"] if run["tokens_per_second"] else []
+    memory = [f"at most {in_bytes(run['peak_memory_bytes'])} of memory"] if run["peak_memory_bytes"] else []
+    for task, answer in results["tasks"].items():
+        kind = "acc_norm" if "acc_norm" in answer else "acc"
+        accuracy, error = answer[kind].values()
+        print(f"{task:17} {accuracy:.4f} +- {error:.4f} ({kind}, {answer['questions']} questions, version {answer['version']})")
+    print("time              " + ", ".join([f"{run['seconds']:.1f} s", *speed, *memory]))
+    print(f"on                {place['device_name']} ({place['device']}), {run['dtype']}, torch {place['torch']}")

@@ -1,0 +1,36 @@
+"""``seedlm generate``."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Model folder or Hub repository, compressed or not.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.", max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template and print the answer alone.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")] = "auto",
+    expand: Annotated[
+        bool, typer.Option("--expand", help="Regrow all weights once after loading: faster on a CPU, full size in memory.")
+    ] = False,
+) -> None:
+    """Generate text, printed as it comes; then, on stderr, the speed."""
+    from seedlm.generate import Timing
+    from seedlm.generate import generate as pieces
+
+    timing = Timing()
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "chat": chat}
+    for piece in pieces(model, prompt, **options, device=device, dtype=dtype, expand=expand, timing=timing):  # type: ignore[arg-type]
+        print(piece, end="", flush=True)
+    print()
+    print(
+        f"{timing.tokens} tokens in {timing.seconds:.1f} s, {timing.tokens / timing.seconds:.1f} tokens/s; "
+        f"loaded in {timing.load_seconds:.1f} s",
+        file=sys.stderr,
+    )

@@ -1,0 +1,29 @@
+"""``seedlm rtl``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seedlm.errors import BackendError
+
+
+def rtl(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Verilog file to write.")],
+    bits: Annotated[str, typer.Option(help="Format: 4, 3, or a specification such as block-k12-c4-p2-q4-e4.")] = "4",
+    fp16: Annotated[bool, typer.Option("--fp16", help="Write the FP16 reference design instead.")] = False,
+    beat_bits: Annotated[int, typer.Option(help="Width of the memory streams in bits, a power of two.")] = 512,
+    max_features: Annotated[int, typer.Option(help="Activations held on chip.")] = 32768,
+) -> None:
+    """Write the matrix-vector product of a format as synthesisable Verilog."""
+    from seedlm.format import parse_format
+    from seedlm.rtl.design import HalfDesign, SeedDesign
+
+    try:
+        from seedlm.rtl.verilog import emit
+    except ImportError as error:
+        raise BackendError(f"seedlm rtl needs {error.name}: pip install 'seedlm[rtl]'") from None
+    sizes = {"beat_bits": beat_bits, "max_features": max_features}
+    design = HalfDesign(**sizes) if fp16 else SeedDesign(format=parse_format(bits), **sizes)
+    output.write_text(emit(design))
+    print(f"{output}: {design.prefix}_matvec, {design.lanes} multipliers, {design.beat_bits // 8} bytes a clock")
