@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from seedlm import checkpoint, engine, report, search
+from seedlm import checkpoint, engine, engine_ray, report, search
 from seedlm.checkpoint import PackedInfo, stored_name
 from seedlm.codec import ROUNDINGS, Rounding, choose_exponent_bias
 from seedlm.device import choose_devices, peak_memory
@@ -105,7 +105,7 @@ def compress_checkpoint(
     include, exclude    glob patterns over module names (`selection`)
     max_shard_size      bytes, or a text such as ``"5GB"``
     device              where seeds are searched (`device.choose_devices`): ``"auto"`` is every GPU, or the CPU if there is
-                        none; ``"cuda:0,cuda:1"`` those two. All find the same codes
+                        none; ``"cuda:0,cuda:1"`` those two; ``"ray"`` a cluster (`engine_ray`). All find the same codes
     returns             sizes, bits and errors, read back from what was written, and how the run went
     Raises SourceError for a model that cannot be read, TensorError for NaN or Inf, OutputError if the output exists, belongs
     to another run or does not fit the disk, FormatError, BackendError, also for a worker that died.
@@ -117,7 +117,7 @@ def compress_checkpoint(
         raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if dtype is not None and dtype not in _DTYPES:
         raise FormatError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    devices = choose_devices(device)
+    devices = [] if engine_ray.is_ray(device) else choose_devices(device)
     for where in devices:
         if backend != "auto" and (reason := search.reason_unavailable(backend, where, format)):
             raise BackendError(reason)
@@ -133,7 +133,7 @@ def compress_checkpoint(
     with WorkFolder.claim(out) as work:
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
         job = Job(str(path), fingerprint, work.model, work.token, (format,), rounding, backend)
-        with engine.start(job, devices, model) as workers:
+        with engine.start(job, devices, model) if devices else engine_ray.start(job, device) as runner:
             clock.phase("read")
             scans = _scan(model, items, progress)
             plan = {
@@ -153,7 +153,7 @@ def compress_checkpoint(
             published = work.begin(plan, layouts)
             if not published:
                 clock.phase("compress")
-                done = _run(work, workers, _units(shards, layouts, scans), progress)
+                done = _run(work, runner, _units(shards, layouts, scans), progress)
         clock.phase("finish")
         if not published:
             config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
@@ -164,7 +164,7 @@ def compress_checkpoint(
             work.publish()
         work.remove()
     clock.phase("")
-    host, held = peak_memory(devices[0]) if devices else (0, 0)
+    host, held = peak_memory(devices[0] if devices else torch.device("cpu"))
     return RunReport(
         **vars(inspect_checkpoint(out)),
         devices=sorted({event.device for event in done}) or [str(where) for where in devices],

@@ -33,7 +33,8 @@ def compress(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
     device: Annotated[
-        str, typer.Option(help="Where to search: auto (every GPU, or the CPU if there is none), cpu, cuda:1, cuda:0,cuda:1.")
+        str,
+        typer.Option(help="Where to search: auto (every GPU, or else the CPU), cpu, cuda:1, cuda:0,cuda:1, or ray."),
     ] = "auto",
     backend: Annotated[
         str, typer.Option(help="Search backend: auto, triton, numba or torch; all give the same bits.")
