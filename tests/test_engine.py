@@ -37,16 +37,25 @@ def finished(llama, tmp_path_factory):
 
 
 @pytest.fixture
-def children(monkeypatch):
-    """The worker processes that are started."""
-    started, real = [], engine.subprocess.Popen
+def child(monkeypatch):
+    """What the worker process is heard to say, and whether it is waited for before the first unit is given out."""
+    said, real = [], engine.Engine.post
 
-    def popen(*args, **options):
-        started.append(real(*args, **options))
-        return started[-1]
+    def post(self, workers, event):
+        if isinstance(workers, engine.Child):
+            said.append((workers, event))
+        real(self, workers, event)
 
-    monkeypatch.setattr(engine.subprocess, "Popen", popen)
-    return started
+    def run(self, units, real=engine.Engine.run):
+        deadline = time.monotonic() + 60
+        while not said:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return real(self, units)
+
+    monkeypatch.setattr(engine.Engine, "post", post)
+    monkeypatch.setattr(engine.Engine, "run", run)
+    return said
 
 
 class TestSums:
@@ -62,31 +71,29 @@ class TestSums:
 
 
 class TestProcesses:
-    def test_two_leave_the_same_bytes_as_none(self, llama, finished, tmp_path, children):
+    def test_two_leave_the_same_bytes_as_one(self, llama, finished, tmp_path, child):
         report = run(llama, tmp_path / "out", device="cpu,cpu")
         assert folder_bytes(tmp_path / "out") == finished
-        assert len(children) == 2
-        assert all(child.poll() is not None for child in children)
+        assert sum(isinstance(event, engine.Finished) for _, event in child) > 1  # each had its share
+        assert child[0][0]._process.poll() is not None
         assert report.devices == ["cpu"]
         assert report.peak_host_bytes > 1e8
 
-    def test_a_killed_one_is_reported_and_the_run_is_gone_on_from(self, llama, finished, tmp_path, children):
+    def test_a_killed_one_is_reported_and_the_run_is_gone_on_from(self, llama, finished, tmp_path, child):
         out, starts = tmp_path / "out", []
 
         def kill(phase, done, total):
-            if phase == "compress" and done > total / 3 and children[0].returncode is None:
-                children[0].kill()
-                children[0].wait()
+            if phase == "compress" and done > total / 3:
+                child[0][0]._process.kill()
 
         with pytest.raises(BackendError, match=r"the worker for cpu died \(SIGKILL\); what is finished is kept"):
             run(llama, out, device="cpu,cpu", on_progress=kill)
-        assert children[1].poll() is not None
         assert not out.exists()
         run(llama, out, on_progress=lambda phase, done, total: starts.append(done) if phase == "compress" else None)
         assert starts[0] > 0
         assert folder_bytes(out) == finished
 
-    def test_an_error_in_one_is_the_runs_error(self, llama, tmp_path):
+    def test_an_error_in_one_is_the_runs_error(self, tmp_path, child):
         def change(phase, done, total):
             if (phase, done) == ("read", total):
                 (tmp_path / "m" / "config.json").write_text("{}")
@@ -113,7 +120,7 @@ class TestProcesses:
             stderr=subprocess.PIPE,
             text=True,
         )
-        pids = [int(process.stdout.readline()) for _ in range(2)]
+        pid = int(process.stdout.readline())
         assert process.stdout.readline() == "done\n"
         process.send_signal(how)
         _, stderr = process.communicate(timeout=60)
@@ -122,7 +129,7 @@ class TestProcesses:
             assert stderr.count("\n") == 1
             assert "run the same command again to go on" in stderr
         deadline = time.monotonic() + 30
-        while any(is_alive(pid) for pid in pids):
+        while is_alive(pid):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         run(llama, tmp_path / "out")
@@ -155,21 +162,22 @@ def test_one_gpu_two_and_the_cpu_leave_the_same_bytes(tmp_path, bits):
     assert outputs["cuda:0"] == outputs[two] == outputs["cpu"]
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of two nodes on this machine, a CPU each."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install 'seedlm[ray]')")
 class TestRay:
-    @pytest.fixture(scope="class")
-    def cluster(self):
-        """Two nodes on this machine, a CPU each."""
-        import ray
-        from ray.cluster_utils import Cluster
-
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        cluster.add_node(num_cpus=1)
-        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
-
     def test_two_nodes_leave_the_same_bytes_though_a_worker_is_killed(self, cluster, llama, finished, tmp_path):
         import psutil
 

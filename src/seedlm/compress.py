@@ -40,17 +40,17 @@ Progress = Callable[[str, int, int], None]
 """Told (phase, done, total), phases ``read`` in bytes and then ``compress`` in weights; the first call of a phase says where
 it starts, which is not 0 when an earlier run is gone on with. One call at a time, but not always from the same thread."""
 
-_SCAN_WEIGHTS: Final = 1 << 20
+_SCAN_WEIGHTS: Final = 1 << 22
 _SCAN_THREADS: Final = 16
-"""Weights that a thread of the first part has in memory at a time, and how many threads at most: SHA-256 is 2 GB/s each."""
+"""Weights that a thread of the first part has in memory at a time; threads at most, of which SHA-256 lets each do 1 to 2 GB/s."""
 
 _DTYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_BITS: Final[Mapping[str, tuple[Any, int]]] = {
-    "BF16": (np.int16, 0x7F80),
-    "F16": (np.int16, 0x7C00),
-    "F32": (np.int32, 0x7F800000),
+_BITS: Final[Mapping[str, tuple[Any, Any, int]]] = {
+    "BF16": (np.int16, np.uint16, 0x7F80),
+    "F16": (np.int16, np.uint16, 0x7C00),
+    "F32": (np.int32, np.uint32, 0x7F800000),
 }
-"""A dtype as integers, and infinity as one: a magnitude's bits are in its order, those of NaN above infinity's."""
+"""A dtype as integers, and infinity as one: the bits of magnitudes are in their order, those of NaN above infinity's."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -277,18 +277,20 @@ def _scan_tensor(source: Source, item: _Item, tell: Callable[[int], None]) -> tu
             digest.update(chunk)
             tell(len(chunk))
         return _Scan(digest.hexdigest()), None
-    integer, infinity = _BITS[info.dtype]
+    signed, unsigned, infinity = _BITS[info.dtype]
+    mask = np.iinfo(signed).max
     for piece in pieces(source, item.name, _SCAN_WEIGHTS):
         data = as_bytes(piece)
         digest.update(data)
-        magnitude = np.frombuffer(data, integer) & np.iinfo(integer).max
-        largest = max(largest, int(magnitude.max()))
+        bits = np.frombuffer(data, signed)
+        # The largest positive number is the largest signed integer, the largest negative one the largest unsigned.
+        largest = max(largest, int(bits.max()), int(bits.view(unsigned).max()) & mask)
         if largest >= infinity:
-            inf += int((magnitude == infinity).sum())
-            nan += int((magnitude > infinity).sum())
+            inf += int((bits & mask == infinity).sum())
+            nan += int((bits & mask > infinity).sum())
         tell(len(data))
     reason = f"{item.name}: a weight must be finite, got {nan} NaN and {inf} Inf values" if nan or inf else None
-    value = torch.from_numpy(np.array([largest], integer)).view(TORCH_DTYPES[info.dtype])
+    value = torch.from_numpy(np.array([largest], signed)).view(TORCH_DTYPES[info.dtype])
     return _Scan(digest.hexdigest(), float(value)), reason
 
 

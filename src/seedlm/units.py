@@ -128,7 +128,8 @@ class Worker:
         rows, columns = packed.shape
         row_bytes = packed.stored["words"].nbytes // rows
         start, sums = 0, []
-        for piece in pieces(self.source, unit.name, PIECE_WEIGHTS.get(self.device.type, PIECE_WEIGHTS["cpu"])):
+        on_gpu = self.device.type == "cuda"
+        for piece in pieces(self.source, unit.name, PIECE_WEIGHTS["cuda" if on_gpu else "cpu"], pinned=on_gpu):
             left = len(piece) * columns
 
             def within(weights: int) -> None:
@@ -153,7 +154,12 @@ class Worker:
         """`search.encode_rows` on this worker's device: int32 words on the CPU. On a GPU each thread has its own stream."""
         with torch.cuda.stream(self._stream()):
             words, sums = search.encode_rows(
-                rows.to(self.device), bias, format, self.job.rounding, backend=self.job.backend, on_progress=tell
+                rows.to(self.device, non_blocking=True),
+                bias,
+                format,
+                self.job.rounding,
+                backend=self.job.backend,
+                on_progress=tell,
             )
             return words.cpu(), sums
 
@@ -163,12 +169,18 @@ class Worker:
         return getattr(self._own, "stream", None)
 
 
-def pieces(source: Source, name: str, weights: int) -> Iterator[Tensor]:
-    """A tensor as the rows of a matrix, about so many weights at a time: [rows, columns] in its own dtype."""
-    rows, columns = source.tensors[name].shape
-    step = max(1, weights // columns)
+def pieces(source: Source, name: str, weights: int, pinned: bool = False) -> Iterator[Tensor]:
+    """A tensor as the rows of a matrix, about so many weights at a time: [rows, columns] in its own dtype.
+
+    pinned   read them into memory that a GPU copies from four times as fast
+    Each piece is gone when the next is asked for.
+    """
+    info = source.tensors[name]
+    rows, columns = info.shape
+    step = min(rows, max(1, weights // columns))
+    into = torch.empty(step * (info.nbytes // rows), dtype=torch.uint8, pin_memory=pinned)
     for start in range(0, rows, step):
-        yield source.rows(name, start, min(start + step, rows))
+        yield source.rows(name, start, min(start + step, rows), into)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
