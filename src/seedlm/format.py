@@ -29,6 +29,9 @@ WORD_BITS: Final = 32
 EXPONENT_BIAS_RANGE: Final = (-192, 192)
 """Allowed exponent bias, both ends included: wide enough for any finite float32 tensor (FORMAT.md, "Exponent bias")."""
 
+MAX_BLOCK_BITS: Final = 63
+"""Bits of a block: decoders hold one in a signed 64-bit integer."""
+
 _LIMITS: Final = {
     "seed_bits": (min(TAPS), max(TAPS)),
     "block_size": (1, 64),
@@ -60,8 +63,8 @@ class BlockFormat:
                 raise FormatError(f"{name} must be an integer from {low} to {high}, got {value!r}")
         if self.num_coefficients > self.block_size:
             raise FormatError(f"num_coefficients must not exceed block_size ({self.block_size}), got {self.num_coefficients}")
-        if self.block_bits > 63:
-            raise FormatError(f"a block must fit 63 bits, {self} takes {self.block_bits}")
+        if self.block_bits > MAX_BLOCK_BITS:
+            raise FormatError(f"a block must fit {MAX_BLOCK_BITS} bits, {self} takes {self.block_bits}")
 
     @property
     def num_seeds(self) -> int:
