@@ -21,6 +21,9 @@ from seedlm.device import choose_device
 from seedlm.format import PRESETS, BlockFormat
 from seedlm.source import open_source
 
+QUICK = 64
+"""Contenders of a block up to which a search is quick; one with more is measured with `EVERY` seeds, on fewer blocks."""
+EVERY = 65535
 BUDGETS = (2, 2.5, 3, 3.5, 4, 4.5, 5)
 CURVE_SEED_BITS = range(4, 21)
 
@@ -35,14 +38,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="for the grid and for the rest, each")
     options = parser.parse_args()
     device = choose_device("auto")
-    results = {"device": str(device), "torch": torch.__version__, "blocks": options.blocks, "final_blocks": options.final_blocks}
+    results = {
+        "device": str(device),
+        "torch": torch.__version__,
+        "blocks": options.blocks,
+        "final_blocks": options.final_blocks,
+    }
     if device.type == "cuda":
         results["device"] = torch.cuda.get_device_name(device)
 
-    def run(name: str, formats: Iterable[BlockFormat], samples: torch.Tensor, seconds: float) -> None:
+    def run(name: str, formats: Iterable[BlockFormat], samples: torch.Tensor, seconds: float, kept: int = 256) -> None:
         start, formats = time.monotonic(), list(formats)
         rows = results[name] = []
-        for measured in measure(formats, samples.to(device)):
+        for measured in measure(formats, samples.to(device), kept=kept):
             rows.append(measured.to_dict())
             if time.monotonic() - start > seconds:
                 print(f"{name}: out of time", flush=True)
@@ -51,13 +59,24 @@ def main() -> None:
         options.out.write_text(json.dumps(results))
 
     grid = {bits: candidates(bits) for bits in BUDGETS}
-    run("grid", dict.fromkeys(format for formats in grid.values() for format in formats), normal_blocks(options.blocks), options.seconds)
-    nmse = {row["format"]: row["nmse"] for row in results["grid"]}
-    finalists = dict.fromkeys(PRESETS.values())
+    run(
+        "grid",
+        dict.fromkeys(format for formats in grid.values() for format in formats),
+        normal_blocks(options.blocks),
+        options.seconds,
+    )
+    rows = {row["format"]: row for row in results["grid"]}
+    finalists, open_ended = dict.fromkeys(PRESETS.values()), {}
     for formats in grid.values():
-        known = sorted((f for f in formats if f.spec in nmse), key=lambda f: nmse[f.spec])
-        finalists |= dict.fromkeys(known[: options.finalists])
+        known = [f for f in formats if f.spec in rows]
+        known.sort(key=lambda f: rows[f.spec]["nmse"])
+        quick = [f for f in known if rows[f.spec]["contenders"] <= QUICK and f.exponent_bits == 4]
+        finalists |= dict.fromkeys(quick[: options.finalists // 2])
+        finalists |= dict.fromkeys([f for f in known if rows[f.spec]["contenders"] <= QUICK][: options.finalists])
+        known.sort(key=lambda f: rows[f.spec]["at_least"])
+        open_ended |= dict.fromkeys(known[: options.finalists // 4])
     run("normal", finalists, normal_blocks(options.final_blocks, seed=1), options.seconds)
+    run("open ended", open_ended, normal_blocks(options.blocks // 4, seed=3), options.seconds / 2, kept=EVERY)
     curves = [
         dataclasses.replace(preset, seed_bits=k)
         for preset in PRESETS.values()

@@ -6,13 +6,14 @@
 
 A candidate is measured without a search of its own. Formats of equal K, C and P share their matrices U(s), so one bound pass
 serves all of them: a block's residual off the span of every U(s), which no coefficients can undercut. Seeds are then scored in
-ascending order of it, and with
+ascending order of it: with v = q 2^e,
 
-    ||w - U q 2^e||^2  =  residual + d' U'U d,        d = q 2^e - t,   t = pinv(U) w
+    ||w - U v||^2  =  ||w||^2 - 2 v' U'w + v' U'U v
 
-a score costs P^2 products. Only the `_KEPT` seeds of least residual are looked at. Where the next one could still win, the
-block's error is known between two ends, and both are reported: `Measured.nmse` is what was found, `Measured.at_least` what no
-seed can undercut. At 4 bits a coefficient they coincide.
+costs P^2 products. Only so many seeds of least residual are looked at. Where the next one could still win, the block's
+error is known between two ends, and both are reported: `Measured.nmse` is what was found, `Measured.at_least` what no seed can
+undercut. With 4 bits a coefficient they coincide. With 2 bits rounding outweighs the residual, which then says little about a
+seed: `Measured.contenders` is how many seeds an exact search would have to score, and what such a format costs to use.
 """
 
 import itertools
@@ -39,13 +40,15 @@ EXPONENT_BITS: Final = (2, 4)
 WIDTH: Final = 64
 """Weights of a sample: the longest block there is. A format of C weights a block is measured on the first C."""
 
-_FIRST, _KEPT = 16, 256
-"""Seeds scored for every block, and seeds scored where their residual reaches below what those achieve."""
+_FIRST = 16
+"""Seeds scored for every block; of the others those whose residual reaches below what these achieve."""
+_KEPT = 256
 _PAIRS = {"cpu": 1 << 22}
 _MANY_PAIRS = 1 << 26
 """(block, seed) residuals held at once: 16 MB on a CPU, 268 MB on a GPU."""
+_SCORED_PAIRS = 1 << 18
 _CORNERS = 1 << 24
-"""Candidates' coefficients held at once, float64."""
+"""Pairs held at once that may be scored, and coefficients tried for them; float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class Measured:
     standard_error   of `nmse`, from the blocks being a sample
     at_least         what no seed can undercut on these blocks, with this format
     unquantized      what no seed can undercut with real coefficients
+    contenders       seeds of a block, on average, that reach below `nmse` with real coefficients
     """
 
     format: BlockFormat
@@ -63,6 +67,7 @@ class Measured:
     standard_error: float
     at_least: float
     unquantized: float
+    contenders: float
 
     @property
     def relative_error(self) -> float:
@@ -77,14 +82,15 @@ class Measured:
             "standard_error": self.standard_error,
             "at_least": self.at_least,
             "unquantized": self.unquantized,
+            "contenders": self.contenders,
         }
 
 
 def candidates(bits: float, *, max_block: int = WIDTH, seed_bits: tuple[int, int] = SEED_BITS) -> list[BlockFormat]:
     """Block formats of at most `bits` bits a weight, less those whose every code a format of the list has as well.
 
-    For given C, P, coefficient and exponent bits the rest of the budget goes to the seed. Where that fills the longest register,
-    a spare bit would go to the exponent and P spare bits to the coefficients, whose wider ranges contain the narrower ones.
+    For given C, P, coefficient and exponent bits the rest of the budget goes to the seed. Beyond the longest register a spare bit
+    would go to the exponent and P spare bits to the coefficients, whose wider ranges contain the narrower ones.
     Raises FormatError if the budget allows no block at all.
     """
     found = []
@@ -132,10 +138,13 @@ def model_blocks(source: Source, count: int, seed: int = 0) -> Tensor:
     return torch.cat(samples)
 
 
-def measure(formats: Iterable[BlockFormat], samples: Tensor, rounding: Rounding = "best") -> Iterator[Measured]:
+def measure(
+    formats: Iterable[BlockFormat], samples: Tensor, rounding: Rounding = "best", *, kept: int = _KEPT
+) -> Iterator[Measured]:
     """The error that the best of all seeds leaves, for every format, in descending order of K, C and P.
 
     samples    float32 [N, W], W at least the largest block
+    kept       seeds of a block to score at most
     The exponent's range lies where it serves a format best, as the bias of a tensor would put it.
     """
     if rounding not in ROUNDINGS:
@@ -146,10 +155,10 @@ def measure(formats: Iterable[BlockFormat], samples: Tensor, rounding: Rounding 
     for _, group in sorted(by_shape.items(), reverse=True):
         if group[0].block_size > samples.shape[1]:
             raise TensorError(f"{group[0]} needs samples of {group[0].block_size} weights, got {[*samples.shape]}")
-        yield from _measure_shape(group, samples, rounding)
+        yield from _measure_shape(group, samples, rounding, kept)
 
 
-def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Rounding) -> list[Measured]:
+def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Rounding, kept: int) -> list[Measured]:
     """`measure` of formats that share K, C and P."""
     shape, device = formats[0], samples.device
     blocks = samples[:, : shape.block_size].double()
@@ -157,31 +166,30 @@ def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Roundi
     pinv, span = greville(columns)
     tables = pinv * shape.divisor, columns / shape.divisor, span.float()
 
-    energy = blocks.square().sum(1)
-    unquantized, found, at_least = [], [[] for _ in formats], [[] for _ in formats]
-    biases: list[int | None] = [None] * len(formats)
-    for part in blocks.split(max(1, _PAIRS.get(device.type, _MANY_PAIRS) // shape.num_seeds)):
-        nearest = _Nearest(part, *tables)
+    unquantized, rows = [], {format: [] for format in formats}
+    biases: dict[BlockFormat, int] = {}
+    pairs = _PAIRS.get(device.type, _MANY_PAIRS)
+    for part in blocks.split(max(1, min(pairs // shape.num_seeds, _SCORED_PAIRS // kept))):
+        nearest = _Nearest(part, *tables, kept)
         unquantized.append(nearest.residual[:, 0])
-        for i, format in enumerate(formats):
-            if biases[i] is None:
-                biases[i] = nearest.choose_bias(format, rounding)
-            error, bound = nearest.errors(format, biases[i] or 0, rounding)
-            found[i].append(error)
-            at_least[i].append(bound)
-    total = energy.sum()
+        for format in formats:
+            if format not in biases:
+                biases[format] = nearest.choose_bias(format, rounding)
+            rows[format].append(nearest.errors(format, biases[format], rounding))
+    energy = blocks.square().sum(1)
     results = []
-    for format, errors, bounds in zip(formats, found, at_least, strict=True):
-        error = torch.cat(errors)
-        nmse = error.sum() / total
+    for format in formats:
+        error, at_least, contenders = (torch.cat(column) for column in zip(*rows[format], strict=True))
+        nmse = error.sum() / energy.sum()
         deviation = (error - nmse * energy).square().mean().sqrt() / energy.mean()
         results.append(
             Measured(
                 format=format,
                 nmse=float(nmse),
                 standard_error=float(deviation) / math.sqrt(len(blocks)),
-                at_least=float(torch.cat(bounds).sum() / total),
-                unquantized=float(torch.cat(unquantized).sum() / total),
+                at_least=float(at_least.sum() / energy.sum()),
+                unquantized=float(torch.cat(unquantized).sum() / energy.sum()),
+                contenders=float(contenders.double().mean()),
             )
         )
     return results
@@ -190,25 +198,30 @@ def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Roundi
 class _Nearest:
     """The seeds of least residual for some blocks, ascending, and what scoring them takes.
 
-    residual    float64 [N, kept], ||w||^2 less the energy on the seed's span
-    solution    float64 [N, kept, P], least-squares coefficients t
+    energies    float32 [N, seeds], of the blocks on every seed's span
+    norm        float64 [N, kept], ||w||^2
+    residual    float64 [N, kept], that less the energy on the seed's span
+    solution    float64 [N, kept, P], least-squares coefficients t = pinv(U) w
+    moments     float64 [N, kept, P], U'w
     gram        float64 [N, kept, P, P], U'U
     complete    whether these are all seeds
     """
 
-    def __init__(self, blocks: Tensor, pinv: Tensor, columns: Tensor, span: Tensor) -> None:
+    def __init__(self, blocks: Tensor, pinv: Tensor, columns: Tensor, span: Tensor, kept: int) -> None:
         """Take blocks float64 [N, C]; pinv and columns float64 and span float32, each [P, C, seeds]."""
         single = blocks.float()
-        energies = torch.zeros(len(blocks), span.shape[2], device=blocks.device)
+        self.energies = torch.zeros(len(blocks), span.shape[2], device=blocks.device)
         for rows in span:
             dot = single @ rows
-            energies.addcmul_(dot, dot)
-        kept = min(_KEPT, span.shape[2])
-        energy, seeds = energies.topk(kept, dim=1)
+            self.energies.addcmul_(dot, dot)
+        kept = min(kept, span.shape[2])
+        energy, seeds = self.energies.topk(kept, dim=1)
         self.complete = kept == span.shape[2]
-        self.residual = (blocks.square().sum(1, keepdim=True) - energy.double()).clamp_min(0.0)
+        self.norm = blocks.square().sum(1, keepdim=True).expand_as(energy)
+        self.residual = (self.norm - energy).clamp_min(0.0)
         self.solution = torch.einsum("pcnk,nc->nkp", pinv[:, :, seeds], blocks)
         chosen = columns[:, :, seeds].permute(2, 3, 1, 0)  # [N, kept, C, P]
+        self.moments = torch.einsum("nkcp,nc->nkp", chosen, blocks)
         self.gram = chosen.mT @ chosen
 
     def choose_bias(self, format: BlockFormat, rounding: Rounding) -> int:
@@ -216,35 +229,40 @@ class _Nearest:
         first = self.solution[:, :_FIRST]
         usual = int(torch.frexp(first.abs().amax(-1) / (format.coefficient_range[1] + 0.5))[1].median())
         errors = {
-            bias: float(self._score((slice(None), slice(_FIRST)), format, bias, rounding).amin(1).sum())
+            bias: float(self._errors((slice(None), slice(_FIRST)), format, bias, rounding).amin(1).sum())
             for bias in (usual, usual - 1, usual + 1)
         }
         return min(errors, key=errors.__getitem__)
 
-    def errors(self, format: BlockFormat, bias: int, rounding: Rounding) -> tuple[Tensor, Tensor]:
-        """Least error of the kept seeds, and a bound for all seeds; both float64 [N]."""
-        error = self._score((slice(None), slice(_FIRST)), format, bias, rounding).amin(1)
+    def errors(self, format: BlockFormat, bias: int, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor]:
+        """Least error of the kept seeds, a bound for all seeds, both float64 [N]; and how many seeds reach below the error."""
+        error = self._errors((slice(None), slice(_FIRST)), format, bias, rounding).amin(1)
         rows, places = (self.residual[:, _FIRST:] < error.unsqueeze(1)).nonzero(as_tuple=True)
-        more = self._score((rows, places + _FIRST), format, bias, rounding)
+        more = self._errors((rows, places + _FIRST), format, bias, rounding)
         error = error.scatter_reduce(0, rows, more, "amin")
-        return error, error if self.complete else error.minimum(self.residual[:, -1])
+        at_least = error if self.complete else error.minimum(self.residual[:, -1])
+        return error, at_least, (self.energies > (self.norm[:, :1] - error.unsqueeze(1))).sum(1)
 
-    def _score(self, which: tuple, format: BlockFormat, bias: int, rounding: Rounding) -> Tensor:
+    def _errors(self, which: tuple, format: BlockFormat, bias: int, rounding: Rounding) -> Tensor:
         """Errors of the chosen (block, seed) pairs with the best coefficients that `codec` would try."""
-        solution, gram = self.solution[which], self.gram[which]
+        solution, moments, gram = self.solution[which], self.moments[which], self.gram[which]
         shape, count = solution.shape[:-1], format.num_coefficients
         step = max(1, _CORNERS // (count << count))
-        pieces = zip(solution.reshape(-1, count).split(step), gram.reshape(-1, count, count).split(step), strict=True)
-        lost = [_rounding_loss(t, g, format, bias, rounding) for t, g in pieces]
-        return self.residual[which] + torch.cat(lost).view(shape) if lost else self.residual[which]
+        pieces = zip(
+            solution.reshape(-1, count).split(step),
+            moments.reshape(-1, count).split(step),
+            gram.reshape(-1, count, count).split(step),
+            strict=True,
+        )
+        return self.norm[which] + torch.cat([_score(*piece, format, bias, rounding) for piece in pieces]).view(shape)
 
 
-def _rounding_loss(solution: Tensor, gram: Tensor, format: BlockFormat, bias: int, rounding: Rounding) -> Tensor:
-    """What rounding adds to the residual, least over the candidates of `codec.evaluate`: all corners of t's cell at three exponents.
+def _score(solution: Tensor, moments: Tensor, gram: Tensor, format: BlockFormat, bias: int, rounding: Rounding) -> Tensor:
+    """||w - U v||^2 - ||w||^2, least over the candidates of `codec.evaluate`: all corners of t's cell at three exponents.
 
-    solution   float64 [n, P]
-    gram       float64 [n, P, P]
-    returns    float64 [n]
+    solution, moments   float64 [n, P]
+    gram                float64 [n, P, P]
+    returns             float64 [n]
     """
     start = best_exponent(solution, bias, format)
     corners = torch.tensor([*itertools.product((0.0, 1.0), repeat=solution.shape[1])], dtype=torch.float64)
@@ -253,6 +271,6 @@ def _rounding_loss(solution: Tensor, gram: Tensor, format: BlockFormat, bias: in
         unit = power_of_two((start + shift).clamp(*format.exponent_range) + bias).view(-1, 1, 1)
         scaled = solution.unsqueeze(1) / unit
         tried = scaled.round() if rounding == "nearest" else scaled.floor() + corners.to(solution.device)
-        d = tried.clamp_(*format.coefficient_range) * unit - solution.unsqueeze(1)
-        least = least.minimum(((d @ gram) * d).sum(2).amin(1))
+        v = tried.clamp_(*format.coefficient_range) * unit
+        least = least.minimum(((v @ gram - 2.0 * moments.unsqueeze(1)) * v).sum(2).amin(1))
     return least
