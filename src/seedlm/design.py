@@ -89,8 +89,8 @@ class Measured:
 def candidates(bits: float, *, max_block: int = WIDTH, seed_bits: tuple[int, int] = SEED_BITS) -> list[BlockFormat]:
     """Block formats of at most `bits` bits a weight, less those whose every code a format of the list has as well.
 
-    For given C, P, coefficient and exponent bits the rest of the budget goes to the seed. Beyond the longest register a spare bit
-    would go to the exponent and P spare bits to the coefficients, whose wider ranges contain the narrower ones.
+    For given C, P, coefficient and exponent bits the rest of the budget goes to the seed. Beyond the longest register a spare
+    bit would go to the exponent and P spare bits to the coefficients, whose wider ranges contain the narrower ones.
     Raises FormatError if the budget allows no block at all.
     """
     found = []
