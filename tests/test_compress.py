@@ -14,6 +14,7 @@ import torch
 
 from seedlm import search, units, workfolder
 from seedlm.checkpoint import GUARD, Checkpoint
+from seedlm.codec import choose_exponent_bias
 from seedlm.compress import compress_checkpoint, parse_size
 from seedlm.errors import BackendError, CheckpointError, FormatError, OutputError, SourceError, TensorError
 from seedlm.format import parse_format
@@ -56,6 +57,7 @@ class TestResult:
         source = save_tensors(tmp_path / "source", weights)
         with pytest.raises(TensorError, match=r"model.norm.weight: holds 70000, too large for F16"):
             run(source, tmp_path / "out", dtype="float16")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]  # refused before anything was begun
         with pytest.raises(FormatError, match="dtype must be one of bfloat16, float16, float32, got 'int8'"):
             run(source, tmp_path / "out", dtype="int8")
 
@@ -69,6 +71,18 @@ class TestResult:
             assert found.shape == expected.shape
             for part, tensor in expected.tensors.items():
                 assert torch.equal(found.tensors[part], tensor)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_the_largest_magnitude_counts_whatever_its_sign(self, tmp_path, dtype):
+        values = torch.randn(4, 8).abs() + 0.1
+        both = torch.cat([values, -3 * values])
+        weights = {"minus": -values, "plus": values, "minus_wins": both, "plus_wins": -both, "zero": -torch.zeros(4, 8)}
+        tensors = {f"model.layers.0.{name}.weight": (100 * weight).to(dtype) for name, weight in weights.items()}
+        run(save_tensors(tmp_path / "m", tensors), tmp_path / "out")
+        checkpoint = Checkpoint.open(tmp_path / "out")
+        for name, weight in tensors.items():
+            found = checkpoint.tensor(name.removesuffix(".weight")).tensors["exponent_bias"]
+            assert int(found) == choose_exponent_bias(weight, FORMAT)
 
     def test_everything_else_is_bit_for_bit_the_source(self, llama, finished):
         state = llama[1].state_dict()
@@ -438,9 +452,10 @@ class TestRefusals:
         bad = torch.randn(4, 8)
         bad[1, 2] = bad[3, 4] = float("nan")
         bad[0, 0] = -float("inf")
+        bad[2, 2] = -bad[1, 2]  # NaN with a sign
         tensors = {"layers.0.a.weight": torch.randn(4, 8), "layers.0.b.weight": bad, "layers.0.c.weight": bad.clone()}
         folder = save_tensors(tmp_path / "m", tensors)
-        with pytest.raises(TensorError, match=r"^layers.0.b.weight: .* got 2 NaN and 1 Inf values; and 1 more tensors like it"):
+        with pytest.raises(TensorError, match=r"^layers.0.b.weight: .* got 3 NaN and 1 Inf values; and 1 more tensors like it"):
             run(folder, tmp_path / "out")
         assert [p.name for p in tmp_path.iterdir()] == ["m"]
         run(folder, tmp_path / "out", exclude=["*.b", "*.c"])

@@ -42,7 +42,7 @@ it starts, which is not 0 when an earlier run is gone on with. One call at a tim
 
 _SCAN_WEIGHTS: Final = 1 << 22
 _SCAN_THREADS: Final = 16
-"""Weights that a thread of the first part has in memory at a time; threads at most, of which SHA-256 lets each do 1 to 2 GB/s."""
+"""Weights that a thread of the first part has in memory at a time; threads at most. SHA-256 lets each do 1 to 2 GB/s."""
 
 _DTYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _BITS: Final[Mapping[str, tuple[Any, Any, int]]] = {

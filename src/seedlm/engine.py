@@ -20,7 +20,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
@@ -31,9 +31,10 @@ from seedlm.errors import BackendError, SeedLMError
 from seedlm.source import Source
 from seedlm.units import Job, Unit, Worker
 
-_THREADS: Final = {"cpu": 1, "cuda": 4}
-"""Units at once on a device, each with 1.2 GB of a GPU's memory. On an H100 1, 2, 3 and 4 gave 299, 430, 454 and 512 million
-weights/s. A search on a CPU has threads of its own."""
+_GPU_THREADS: Final = 4
+_THREAD_BYTES: Final = 3 << 29
+"""Units at once on a GPU, and memory that it should have free for each, of which 1.2 GB are used. On an H100 1, 2, 3 and 4 gave
+299, 430, 454 and 512 million weights/s. A search on a CPU has threads of its own."""
 
 _CHILD: Final = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path!r}; "
@@ -97,9 +98,10 @@ class Threads:
         self._stopping = False
         self._ready = threading.Lock()
         self._worker: Worker | None = None
-        self._threads = [
-            threading.Thread(target=self._work, name=f"seedlm {device}") for _ in range(_THREADS.get(device.type, 1))
-        ]
+        count = 1
+        if device.type == "cuda":
+            count = max(1, min(_GPU_THREADS, torch.cuda.mem_get_info(device)[0] // _THREAD_BYTES))
+        self._threads = [threading.Thread(target=self._work, name=f"seedlm {device}") for _ in range(count)]
         for thread in self._threads:
             thread.start()
 
@@ -144,6 +146,9 @@ class Child:
         self._device, self._post = device, post
         command = [sys.executable, "-c", _CHILD.format(path=sys.path)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._units, self._events = self._process.stdin, self._process.stdout
         self._closing = False
         self._send((job, device, threads))
         self._reader = threading.Thread(target=self._read, name=f"seedlm {device}")
@@ -157,23 +162,19 @@ class Child:
         self._process.kill()  # whatever it is at is not in the journal
         self._process.wait()
         self._reader.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with ExitStack() as stack:
-                stack.callback(pipe.close)  # type: ignore[union-attr]
+        self._events.close()
+        with suppress(OSError):  # what it did not read any more
+            self._units.close()
 
     def _send(self, message: Any) -> None:
-        assert self._process.stdin is not None
-        try:
-            pickle.dump(message, self._process.stdin)
-            self._process.stdin.flush()
-        except OSError:
-            pass  # it has died, which `_read` tells
+        with suppress(OSError):  # it has died, which `_read` tells
+            pickle.dump(message, self._units)
+            self._units.flush()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
         try:
             while True:
-                self._post(self, pickle.load(self._process.stdout))
+                self._post(self, pickle.load(self._events))
         except (EOFError, pickle.UnpicklingError):
             code = self._process.wait()
             if not self._closing:
