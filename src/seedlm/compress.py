@@ -29,7 +29,7 @@ from seedlm.errors import BackendError, FormatError, OutputError, SourceError, T
 from seedlm.format import Format, parse_format
 from seedlm.report import RunReport, inspect_checkpoint
 from seedlm.search import Backend
-from seedlm.selection import dense_linears, select
+from seedlm.selection import dense_linears, select, stack_of
 from seedlm.source import Source, locate, open_source
 from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, TORCH_DTYPES, Layout, TensorInfo, layout
 from seedlm.units import Job, Unit, as_bytes, converted, pieces
@@ -57,7 +57,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class _Item:
-    """One tensor of the source and what becomes of it.
+    """One tensor of the source, or one matrix of a stack, and what becomes of it.
 
     name     in the source
     module   whose compressed weight it becomes; None if it is copied
@@ -69,6 +69,11 @@ class _Item:
     module: str | None
     packed: PackedInfo | None
     stored: dict[str, TensorInfo]
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others."""
+        return next(iter(self.stored))
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def compress_checkpoint(
     path = locate(source, revision=revision).absolute()
     model = open_source(path)
     modules, left = select(model.tensors, model.config, format, include, exclude)
-    items = _items(model.tensors, modules, format, _DTYPES.get(dtype or ""))
+    items = _items(model, modules, format, _DTYPES.get(dtype or ""))
     shards = _shards(items, shard_bytes)
     done: list[engine.Finished] = []
 
@@ -199,24 +204,30 @@ class _Clock:
         self._name, self._since = name, now
 
 
-def _items(tensors: Mapping[str, TensorInfo], modules: list[str], format: Format, dtype: str | None) -> list[_Item]:
+def _items(source: Source, modules: list[str], format: Format, dtype: str | None) -> list[_Item]:
     """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight."""
-    chosen = {f"{module}.weight": module for module in modules}
+    chosen = set(modules)
     items: list[_Item] = []
     taken: dict[str, str] = {}
-    for name, info in tensors.items():
-        module = chosen.get(name)
-        if module is None:
+    for name, info in source.tensors.items():
+        module = name.removesuffix(".weight")
+        stack = stack_of(name, source.tensors, source.config) if module in chosen else None
+        if module not in chosen or (module == name and stack is None):
             convert = dtype is not None and info.dtype in _DTYPES.values()
-            item = _Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})
+            found = [_Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})]
+        elif stack is not None:
+            found = [_packed(name, expert, PackedInfo(format, stack.matrix, stack)) for expert in stack.modules]
         else:
-            packed = PackedInfo(format, (info.shape[0], info.shape[1]))
-            item = _Item(name, module, packed, {stored_name(module, part): spec for part, spec in packed.stored.items()})
-        for stored in item.stored:
+            found = [_packed(name, module, PackedInfo(format, (info.shape[0], info.shape[1])))]
+        for stored in (stored for item in found for stored in item.stored):
             if taken.setdefault(stored, name) != name:
                 raise SourceError(f"{name} and {taken[stored]} would both be stored as {stored}; --exclude one of them")
-        items.append(item)
+        items += found
     return items
+
+
+def _packed(name: str, module: str, packed: PackedInfo) -> _Item:
+    return _Item(name, module, packed, {stored_name(module, part): spec for part, spec in packed.stored.items()})
 
 
 def _shards(items: list[_Item], max_bytes: int) -> dict[str, list[_Item]]:
@@ -242,7 +253,7 @@ def _layout(items: list[_Item]) -> Layout:
 
 def _scan(source: Source, items: list[_Item], progress: Progress) -> dict[str, _Scan]:
     """Read the whole source once. Raises TensorError naming the first weight with NaN or Inf values, and how many follow."""
-    total, done, stopped = sum(source.tensors[item.name].nbytes for item in items), 0, False
+    total, done, stopped = sum(source.tensors[name].nbytes for name in {item.name for item in items}), 0, False
     lock = threading.Lock()
     progress("read", 0, total)
 
@@ -264,7 +275,7 @@ def _scan(source: Source, items: list[_Item], progress: Progress) -> dict[str, _
     if broken:
         others = f"; and {len(broken) - 1} more tensors like it" if len(broken) > 1 else ""
         raise TensorError(f"{broken[0]}{others}; --exclude keeps a tensor as it is")
-    return {item.name: scan for item, (scan, _) in zip(items, found, strict=True)}
+    return {item.key: scan for item, (scan, _) in zip(items, found, strict=True)}
 
 
 def _scan_tensor(source: Source, item: _Item, tell: Callable[[int], None]) -> tuple[_Scan, str | None]:
@@ -279,7 +290,7 @@ def _scan_tensor(source: Source, item: _Item, tell: Callable[[int], None]) -> tu
         return _Scan(digest.hexdigest()), None
     signed, unsigned, infinity = _BITS[info.dtype]
     mask = np.iinfo(signed).max
-    for piece in pieces(source, item.name, _SCAN_WEIGHTS):
+    for piece in pieces(source, item.name, f"{item.module}", item.packed, _SCAN_WEIGHTS):
         data = as_bytes(piece)
         digest.update(data)
         bits = np.frombuffer(data, signed)
@@ -301,7 +312,7 @@ def _units(shards: Mapping[str, list[_Item]], layouts: Mapping[str, Layout], sca
         for item in shard:
             bias = 0
             if item.packed is not None:
-                bias = choose_exponent_bias(torch.tensor([scans[item.name].largest]), item.packed.format)
+                bias = choose_exponent_bias(torch.tensor([scans[item.key].largest]), item.packed.format)
             offsets = {name: layouts[file].offsets[name] for name in item.stored}
             units.append(Unit(item.name, item.module, item.packed, bias, item.stored, file, offsets))
     return units
@@ -336,7 +347,7 @@ def _write_rest(
         size = sum(info.nbytes for item in items for info in item.stored.values())
         weight_map = {name: file for file, shard in shards.items() for item in shard for name in item.stored}
         work.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-    facts = {item.module: work.done[next(iter(item.stored))] for item in items if item.module}
+    facts = {item.module: work.done[item.key] for item in items if item.module}
     errors = {module: (found["squared_error"], found["squared_norm"]) for module, found in facts.items()}
     work.write_json(report.REPORT_NAME, report.recorded(source.nbytes, errors))
     work.write_json("config.json", config)

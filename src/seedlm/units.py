@@ -129,7 +129,8 @@ class Worker:
         row_bytes = packed.stored["words"].nbytes // rows
         start, sums = 0, []
         on_gpu = self.device.type == "cuda"
-        for piece in pieces(self.source, unit.name, PIECE_WEIGHTS["cuda" if on_gpu else "cpu"], pinned=on_gpu):
+        weights = PIECE_WEIGHTS["cuda" if on_gpu else "cpu"]
+        for piece in pieces(self.source, unit.name, f"{unit.module}", packed, weights, pinned=on_gpu):
             left = len(piece) * columns
 
             def within(weights: int) -> None:
@@ -169,15 +170,22 @@ class Worker:
         return getattr(self._own, "stream", None)
 
 
-def pieces(source: Source, name: str, weights: int, pinned: bool = False) -> Iterator[Tensor]:
-    """A tensor as the rows of a matrix, about so many weights at a time: [rows, columns] in its own dtype.
+def pieces(source: Source, name: str, module: str, packed: PackedInfo, weights: int, pinned: bool = False) -> Iterator[Tensor]:
+    """The matrix that becomes `module`, as rows, about so many weights at a time: [rows, columns] in its own dtype.
 
+    name     of the tensor that holds it, alone or in a stack; one of a stack is read as a whole
     pinned   read them into memory that a GPU copies from four times as fast
     Each piece is gone when the next is asked for.
     """
-    info = source.tensors[name]
-    rows, columns = info.shape
+    info, stack = source.tensors[name], packed.stack
+    rows, columns = packed.shape
     step = min(rows, max(1, weights // columns))
+    if stack is not None:
+        into = torch.empty(info.nbytes // info.shape[0], dtype=torch.uint8, pin_memory=pinned)
+        expert = stack.expert(module)
+        matrix = source.rows(name, expert, expert + 1, into)[0]
+        yield from (matrix.mT.contiguous() if stack.transposed else matrix).split(step)
+        return
     into = torch.empty(step * (info.nbytes // rows), dtype=torch.uint8, pin_memory=pinned)
     for start in range(0, rows, step):
         yield source.rows(name, start, min(start + step, rows), into)
