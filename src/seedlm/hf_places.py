@@ -190,7 +190,8 @@ class Places:
                         f"compressed with --exclude {pattern!r} it stays as it is"
                     )
                 continue  # a head that this class does not have
-            filled[place.layer] = module
+            if filled.setdefault(place.layer, module) != module:
+                raise CheckpointError(f"{module} and {filled[place.layer]} are packed, both for {place.layer}")
             if place.projection:
                 experts[place.name][module] = place
                 continue
