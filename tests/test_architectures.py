@@ -342,3 +342,31 @@ def test_experts_that_are_not_whole_are_refused(name, damage, message, folder, t
     damage(tensors, table)
     with pytest.raises(CheckpointError, match=message):
         load(rewritten(source, tmp_path, tensors, table))
+
+
+STACK = STACKED.removesuffix(".2.weight")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda t, m: [m["tensors"].pop(f"{STACK}.2"), *(t.pop(STACKED + end) for end in ("", BIAS))],
+            rf"{STACK}\.2 is missing, a matrix of the stack {STACK}",
+        ),
+        (lambda t, m: t.update({STACK: torch.zeros(3, 44, 32)}), f"has {STACK} twice, as a tensor and as codes"),
+        (lambda t, m: m["stacks"][STACK].update(shape=[3, 44]), rf"{STACK} has the impossible shape \[3, 44\]"),
+        (lambda t, m: m["stacks"][STACK].update(shape=[1 << 20, 44, 32]), "must have at most 65536 matrices, got 1048576"),
+        (lambda t, m: m["stacks"][STACK].update(transposed=1), f"the stack {STACK} must have shape and transposed"),
+        (lambda t, m: m["stacks"].update(nix={"shape": [1, 2, 3], "transposed": False}), "stack nix, but none of its matrices"),
+        (lambda t, m: m.update(stacks=[]), "tensors and stacks must map names"),
+    ],
+    ids=["missing", "twice", "dims", "size", "flag", "empty", "list"],
+)
+def test_a_wrong_stack_does_not_open(damage, message, folder, tmp_path):
+    source = packed(folder, "gpt_oss")
+    tensors = load_file(source / "model.safetensors")
+    table = json.loads(Checkpoint.open(source).files.metadata[source / "model.safetensors"]["seedlm"])
+    damage(tensors, table)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(rewritten(source, tmp_path, tensors, table))

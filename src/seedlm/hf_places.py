@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from seedlm.checkpoint import QUANT_METHOD, PackedInfo, Stack, check_codes, read_metadata, stored_name
+from seedlm.checkpoint import QUANT_METHOD, PackedInfo, Stack, read_metadata, stored_name
 from seedlm.errors import CheckpointError
 from seedlm.experts import PACKED, SeedExperts, projections_of
 from seedlm.format import Format
@@ -189,7 +190,8 @@ class Places:
                         f"compressed with --exclude {pattern!r} it stays as it is"
                     )
                 continue  # a head that this class does not have
-            filled[place.layer] = module
+            if filled.setdefault(place.layer, module) != module:
+                raise CheckpointError(f"{module} and {filled[place.layer]} are packed, both for {place.layer}")
             if place.projection:
                 experts[place.name][module] = place
                 continue
@@ -224,17 +226,24 @@ class Places:
         return conversions
 
     def check_codes(self) -> None:
-        """Raise CheckpointError for codes that are not valid, once all are loaded. Those left on the disk are read for it."""
+        """Raise CheckpointError for codes that are not valid, once all are loaded.
+
+        Those that were left on the disk are held against the files: transformers 5.10 rounds them to floats on their way back.
+        """
         model = self._model()
         assert model is not None
         for layer, module in self._modules.items():
             packed = model.get_submodule(layer)
             assert isinstance(packed, SeedLinear)
-            if not any(code.is_meta for code in packed.codes):
-                packed.check_codes(layer)
-                continue
-            info = PackedInfo(packed.format, (packed.out_features, packed.in_features))
-            check_codes(layer, info, {part: self._read(stored_name(module, part)) for part in info.stored})
+            hook: Any = getattr(packed, "_hf_hook", None) if packed.codes[0].is_meta else None
+            if hook is not None:
+                hook.pre_forward(packed)
+                stored = [self._read(stored_name(module, part)) for part in _parts(model, layer)]
+                if not all(torch.equal(code.cpu(), original) for code, original in zip(packed.codes, stored, strict=True)):
+                    raise CheckpointError(f"{layer}: this transformers changes codes that it leaves on the disk; update it")
+            packed.check_codes(layer)
+            if hook is not None:
+                hook.post_forward(packed, None)
 
     def _read(self, name: str) -> Tensor:
         for file in self._files:
