@@ -75,7 +75,7 @@ def test_equals_brute_force_for_small_formats(spec, rounding, backend):
 
 @cache
 def preset_blocks(name, rounding):
-    """Blocks for a preset, and the brute force's answer, seconds a block with all roundings: the paper's presets get the most."""
+    """Blocks for a preset, and the brute force's answer, which takes seconds a block: the paper's presets get the most."""
     blocks = hard_blocks(PRESETS[name].block_size)[:: 3 if name in ("4", "3") else 13]
     blocks = blocks[:: 4 if name in ("4", "3") else 3] if rounding == "best" else blocks
     return blocks, search_torch.brute_force(blocks, -7, PRESETS[name], rounding)
