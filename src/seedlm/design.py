@@ -180,7 +180,8 @@ def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Roundi
     tables = pinv * shape.divisor, columns / shape.divisor, span.float()
 
     energy = blocks.square().sum(1)
-    residuals, rows = [], {format: [] for format in formats}
+    residuals: list[Tensor] = []
+    rows: dict[BlockFormat, list[tuple[Tensor, Tensor, Tensor]]] = {format: [] for format in formats}
     biases: dict[BlockFormat, int] = {}
     pairs = _PAIRS.get(device.type, _MANY_PAIRS)
     for part in blocks.split(max(1, min(pairs // shape.num_seeds, _SCORED_PAIRS // kept))):

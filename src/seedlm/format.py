@@ -156,7 +156,7 @@ PRESETS: Final[Mapping[str, Format]] = {
     "2": BlockFormat(block_size=16, num_coefficients=4, coefficient_bits=3),
 }
 """By bits per weight, as written on the command line. 4 and 3 are the paper's configurations (Table 1). The others have the
-least error among formats that every search takes and searches as quickly as those two (docs/design.md)."""
+least error among formats that every search takes and that leave few seeds a block to score (docs/design.md)."""
 
 _SPEC = re.compile(r"block-k(\d{1,2})-c(\d{1,2})-p(\d{1,2})-q(\d{1,2})-e(\d{1,2})", re.ASCII)
 
