@@ -17,10 +17,11 @@ seed. Nothing is dropped, and `search` says how many there were.
 The order within a list depends on timing; what is selected from it does not.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -30,10 +31,12 @@ from seedlm import search_triton_kernels as kernels
 from seedlm.basis import basis
 from seedlm.codec import BlockCodes, Rounding
 from seedlm.format import WORD_BITS, BlockFormat
-from seedlm.groups import groups
+from seedlm.groups import Groups, groups
 
-WORKING_SET = 3 << 29
+WORKING_SET = 3 << 30
 """Bytes of GPU memory that a search may use at once, beside the tables (8 MB at the 4-bit preset) and its result."""
+_LANES = 2
+"""Chunks under way at once: while one keeps the tensor cores busy, others wait for memory."""
 
 _TILE_SEEDS = 64
 _TILE_ROWS = 64
@@ -52,24 +55,40 @@ _SEEDS_PER_TILE = 3
 _FEW_BLOCKS = 64
 """Open blocks that are scored with every seed at once (0.3 ms): fewer cost less than another round of the bound."""
 _MAX_CHUNK = 1 << 18
+_BOUND_BLOCKS = 128
 
 
 @dataclass(frozen=True, eq=False)
-class _Tables:
-    """Tables of a format on one device; tiles are padded with zero rows, which reach nothing, to whole `_TILE_ROWS`.
+class _Tiles:
+    """The tiles of one kind of group, padded with zero rows, which reach nothing, to whole `_TILE_ROWS`.
 
-    rows        float16 [tiles/64, T, G + P-1, 64, Ck]: a group's own rows, then its shared ones, as the bound pass reads them
+    rows        float16 [tiles/64, T, G + P-1, 64, 8 or Ck]: a group's own rows, then its shared ones, as `bound` reads them
     own         float16 [tiles, C, T, G]
     shared      float16 [tiles, P-1, C, T]
     position    int32 [tiles, T, G]
-    stream      int32 [...]: the register's endless bit stream, 32 bits a word
-    pinv        float32 [N, P, C]
     """
 
     rows: Tensor
     own: Tensor
     shared: Tensor
     position: Tensor
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """Tables of a format on one device.
+
+    kinds       tiles of groups, most seeds first
+    width       Ck: C padded to what the tensor cores take
+    stream      int32 [...]: the register's endless bit stream, 32 bits a word
+    pinv        float32 [N, P, C]
+    """
+
+    kinds: tuple[_Tiles, ...]
+    width: int
     stream: Tensor
     pinv: Tensor
     seed_margin: float
@@ -91,28 +110,35 @@ def search(
     working_set   bytes of GPU memory to stay within
     redone        is told how many blocks did not close: budget of the next try (None: every seed) -> blocks
     """
-    with torch.cuda.device(blocks.device):
-        job = _Job(blocks.device, exponent_bias, format, rounding, working_set, Counter() if redone is None else redone)
-    pending: _Round | None = None
-    for chunk in blocks.split(job.chunk_blocks(_BUDGETS[0])):
-        # The GPU gets its next chunk before this thread waits for the last one.
-        with torch.cuda.device(blocks.device):
-            started = job.start(chunk.contiguous())
-            finished, pending = pending and job.finish(pending), started
-        if finished:
+    device = blocks.device
+    with torch.cuda.device(device):
+        job = _Job(device, exponent_bias, format, rounding, working_set, Counter() if redone is None else redone)
+        lanes = [torch.cuda.Stream() for _ in range(_LANES)]
+    started: deque[_Round] = deque()
+    for chunk, lane in zip(blocks.split(job.chunk_blocks(_BUDGETS[0])), cycle(lanes)):
+        with torch.cuda.device(device):
+            lane.wait_stream(torch.cuda.current_stream())
+            chunk.record_stream(lane)
+            with torch.cuda.stream(lane):
+                started.append(job.start(chunk.contiguous()))
+        # Every lane has its next chunk before this thread waits for one.
+        if len(started) > _LANES:
+            with torch.cuda.device(device):
+                finished = job.finish(started.popleft())
             yield finished
-    if pending:
-        with torch.cuda.device(blocks.device):
-            finished = job.finish(pending)
+    while started:
+        with torch.cuda.device(device):
+            finished = job.finish(started.popleft())
         yield finished
 
 
 class _Round(NamedTuple):
-    """A chunk's first round under way: blocks, their score, key and whether they stay open, and, on the host, how many do."""
+    """A chunk's first round under way: blocks, their score, key, fields and whether they stay open, and how many do."""
 
     blocks: Tensor
     score: Tensor
     key: Tensor
+    codes: BlockCodes
     unsolved: Tensor
     still_open: Tensor
     done: torch.cuda.Event
@@ -145,24 +171,30 @@ class _Job:
 
     def chunk_blocks(self, budget: int) -> int:
         """Blocks, whole segments of them, whose lists and bounds fit the working set."""
-        tiles = self.tables.position.shape[0]
-        per_block = 2 * tiles + 6 * self.tables.rows.shape[-1] + 64 + 32 * _FIRST_TILES + (8 + 24 * _SEEDS_PER_TILE) * budget
-        return max(1, min(_MAX_CHUNK, self.working_set // per_block) // _SEGMENT) * _SEGMENT
+        tiles = sum(map(len, self.tables.kinds))
+        per_block = 2 * tiles + 6 * self.tables.width + 64 + 32 * _FIRST_TILES + (8 + 24 * _SEEDS_PER_TILE) * budget
+        share = self.working_set // (_LANES + 1)  # one for what is redone
+        return max(1, min(_MAX_CHUNK, share // per_block) // _SEGMENT) * _SEGMENT
 
     def start(self, blocks: Tensor) -> _Round:
         """Queue the first round of a chunk; waits for nothing."""
         score, key, unsolved = self.bounded(blocks, _BUDGETS[0])
+        codes = self.fields(key)
         count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(unsolved.sum(), non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return _Round(blocks, score, key, unsolved, count, done)
+        return _Round(blocks, score, key, codes, unsolved, count, done)
 
     def finish(self, started: _Round) -> tuple[BlockCodes, Tensor]:
         """Wait for a chunk and redo what stayed open until nothing is."""
         started.done.synchronize()
+        blocks, score, key, codes, unsolved = started[:5]
+        for tensor in (blocks, score, key, *codes, unsolved):
+            tensor.record_stream(torch.cuda.current_stream())  # or the lane that they belong to would reuse their memory
         if int(started.still_open):
-            self.redo(started.blocks, started.unsolved.nonzero()[:, 0], started.score, started.key)
-        return _codes(started.key, self.format), started.score
+            self.redo(blocks, unsolved.nonzero()[:, 0], score, key)
+            codes = self.fields(key)
+        return codes, score
 
     def redo(self, blocks: Tensor, rows: Tensor, score: Tensor, key: Tensor) -> None:
         """Solve these rows' blocks in place: with a larger budget if they are many, then with every seed."""
@@ -184,51 +216,59 @@ class _Job:
         """Winners' score [N] and key [N], and which blocks stay open (bool [N]; theirs mean nothing)."""
         tables, device, count = self.tables, blocks.device, len(blocks)
         blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -count % _SEGMENT))
-        tiles, groups_per_tile, group = tables.position.shape
-        padded, segments, width = len(blocks), len(blocks) // _SEGMENT, tables.rows.shape[-1]
-        shape = {"C": self.format.block_size, "P": self.format.num_coefficients, "CK": width, "T": groups_per_tile, "G": group}
+        padded, segments, width = len(blocks), len(blocks) // _SEGMENT, tables.width
+        sizes = [len(kind) for kind in tables.kinds]
 
         unit = torch.empty(padded, width, dtype=torch.float32, device=device)
         half = torch.empty(padded, width, dtype=torch.float16, device=device)
         norm = torch.empty(padded, dtype=torch.float64, device=device)
         kernels.normalize[segments,](blocks, unit, half, norm, C=self.format.block_size, CK=width, BN=_SEGMENT)
-        least = torch.empty(tiles, padded, dtype=torch.float16, device=device)
-        _launch_bound(half, tables.rows, least)
+        least = torch.empty(sum(sizes), padded, dtype=torch.float16, device=device)
+        for kind, part in zip(tables.kinds, least.split(sizes), strict=True):
+            _launch_bound(half, kind, part)
 
         best = _Best(padded, device)
-        first, seeds = (_Pairs(segments, _FIRST_TILES * _SEGMENT, device, full=True) for _ in range(2))
-        kernels.first[segments,](least, *first, padded, TILES=tiles, BN=_SEGMENT, TT=16, FIRST=_FIRST_TILES)
+        first, seeds = (_pairs(segments, _FIRST_TILES * _SEGMENT, device, full=True) for _ in range(2))
+        kernels.first[segments,](least, *first, padded, TILES=sizes[0], BN=_SEGMENT, TT=16, FIRST=_FIRST_TILES)
         threshold = torch.empty(padded, dtype=torch.float32, device=device)
-        kernels.rescan[segments, 8](
-            unit, tables.own, tables.shared, tables.position, threshold, best.open, *first, *seeds,
-            first.capacity, seeds.capacity, ENTRIES=64, FIRST=True, **shape,
-        )  # fmt: skip
+        self.rescan(tables.kinds[0], unit, threshold, best.open, first, seeds, splits=8, ENTRIES=64, FIRST=True)
         self.evaluate(blocks, seeds, best, splits=8)
 
         kernels.threshold[segments,](
             norm, best.score, threshold, best.open, tables.seed_margin, DIVISOR=self.format.divisor, BN=_SEGMENT
         )
         columns = min(_LIST_BLOCKS, padded)
-        parts = tiles // _LIST_TILES, -(-padded // columns)
-        capacity = columns * budget // parts[0]
-        wanted = _Pairs(parts[0] * parts[1], capacity, device)
-        seeds = _Pairs(parts[0] * parts[1], capacity * _SEEDS_PER_TILE, device)
-        kernels.list[parts](
-            least, threshold, best.open, best.listed, *wanted, padded, columns, wanted.capacity,
-            tables.tile_margin - tables.seed_margin, BN=_SEGMENT, TT=_LIST_TILES, LIMIT=8 * budget, num_warps=1,
-        )  # fmt: skip
-        kernels.rescan[parts[0] * parts[1], 4](
-            unit, tables.own, tables.shared, tables.position, threshold, best.open, *wanted, *seeds,
-            wanted.capacity, seeds.capacity, ENTRIES=_ENTRIES, FIRST=False, num_warps=1, **shape,
-        )  # fmt: skip
+        across, down = -(-padded // columns), [size // _LIST_TILES for size in sizes]
+        capacity = columns * budget // down[0]
+        wanted = _pairs(sum(down) * across, capacity, device)
+        seeds = _pairs(sum(down) * across, capacity * _SEEDS_PER_TILE, device)
+        segment = 0
+        for kind, part, rows in zip(tables.kinds, least.split(sizes), down, strict=True):
+            tiles, found = (_Pairs(*(field[segment : segment + rows * across] for field in lists)) for lists in (wanted, seeds))
+            segment += rows * across
+            kernels.list[rows, across](
+                part, threshold, best.open, best.listed, *tiles, padded, columns, tiles.capacity,
+                tables.tile_margin - tables.seed_margin, BN=_SEGMENT, TT=_LIST_TILES, LIMIT=8 * budget, num_warps=1,
+            )  # fmt: skip
+            self.rescan(kind, unit, threshold, best.open, tiles, found, splits=4, ENTRIES=_ENTRIES, FIRST=False, num_warps=1)
         self.select(seeds, *self.evaluate(blocks, seeds, best, splits=2), best, splits=1)
         score, key = best.result()
         return score[:count], key[:count], best.open[:count] != 0
 
+    def rescan(
+        self, kind: _Tiles, unit: Tensor, threshold: Tensor, still_open: Tensor, tiles: "_Pairs", seeds: "_Pairs", splits: int,
+        **options: int,
+    ) -> None:  # fmt: skip
+        kernels.rescan[len(tiles.filled), splits](
+            unit, kind.own, kind.shared, kind.position, threshold, still_open, *tiles, *seeds, tiles.capacity, seeds.capacity,
+            C=self.format.block_size, P=self.format.num_coefficients, CK=self.tables.width,
+            T=kind.position.shape[1], G=kind.position.shape[2], **options,
+        )  # fmt: skip
+
     def exhaustive(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Winners' score [N] and key [N] over all seeds, and that no block stays open."""
         count, device = len(blocks), blocks.device
-        seeds, best = _Pairs(count, self.format.num_seeds, device, full=True), _Best(count, device)
+        seeds, best = _pairs(count, self.format.num_seeds, device, full=True), _Best(count, device)
         seeds.block.copy_(torch.arange(count, dtype=torch.int32, device=device).unsqueeze(1).expand_as(seeds.block))
         seeds.item.copy_(torch.arange(seeds.capacity, dtype=torch.int32, device=device).expand_as(seeds.item))
         self.select(seeds, *self.evaluate(blocks, seeds, best, splits=64), best, splits=16)
@@ -238,30 +278,49 @@ class _Job:
         """Score and key int64 [segments, capacity] of every pair; lowers `best.score`."""
         score, key = (torch.empty(seeds.block.shape, dtype=torch.int64, device=blocks.device) for _ in range(2))
         # A fused multiply-add would round once where the definition rounds twice.
-        kernels.evaluate[len(seeds.count), splits](
+        kernels.evaluate[len(seeds.filled), splits](
             blocks, self.tables.pinv, self.tables.stream, *seeds, score, key, best.score, seeds.capacity,
             enable_fp_fusion=False, **self.evaluation,
         )  # fmt: skip
         return score, key
 
+    def fields(self, key: Tensor) -> BlockCodes:
+        """The fields that keys int64 [N] stand for."""
+        count, device = len(key), key.device
+        seeds = torch.empty(count, dtype=torch.int32, device=device)
+        exponents = torch.empty(count, dtype=torch.int8, device=device)
+        coefficients = torch.empty(count, self.format.num_coefficients, dtype=torch.int8, device=device)
+        kernels.fields[-(-count // 256),](
+            key, seeds, exponents, coefficients, count, P=self.format.num_coefficients, LANES=256,
+            **{name: self.evaluation[name] for name in ("Q_LOW", "Q_BITS", "E_LOW", "E_BITS")},
+        )  # fmt: skip
+        return BlockCodes(seeds, exponents, coefficients)
+
     def select(self, seeds: "_Pairs", score: Tensor, key: Tensor, best: "_Best", splits: int) -> None:
-        kernels.select[len(seeds.count), splits](*seeds, score, key, best.score, best.key, seeds.capacity, LANES=256)
+        kernels.select[len(seeds.filled), splits](*seeds, score, key, best.score, best.key, seeds.capacity, LANES=256)
 
 
-class _Pairs:
+class _Pairs(NamedTuple):
     """Lists of (block, item) in segments of one capacity; items are tiles (times 4, plus a tag) or positions in the cycle.
 
     block, item   int32 [segments, capacity], in no particular order
-    count         int32 [segments]; may exceed the capacity, what is beyond was not kept
+    filled        int32 [segments]; may exceed the capacity, what is beyond was not kept
     """
 
-    def __init__(self, segments: int, capacity: int, device: torch.device, full: bool = False) -> None:
-        self.capacity = capacity = max(16, capacity // 16 * 16) if not full else capacity
-        self.block, self.item = (torch.empty(segments, capacity, dtype=torch.int32, device=device) for _ in range(2))
-        self.count = torch.full((segments,), capacity if full else 0, dtype=torch.int32, device=device)
+    block: Tensor
+    item: Tensor
+    filled: Tensor
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.block, self.item, self.count))
+    @property
+    def capacity(self) -> int:
+        return self.block.shape[1]
+
+
+def _pairs(segments: int, capacity: int, device: torch.device, full: bool = False) -> _Pairs:
+    """Empty lists, or lists about to be filled to their capacity."""
+    capacity = max(16, capacity // 16 * 16) if not full else capacity
+    block, item = (torch.empty(segments, capacity, dtype=torch.int32, device=device) for _ in range(2))
+    return _Pairs(block, item, torch.full((segments,), capacity if full else 0, dtype=torch.int32, device=device))
 
 
 class _Best:
@@ -277,46 +336,41 @@ class _Best:
         return (ordered ^ ((ordered >> 63) & torch.iinfo(torch.int64).max)).view(torch.float64), self.key
 
 
-def _codes(key: Tensor, format: BlockFormat) -> BlockCodes:
-    """Fields of keys int64 [N]: seed, exponent, coefficients, most significant first, each counted from its least value."""
-    coefficients = []
-    for p in reversed(range(format.num_coefficients)):
-        shift = format.coefficient_bits * (format.num_coefficients - 1 - p)
-        coefficients.append(((key >> shift) & ((1 << format.coefficient_bits) - 1)) + format.coefficient_range[0])
-    shift = format.coefficient_bits * format.num_coefficients
-    exponents = ((key >> shift) & ((1 << format.exponent_bits) - 1)) + format.exponent_range[0]
-    seeds = key >> (shift + format.exponent_bits)
-    return BlockCodes(seeds.int(), exponents.to(torch.int8), torch.stack(coefficients[::-1], 1).to(torch.int8))
-
-
 @lru_cache(maxsize=4)
 def _tables(format: BlockFormat, device: torch.device) -> _Tables:
     found = groups(format)
-    count, group, size = found.own.shape
-    per_tile = max(1, _TILE_SEEDS // group)
+    states = basis(format).cycle
+    bits = (states[: format.num_seeds] & 1).repeat(-(-(format.num_seeds + 256) // format.num_seeds))
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % WORD_BITS)).view(-1, WORD_BITS)
+    words = (bits << torch.arange(WORD_BITS)).sum(1)
+    seed_margin, tile_margin = _margins(format, max(part.deficit for part in found))
+    return _Tables(
+        kinds=tuple(_tiles(part, device) for part in found),
+        width=-(-format.block_size // 16) * 16,
+        stream=words.to(torch.uint32).view(torch.int32).to(device),
+        pinv=basis(format).pinv.permute(2, 0, 1).contiguous().to(device),
+        seed_margin=seed_margin,
+        tile_margin=tile_margin,
+    )
+
+
+def _tiles(part: Groups, device: torch.device) -> _Tiles:
+    """Groups laid out in tiles of up to `_TILE_SEEDS`: fewer where they would not fill `_TILE_ROWS`."""
+    count, group, size = part.own.shape
+    per_tile = min(max(4, _TILE_SEEDS // group), max(4, 1 << ((count - 1) // _TILE_ROWS).bit_length()))
     tiles = -(-count // (per_tile * _TILE_ROWS)) * _TILE_ROWS
     pad = tiles * per_tile - count
 
     def tiled(rows: Tensor) -> Tensor:
         return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, pad)).unflatten(0, (tiles, per_tile))
 
-    own, shared = tiled(found.own), tiled(found.shared)  # [tiles, T, G or P-1, C]
+    own, shared = tiled(part.own), tiled(part.shared)  # [tiles, T, G or P-1, C]
     rows = torch.cat([own, shared], 2).unflatten(0, (-1, _TILE_ROWS)).permute(0, 2, 3, 1, 4)
-    width = -(-size // 16) * 16
-    cycle = basis(format).cycle
-    bits = (cycle[: format.num_seeds] & 1).repeat(-(-(format.num_seeds + 256) // format.num_seeds))
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % WORD_BITS)).view(-1, WORD_BITS)
-    words = (bits << torch.arange(WORD_BITS)).sum(1)
-    seed_margin, tile_margin = _margins(format, found.deficit)
-    return _Tables(
-        rows=torch.nn.functional.pad(rows, (0, width - size)).contiguous().to(device),
+    return _Tiles(
+        rows=torch.nn.functional.pad(rows, (0, -size % 8)).contiguous().to(device),
         own=own.permute(0, 3, 1, 2).contiguous().to(device),
         shared=shared.permute(0, 2, 3, 1).contiguous().to(device),
-        position=tiled(found.position.unsqueeze(-1)).squeeze(-1).contiguous().to(device),
-        stream=words.to(torch.uint32).view(torch.int32).to(device),
-        pinv=basis(format).pinv.permute(2, 0, 1).contiguous().to(device),
-        seed_margin=seed_margin,
-        tile_margin=tile_margin,
+        position=tiled(part.position.unsqueeze(-1)).squeeze(-1).contiguous().to(device),
     )
 
 
@@ -339,14 +393,11 @@ def _margins(format: BlockFormat, deficit: float) -> tuple[float, float]:
     return single, single + half
 
 
-def _launch_bound(half: Tensor, rows: Tensor, least: Tensor) -> None:
-    """Fill least float16 [tiles, blocks] for unit blocks float16 [blocks, Ck] and `_Tables.rows`."""
-    tile_blocks, per_tile, group_rows, tile_rows, width = rows.shape
-    own = _TILE_SEEDS // per_tile
-    # H100: 14.6e12 pairs/s at the 4-bit preset, against 11.8e12 with 128 blocks in 3 stages; with few own rows a group is
-    # too short for that, and 128 blocks in 3 stages are best (7.2e12 at the 3-bit preset).
-    block_columns, stages = (256, 2) if own > 8 else (128, 3)
-    kernels.bound[len(half) // block_columns,](
-        half, rows, least, len(half), tile_blocks, OWN=own, SHARED=group_rows - own, T=per_tile, BM=tile_rows,
-        BN=block_columns, CK=width, STAGES=stages, XORSIGN=torch.cuda.get_device_capability() >= (8, 6), num_warps=4,
+def _launch_bound(half: Tensor, kind: _Tiles, least: Tensor) -> None:
+    """Fill least float16 [tiles, blocks] for unit blocks float16 [blocks, Ck] and one kind of tile."""
+    tile_blocks, per_tile, group_rows, tile_rows, row = kind.rows.shape
+    own = kind.position.shape[2]
+    kernels.bound[len(half) // _BOUND_BLOCKS,](
+        half, kind.rows, least, len(half), tile_blocks, OWN=own, SHARED=group_rows - own, T=per_tile, BM=tile_rows,
+        BN=_BOUND_BLOCKS, CK=half.shape[1], ROW=row, STAGES=3, num_warps=4,
     )  # fmt: skip

@@ -11,15 +11,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _larger_magnitude(a, b, XORSIGN: tl.constexpr):
-    """A value of magnitude max(|a|, |b|), two float16 to an instruction, which Triton's own maximum is not."""
-    if XORSIGN:
-        return tl.inline_asm_elementwise(
-            "max.xorsign.abs.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
-        )
+def _largest_magnitude(a, b, c):
+    """Gives max(|a|, |b|, |c|): one instruction on Hopper for two float16 each, which Triton's own maximum is not."""
     return tl.inline_asm_elementwise(
-        "{.reg .b32 x, y; abs.f16x2 x, $1; abs.f16x2 y, $2; max.f16x2 $0, x, y;}",
-        "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2,
+        "{.reg .b32 x, y, z; abs.f16x2 x, $1; abs.f16x2 y, $2; abs.f16x2 z, $3; max.f16x2 x, x, y; max.f16x2 $0, x, z;}",
+        "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2,
     )  # fmt: skip
 
 
@@ -63,30 +59,52 @@ def normalize(blocks, unit, half, norm, C: tl.constexpr, CK: tl.constexpr, BN: t
 
 
 @triton.jit
-def bound(
-    half, rows, least, blocks, tile_blocks, OWN: tl.constexpr, SHARED: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, CK: tl.constexpr, STAGES: tl.constexpr, XORSIGN: tl.constexpr,
-):  # fmt: skip
-    """Least residual of BM tiles at a time (a row each, T groups of OWN seeds) for BN blocks."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+def _products(rows, w, BM: tl.constexpr, BN: tl.constexpr, CK: tl.constexpr, ROW: tl.constexpr):
+    """BM tiles' row times the blocks [CK, BN], and their next row: one wait for the tensor cores serves both."""
+    m = tl.arange(0, 2 * BM)
+    k = tl.arange(0, CK)
+    both = tl.load(rows + m[:, None] * ROW + k[None, :], mask=k[None, :] < ROW, other=0.0)
+    x = tl.dot(both, w, out_dtype=tl.float16)
+    return tl.split(tl.permute(tl.reshape(x, [2, BM, BN]), 1, 2, 0))
+
+
+@triton.jit
+def _product(rows, w, BM: tl.constexpr, CK: tl.constexpr, ROW: tl.constexpr):
     m = tl.arange(0, BM)
     k = tl.arange(0, CK)
+    return tl.dot(tl.load(rows + m[:, None] * ROW + k[None, :], mask=k[None, :] < ROW, other=0.0), w, out_dtype=tl.float16)
+
+
+@triton.jit
+def bound(
+    half, rows, least, blocks, tile_blocks, OWN: tl.constexpr, SHARED: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CK: tl.constexpr, ROW: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Least residual of BM tiles at a time (a row each, T groups of OWN seeds, 1 or even) for BN blocks."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, CK)
     w = tl.load(half + n[None, :] * CK + k[:, None])
-    at = rows + m[:, None] * CK + k[None, :]
     for tile_block in range(tile_blocks):
         best = tl.full([BM, BN], 4.0, tl.float16)
         for t in tl.range(T, num_stages=STAGES):
-            group = at + (tile_block * T + t) * ((OWN + SHARED) * BM * CK)
-            own = tl.dot(tl.load(group), w, out_dtype=tl.float16)
-            for j in tl.static_range(1, OWN):
-                x = tl.dot(tl.load(group + j * BM * CK), w, out_dtype=tl.float16)
-                own = _larger_magnitude(own, x, XORSIGN)
+            group = rows + (tile_block * T + t) * ((OWN + SHARED) * BM * ROW)
+            if OWN == 1:
+                own = _product(group, w, BM, CK, ROW)
+            else:
+                own, x = _products(group, w, BM, BN, CK, ROW)
+                own = _largest_magnitude(own, x, x)
+                for j in tl.static_range(2, OWN, 2):
+                    x, y = _products(group + j * BM * ROW, w, BM, BN, CK, ROW)
+                    own = _largest_magnitude(own, x, y)
             residual = _less_square(tl.full([BM, BN], 1.0, tl.float16), own)
-            for p in tl.static_range(SHARED):
-                s = tl.dot(tl.load(group + (OWN + p) * BM * CK), w, out_dtype=tl.float16)
-                residual = _less_square(residual, s)
+            for p in tl.static_range(0, SHARED - 1, 2):
+                x, y = _products(group + (OWN + p) * BM * ROW, w, BM, BN, CK, ROW)
+                residual = _less_square(_less_square(residual, x), y)
+            if SHARED % 2:
+                residual = _less_square(residual, _product(group + (OWN + SHARED - 1) * BM * ROW, w, BM, CK, ROW))
             best = _smaller(best, _tagged(residual, t * 4 // T))
-        tl.store(least + (tile_block * BM + m)[:, None].to(tl.int64) * blocks + n[None, :], best)
+        m = tile_block * BM + tl.arange(0, BM)
+        tl.store(least + m[:, None].to(tl.int64) * blocks + n[None, :], best)
 
 
 @triton.jit
@@ -345,7 +363,7 @@ def evaluate(
         tl.atomic_min(best + n, ordered, mask=valid, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def select(found_block, found_position, found_count, found_score, found_key, best, best_key, capacity, LANES: tl.constexpr):
     """The least key of the candidates that have their block's least score."""
     segment = tl.program_id(0)
@@ -357,3 +375,19 @@ def select(found_block, found_position, found_count, found_score, found_key, bes
         n = tl.load(found_block + base + entry, mask=valid, other=0)
         winner = valid & (tl.load(found_score + base + entry, mask=valid, other=0) == tl.load(best + n))
         tl.atomic_min(best_key + n, tl.load(found_key + base + entry, mask=valid, other=0), mask=winner, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["count"])
+def fields(
+    key, seeds, exponents, coefficients, count, P: tl.constexpr, Q_LOW: tl.constexpr, Q_BITS: tl.constexpr,
+    E_LOW: tl.constexpr, E_BITS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The fields of keys: seed, exponent, coefficients, most significant first, each counted from its least value."""
+    n = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    inside = n < count
+    bits = tl.load(key + n, mask=inside, other=0)
+    for p in tl.static_range(P - 1, -1, -1):
+        tl.store(coefficients + n.to(tl.int64) * P + p, ((bits & ((1 << Q_BITS) - 1)) + Q_LOW).to(tl.int8), mask=inside)
+        bits = bits >> Q_BITS
+    tl.store(exponents + n, ((bits & ((1 << E_BITS) - 1)) + E_LOW).to(tl.int8), mask=inside)
+    tl.store(seeds + n, (bits >> E_BITS).to(tl.int32), mask=inside)
