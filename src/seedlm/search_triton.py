@@ -17,29 +17,23 @@ seed. Nothing is dropped, and `search` says how many there were.
 The order within a list depends on timing; what is selected from it does not.
 """
 
-from collections import Counter, deque
+import threading
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import cycle
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seedlm import search_triton_kernels as kernels
-from seedlm.basis import basis
 from seedlm.codec import BlockCodes, Rounding
-from seedlm.format import WORD_BITS, BlockFormat
-from seedlm.groups import Groups, groups
+from seedlm.format import BlockFormat
+from seedlm.search_triton_tables import Tiles, tables
 
-WORKING_SET = 3 << 30
+WORKING_SET = 2 << 30
 """Bytes of GPU memory that a search may use at once, beside the tables (8 MB at the 4-bit preset) and its result."""
-_LANES = 2
-"""Chunks under way at once: while one keeps the tensor cores busy, others wait for memory."""
 
-_TILE_SEEDS = 64
-_TILE_ROWS = 64
 _SEGMENT = 256
 """Blocks to a program where blocks are independent."""
 _FIRST_TILES = 4
@@ -55,44 +49,7 @@ _SEEDS_PER_TILE = 3
 _FEW_BLOCKS = 64
 """Open blocks that are scored with every seed at once (0.3 ms): fewer cost less than another round of the bound."""
 _MAX_CHUNK = 1 << 18
-_BOUND_BLOCKS = 128
-
-
-@dataclass(frozen=True, eq=False)
-class _Tiles:
-    """The tiles of one kind of group, padded with zero rows, which reach nothing, to whole `_TILE_ROWS`.
-
-    rows        float16 [tiles/64, T, G + P-1, 64, 8 or Ck]: a group's own rows, then its shared ones, as `bound` reads them
-    own         float16 [tiles, C, T, G]
-    shared      float16 [tiles, P-1, C, T]
-    position    int32 [tiles, T, G]
-    """
-
-    rows: Tensor
-    own: Tensor
-    shared: Tensor
-    position: Tensor
-
-    def __len__(self) -> int:
-        return len(self.position)
-
-
-@dataclass(frozen=True, eq=False)
-class _Tables:
-    """Tables of a format on one device.
-
-    kinds       tiles of groups, most seeds first
-    width       Ck: C padded to what the tensor cores take
-    stream      int32 [...]: the register's endless bit stream, 32 bits a word
-    pinv        float32 [N, P, C]
-    """
-
-    kinds: tuple[_Tiles, ...]
-    width: int
-    stream: Tensor
-    pinv: Tensor
-    seed_margin: float
-    tile_margin: float
+_BOUND_BLOCKS = 256
 
 
 def search(
@@ -110,30 +67,26 @@ def search(
     working_set   bytes of GPU memory to stay within
     redone        is told how many blocks did not close: budget of the next try (None: every seed) -> blocks
     """
-    device = blocks.device
-    with torch.cuda.device(device):
-        job = _Job(device, exponent_bias, format, rounding, working_set, Counter() if redone is None else redone)
-        lanes = [torch.cuda.Stream() for _ in range(_LANES)]
-    started: deque[_Round] = deque()
-    for chunk, lane in zip(blocks.split(job.chunk_blocks(_BUDGETS[0])), cycle(lanes)):
-        with torch.cuda.device(device):
-            lane.wait_stream(torch.cuda.current_stream())
-            chunk.record_stream(lane)
-            with torch.cuda.stream(lane):
-                started.append(job.start(chunk.contiguous()))
-        # Every lane has its next chunk before this thread waits for one.
-        if len(started) > _LANES:
-            with torch.cuda.device(device):
-                finished = job.finish(started.popleft())
+    redone = Counter() if redone is None else redone
+    pending: _Round | None = None
+    with torch.cuda.device(blocks.device):
+        engine = _engine(format, rounding, blocks.device, threading.get_ident())
+        size = engine.begin(exponent_bias, working_set)
+    for chunk in blocks.split(size):
+        # The GPU gets its next chunk before this thread waits for the last one.
+        with torch.cuda.device(blocks.device):
+            started = engine.start(chunk)
+            finished, pending = pending and engine.finish(pending, redone), started
+        if finished:
             yield finished
-    while started:
-        with torch.cuda.device(device):
-            finished = job.finish(started.popleft())
+    if pending:
+        with torch.cuda.device(blocks.device):
+            finished = engine.finish(pending, redone)
         yield finished
 
 
 class _Round(NamedTuple):
-    """A chunk's first round under way: blocks, their score, key, fields and whether they stay open, and how many do."""
+    """A chunk's first round under way: its blocks, their score, key and fields, whether they stay open, and how many do."""
 
     blocks: Tensor
     score: Tensor
@@ -144,17 +97,38 @@ class _Round(NamedTuple):
     done: torch.cuda.Event
 
 
-class _Job:
-    """One search: its tables and constants."""
+class _Plan(NamedTuple):
+    """The first round of some number of blocks as a CUDA graph: what it reads and what it leaves."""
 
-    def __init__(
-        self, device: torch.device, bias: int, format: BlockFormat, rounding: Rounding, working_set: int, redone: Counter
-    ) -> None:
-        self.format, self.working_set, self.redone = format, working_set, redone
-        self.tables = _tables(format, device)
+    graph: torch.cuda.CUDAGraph
+    blocks: Tensor
+    score: Tensor
+    key: Tensor
+    codes: BlockCodes
+    unsolved: Tensor
+
+
+@lru_cache(maxsize=32)
+def _engine(format: BlockFormat, rounding: Rounding, device: torch.device, thread: int) -> "_Engine":
+    """The engine of one thread, kept with its plans and their memory: a capture takes longer than a small tensor's search."""
+    return _Engine(format, rounding, device)
+
+
+class _Engine:
+    """A format's search on one device.
+
+    A round is twenty launches of 0.1 ms each on the host, more than the GPU takes for small tensors and as much as it takes for
+    large ones. So rounds are captured once for each number of blocks, and replayed.
+    """
+
+    def __init__(self, format: BlockFormat, rounding: Rounding, device: torch.device) -> None:
+        self.format, self.working_set = format, WORKING_SET
+        self.tables = tables(format, device)
+        self.bias = torch.zeros((), dtype=torch.int32, device=device)
+        self.plans: dict[int, _Plan] = {}
+        self.last = torch.cuda.Event()
         low, high = format.coefficient_range
         self.evaluation = {
-            "BIAS": bias,
             "K": format.seed_bits,
             "C": format.block_size,
             "P": format.num_coefficients,
@@ -169,34 +143,71 @@ class _Job:
             "LANES": 128,
         }
 
+    def begin(self, exponent_bias: int, working_set: int) -> int:
+        """Make ready for a tensor's blocks; returns how many to a chunk."""
+        torch.cuda.current_stream().wait_event(self.last)
+        self.bias.fill_(exponent_bias)
+        self.working_set = working_set
+        size = self.chunk_blocks(_BUDGETS[0])
+        if max(self.plans, default=0) > size:
+            self.last.synchronize()
+            self.plans.clear()
+        return size
+
     def chunk_blocks(self, budget: int) -> int:
-        """Blocks, whole segments of them, whose lists and bounds fit the working set."""
+        """Blocks, whole segments of them, whose lists and bounds fit half the working set: the other is for what is redone."""
         tiles = sum(map(len, self.tables.kinds))
-        per_block = 2 * tiles + 6 * self.tables.width + 64 + 32 * _FIRST_TILES + (8 + 24 * _SEEDS_PER_TILE) * budget
-        share = self.working_set // (_LANES + 1)  # one for what is redone
-        return max(1, min(_MAX_CHUNK, share // per_block) // _SEGMENT) * _SEGMENT
+        per_block = 2 * tiles + 6 * self.tables.width + 96 + 32 * _FIRST_TILES + (8 + 24 * _SEEDS_PER_TILE) * budget
+        return max(1, min(_MAX_CHUNK, self.working_set // 2 // per_block) // _SEGMENT) * _SEGMENT
+
+    def plan(self, count: int) -> _Plan:
+        """The plan for at least this many blocks, at most a quarter too long."""
+        step = max(_SEGMENT, (1 << (count - 1).bit_length()) // 8)
+        size = min(-(-count // step) * step, self.chunk_blocks(_BUDGETS[0]))
+        if size not in self.plans:
+            self.plans[size] = self.capture(size)
+        return self.plans[size]
+
+    def capture(self, size: int) -> _Plan:
+        blocks = torch.zeros(size, self.format.block_size, device=self.bias.device)
+        if not self.plans:
+            self.fields(self.bounded(blocks[:_SEGMENT], _BUDGETS[0])[1])  # compiles and loads, which a capture cannot
+        pool = next(iter(self.plans.values())).graph.pool() if self.plans else None
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Plans share their memory: they run one after the other. Other threads may go on with their own work.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                score, key, unsolved = self.bounded(blocks, _BUDGETS[0])
+                codes = self.fields(key)
+            finally:
+                graph.capture_end()
+        return _Plan(graph, blocks, score, key, codes, unsolved)
 
     def start(self, blocks: Tensor) -> _Round:
         """Queue the first round of a chunk; waits for nothing."""
-        score, key, unsolved = self.bounded(blocks, _BUDGETS[0])
-        codes = self.fields(key)
-        count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(unsolved.sum(), non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return _Round(blocks, score, key, codes, unsolved, count, done)
+        count = len(blocks)
+        plan = self.plan(count)
+        plan.blocks[:count] = blocks
+        plan.blocks[count:] = 0
+        plan.graph.replay()
+        score, key, *fields, unsolved = (x[:count].clone() for x in (plan.score, plan.key, *plan.codes, plan.unsolved))
+        still_open = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(unsolved.sum(), non_blocking=True)
+        self.last = torch.cuda.Event()
+        self.last.record()
+        return _Round(blocks, score, key, BlockCodes(*fields), unsolved, still_open, self.last)
 
-    def finish(self, started: _Round) -> tuple[BlockCodes, Tensor]:
+    def finish(self, started: _Round, redone: Counter[int | None]) -> tuple[BlockCodes, Tensor]:
         """Wait for a chunk and redo what stayed open until nothing is."""
         started.done.synchronize()
-        blocks, score, key, codes, unsolved = started[:5]
-        for tensor in (blocks, score, key, *codes, unsolved):
-            tensor.record_stream(torch.cuda.current_stream())  # or the lane that they belong to would reuse their memory
+        codes, score, key = started.codes, started.score, started.key
         if int(started.still_open):
-            self.redo(blocks, unsolved.nonzero()[:, 0], score, key)
+            self.redo(started.blocks, started.unsolved.nonzero()[:, 0], score, key, redone)
             codes = self.fields(key)
         return codes, score
 
-    def redo(self, blocks: Tensor, rows: Tensor, score: Tensor, key: Tensor) -> None:
+    def redo(self, blocks: Tensor, rows: Tensor, score: Tensor, key: Tensor, redone: Counter[int | None]) -> None:
         """Solve these rows' blocks in place: with a larger budget if they are many, then with every seed."""
         for budget in (*_BUDGETS[1:], None):
             if not len(rows):
@@ -205,8 +216,8 @@ class _Job:
             distinct, copy = blocks[rows].unique(dim=0, return_inverse=True)
             if len(distinct) <= _FEW_BLOCKS:
                 budget = None
-            self.redone[budget] += len(rows)
-            size = self.chunk_blocks(budget) if budget else max(1, self.working_set // (24 * self.format.num_seeds))
+            redone[budget] += len(rows)
+            size = self.chunk_blocks(budget) if budget else max(1, self.working_set // (48 * self.format.num_seeds))
             pieces = [self.bounded(p, budget) if budget else self.exhaustive(p) for p in distinct.split(size)]
             new_score, new_key, still = (torch.cat(parts)[copy] for parts in zip(*pieces, strict=True))
             score[rows], key[rows] = new_score, new_key
@@ -225,7 +236,7 @@ class _Job:
         kernels.normalize[segments,](blocks, unit, half, norm, C=self.format.block_size, CK=width, BN=_SEGMENT)
         least = torch.empty(sum(sizes), padded, dtype=torch.float16, device=device)
         for kind, part in zip(tables.kinds, least.split(sizes), strict=True):
-            _launch_bound(half, kind, part)
+            self.bound(half, kind, part)
 
         best = _Best(padded, device)
         first, seeds = (_pairs(segments, _FIRST_TILES * _SEGMENT, device, full=True) for _ in range(2))
@@ -255,8 +266,18 @@ class _Job:
         score, key = best.result()
         return score[:count], key[:count], best.open[:count] != 0
 
+    def bound(self, half: Tensor, kind: Tiles, least: Tensor) -> None:
+        """Fill least float16 [tiles, blocks] for unit blocks float16 [blocks, Ck]."""
+        tile_blocks = kind.rows.shape[0]
+        seeds = kind.position.shape[2]
+        own = seeds if seeds % 2 == 0 else 0  # a single seed's own row counts like shared ones
+        kernels.bound[len(half) // _BOUND_BLOCKS,](
+            half, kind.rows, least, len(half), tile_blocks, OWN=own, SHARED=self.format.num_coefficients - 1 + seeds - own,
+            T=kind.position.shape[1], TM=len(kind) // tile_blocks, BN=_BOUND_BLOCKS, CK=half.shape[1], STAGES=3, num_warps=8,
+        )  # fmt: skip
+
     def rescan(
-        self, kind: _Tiles, unit: Tensor, threshold: Tensor, still_open: Tensor, tiles: "_Pairs", seeds: "_Pairs", splits: int,
+        self, kind: Tiles, unit: Tensor, threshold: Tensor, still_open: Tensor, tiles: "_Pairs", seeds: "_Pairs", splits: int,
         **options: int,
     ) -> None:  # fmt: skip
         kernels.rescan[len(tiles.filled), splits](
@@ -279,7 +300,7 @@ class _Job:
         score, key = (torch.empty(seeds.block.shape, dtype=torch.int64, device=blocks.device) for _ in range(2))
         # A fused multiply-add would round once where the definition rounds twice.
         kernels.evaluate[len(seeds.filled), splits](
-            blocks, self.tables.pinv, self.tables.stream, *seeds, score, key, best.score, seeds.capacity,
+            blocks, self.tables.pinv, self.tables.stream, self.bias, *seeds, score, key, best.score, seeds.capacity,
             enable_fp_fusion=False, **self.evaluation,
         )  # fmt: skip
         return score, key
@@ -334,70 +355,3 @@ class _Best:
         """Score float64 and key int64."""
         ordered = self.score
         return (ordered ^ ((ordered >> 63) & torch.iinfo(torch.int64).max)).view(torch.float64), self.key
-
-
-@lru_cache(maxsize=4)
-def _tables(format: BlockFormat, device: torch.device) -> _Tables:
-    found = groups(format)
-    states = basis(format).cycle
-    bits = (states[: format.num_seeds] & 1).repeat(-(-(format.num_seeds + 256) // format.num_seeds))
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % WORD_BITS)).view(-1, WORD_BITS)
-    words = (bits << torch.arange(WORD_BITS)).sum(1)
-    seed_margin, tile_margin = _margins(format, max(part.deficit for part in found))
-    return _Tables(
-        kinds=tuple(_tiles(part, device) for part in found),
-        width=-(-format.block_size // 16) * 16,
-        stream=words.to(torch.uint32).view(torch.int32).to(device),
-        pinv=basis(format).pinv.permute(2, 0, 1).contiguous().to(device),
-        seed_margin=seed_margin,
-        tile_margin=tile_margin,
-    )
-
-
-def _tiles(part: Groups, device: torch.device) -> _Tiles:
-    """Groups laid out in tiles of up to `_TILE_SEEDS`: fewer where they would not fill `_TILE_ROWS`."""
-    count, group, size = part.own.shape
-    per_tile = min(max(4, _TILE_SEEDS // group), max(4, 1 << ((count - 1) // _TILE_ROWS).bit_length()))
-    tiles = -(-count // (per_tile * _TILE_ROWS)) * _TILE_ROWS
-    pad = tiles * per_tile - count
-
-    def tiled(rows: Tensor) -> Tensor:
-        return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, pad)).unflatten(0, (tiles, per_tile))
-
-    own, shared = tiled(part.own), tiled(part.shared)  # [tiles, T, G or P-1, C]
-    rows = torch.cat([own, shared], 2).unflatten(0, (-1, _TILE_ROWS)).permute(0, 2, 3, 1, 4)
-    return _Tiles(
-        rows=torch.nn.functional.pad(rows, (0, -size % 8)).contiguous().to(device),
-        own=own.permute(0, 3, 1, 2).contiguous().to(device),
-        shared=shared.permute(0, 2, 3, 1).contiguous().to(device),
-        position=tiled(part.position.unsqueeze(-1)).squeeze(-1).contiguous().to(device),
-    )
-
-
-def _margins(format: BlockFormat, deficit: float) -> tuple[float, float]:
-    """By how much the true residual of a unit block may lie below the one computed by `rescan`, and by `bound`.
-
-    `rescan` works in float32: C products, their sum and P squares of at most 1 each lose less than (C + P + 4) 2^-23.
-    `bound` in float16 (unit roundoff h = 2^-11) adds, with energies up to 1 + d, d the deficit:
-
-        2h + h^2 + 2 sqrt(C) 2^-25   the block rounded to float16, subnormal where small
-        4h + 4h^2                    each product rounded to float16, 2h because truncation is not ruled out, then squared
-        P h / 2                      P subtractions from at most 1
-        2^-14                        the tag in the lowest bits, cleared: that raises negative residuals, by 2^-8 of 0.01
-        2^-14                        the sums inside the tensor cores, undocumented: 2^-18 each is a hundred times what was seen
-    """
-    h = 2.0**-11
-    size, count = format.block_size, format.num_coefficients
-    single = (size + count + 4) * 2.0**-22 + deficit
-    half = (6 * h + 5 * h * h) * (1 + 2 * deficit) + 2 * size**0.5 * 2.0**-25 + count * h / 2 + 2.0**-13
-    return single, single + half
-
-
-def _launch_bound(half: Tensor, kind: _Tiles, least: Tensor) -> None:
-    """Fill least float16 [tiles, blocks] for unit blocks float16 [blocks, Ck] and one kind of tile."""
-    tile_blocks, per_tile, group_rows, tile_rows, row = kind.rows.shape
-    own = kind.position.shape[2]
-    kernels.bound[len(half) // _BOUND_BLOCKS,](
-        half, kind.rows, least, len(half), tile_blocks, OWN=own, SHARED=group_rows - own, T=per_tile, BM=tile_rows,
-        BN=_BOUND_BLOCKS, CK=half.shape[1], ROW=row, STAGES=3, num_warps=4,
-    )  # fmt: skip

@@ -59,52 +59,58 @@ def normalize(blocks, unit, half, norm, C: tl.constexpr, CK: tl.constexpr, BN: t
 
 
 @triton.jit
-def _products(rows, w, BM: tl.constexpr, BN: tl.constexpr, CK: tl.constexpr, ROW: tl.constexpr):
-    """BM tiles' row times the blocks [CK, BN], and their next row: one wait for the tensor cores serves both."""
-    m = tl.arange(0, 2 * BM)
-    k = tl.arange(0, CK)
-    both = tl.load(rows + m[:, None] * ROW + k[None, :], mask=k[None, :] < ROW, other=0.0)
-    x = tl.dot(both, w, out_dtype=tl.float16)
-    return tl.split(tl.permute(tl.reshape(x, [2, BM, BN]), 1, 2, 0))
+def _pair(rows, w, TM: tl.constexpr, BN: tl.constexpr, CK: tl.constexpr):
+    """Products of the blocks [CK, BN] with two rows of TM tiles each, float16 [TM/8, 8, BN].
+
+    Eight tiles' first rows stand before their second ones: the tensor cores give a thread both, so the split moves nothing.
+    """
+    at = tl.arange(0, 2 * TM)[:, None] * CK + tl.arange(0, CK)[None, :]
+    x = tl.dot(tl.load(rows + at), w, out_dtype=tl.float16)
+    return tl.split(tl.permute(tl.reshape(x, [TM // 8, 2, 8, BN]), 0, 2, 3, 1))
 
 
 @triton.jit
-def _product(rows, w, BM: tl.constexpr, CK: tl.constexpr, ROW: tl.constexpr):
-    m = tl.arange(0, BM)
-    k = tl.arange(0, CK)
-    return tl.dot(tl.load(rows + m[:, None] * ROW + k[None, :], mask=k[None, :] < ROW, other=0.0), w, out_dtype=tl.float16)
+def _residual(residual, rows, w, OWN: tl.constexpr, SHARED: tl.constexpr, TM: tl.constexpr, BN: tl.constexpr, CK: tl.constexpr):
+    """What a group's pairs of rows leave of the residual: the largest of its own, and the shared ones."""
+    SIZE: tl.constexpr = 2 * TM * CK
+    if OWN > 0:
+        own, x = _pair(rows, w, TM, BN, CK)
+        own = _largest_magnitude(own, x, x)
+        for j in tl.static_range(1, OWN // 2):
+            x, y = _pair(rows + j * SIZE, w, TM, BN, CK)
+            own = _largest_magnitude(own, x, y)
+        residual = _less_square(residual, own)
+    for j in tl.static_range(OWN // 2, (OWN + SHARED) // 2):
+        x, y = _pair(rows + j * SIZE, w, TM, BN, CK)
+        residual = _less_square(_less_square(residual, x), y)
+    return residual
 
 
 @triton.jit
 def bound(
-    half, rows, least, blocks, tile_blocks, OWN: tl.constexpr, SHARED: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, CK: tl.constexpr, ROW: tl.constexpr, STAGES: tl.constexpr,
+    half, rows, least, blocks, tile_blocks, OWN: tl.constexpr, SHARED: tl.constexpr, T: tl.constexpr, TM: tl.constexpr,
+    BN: tl.constexpr, CK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Least residual of BM tiles at a time (a row each, T groups of OWN seeds, 1 or even) for BN blocks."""
+    """Least residual of TM tiles at a time (T groups each) for BN blocks. OWN is even; if SHARED is odd, groups go in twos."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = tl.arange(0, CK)
-    w = tl.load(half + n[None, :] * CK + k[:, None])
+    w = tl.load(half + n[None, :] * CK + tl.arange(0, CK)[:, None])
+    one = tl.full([TM // 8, 8, BN], 1.0, tl.float16)
+    GROUPS: tl.constexpr = 1 + SHARED % 2
+    SIZE: tl.constexpr = (OWN + SHARED) // 2 * (2 * TM * CK)
     for tile_block in range(tile_blocks):
-        best = tl.full([BM, BN], 4.0, tl.float16)
-        for t in tl.range(T, num_stages=STAGES):
-            group = rows + (tile_block * T + t) * ((OWN + SHARED) * BM * ROW)
-            if OWN == 1:
-                own = _product(group, w, BM, CK, ROW)
+        best = one + 3.0
+        for t in tl.range(T // GROUPS, num_stages=STAGES):
+            group = rows + (tile_block * (T // GROUPS) + t) * (GROUPS * (OWN + SHARED) * TM * CK)
+            if GROUPS == 1:
+                best = _smaller(best, _tagged(_residual(one, group, w, OWN, SHARED, TM, BN, CK), t * 4 // T))
             else:
-                own, x = _products(group, w, BM, BN, CK, ROW)
-                own = _largest_magnitude(own, x, x)
-                for j in tl.static_range(2, OWN, 2):
-                    x, y = _products(group + j * BM * ROW, w, BM, BN, CK, ROW)
-                    own = _largest_magnitude(own, x, y)
-            residual = _less_square(tl.full([BM, BN], 1.0, tl.float16), own)
-            for p in tl.static_range(0, SHARED - 1, 2):
-                x, y = _products(group + (OWN + p) * BM * ROW, w, BM, BN, CK, ROW)
-                residual = _less_square(_less_square(residual, x), y)
-            if SHARED % 2:
-                residual = _less_square(residual, _product(group + (OWN + SHARED - 1) * BM * ROW, w, BM, CK, ROW))
-            best = _smaller(best, _tagged(residual, t * 4 // T))
-        m = tile_block * BM + tl.arange(0, BM)
-        tl.store(least + m[:, None].to(tl.int64) * blocks + n[None, :], best)
+                x, y = _pair(group + 2 * SIZE, w, TM, BN, CK)
+                first = _residual(_less_square(one, x), group, w, OWN, SHARED, TM, BN, CK)
+                best = _smaller(best, _tagged(first, t * 8 // T))
+                second = _residual(_less_square(one, y), group + SIZE, w, OWN, SHARED, TM, BN, CK)
+                best = _smaller(best, _tagged(second, (t * 8 + 4) // T))
+        m = tile_block * TM + tl.arange(0, TM // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(least + m[:, :, None].to(tl.int64) * blocks + n[None, None, :], best)
 
 
 @triton.jit
@@ -256,9 +262,9 @@ def _rounded(t, exponent, up, NEAREST: tl.constexpr, Q_LOW: tl.constexpr, Q_HIGH
     return _clamp(x, Q_LOW * 1.0, Q_HIGH * 1.0)
 
 
-@triton.jit(do_not_specialize=["capacity", "BIAS"])
+@triton.jit(do_not_specialize=["capacity"])
 def evaluate(
-    blocks, pinv, stream, found_block, found_position, found_count, found_score, found_key, best, capacity, BIAS,
+    blocks, pinv, stream, bias, found_block, found_position, found_count, found_score, found_key, best, capacity,
     K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, DIVISOR: tl.constexpr, Q_LOW: tl.constexpr, Q_HIGH: tl.constexpr,
     Q_BITS: tl.constexpr, E_LOW: tl.constexpr, E_HIGH: tl.constexpr, E_BITS: tl.constexpr, NEAREST: tl.constexpr,
     LANES: tl.constexpr,
@@ -267,6 +273,7 @@ def evaluate(
     segment = tl.program_id(0)
     base = segment.to(tl.int64) * capacity
     count = tl.minimum(tl.load(found_count + segment), capacity)
+    exponent_bias = tl.load(bias)
     for start in range(tl.program_id(1) * LANES, count, tl.num_programs(1) * LANES):
         entry = start + tl.arange(0, LANES)
         valid = entry < count
@@ -315,14 +322,14 @@ def evaluate(
 
         # frexp by bits: nothing here is subnormal in float64.
         bits = (largest / (Q_HIGH + 0.5)).to(tl.int64, bitcast=True)
-        ceiling = ((bits >> 52) - 1022 - tl.where((bits & 0xFFFFFFFFFFFFF) == 0, 1, 0)).to(tl.int32) - BIAS
+        ceiling = ((bits >> 52) - 1022 - tl.where((bits & 0xFFFFFFFFFFFFF) == 0, 1, 0)).to(tl.int32) - exponent_bias
         centre = _clamp(tl.where(largest == 0, E_LOW, ceiling), E_LOW, E_HIGH)
 
         score = tl.full([LANES], float("inf"), tl.float64)
         pick = tl.zeros([LANES], tl.int32)
         # Not unrolled: code for three exponents takes three times as long to compile, and no less to run.
         for shift_index in range(0 if NEAREST else -1, 1 if NEAREST else 2):
-            exponent = _clamp(centre + shift_index, E_LOW, E_HIGH) + BIAS
+            exponent = _clamp(centre + shift_index, E_LOW, E_HIGH) + exponent_bias
             factor = DIVISOR * _power_of_two(1 - exponent)
             unscale = _power_of_two(2 * exponent)
             down = ()
@@ -353,7 +360,7 @@ def evaluate(
         key = (seed << E_BITS) | (exponent - E_LOW).to(tl.int64)
         for p in tl.static_range(P):
             up = ((pick >> (P - 1 - p)) & 1).to(tl.float64)
-            q = _rounded(solution[p], exponent + BIAS, up, NEAREST, Q_LOW, Q_HIGH)
+            q = _rounded(solution[p], exponent + exponent_bias, up, NEAREST, Q_LOW, Q_HIGH)
             key = (key << Q_BITS) | (q.to(tl.int32) - Q_LOW).to(tl.int64)
         # Integers ordered like the float64: the sign bit flips the others.
         ordered = score.to(tl.int64, bitcast=True)
