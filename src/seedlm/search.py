@@ -92,7 +92,9 @@ def encode(
     out_features, in_features = weight.shape
     per_row = format.blocks_per_row(in_features)
     padding = per_row * format.block_size - in_features
-    rows = torch.nn.functional.pad(weight.detach().float(), (0, padding))
+    rows = weight.detach().float()
+    if padding:
+        rows = torch.nn.functional.pad(rows, (0, padding))
     pieces, errors = [], []
     for codes, scores in find(rows.reshape(-1, format.block_size), bias, format, rounding):
         pieces.append(codes)
@@ -103,7 +105,8 @@ def encode(
     codes = BlockCodes(
         seeds.view(out_features, per_row), exponents.view(out_features, per_row), q.view(out_features, per_row, -1)
     )
-    error = sum(torch.stack(errors).tolist()) / format.divisor**2 + float(weight.double().square().sum())
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)
+    error = sum(torch.stack(errors).tolist()) / format.divisor**2 + float(norm) ** 2
     if padding:
         tails = codec.decode(BlockCodes(*(field[:, -1] for field in codes)), bias, format)
         error -= float(tails[:, -padding:].double().square().sum())

@@ -34,6 +34,15 @@ def _smaller(a, b):
 
 
 @triton.jit
+def _plus_if_reached(sum, residual, limit, value: tl.constexpr):
+    """Gives sum + value where residual <= limit, else sum."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 f; set.le.f16x2.f16x2 f, $2, $3; fma.rn.f16x2 $0, f, $4, $1;}",
+        "=r,r,r,r,r", [sum, residual, limit, tl.full(sum.shape, value, tl.float16)], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
 def _tagged(a, tag):
     """Copies a with the scalar `tag` in its two lowest mantissa bits."""
     bits = tl.zeros(a.shape, tl.int16) + tag.to(tl.int16)
@@ -114,31 +123,53 @@ def bound(
 
 
 @triton.jit
+def _take_if_less(least, index, residual, tile):
+    """The lesser of two residuals, and its tile as float16: exact up to 2048."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 f, d; set.lt.f16x2.f16x2 f, $4, $2; min.f16x2 $0, $4, $2; sub.f16x2 d, $5, $3; fma.rn.f16x2 $1, f, d, $3;}",
+        "=r,=r,r,r,r,r", [least, index, residual, tile], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
 def first(
-    least,
-    tile_block,
-    tile_index,
-    tile_count,
-    blocks,
-    TILES: tl.constexpr,
-    BN: tl.constexpr,
-    TT: tl.constexpr,
+    least, tile_block, tile_index, tile_count, blocks, TILES: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr,
     FIRST: tl.constexpr,
-):
-    """The FIRST best among the minima of TT interleaved shares of the tiles, for a segment of BN blocks."""
+):  # fmt: skip
+    """The FIRST best among the minima of SHARES interleaved shares of the tiles, for a segment of BN blocks."""
     segment = tl.program_id(0)
     lane = tl.arange(0, BN)
     n = segment * BN + lane
-    key = tl.full([TT, BN], 2147483647, tl.int32)
-    for start in range(0, TILES, TT):
-        tile = start + tl.arange(0, TT)[:, None]
-        residual = tl.load(least + tile.to(tl.int64) * blocks + n[None, :])
+    values = ()
+    tiles = ()
+    for share in tl.static_range(SHARES):
+        value = tl.load(least + blocks.to(tl.int64) * share + n)
+        tile = tl.full([BN], share, tl.float16)
+        values = values + (value,)
+        tiles = tiles + (tile,)
+    for start in range(SHARES, TILES, SHARES):
+        new_values = ()
+        new_tiles = ()
+        for share in tl.static_range(SHARES):
+            residual = tl.load(least + blocks.to(tl.int64) * (start + share) + n)
+            value, tile = _take_if_less(values[share], tiles[share], residual, tl.zeros([BN], tl.float16) + (start + share))
+            new_values = new_values + (value,)
+            new_tiles = new_tiles + (tile,)
+        values = new_values
+        tiles = new_tiles
+    keys = ()
+    for share in tl.static_range(SHARES):
         # Non-negative float16 are ordered like their bits, so a residual and its tile make one integer to minimise.
-        bits = tl.maximum(residual.to(tl.int16, bitcast=True), 0).to(tl.int32)
-        key = tl.minimum(key, (bits << 16) | tile)
+        bits = tl.maximum(values[share].to(tl.int16, bitcast=True), 0).to(tl.int32)
+        keys = keys + ((bits << 16) | tiles[share].to(tl.int32),)
     for i in tl.static_range(FIRST):
-        smallest = tl.min(key, axis=0)
-        key = tl.where(key == smallest[None, :], 2147483647, key)
+        smallest = keys[0]
+        for share in tl.static_range(1, SHARES):
+            smallest = tl.minimum(smallest, keys[share])
+        rest = ()
+        for share in tl.static_range(SHARES):
+            rest = rest + (tl.where(keys[share] == smallest, 2147483647, keys[share]),)
+        keys = rest
         at = segment * (FIRST * BN) + i * BN + lane
         tl.store(tile_block + at, n)
         tl.store(tile_index + at, (smallest & 0xFFFF) << 2 | (smallest >> 16 & 3))
@@ -169,14 +200,20 @@ def list(
     segment = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     base = segment.to(tl.int64) * capacity
     tiles = tl.program_id(0) * TT
-    row = tl.arange(0, TT)[:, None]
     for start in range(tl.program_id(1) * columns, tl.minimum((tl.program_id(1) + 1) * columns, blocks), BN):
         n = start + tl.arange(0, BN)
         reach = tl.load(threshold + n) + margin
-        tagged = tl.load(least + (tiles + row).to(tl.int64) * blocks + n[None, :]).to(tl.int16, bitcast=True)
-        residual = (tagged & -4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        # Rounded up, with all tag bits set: above whatever a tile that is wanted may have there.
+        limit = (reach * (1 + 2.0**-10)).to(tl.float16).to(tl.int16, bitcast=True) | 3
+        limit = limit.to(tl.float16, bitcast=True)
         # One word a block says which of the tiles are wanted; almost all words are empty or have one bit.
-        word = tl.sum(tl.where(residual <= reach[None, :], 1 << row, 0), axis=0)
+        word = tl.zeros([BN], tl.int32)
+        for half in tl.static_range(TT // 8):
+            bits = tl.zeros([BN], tl.float16)
+            for row in tl.static_range(8):
+                residual = tl.load(least + (tiles + half * 8 + row).to(tl.int64) * blocks + n)
+                bits = _plus_if_reached(bits, residual, limit, 2.0**row)
+            word |= bits.to(tl.int32) << (half * 8)
         while tl.max(word, axis=0) > 0:
             wanted = word != 0
             tile = tiles + ((word & -word).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
