@@ -1,27 +1,31 @@
 """Seed search on one GPU: checked against brute force first, then timed from weights in GPU memory to packed words there.
 
-    python bench/search_gpu.py [--repeats 5] [--shape 4096 14336]
+    python bench/search_gpu.py [--repeats 5] [--shape 4096 14336] [--format 4]
 
 Prints a table and, last, one JSON line. Beside it, on the same tensor and device: brute force and the bounded search in plain
 torch, and, where they are installed, what a user runs instead: bitsandbytes' NF4 and HQQ, 4 bits in groups of 64.
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from seedlm import codec, search, search_torch, search_triton
-from seedlm.format import PRESETS, Format
+from seedlm.format import Format, parse_format
+
+SHAPES = [[4096, 4096], [4096, 11008], [4096, 14336], [8192, 28672], [576, 576], [576, 1536]]
+"""Layers of 7B, 8B and 70B models, and of SmolLM2-135M."""
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median device time of `run`, after one warm-up."""
+    """Median of `run`, waiting for the device, after one warm-up."""
     run()
     times = []
     for _ in range(repeats):
@@ -49,70 +53,81 @@ def check(format: Format) -> int:
     return len(blocks)
 
 
-def measure(format: Format, shape: tuple[int, int], repeats: int) -> dict[str, float]:
-    weight = (torch.randn(shape, device="cuda") * 0.02).bfloat16()
-    blocks = weight.float().view(-1)[: weight.numel() // format.block_size * format.block_size].view(-1, format.block_size)
-    bias = codec.choose_exponent_bias(weight, format)
+def measure(format: Format, weight: Tensor, repeats: int) -> dict[str, float]:
+    """Rates of this search and of plain torch on one weight, blocks that were redone, and GPU memory beside the weight."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     spent = seconds(lambda: search.encode(weight, format, backend="triton"), repeats)
     peak = torch.cuda.max_memory_allocated() - before
+    # Any length of float32 makes blocks: what does not fill one is left out.
+    count = weight.numel() // format.block_size
+    blocks = weight.float().view(-1)[: count * format.block_size].view(count, -1)
+    bias = codec.choose_exponent_bias(weight, format)
     redone: Counter[int | None] = Counter()
-    searched = seconds(lambda: list(search_triton.search(blocks, bias, format, redone=redone)), repeats)
+    list(search_triton.search(blocks, bias, format, redone=redone))
     few, some = blocks[:64], blocks[:4096]
     brute = seconds(lambda: search_torch.brute_force(few, bias, format), 1) / few.numel()
     bounded = seconds(lambda: list(search_torch.search(some, bias, format)), 1) / some.numel()
     return {
         "weights_per_s": weight.numel() / spent,
-        "search_weights_per_s": blocks.numel() / searched,
-        "blocks_redone_per_million": 1e6 * sum(redone.values()) / ((repeats + 1) * len(blocks)),
-        "brute_force_weights_per_s": 1 / brute,
         "times_brute_force": brute / (spent / weight.numel()),
+        "brute_force_weights_per_s": 1 / brute,
         "torch_search_weights_per_s": 1 / bounded,
+        "blocks_redone_per_million": 1e6 * sum(redone.values()) / count,
         "peak_bytes": peak,
     }
 
 
-def others(shape: tuple[int, int], repeats: int) -> dict[str, float]:
-    """Weights/s of other quantisers on such a tensor, for those installed."""
-    weight = (torch.randn(shape, device="cuda") * 0.02).bfloat16()
-    rates = {}
-    if importlib.util.find_spec("bitsandbytes"):
+def others() -> dict[str, Callable[[Tensor], object]]:
+    """What a user runs instead, 4 bits in groups of 64: name and version -> function, for those installed."""
+    found: dict[str, Callable[[Tensor], object]] = {}
+    try:
+        from bitsandbytes import __version__ as version
         from bitsandbytes.functional import quantize_4bit
 
-        spent = seconds(lambda: quantize_4bit(weight, blocksize=64, quant_type="nf4"), repeats)
-        rates["bitsandbytes NF4"] = weight.numel() / spent
-    if importlib.util.find_spec("hqq"):
+        found[f"bitsandbytes {version} NF4"] = lambda weight: quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    except ImportError as error:
+        print(f"bitsandbytes is not measured: {error}")
+    try:
+        from hqq import __version__ as version
         from hqq.core.quantize import Quantizer
 
-        spent = seconds(lambda: Quantizer.quantize(weight, nbits=4, group_size=64, axis=1, device="cuda"), repeats)
-        rates["HQQ"] = weight.numel() / spent
-    return rates
+        # axis=1 is the one that HQQ's inference kernels read.
+        found[f"HQQ {version}"] = lambda weight: Quantizer.quantize(weight, nbits=4, group_size=64, axis=1)
+    except ImportError as error:
+        print(f"HQQ is not measured: {error}")
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shape", type=int, nargs=2, action="append", help="default: 4096 x 4096 and 4096 x 14336")
+    parser.add_argument("--shape", type=int, nargs=2, action="append", help=f"default: {SHAPES}")
+    parser.add_argument("--format", action="append", help="preset or format name; default: 4 and 3")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
-    shapes = [tuple(shape) for shape in options.shape or ([4096, 4096], [4096, 14336])]
-    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "search": {}}
-    for name, format in PRESETS.items():
+    result: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "shapes": {}}
+    formats = {name: parse_format(name) for name in options.format or ("4", "3")}
+    for name, format in formats.items():
         print(f"{name} bit: {check(format)} blocks equal brute force")
-        for shape in shapes:
-            numbers = measure(format, shape, options.repeats)
-            result["search"][f"{name} bit {shape[0]}x{shape[1]}"] = numbers
+    peers = others()
+    for shape in options.shape or SHAPES:
+        weight = (torch.randn(*shape, device="cuda") * 0.02).bfloat16()
+        row = result["shapes"][f"{shape[0]}x{shape[1]}"] = {}
+        for name, format in formats.items():
+            row[name] = numbers = measure(format, weight, options.repeats)
             print(
-                f"{name} bit {shape[0]:>6} x {shape[1]:<6} {numbers['weights_per_s'] / 1e6:8.0f} M weights/s encoded, "
-                f"{numbers['search_weights_per_s'] / 1e6:.0f} searched; {numbers['times_brute_force']:.0f} x brute force; "
-                f"redone {numbers['blocks_redone_per_million']:.1f} in 10^6; peak {numbers['peak_bytes'] / 1e9:.2f} GB",
+                f"{shape[0]:>6} x {shape[1]:<6} {name + ' bit':<26} {numbers['weights_per_s'] / 1e6:8.0f} M weights/s, "
+                f"{numbers['times_brute_force']:.0f} x brute force, redone {numbers['blocks_redone_per_million']:.1f} in 10^6, "
+                f"peak {numbers['peak_bytes'] / 1e9:.2f} GB",
                 flush=True,
             )
-    result["others"] = others(shapes[-1], options.repeats)
-    for name, rate in result["others"].items():
-        print(f"{name}: {rate / 1e6:.0f} M weights/s")
+        for name, run in peers.items():
+            rate = row[name] = weight.numel() / seconds(partial(run, weight), options.repeats)
+            ratios = ", ".join(f"{row[ours]['weights_per_s'] / rate:.3f} at {ours} bit" for ours in formats)
+            print(f"{'':15} {name:<26} {rate / 1e6:8.0f} M weights/s; this search is {ratios} of it", flush=True)
+        torch.cuda.empty_cache()
     print(json.dumps(result))
 
 

@@ -13,8 +13,8 @@ ways to group are tried and the one with fewer rows is kept:
     pairs   seeds next to each other in the cycle share P - 1 columns outright
 
 Neither the sharing nor the rounding of the rows to float16 is exact. `deficit` is what they can cost, computed for every
-seed from the rounded rows themselves: the largest eigenvalue of (projector on the span) - (sum of row row'). A seed whose
-shared rows miss its span by more than `_TOLERANCE` (sign vectors that coincide, 0.8 % of seeds) gets a group of its own.
+seed from the rounded rows themselves: the largest eigenvalue of (projector on the span) - (sum of row row'). Seeds whose
+shared rows miss their span by more than `_TOLERANCE` (sign vectors that coincide, 0.8 % of seeds) stay alone, in groups of one.
 """
 
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ _SIGN_BITS = 12
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Rows of the bound, float16.
+    """Rows of the bound for groups of one size G, float16.
 
     shared      float16 [groups, P-1, C]
-    own         float16 [groups, G, C]: one row a seed; the last groups of a class repeat a seed to fill up
+    own         float16 [groups, G, C]: one row a seed; a seed is repeated where a group would not be full
     position    int32 [groups, G]: where the seed stands in the cycle
     deficit     for unit w: energy of any seed <= what its rows give + deficit
     """
@@ -49,38 +49,38 @@ class Groups:
 
 
 @lru_cache(maxsize=4)
-def groups(format: BlockFormat) -> Groups:
-    """The grouping of a format with the fewest rows, kept for the life of the process."""
+def groups(format: BlockFormat) -> tuple[Groups, ...]:
+    """The grouping of a format with the fewest rows, and groups of one for the seeds that fit in no group, if there are any.
+
+    Kept for the life of the process.
+    """
     span = basis(format).span.permute(2, 1, 0)  # [N, C, P]
     found = [_by_pairs(format)] if format.seed_bits < _SIGN_BITS else [_by_pairs(format), _by_signs(format)]
     members = min(found, key=lambda m: len(m) * (format.num_coefficients - 1 + m.shape[1]))
     columns = generator(members[:, 0], format)[..., 1:].double()
     if members.shape[1] == _SIGN_GROUP:
         columns = torch.where(columns >= 0, 1.0, -1.0).double()
-    return _complete(span, members, _orthonormal(columns))
+    shared = _orthonormal(columns)
 
-
-def _complete(span: Tensor, members: Tensor, shared: Tensor) -> Groups:
-    """Groups of positions int64 [groups, G] and shared rows float64 [groups, C, P-1], with every misfit set apart."""
     own = _own_rows(span[members], shared)
-    rest = _missing(span[members], shared, own).norm(dim=(-2, -1))
-    misfits = members[rest > _TOLERANCE].unique()
-    if len(misfits):
-        # What stays in a group is repeated over the places of those that left; groups that lost all members go.
-        stays = rest <= _TOLERANCE
-        kept = stays.any(1)
-        members, shared, own, stays = members[kept], shared[kept], own[kept], stays[kept]
-        source = torch.where(stays, torch.arange(members.shape[1]), stays.int().argmax(1, keepdim=True))
-        members = members.gather(1, source)
-        own = own.gather(1, source.unsqueeze(-1).expand_as(own))
-        alone = misfits.unsqueeze(1).expand(-1, members.shape[1])
-        members = torch.cat([members, alone])
-        shared = torch.cat([shared, span[misfits, :, :-1]])
-        own = torch.cat([own, span[misfits, :, -1].unsqueeze(1).expand(-1, own.shape[1], -1)])
-    rows = own.half(), shared.half()
-    deficit = float(torch.linalg.eigvalsh(_missing(span[members], rows[1].double(), rows[0].double())).max())
+    fits = _missing(span[members], shared, own).norm(dim=(-2, -1)) <= _TOLERANCE
+    alone = members[~fits].unique()
+    kept = fits.any(1)
+    members, shared, own, fits = members[kept], shared[kept], own[kept], fits[kept]
+    # What stays in a group is repeated over the places of those that left.
+    source = torch.where(fits, torch.arange(fits.shape[1]), fits.int().argmax(1, keepdim=True))
+    members = members.gather(1, source)
+    own = own.gather(1, source.unsqueeze(-1).expand_as(own))
+    parts = [(members, shared, own), (alone.unsqueeze(1), span[alone, :, :-1], span[alone, :, -1].unsqueeze(1))]
+    return tuple(_rounded(span, *part) for part in parts if len(part[0]))
+
+
+def _rounded(span: Tensor, members: Tensor, shared: Tensor, own: Tensor) -> Groups:
+    """Groups of positions int64 [groups, G] with shared rows float64 [groups, C, P-1] and own rows float64 [groups, G, C]."""
+    own, shared = own.half(), shared.half()
+    deficit = float(torch.linalg.eigvalsh(_missing(span[members], shared.double(), own.double())).max())
     # 1e-9: the float64 bases and eigenvalues themselves, condition 5e5 included.
-    return Groups(rows[1].mT.contiguous(), rows[0].contiguous(), members.int(), max(deficit, 0.0) + 1e-9)
+    return Groups(shared.mT.contiguous(), own, members.int(), max(deficit, 0.0) + 1e-9)
 
 
 def _own_rows(span: Tensor, shared: Tensor) -> Tensor:

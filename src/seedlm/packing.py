@@ -154,5 +154,8 @@ def _to_int32(value: Tensor) -> Tensor:
 def _check_range(name: str, values: Tensor, allowed: tuple[int, int]) -> None:
     if values.is_floating_point() or values.dtype == torch.bool:
         raise TensorError(f"{name}s must be integers, got {values.dtype}")
-    if values.numel() and not (allowed[0] <= int(values.min()) and int(values.max()) <= allowed[1]):
-        raise TensorError(f"{name}s must be {allowed[0]} .. {allowed[1]}, got {int(values.min())} .. {int(values.max())}")
+    if not values.numel():
+        return
+    least, most = torch.stack(values.aminmax()).tolist()  # one wait for a device, not two
+    if least < allowed[0] or most > allowed[1]:
+        raise TensorError(f"{name}s must be {allowed[0]} .. {allowed[1]}, got {least} .. {most}")

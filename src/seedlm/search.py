@@ -126,7 +126,9 @@ def encode_rows(
     out_features, in_features = rows.shape
     per_row = format.blocks_per_row(in_features)
     padding = per_row * format.block_size - in_features
-    rows = torch.nn.functional.pad(rows.detach().float(), (0, padding))
+    rows = rows.detach().float()
+    if padding:
+        rows = torch.nn.functional.pad(rows, (0, padding))
     pieces, parts = [], []
     for codes, scores in find(rows.reshape(-1, format.block_size), exponent_bias, format, rounding):
         pieces.append(codes)

@@ -17,9 +17,9 @@ seed. Nothing is dropped, and `search` says how many there were.
 The order within a list depends on timing; what is selected from it does not.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,16 +27,13 @@ import torch
 from torch import Tensor
 
 from seedlm import search_triton_kernels as kernels
-from seedlm.basis import basis
 from seedlm.codec import BlockCodes, Rounding
-from seedlm.format import WORD_BITS, BlockFormat
-from seedlm.groups import groups
+from seedlm.format import BlockFormat
+from seedlm.search_triton_tables import Tiles, tables
 
-WORKING_SET = 3 << 29
+WORKING_SET = 2 << 30
 """Bytes of GPU memory that a search may use at once, beside the tables (8 MB at the 4-bit preset) and its result."""
 
-_TILE_SEEDS = 64
-_TILE_ROWS = 64
 _SEGMENT = 256
 """Blocks to a program where blocks are independent."""
 _FIRST_TILES = 4
@@ -54,28 +51,6 @@ _FEW_BLOCKS = 64
 _MAX_CHUNK = 1 << 18
 
 
-@dataclass(frozen=True, eq=False)
-class _Tables:
-    """Tables of a format on one device; tiles are padded with zero rows, which reach nothing, to whole `_TILE_ROWS`.
-
-    rows        float16 [tiles/64, T, G + P-1, 64, Ck]: a group's own rows, then its shared ones, as the bound pass reads them
-    own         float16 [tiles, C, T, G]
-    shared      float16 [tiles, P-1, C, T]
-    position    int32 [tiles, T, G]
-    stream      int32 [...]: the register's endless bit stream, 32 bits a word
-    pinv        float32 [N, P, C]
-    """
-
-    rows: Tensor
-    own: Tensor
-    shared: Tensor
-    position: Tensor
-    stream: Tensor
-    pinv: Tensor
-    seed_margin: float
-    tile_margin: float
-
-
 def search(
     blocks: Tensor,
     exponent_bias: int,
@@ -91,44 +66,68 @@ def search(
     working_set   bytes of GPU memory to stay within
     redone        is told how many blocks did not close: budget of the next try (None: every seed) -> blocks
     """
-    with torch.cuda.device(blocks.device):
-        job = _Job(blocks.device, exponent_bias, format, rounding, working_set, Counter() if redone is None else redone)
+    redone = Counter() if redone is None else redone
     pending: _Round | None = None
-    for chunk in blocks.split(job.chunk_blocks(_BUDGETS[0])):
+    with torch.cuda.device(blocks.device):
+        engine = _engine(format, rounding, blocks.device, threading.get_ident())
+        size = engine.begin(exponent_bias, working_set)
+    for chunk in blocks.split(size):
         # The GPU gets its next chunk before this thread waits for the last one.
         with torch.cuda.device(blocks.device):
-            started = job.start(chunk.contiguous())
-            finished, pending = pending and job.finish(pending), started
+            started = engine.start(chunk)
+            finished, pending = pending and engine.finish(pending, redone), started
         if finished:
             yield finished
     if pending:
         with torch.cuda.device(blocks.device):
-            finished = job.finish(pending)
+            finished = engine.finish(pending, redone)
         yield finished
 
 
 class _Round(NamedTuple):
-    """A chunk's first round under way: blocks, their score, key and whether they stay open, and, on the host, how many do."""
+    """A chunk's first round under way: its blocks, their score, key and fields, whether they stay open, and how many do."""
 
     blocks: Tensor
     score: Tensor
     key: Tensor
+    codes: BlockCodes
     unsolved: Tensor
     still_open: Tensor
     done: torch.cuda.Event
 
 
-class _Job:
-    """One search: its tables and constants."""
+class _Plan(NamedTuple):
+    """The first round of some number of blocks as a CUDA graph: what it reads and what it leaves."""
 
-    def __init__(
-        self, device: torch.device, bias: int, format: BlockFormat, rounding: Rounding, working_set: int, redone: Counter
-    ) -> None:
-        self.format, self.working_set, self.redone = format, working_set, redone
-        self.tables = _tables(format, device)
+    graph: torch.cuda.CUDAGraph
+    blocks: Tensor
+    score: Tensor
+    key: Tensor
+    codes: BlockCodes
+    unsolved: Tensor
+
+
+@lru_cache(maxsize=32)
+def _engine(format: BlockFormat, rounding: Rounding, device: torch.device, thread: int) -> "_Engine":
+    """The engine of one thread, kept with its plans and their memory: a capture takes longer than a small tensor's search."""
+    return _Engine(format, rounding, device)
+
+
+class _Engine:
+    """A format's search on one device.
+
+    A round is twenty launches of 0.1 ms each on the host, more than the GPU takes for small tensors and as much as it takes for
+    large ones. So rounds are captured once for each number of blocks, and replayed.
+    """
+
+    def __init__(self, format: BlockFormat, rounding: Rounding, device: torch.device) -> None:
+        self.format, self.working_set = format, WORKING_SET
+        self.tables = tables(format, device)
+        self.bias = torch.zeros((), dtype=torch.int32, device=device)
+        self.plans: dict[int, _Plan] = {}
+        self.last = torch.cuda.Event()
         low, high = format.coefficient_range
         self.evaluation = {
-            "BIAS": bias,
             "K": format.seed_bits,
             "C": format.block_size,
             "P": format.num_coefficients,
@@ -143,28 +142,71 @@ class _Job:
             "LANES": 128,
         }
 
+    def begin(self, exponent_bias: int, working_set: int) -> int:
+        """Make ready for a tensor's blocks; returns how many to a chunk."""
+        torch.cuda.current_stream().wait_event(self.last)
+        self.bias.fill_(exponent_bias)
+        self.working_set = working_set
+        size = self.chunk_blocks(_BUDGETS[0])
+        if max(self.plans, default=0) > size:
+            self.last.synchronize()
+            self.plans.clear()
+        return size
+
     def chunk_blocks(self, budget: int) -> int:
-        """Blocks, whole segments of them, whose lists and bounds fit the working set."""
-        tiles = self.tables.position.shape[0]
-        per_block = 2 * tiles + 6 * self.tables.rows.shape[-1] + 64 + 32 * _FIRST_TILES + (8 + 24 * _SEEDS_PER_TILE) * budget
-        return max(1, min(_MAX_CHUNK, self.working_set // per_block) // _SEGMENT) * _SEGMENT
+        """Blocks, whole segments of them, whose lists and bounds fit half the working set: the other is for what is redone."""
+        tiles = sum(map(len, self.tables.kinds))
+        per_block = 2 * tiles + 6 * self.tables.width + 96 + 32 * _FIRST_TILES + (8 + 24 * _SEEDS_PER_TILE) * budget
+        return max(1, min(_MAX_CHUNK, self.working_set // 2 // per_block) // _SEGMENT) * _SEGMENT
+
+    def plan(self, count: int) -> _Plan:
+        """The plan for at least this many blocks, at most a quarter too long."""
+        step = max(_SEGMENT, (1 << (count - 1).bit_length()) // 8)
+        size = min(-(-count // step) * step, self.chunk_blocks(_BUDGETS[0]))
+        if size not in self.plans:
+            self.plans[size] = self.capture(size)
+        return self.plans[size]
+
+    def capture(self, size: int) -> _Plan:
+        blocks = torch.zeros(size, self.format.block_size, device=self.bias.device)
+        if not self.plans:
+            self.fields(self.bounded(blocks[:_SEGMENT], _BUDGETS[0])[1])  # compiles and loads, which a capture cannot
+        pool = next(iter(self.plans.values())).graph.pool() if self.plans else None
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Plans share their memory: they run one after the other. Other threads may go on with their own work.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                score, key, unsolved = self.bounded(blocks, _BUDGETS[0])
+                codes = self.fields(key)
+            finally:
+                graph.capture_end()
+        return _Plan(graph, blocks, score, key, codes, unsolved)
 
     def start(self, blocks: Tensor) -> _Round:
         """Queue the first round of a chunk; waits for nothing."""
-        score, key, unsolved = self.bounded(blocks, _BUDGETS[0])
-        count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(unsolved.sum(), non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return _Round(blocks, score, key, unsolved, count, done)
+        count = len(blocks)
+        plan = self.plan(count)
+        plan.blocks[:count] = blocks
+        plan.blocks[count:] = 0
+        plan.graph.replay()
+        score, key, *fields, unsolved = (x[:count].clone() for x in (plan.score, plan.key, *plan.codes, plan.unsolved))
+        still_open = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(unsolved.sum(), non_blocking=True)
+        self.last = torch.cuda.Event()
+        self.last.record()
+        return _Round(blocks, score, key, BlockCodes(*fields), unsolved, still_open, self.last)
 
-    def finish(self, started: _Round) -> tuple[BlockCodes, Tensor]:
+    def finish(self, started: _Round, redone: Counter[int | None]) -> tuple[BlockCodes, Tensor]:
         """Wait for a chunk and redo what stayed open until nothing is."""
         started.done.synchronize()
+        codes, score, key = started.codes, started.score, started.key
         if int(started.still_open):
-            self.redo(started.blocks, started.unsolved.nonzero()[:, 0], started.score, started.key)
-        return _codes(started.key, self.format), started.score
+            self.redo(started.blocks, started.unsolved.nonzero()[:, 0], score, key, redone)
+            codes = self.fields(key)
+        return codes, score
 
-    def redo(self, blocks: Tensor, rows: Tensor, score: Tensor, key: Tensor) -> None:
+    def redo(self, blocks: Tensor, rows: Tensor, score: Tensor, key: Tensor, redone: Counter[int | None]) -> None:
         """Solve these rows' blocks in place: with a larger budget if they are many, then with every seed."""
         for budget in (*_BUDGETS[1:], None):
             if not len(rows):
@@ -173,8 +215,8 @@ class _Job:
             distinct, copy = blocks[rows].unique(dim=0, return_inverse=True)
             if len(distinct) <= _FEW_BLOCKS:
                 budget = None
-            self.redone[budget] += len(rows)
-            size = self.chunk_blocks(budget) if budget else max(1, self.working_set // (24 * self.format.num_seeds))
+            redone[budget] += len(rows)
+            size = self.chunk_blocks(budget) if budget else max(1, self.working_set // (48 * self.format.num_seeds))
             pieces = [self.bounded(p, budget) if budget else self.exhaustive(p) for p in distinct.split(size)]
             new_score, new_key, still = (torch.cat(parts)[copy] for parts in zip(*pieces, strict=True))
             score[rows], key[rows] = new_score, new_key
@@ -184,51 +226,75 @@ class _Job:
         """Winners' score [N] and key [N], and which blocks stay open (bool [N]; theirs mean nothing)."""
         tables, device, count = self.tables, blocks.device, len(blocks)
         blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -count % _SEGMENT))
-        tiles, groups_per_tile, group = tables.position.shape
-        padded, segments, width = len(blocks), len(blocks) // _SEGMENT, tables.rows.shape[-1]
-        shape = {"C": self.format.block_size, "P": self.format.num_coefficients, "CK": width, "T": groups_per_tile, "G": group}
+        padded, segments, width = len(blocks), len(blocks) // _SEGMENT, tables.width
+        sizes = [len(kind) for kind in tables.kinds]
 
         unit = torch.empty(padded, width, dtype=torch.float32, device=device)
         half = torch.empty(padded, width, dtype=torch.float16, device=device)
         norm = torch.empty(padded, dtype=torch.float64, device=device)
         kernels.normalize[segments,](blocks, unit, half, norm, C=self.format.block_size, CK=width, BN=_SEGMENT)
-        least = torch.empty(tiles, padded, dtype=torch.float16, device=device)
-        _launch_bound(half, tables.rows, least)
+        least = torch.empty(sum(sizes), padded, dtype=torch.float16, device=device)
+        for kind, part in zip(tables.kinds, least.split(sizes), strict=True):
+            self.bound(half, kind, part)
 
         best = _Best(padded, device)
-        first, seeds = (_Pairs(segments, _FIRST_TILES * _SEGMENT, device, full=True) for _ in range(2))
-        kernels.first[segments,](least, *first, padded, TILES=tiles, BN=_SEGMENT, TT=16, FIRST=_FIRST_TILES)
+        first, seeds = (_pairs(segments, _FIRST_TILES * _SEGMENT, device, full=True) for _ in range(2))
+        kernels.first[segments,](
+            least, *first, padded, TILES=sizes[0], BN=_SEGMENT, SHARES=2 * _FIRST_TILES, FIRST=_FIRST_TILES, num_warps=1
+        )
         threshold = torch.empty(padded, dtype=torch.float32, device=device)
-        kernels.rescan[segments, 8](
-            unit, tables.own, tables.shared, tables.position, threshold, best.open, *first, *seeds,
-            first.capacity, seeds.capacity, ENTRIES=64, FIRST=True, **shape,
-        )  # fmt: skip
+        self.rescan(tables.kinds[0], unit, threshold, best.open, first, seeds, splits=8, ENTRIES=64, FIRST=True)
         self.evaluate(blocks, seeds, best, splits=8)
 
         kernels.threshold[segments,](
             norm, best.score, threshold, best.open, tables.seed_margin, DIVISOR=self.format.divisor, BN=_SEGMENT
         )
         columns = min(_LIST_BLOCKS, padded)
-        parts = tiles // _LIST_TILES, -(-padded // columns)
-        capacity = columns * budget // parts[0]
-        wanted = _Pairs(parts[0] * parts[1], capacity, device)
-        seeds = _Pairs(parts[0] * parts[1], capacity * _SEEDS_PER_TILE, device)
-        kernels.list[parts](
-            least, threshold, best.open, best.listed, *wanted, padded, columns, wanted.capacity,
-            tables.tile_margin - tables.seed_margin, BN=_SEGMENT, TT=_LIST_TILES, LIMIT=8 * budget, num_warps=1,
-        )  # fmt: skip
-        kernels.rescan[parts[0] * parts[1], 4](
-            unit, tables.own, tables.shared, tables.position, threshold, best.open, *wanted, *seeds,
-            wanted.capacity, seeds.capacity, ENTRIES=_ENTRIES, FIRST=False, num_warps=1, **shape,
-        )  # fmt: skip
+        across, down = -(-padded // columns), [size // _LIST_TILES for size in sizes]
+        capacity = columns * budget // down[0]
+        wanted = _pairs(sum(down) * across, capacity, device)
+        seeds = _pairs(sum(down) * across, capacity * _SEEDS_PER_TILE, device)
+        segment = 0
+        for kind, part, rows in zip(tables.kinds, least.split(sizes), down, strict=True):
+            tiles, found = (_Pairs(*(field[segment : segment + rows * across] for field in lists)) for lists in (wanted, seeds))
+            segment += rows * across
+            kernels.list[rows, across](
+                part, threshold, best.open, best.listed, *tiles, padded, columns, tiles.capacity,
+                tables.tile_margin - tables.seed_margin, BN=_SEGMENT, TT=_LIST_TILES, LIMIT=8 * budget, num_warps=1,
+            )  # fmt: skip
+            self.rescan(kind, unit, threshold, best.open, tiles, found, splits=4, ENTRIES=_ENTRIES, FIRST=False, num_warps=1)
         self.select(seeds, *self.evaluate(blocks, seeds, best, splits=2), best, splits=1)
         score, key = best.result()
         return score[:count], key[:count], best.open[:count] != 0
 
+    def bound(self, half: Tensor, kind: Tiles, least: Tensor) -> None:
+        """Fill least float16 [tiles, blocks] for unit blocks float16 [blocks, Ck]."""
+        tile_blocks = kind.rows.shape[0]
+        seeds = kind.position.shape[2]
+        own = seeds if seeds % 2 == 0 else 0  # a single seed's own row counts like shared ones
+        shared = self.format.num_coefficients - 1 + seeds - own
+        # H100: three programs of 4 warps to a processor, 0.90 ms a chunk at the 4-bit preset, against 1.05 for two of 8 warps,
+        # which are best at the 3-bit preset (2.31 against 2.77 ms).
+        options = {"num_warps": 4, "maxnreg": 168} if own > 8 and shared % 2 == 0 else {"num_warps": 8}
+        kernels.bound[len(half) // _SEGMENT,](
+            half, kind.rows, least, len(half), tile_blocks, OWN=own, SHARED=shared,
+            T=kind.position.shape[1], TM=len(kind) // tile_blocks, BN=_SEGMENT, CK=half.shape[1], STAGES=3, **options,
+        )  # fmt: skip
+
+    def rescan(
+        self, kind: Tiles, unit: Tensor, threshold: Tensor, still_open: Tensor, tiles: "_Pairs", seeds: "_Pairs", splits: int,
+        **options: int,
+    ) -> None:  # fmt: skip
+        kernels.rescan[len(tiles.filled), splits](
+            unit, kind.own, kind.shared, kind.position, threshold, still_open, *tiles, *seeds, tiles.capacity, seeds.capacity,
+            C=self.format.block_size, P=self.format.num_coefficients, CK=self.tables.width,
+            T=kind.position.shape[1], G=kind.position.shape[2], **options,
+        )  # fmt: skip
+
     def exhaustive(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Winners' score [N] and key [N] over all seeds, and that no block stays open."""
         count, device = len(blocks), blocks.device
-        seeds, best = _Pairs(count, self.format.num_seeds, device, full=True), _Best(count, device)
+        seeds, best = _pairs(count, self.format.num_seeds, device, full=True), _Best(count, device)
         seeds.block.copy_(torch.arange(count, dtype=torch.int32, device=device).unsqueeze(1).expand_as(seeds.block))
         seeds.item.copy_(torch.arange(seeds.capacity, dtype=torch.int32, device=device).expand_as(seeds.item))
         self.select(seeds, *self.evaluate(blocks, seeds, best, splits=64), best, splits=16)
@@ -238,30 +304,49 @@ class _Job:
         """Score and key int64 [segments, capacity] of every pair; lowers `best.score`."""
         score, key = (torch.empty(seeds.block.shape, dtype=torch.int64, device=blocks.device) for _ in range(2))
         # A fused multiply-add would round once where the definition rounds twice.
-        kernels.evaluate[len(seeds.count), splits](
-            blocks, self.tables.pinv, self.tables.stream, *seeds, score, key, best.score, seeds.capacity,
+        kernels.evaluate[len(seeds.filled), splits](
+            blocks, self.tables.pinv, self.tables.stream, self.bias, *seeds, score, key, best.score, seeds.capacity,
             enable_fp_fusion=False, **self.evaluation,
         )  # fmt: skip
         return score, key
 
+    def fields(self, key: Tensor) -> BlockCodes:
+        """The fields that keys int64 [N] stand for."""
+        count, device = len(key), key.device
+        seeds = torch.empty(count, dtype=torch.int32, device=device)
+        exponents = torch.empty(count, dtype=torch.int8, device=device)
+        coefficients = torch.empty(count, self.format.num_coefficients, dtype=torch.int8, device=device)
+        kernels.fields[-(-count // 256),](
+            key, seeds, exponents, coefficients, count, P=self.format.num_coefficients, LANES=256,
+            **{name: self.evaluation[name] for name in ("Q_LOW", "Q_BITS", "E_LOW", "E_BITS")},
+        )  # fmt: skip
+        return BlockCodes(seeds, exponents, coefficients)
+
     def select(self, seeds: "_Pairs", score: Tensor, key: Tensor, best: "_Best", splits: int) -> None:
-        kernels.select[len(seeds.count), splits](*seeds, score, key, best.score, best.key, seeds.capacity, LANES=256)
+        kernels.select[len(seeds.filled), splits](*seeds, score, key, best.score, best.key, seeds.capacity, LANES=256)
 
 
-class _Pairs:
+class _Pairs(NamedTuple):
     """Lists of (block, item) in segments of one capacity; items are tiles (times 4, plus a tag) or positions in the cycle.
 
     block, item   int32 [segments, capacity], in no particular order
-    count         int32 [segments]; may exceed the capacity, what is beyond was not kept
+    filled        int32 [segments]; may exceed the capacity, what is beyond was not kept
     """
 
-    def __init__(self, segments: int, capacity: int, device: torch.device, full: bool = False) -> None:
-        self.capacity = capacity = max(16, capacity // 16 * 16) if not full else capacity
-        self.block, self.item = (torch.empty(segments, capacity, dtype=torch.int32, device=device) for _ in range(2))
-        self.count = torch.full((segments,), capacity if full else 0, dtype=torch.int32, device=device)
+    block: Tensor
+    item: Tensor
+    filled: Tensor
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.block, self.item, self.count))
+    @property
+    def capacity(self) -> int:
+        return self.block.shape[1]
+
+
+def _pairs(segments: int, capacity: int, device: torch.device, full: bool = False) -> _Pairs:
+    """Empty lists, or lists about to be filled to their capacity."""
+    capacity = max(16, capacity // 16 * 16) if not full else capacity
+    block, item = (torch.empty(segments, capacity, dtype=torch.int32, device=device) for _ in range(2))
+    return _Pairs(block, item, torch.full((segments,), capacity if full else 0, dtype=torch.int32, device=device))
 
 
 class _Best:
@@ -275,78 +360,3 @@ class _Best:
         """Score float64 and key int64."""
         ordered = self.score
         return (ordered ^ ((ordered >> 63) & torch.iinfo(torch.int64).max)).view(torch.float64), self.key
-
-
-def _codes(key: Tensor, format: BlockFormat) -> BlockCodes:
-    """Fields of keys int64 [N]: seed, exponent, coefficients, most significant first, each counted from its least value."""
-    coefficients = []
-    for p in reversed(range(format.num_coefficients)):
-        shift = format.coefficient_bits * (format.num_coefficients - 1 - p)
-        coefficients.append(((key >> shift) & ((1 << format.coefficient_bits) - 1)) + format.coefficient_range[0])
-    shift = format.coefficient_bits * format.num_coefficients
-    exponents = ((key >> shift) & ((1 << format.exponent_bits) - 1)) + format.exponent_range[0]
-    seeds = key >> (shift + format.exponent_bits)
-    return BlockCodes(seeds.int(), exponents.to(torch.int8), torch.stack(coefficients[::-1], 1).to(torch.int8))
-
-
-@lru_cache(maxsize=4)
-def _tables(format: BlockFormat, device: torch.device) -> _Tables:
-    found = groups(format)
-    count, group, size = found.own.shape
-    per_tile = max(1, _TILE_SEEDS // group)
-    tiles = -(-count // (per_tile * _TILE_ROWS)) * _TILE_ROWS
-    pad = tiles * per_tile - count
-
-    def tiled(rows: Tensor) -> Tensor:
-        return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, pad)).unflatten(0, (tiles, per_tile))
-
-    own, shared = tiled(found.own), tiled(found.shared)  # [tiles, T, G or P-1, C]
-    rows = torch.cat([own, shared], 2).unflatten(0, (-1, _TILE_ROWS)).permute(0, 2, 3, 1, 4)
-    width = -(-size // 16) * 16
-    cycle = basis(format).cycle
-    bits = (cycle[: format.num_seeds] & 1).repeat(-(-(format.num_seeds + 256) // format.num_seeds))
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % WORD_BITS)).view(-1, WORD_BITS)
-    words = (bits << torch.arange(WORD_BITS)).sum(1)
-    seed_margin, tile_margin = _margins(format, found.deficit)
-    return _Tables(
-        rows=torch.nn.functional.pad(rows, (0, width - size)).contiguous().to(device),
-        own=own.permute(0, 3, 1, 2).contiguous().to(device),
-        shared=shared.permute(0, 2, 3, 1).contiguous().to(device),
-        position=tiled(found.position.unsqueeze(-1)).squeeze(-1).contiguous().to(device),
-        stream=words.to(torch.uint32).view(torch.int32).to(device),
-        pinv=basis(format).pinv.permute(2, 0, 1).contiguous().to(device),
-        seed_margin=seed_margin,
-        tile_margin=tile_margin,
-    )
-
-
-def _margins(format: BlockFormat, deficit: float) -> tuple[float, float]:
-    """By how much the true residual of a unit block may lie below the one computed by `rescan`, and by `bound`.
-
-    `rescan` works in float32: C products, their sum and P squares of at most 1 each lose less than (C + P + 4) 2^-23.
-    `bound` in float16 (unit roundoff h = 2^-11) adds, with energies up to 1 + d, d the deficit:
-
-        2h + h^2 + 2 sqrt(C) 2^-25   the block rounded to float16, subnormal where small
-        4h + 4h^2                    each product rounded to float16, 2h because truncation is not ruled out, then squared
-        P h / 2                      P subtractions from at most 1
-        2^-14                        the tag in the lowest bits, cleared: that raises negative residuals, by 2^-8 of 0.01
-        2^-14                        the sums inside the tensor cores, undocumented: 2^-18 each is a hundred times what was seen
-    """
-    h = 2.0**-11
-    size, count = format.block_size, format.num_coefficients
-    single = (size + count + 4) * 2.0**-22 + deficit
-    half = (6 * h + 5 * h * h) * (1 + 2 * deficit) + 2 * size**0.5 * 2.0**-25 + count * h / 2 + 2.0**-13
-    return single, single + half
-
-
-def _launch_bound(half: Tensor, rows: Tensor, least: Tensor) -> None:
-    """Fill least float16 [tiles, blocks] for unit blocks float16 [blocks, Ck] and `_Tables.rows`."""
-    tile_blocks, per_tile, group_rows, tile_rows, width = rows.shape
-    own = _TILE_SEEDS // per_tile
-    # H100: 14.6e12 pairs/s at the 4-bit preset, against 11.8e12 with 128 blocks in 3 stages; with few own rows a group is
-    # too short for that, and 128 blocks in 3 stages are best (7.2e12 at the 3-bit preset).
-    block_columns, stages = (256, 2) if own > 8 else (128, 3)
-    kernels.bound[len(half) // block_columns,](
-        half, rows, least, len(half), tile_blocks, OWN=own, SHARED=group_rows - own, T=per_tile, BM=tile_rows,
-        BN=block_columns, CK=width, STAGES=stages, XORSIGN=torch.cuda.get_device_capability() >= (8, 6), num_warps=4,
-    )  # fmt: skip

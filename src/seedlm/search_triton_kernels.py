@@ -11,15 +11,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _larger_magnitude(a, b, XORSIGN: tl.constexpr):
-    """A value of magnitude max(|a|, |b|), two float16 to an instruction, which Triton's own maximum is not."""
-    if XORSIGN:
-        return tl.inline_asm_elementwise(
-            "max.xorsign.abs.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2
-        )
+def _largest_magnitude(a, b, c):
+    """Gives max(|a|, |b|, |c|): one instruction on Hopper for two float16 each, which Triton's own maximum is not."""
     return tl.inline_asm_elementwise(
-        "{.reg .b32 x, y; abs.f16x2 x, $1; abs.f16x2 y, $2; max.f16x2 $0, x, y;}",
-        "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2,
+        "{.reg .b32 x, y, z; abs.f16x2 x, $1; abs.f16x2 y, $2; abs.f16x2 z, $3; max.f16x2 x, x, y; max.f16x2 $0, x, z;}",
+        "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2,
     )  # fmt: skip
 
 
@@ -35,6 +31,15 @@ def _less_square(a, b):
 @triton.jit
 def _smaller(a, b):
     return tl.inline_asm_elementwise("min.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _plus_if_reached(sum, residual, limit, value: tl.constexpr):
+    """Gives sum + value where residual <= limit, else sum."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 f; set.le.f16x2.f16x2 f, $2, $3; fma.rn.f16x2 $0, f, $4, $1;}",
+        "=r,r,r,r,r", [sum, residual, limit, tl.full(sum.shape, value, tl.float16)], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -63,58 +68,108 @@ def normalize(blocks, unit, half, norm, C: tl.constexpr, CK: tl.constexpr, BN: t
 
 
 @triton.jit
+def _pair(rows, w, TM: tl.constexpr, BN: tl.constexpr, CK: tl.constexpr):
+    """Products of the blocks [CK, BN] with two rows of TM tiles each, float16 [TM/8, 8, BN].
+
+    Eight tiles' first rows stand before their second ones: the tensor cores give a thread both, so the split moves nothing.
+    """
+    at = tl.arange(0, 2 * TM)[:, None] * CK + tl.arange(0, CK)[None, :]
+    x = tl.dot(tl.load(rows + at), w, out_dtype=tl.float16)
+    return tl.split(tl.permute(tl.reshape(x, [TM // 8, 2, 8, BN]), 0, 2, 3, 1))
+
+
+@triton.jit
+def _residual(residual, rows, w, OWN: tl.constexpr, SHARED: tl.constexpr, TM: tl.constexpr, BN: tl.constexpr, CK: tl.constexpr):
+    """What a group's pairs of rows leave of the residual: the largest of its own, and the shared ones."""
+    SIZE: tl.constexpr = 2 * TM * CK
+    if OWN > 0:
+        own, x = _pair(rows, w, TM, BN, CK)
+        own = _largest_magnitude(own, x, x)
+        for j in tl.static_range(1, OWN // 2):
+            x, y = _pair(rows + j * SIZE, w, TM, BN, CK)
+            own = _largest_magnitude(own, x, y)
+        residual = _less_square(residual, own)
+    for j in tl.static_range(OWN // 2, (OWN + SHARED) // 2):
+        x, y = _pair(rows + j * SIZE, w, TM, BN, CK)
+        residual = _less_square(_less_square(residual, x), y)
+    return residual
+
+
+@triton.jit
 def bound(
-    half, rows, least, blocks, tile_blocks, OWN: tl.constexpr, SHARED: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, CK: tl.constexpr, STAGES: tl.constexpr, XORSIGN: tl.constexpr,
+    half, rows, least, blocks, tile_blocks, OWN: tl.constexpr, SHARED: tl.constexpr, T: tl.constexpr, TM: tl.constexpr,
+    BN: tl.constexpr, CK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Least residual of BM tiles at a time (a row each, T groups of OWN seeds) for BN blocks."""
+    """Least residual of TM tiles at a time (T groups each) for BN blocks. OWN is even; if SHARED is odd, groups go in twos."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.arange(0, BM)
-    k = tl.arange(0, CK)
-    w = tl.load(half + n[None, :] * CK + k[:, None])
-    at = rows + m[:, None] * CK + k[None, :]
+    w = tl.load(half + n[None, :] * CK + tl.arange(0, CK)[:, None])
+    one = tl.full([TM // 8, 8, BN], 1.0, tl.float16)
+    GROUPS: tl.constexpr = 1 + SHARED % 2
+    SIZE: tl.constexpr = (OWN + SHARED) // 2 * (2 * TM * CK)
     for tile_block in range(tile_blocks):
-        best = tl.full([BM, BN], 4.0, tl.float16)
-        for t in tl.range(T, num_stages=STAGES):
-            group = at + (tile_block * T + t) * ((OWN + SHARED) * BM * CK)
-            own = tl.dot(tl.load(group), w, out_dtype=tl.float16)
-            for j in tl.static_range(1, OWN):
-                x = tl.dot(tl.load(group + j * BM * CK), w, out_dtype=tl.float16)
-                own = _larger_magnitude(own, x, XORSIGN)
-            residual = _less_square(tl.full([BM, BN], 1.0, tl.float16), own)
-            for p in tl.static_range(SHARED):
-                s = tl.dot(tl.load(group + (OWN + p) * BM * CK), w, out_dtype=tl.float16)
-                residual = _less_square(residual, s)
-            best = _smaller(best, _tagged(residual, t * 4 // T))
-        tl.store(least + (tile_block * BM + m)[:, None].to(tl.int64) * blocks + n[None, :], best)
+        best = one + 3.0
+        for t in tl.range(T // GROUPS, num_stages=STAGES):
+            group = rows + (tile_block * (T // GROUPS) + t) * (GROUPS * (OWN + SHARED) * TM * CK)
+            if GROUPS == 1:
+                best = _smaller(best, _tagged(_residual(one, group, w, OWN, SHARED, TM, BN, CK), t * 4 // T))
+            else:
+                x, y = _pair(group + 2 * SIZE, w, TM, BN, CK)
+                first = _residual(_less_square(one, x), group, w, OWN, SHARED, TM, BN, CK)
+                best = _smaller(best, _tagged(first, t * 8 // T))
+                second = _residual(_less_square(one, y), group + SIZE, w, OWN, SHARED, TM, BN, CK)
+                best = _smaller(best, _tagged(second, (t * 8 + 4) // T))
+        m = tile_block * TM + tl.arange(0, TM // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(least + m[:, :, None].to(tl.int64) * blocks + n[None, None, :], best)
+
+
+@triton.jit
+def _take_if_less(least, index, residual, tile):
+    """The lesser of two residuals, and its tile as float16: exact up to 2048."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 f, d; set.lt.f16x2.f16x2 f, $4, $2; min.f16x2 $0, $4, $2; sub.f16x2 d, $5, $3; fma.rn.f16x2 $1, f, d, $3;}",
+        "=r,=r,r,r,r,r", [least, index, residual, tile], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit
 def first(
-    least,
-    tile_block,
-    tile_index,
-    tile_count,
-    blocks,
-    TILES: tl.constexpr,
-    BN: tl.constexpr,
-    TT: tl.constexpr,
+    least, tile_block, tile_index, tile_count, blocks, TILES: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr,
     FIRST: tl.constexpr,
-):
-    """The FIRST best among the minima of TT interleaved shares of the tiles, for a segment of BN blocks."""
+):  # fmt: skip
+    """The FIRST best among the minima of SHARES interleaved shares of the tiles, for a segment of BN blocks."""
     segment = tl.program_id(0)
     lane = tl.arange(0, BN)
     n = segment * BN + lane
-    key = tl.full([TT, BN], 2147483647, tl.int32)
-    for start in range(0, TILES, TT):
-        tile = start + tl.arange(0, TT)[:, None]
-        residual = tl.load(least + tile.to(tl.int64) * blocks + n[None, :])
+    values = ()
+    tiles = ()
+    for share in tl.static_range(SHARES):
+        value = tl.load(least + blocks.to(tl.int64) * share + n)
+        tile = tl.full([BN], share, tl.float16)
+        values = values + (value,)
+        tiles = tiles + (tile,)
+    for start in range(SHARES, TILES, SHARES):
+        new_values = ()
+        new_tiles = ()
+        for share in tl.static_range(SHARES):
+            residual = tl.load(least + blocks.to(tl.int64) * (start + share) + n)
+            value, tile = _take_if_less(values[share], tiles[share], residual, tl.zeros([BN], tl.float16) + (start + share))
+            new_values = new_values + (value,)
+            new_tiles = new_tiles + (tile,)
+        values = new_values
+        tiles = new_tiles
+    keys = ()
+    for share in tl.static_range(SHARES):
         # Non-negative float16 are ordered like their bits, so a residual and its tile make one integer to minimise.
-        bits = tl.maximum(residual.to(tl.int16, bitcast=True), 0).to(tl.int32)
-        key = tl.minimum(key, (bits << 16) | tile)
+        bits = tl.maximum(values[share].to(tl.int16, bitcast=True), 0).to(tl.int32)
+        keys = keys + ((bits << 16) | tiles[share].to(tl.int32),)
     for i in tl.static_range(FIRST):
-        smallest = tl.min(key, axis=0)
-        key = tl.where(key == smallest[None, :], 2147483647, key)
+        smallest = keys[0]
+        for share in tl.static_range(1, SHARES):
+            smallest = tl.minimum(smallest, keys[share])
+        rest = ()
+        for share in tl.static_range(SHARES):
+            rest = rest + (tl.where(keys[share] == smallest, 2147483647, keys[share]),)
+        keys = rest
         at = segment * (FIRST * BN) + i * BN + lane
         tl.store(tile_block + at, n)
         tl.store(tile_index + at, (smallest & 0xFFFF) << 2 | (smallest >> 16 & 3))
@@ -145,14 +200,20 @@ def list(
     segment = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     base = segment.to(tl.int64) * capacity
     tiles = tl.program_id(0) * TT
-    row = tl.arange(0, TT)[:, None]
     for start in range(tl.program_id(1) * columns, tl.minimum((tl.program_id(1) + 1) * columns, blocks), BN):
         n = start + tl.arange(0, BN)
         reach = tl.load(threshold + n) + margin
-        tagged = tl.load(least + (tiles + row).to(tl.int64) * blocks + n[None, :]).to(tl.int16, bitcast=True)
-        residual = (tagged & -4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        # Rounded up, with all tag bits set: above whatever a tile that is wanted may have there.
+        limit = (reach * (1 + 2.0**-10)).to(tl.float16).to(tl.int16, bitcast=True) | 3
+        limit = limit.to(tl.float16, bitcast=True)
         # One word a block says which of the tiles are wanted; almost all words are empty or have one bit.
-        word = tl.sum(tl.where(residual <= reach[None, :], 1 << row, 0), axis=0)
+        word = tl.zeros([BN], tl.int32)
+        for half in tl.static_range(TT // 8):
+            bits = tl.zeros([BN], tl.float16)
+            for row in tl.static_range(8):
+                residual = tl.load(least + (tiles + half * 8 + row).to(tl.int64) * blocks + n)
+                bits = _plus_if_reached(bits, residual, limit, 2.0**row)
+            word |= bits.to(tl.int32) << (half * 8)
         while tl.max(word, axis=0) > 0:
             wanted = word != 0
             tile = tiles + ((word & -word).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
@@ -238,9 +299,9 @@ def _rounded(t, exponent, up, NEAREST: tl.constexpr, Q_LOW: tl.constexpr, Q_HIGH
     return _clamp(x, Q_LOW * 1.0, Q_HIGH * 1.0)
 
 
-@triton.jit(do_not_specialize=["capacity", "BIAS"])
+@triton.jit(do_not_specialize=["capacity"])
 def evaluate(
-    blocks, pinv, stream, found_block, found_position, found_count, found_score, found_key, best, capacity, BIAS,
+    blocks, pinv, stream, bias, found_block, found_position, found_count, found_score, found_key, best, capacity,
     K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, DIVISOR: tl.constexpr, Q_LOW: tl.constexpr, Q_HIGH: tl.constexpr,
     Q_BITS: tl.constexpr, E_LOW: tl.constexpr, E_HIGH: tl.constexpr, E_BITS: tl.constexpr, NEAREST: tl.constexpr,
     LANES: tl.constexpr,
@@ -249,6 +310,7 @@ def evaluate(
     segment = tl.program_id(0)
     base = segment.to(tl.int64) * capacity
     count = tl.minimum(tl.load(found_count + segment), capacity)
+    exponent_bias = tl.load(bias)
     for start in range(tl.program_id(1) * LANES, count, tl.num_programs(1) * LANES):
         entry = start + tl.arange(0, LANES)
         valid = entry < count
@@ -297,14 +359,14 @@ def evaluate(
 
         # frexp by bits: nothing here is subnormal in float64.
         bits = (largest / (Q_HIGH + 0.5)).to(tl.int64, bitcast=True)
-        ceiling = ((bits >> 52) - 1022 - tl.where((bits & 0xFFFFFFFFFFFFF) == 0, 1, 0)).to(tl.int32) - BIAS
+        ceiling = ((bits >> 52) - 1022 - tl.where((bits & 0xFFFFFFFFFFFFF) == 0, 1, 0)).to(tl.int32) - exponent_bias
         centre = _clamp(tl.where(largest == 0, E_LOW, ceiling), E_LOW, E_HIGH)
 
         score = tl.full([LANES], float("inf"), tl.float64)
         pick = tl.zeros([LANES], tl.int32)
         # Not unrolled: code for three exponents takes three times as long to compile, and no less to run.
         for shift_index in range(0 if NEAREST else -1, 1 if NEAREST else 2):
-            exponent = _clamp(centre + shift_index, E_LOW, E_HIGH) + BIAS
+            exponent = _clamp(centre + shift_index, E_LOW, E_HIGH) + exponent_bias
             factor = DIVISOR * _power_of_two(1 - exponent)
             unscale = _power_of_two(2 * exponent)
             down = ()
@@ -335,7 +397,7 @@ def evaluate(
         key = (seed << E_BITS) | (exponent - E_LOW).to(tl.int64)
         for p in tl.static_range(P):
             up = ((pick >> (P - 1 - p)) & 1).to(tl.float64)
-            q = _rounded(solution[p], exponent + BIAS, up, NEAREST, Q_LOW, Q_HIGH)
+            q = _rounded(solution[p], exponent + exponent_bias, up, NEAREST, Q_LOW, Q_HIGH)
             key = (key << Q_BITS) | (q.to(tl.int32) - Q_LOW).to(tl.int64)
         # Integers ordered like the float64: the sign bit flips the others.
         ordered = score.to(tl.int64, bitcast=True)
@@ -345,7 +407,7 @@ def evaluate(
         tl.atomic_min(best + n, ordered, mask=valid, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def select(found_block, found_position, found_count, found_score, found_key, best, best_key, capacity, LANES: tl.constexpr):
     """The least key of the candidates that have their block's least score."""
     segment = tl.program_id(0)
@@ -357,3 +419,19 @@ def select(found_block, found_position, found_count, found_score, found_key, bes
         n = tl.load(found_block + base + entry, mask=valid, other=0)
         winner = valid & (tl.load(found_score + base + entry, mask=valid, other=0) == tl.load(best + n))
         tl.atomic_min(best_key + n, tl.load(found_key + base + entry, mask=valid, other=0), mask=winner, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["count"])
+def fields(
+    key, seeds, exponents, coefficients, count, P: tl.constexpr, Q_LOW: tl.constexpr, Q_BITS: tl.constexpr,
+    E_LOW: tl.constexpr, E_BITS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The fields of keys: seed, exponent, coefficients, most significant first, each counted from its least value."""
+    n = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    inside = n < count
+    bits = tl.load(key + n, mask=inside, other=0)
+    for p in tl.static_range(P - 1, -1, -1):
+        tl.store(coefficients + n.to(tl.int64) * P + p, ((bits & ((1 << Q_BITS) - 1)) + Q_LOW).to(tl.int8), mask=inside)
+        bits = bits >> Q_BITS
+    tl.store(exponents + n, ((bits & ((1 << E_BITS) - 1)) + E_LOW).to(tl.int8), mask=inside)
+    tl.store(seeds + n, (bits >> E_BITS).to(tl.int32), mask=inside)
