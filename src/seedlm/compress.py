@@ -8,6 +8,7 @@ follow and the folder takes its name. Killed at any moment, the same call goes o
 """
 
 import hashlib
+import itertools
 import json
 import re
 import threading
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from seedlm import checkpoint, engine, engine_ray, report, search
+from seedlm.allocate import Mixture, most_common
 from seedlm.checkpoint import PackedInfo, stored_name
 from seedlm.codec import ROUNDINGS, Rounding, choose_exponent_bias
 from seedlm.device import choose_devices, peak_memory
@@ -83,7 +85,7 @@ def compress_checkpoint(
     source: str | Path,
     out: str | Path,
     *,
-    format: str | Format = "4",
+    format: str | Format | Mixture = "4",
     rounding: Rounding = "best",
     dtype: str | None = None,
     include: tuple[str, ...] | list[str] = (),
@@ -98,7 +100,7 @@ def compress_checkpoint(
 
     source              local folder of safetensors, GGUF file or Hub repository (`source.open_source`)
     out                 folder to be created; ``OUT.partial`` beside it holds the unfinished run
-    format              preset, specification or format object
+    format              preset, specification or format object, or a mixture of formats
     rounding            how coefficients are chosen (`codec.Rounding`)
     dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;
                         None leaves every one as it is
@@ -118,21 +120,29 @@ def compress_checkpoint(
     if dtype is not None and dtype not in _DTYPES:
         raise FormatError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     devices = [] if engine_ray.is_ray(device) else choose_devices(device)
-    for where in devices:
-        if backend != "auto" and (reason := search.reason_unavailable(backend, where, format)):
+    candidates = list(format.formats) if isinstance(format, Mixture) else [format]
+    for where, candidate in itertools.product(devices, candidates):
+        if backend != "auto" and (reason := search.reason_unavailable(backend, where, candidate)):
             raise BackendError(reason)
     shard_bytes = parse_size(max_shard_size)
     progress = on_progress or (lambda phase, done, total: None)
     path = locate(source, revision=revision).absolute()
     model = open_source(path)
-    modules, left = select(model.tensors, model.config, format, include, exclude)
-    items = _items(model.tensors, modules, format, _DTYPES.get(dtype or ""))
+    widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
+    modules, left = select(model.tensors, model.config, widest, include, exclude)
+    formats = dict.fromkeys(modules, widest)
+    if isinstance(format, Mixture):
+        shapes = {module: model.tensors[f"{module}.weight"].shape for module in modules}
+        formats = format.assign({module: (shape[0], shape[1]) for module, shape in shapes.items()})
+    format = most_common(formats)
+    overrides = {module: other for module, other in formats.items() if other != format}
+    items = _items(model.tensors, formats, _DTYPES.get(dtype or ""))
     shards = _shards(items, shard_bytes)
     done: list[engine.Finished] = []
 
     with WorkFolder.claim(out) as work:
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
-        job = Job(str(path), fingerprint, work.model, work.token, (format,), rounding, backend)
+        job = Job(str(path), fingerprint, work.model, work.token, tuple(dict.fromkeys(formats.values())), rounding, backend)
         with engine.start(job, devices, model) if devices else engine_ray.start(job, device) as runner:
             clock.phase("read")
             scans = _scan(model, items, progress)
@@ -140,6 +150,7 @@ def compress_checkpoint(
                 "seedlm": __version__,
                 "arguments": {
                     "format": format.to_dict(),
+                    "overrides": {module: other.spec for module, other in overrides.items()},
                     "rounding": rounding,
                     "dtype": dtype,
                     "include": sorted(include),
@@ -159,7 +170,8 @@ def compress_checkpoint(
             config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
             if dtype is not None:
                 config["dtype"] = dtype
-            config["quantization_config"] = checkpoint.quantization_config(format, rounding, dense_linears(model.tensors, left))
+            dense = dense_linears(model.tensors, left)
+            config["quantization_config"] = checkpoint.quantization_config(format, rounding, dense, overrides)
             _write_rest(work, model, shards, config)
             work.publish()
         work.remove()
@@ -199,9 +211,12 @@ class _Clock:
         self._name, self._since = name, now
 
 
-def _items(tensors: Mapping[str, TensorInfo], modules: list[str], format: Format, dtype: str | None) -> list[_Item]:
-    """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight."""
-    chosen = {f"{module}.weight": module for module in modules}
+def _items(tensors: Mapping[str, TensorInfo], formats: Mapping[str, Format], dtype: str | None) -> list[_Item]:
+    """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight.
+
+    formats   module -> how its weight is to be stored, of those to be compressed
+    """
+    chosen = {f"{module}.weight": module for module in formats}
     items: list[_Item] = []
     taken: dict[str, str] = {}
     for name, info in tensors.items():
@@ -210,7 +225,7 @@ def _items(tensors: Mapping[str, TensorInfo], modules: list[str], format: Format
             convert = dtype is not None and info.dtype in _DTYPES.values()
             item = _Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})
         else:
-            packed = PackedInfo(format, (info.shape[0], info.shape[1]))
+            packed = PackedInfo(formats[module], (info.shape[0], info.shape[1]))
             item = _Item(name, module, packed, {stored_name(module, part): spec for part, spec in packed.stored.items()})
         for stored in item.stored:
             if taken.setdefault(stored, name) != name:

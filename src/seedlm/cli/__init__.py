@@ -13,6 +13,7 @@ from seedlm.cli.compress import compress, inspect
 from seedlm.cli.evaluate import evaluate
 from seedlm.cli.generate import generate
 from seedlm.cli.rtl import rtl
+from seedlm.cli.sensitivity import sensitivity
 from seedlm.errors import SeedLMError
 from seedlm.version import __version__
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compress, inspect, generate, evaluate, rtl):
+for command in (compress, inspect, generate, evaluate, sensitivity, rtl):
     app.command()(command)
 
 
