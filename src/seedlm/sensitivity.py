@@ -36,7 +36,7 @@ SENSITIVITY_VERSION: Final = 1
 Progress = Callable[[str, int, int], None]
 """Called with "sensitivity", the tokens counted so far, and all tokens."""
 
-_BATCH: Final = 8
+_BATCH: Final = 16
 """Sequences written at a time."""
 _OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
 
