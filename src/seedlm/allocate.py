@@ -19,18 +19,18 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from seedlm.errors import FormatError
-from seedlm.format import Format, parse_format
+from seedlm.format import PRESETS, Format
 
 NMSE: Final[Mapping[Format, float]] = {
-    parse_format(spec): nmse
-    for spec, nmse in {
-        "block-k16-c8-p4-q5-e4": 0.00386,
-        "block-k16-c8-p4-q4-e4": 0.00644,
+    PRESETS[bits]: nmse
+    for bits, nmse in {
+        "5": 0.00386,
+        "4.5": 0.00644,
         "4": 0.01415,
-        "block-k12-c8-p4-q3-e4": 0.02617,
+        "3.5": 0.02617,
         "3": 0.04789,
-        "block-k14-c12-p4-q3-e4": 0.08061,
-        "block-k16-c16-p4-q3-e4": 0.13558,
+        "2.5": 0.08061,
+        "2": 0.13558,
     }.items()
 }
 """Expected ||W - W^||^2 / ||W||^2 of normal weights: of the formats to be mixed."""

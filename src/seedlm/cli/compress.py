@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def compress(
     source: Annotated[str, typer.Argument(help="Folder of safetensors, GGUF file, or Hub repository (owner/name).")],
     out: Annotated[Path, typer.Argument(help="Folder to create. OUT.partial beside it holds the unfinished run.")],
-    bits: Annotated[str, typer.Option(help="Bits per weight: a preset, or any number with --sensitivity.")] = "4",
+    bits: Annotated[
+        str, typer.Option(help="Bits per weight: 5, 4.5, 4, 3.5, 3, 2.5 or 2; any number from 2 to 5 with --sensitivity.")
+    ] = "4",
     sensitivity: Annotated[
         Path | None,
         typer.Option(help="Mix formats, more bits where they matter: the file of `seedlm sensitivity`.", metavar="FILE"),
@@ -95,7 +97,8 @@ def _format(bits: str, format: str | None, sensitivity: Path | None) -> "str | M
 
     number = float(bits) if re.fullmatch(r"\d+(\.\d+)?", bits, re.ASCII) else None
     if sensitivity is None:
-        if format is None and number is not None and bits not in PRESETS:
+        alone = sorted(map(float, PRESETS))
+        if format is None and number is not None and alone[0] < number < alone[-1] and number not in alone:
             raise FormatError(
                 f"{bits} bits a weight are a mixture of formats (one alone: {', '.join(PRESETS)}): measure the model first, "
                 "seedlm sensitivity SOURCE -o FILE, and add --sensitivity FILE"
