@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from seedlm import allocate, models
@@ -85,6 +86,12 @@ def test_a_tied_head_is_left_out(tmp_path):
     tied, head = (measure_sensitivity(load(tmp_path / name), text) for name in ("tied", "head"))
     assert head.keys() - tied.keys() == {"lm_head"}
     assert len(tied) == 14
+
+
+def test_a_model_that_keeps_its_state_otherwise_is_measured_too():
+    config = MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4)
+    measured = measure_sensitivity(MambaForCausalLM(config).eval(), OwnText(sequences=2, length=8))
+    assert measured.keys() == {f"backbone.layers.0.mixer.{part}_proj" for part in ("in", "x", "dt", "out")}
 
 
 def test_a_text_longer_than_the_context_is_refused(stories):

@@ -106,8 +106,9 @@ def own_text(model: Any, text: OwnText) -> Iterator[Tensor]:
         tokens, cache = [start], None
         with torch.no_grad():
             for _ in range(text.length - 1):
-                output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                before = tokens[-1] if cache is not None else torch.cat(tokens, 1)  # Mamba's cache has another name
+                output = model(input_ids=before, past_key_values=cache, use_cache=True)
+                cache = output.get("past_key_values")
                 logits = output.logits[:, -1].float()
                 if not logits.isfinite().all():
                     raise EvaluationError(f"the model's predictions are not finite; {_OVERFLOW}")
