@@ -121,7 +121,8 @@ def one_line(done, message):
 def test_errors_are_one_line(llama, compressed, tmp_path):
     one_line(call("compress", llama, compressed[0], *FAST), "exists already")
     one_line(call("compress", tmp_path / "nix", tmp_path / "o"), "no such file or folder")
-    one_line(call("compress", llama, tmp_path / "o", "--bits", "5"), "unknown format '5'")
+    one_line(call("compress", llama, tmp_path / "o", "--bits", "5.5"), "unknown format '5.5'")
+    one_line(call("compress", llama, tmp_path / "o", "--bits", "3.7"), "are a mixture of formats")
     one_line(call("compress", llama, tmp_path / "o", "--exclude", "typo"), "no module with a weight matches")
     one_line(call("inspect", llama), "has no quantization_config")
     bad = save_tensors(tmp_path / "m", {"layers.0.a.weight": torch.full((2, 8), float("nan"))})

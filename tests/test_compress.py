@@ -489,7 +489,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
-            ({"format": "5"}, FormatError, "unknown format '5'"),
+            ({"format": "5.5"}, FormatError, "unknown format '5.5'"),
             ({"rounding": "worst"}, FormatError, "rounding must be one of best, nearest, got 'worst'"),
             ({"backend": "abacus"}, BackendError, "unknown backend 'abacus'"),
             ({"max_shard_size": "much"}, OutputError, "a shard size must be"),

@@ -8,6 +8,7 @@ Importing this package also teaches transformers to load compressed folders.
 """
 
 from seedlm import hf as _hf
+from seedlm.allocate import Mixture
 from seedlm.checkpoint import Checkpoint
 from seedlm.compress import compress_checkpoint
 from seedlm.errors import SeedLMError
@@ -16,6 +17,7 @@ from seedlm.hf import SeedLMConfig
 from seedlm.linear import SeedLinear, compress_module
 from seedlm.report import inspect_checkpoint
 from seedlm.search import EncodedTensor, encode
+from seedlm.sensitivity import measure_sensitivity
 from seedlm.version import __version__
 from seedlm.walk import compress_model, expand_model
 
@@ -24,6 +26,7 @@ __all__ = [
     "BlockFormat",
     "Checkpoint",
     "EncodedTensor",
+    "Mixture",
     "SeedLMConfig",
     "SeedLMError",
     "SeedLinear",
@@ -34,6 +37,7 @@ __all__ = [
     "encode",
     "expand_model",
     "inspect_checkpoint",
+    "measure_sensitivity",
     "parse_format",
 ]
 

@@ -8,6 +8,7 @@ follow and the folder takes its name. Killed at any moment, the same call goes o
 """
 
 import hashlib
+import itertools
 import json
 import re
 import threading
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from seedlm import checkpoint, engine, engine_ray, report, search
+from seedlm.allocate import Mixture, most_common
 from seedlm.checkpoint import PackedInfo, stored_name
 from seedlm.codec import ROUNDINGS, Rounding, choose_exponent_bias
 from seedlm.device import choose_devices, peak_memory
@@ -88,7 +90,7 @@ def compress_checkpoint(
     source: str | Path,
     out: str | Path,
     *,
-    format: str | Format = "4",
+    format: str | Format | Mixture = "4",
     rounding: Rounding = "best",
     dtype: str | None = None,
     include: tuple[str, ...] | list[str] = (),
@@ -103,7 +105,7 @@ def compress_checkpoint(
 
     source              local folder of safetensors, GGUF file or Hub repository (`source.open_source`)
     out                 folder to be created; ``OUT.partial`` beside it holds the unfinished run
-    format              preset, specification or format object
+    format              preset, specification or format object, or a mixture of formats
     rounding            how coefficients are chosen (`codec.Rounding`)
     dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;
                         None leaves every one as it is
@@ -123,21 +125,27 @@ def compress_checkpoint(
     if dtype is not None and dtype not in _DTYPES:
         raise FormatError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     devices = [] if engine_ray.is_ray(device) else choose_devices(device)
-    for where in devices:
-        if backend != "auto" and (reason := search.reason_unavailable(backend, where, format)):
+    candidates = list(format.formats) if isinstance(format, Mixture) else [format]
+    for where, candidate in itertools.product(devices, candidates):
+        if backend != "auto" and (reason := search.reason_unavailable(backend, where, candidate)):
             raise BackendError(reason)
     shard_bytes = parse_size(max_shard_size)
     progress = on_progress or (lambda phase, done, total: None)
     path = locate(source, revision=revision).absolute()
     model = open_source(path)
-    modules, left = select(model.tensors, model.config, format, include, exclude)
-    items = _items(model, modules, format, _DTYPES.get(dtype or ""))
+    widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
+    modules, left = select(model.tensors, model.config, widest, include, exclude)
+    matrices = _matrices(model, modules)
+    formats = format.assign(matrices) if isinstance(format, Mixture) else dict.fromkeys(matrices, widest)
+    format = most_common(formats)
+    overrides = {module: other for module, other in formats.items() if other != format}
+    items = _items(model, formats, _DTYPES.get(dtype or ""))
     shards = _shards(items, shard_bytes)
     done: list[engine.Finished] = []
 
     with WorkFolder.claim(out) as work:
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
-        job = Job(str(path), fingerprint, work.model, work.token, (format,), rounding, backend)
+        job = Job(str(path), fingerprint, work.model, work.token, tuple(dict.fromkeys(formats.values())), rounding, backend)
         with engine.start(job, devices, model) if devices else engine_ray.start(job, device) as runner:
             clock.phase("read")
             scans = _scan(model, items, progress)
@@ -145,6 +153,7 @@ def compress_checkpoint(
                 "seedlm": __version__,
                 "arguments": {
                     "format": format.to_dict(),
+                    "overrides": {module: other.spec for module, other in overrides.items()},
                     "rounding": rounding,
                     "dtype": dtype,
                     "include": sorted(include),
@@ -164,7 +173,8 @@ def compress_checkpoint(
             config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
             if dtype is not None:
                 config["dtype"] = dtype
-            config["quantization_config"] = checkpoint.quantization_config(format, rounding, dense_linears(model.tensors, left))
+            dense = dense_linears(model.tensors, left)
+            config["quantization_config"] = checkpoint.quantization_config(format, rounding, dense, overrides)
             _write_rest(work, model, shards, config)
             work.publish()
         work.remove()
@@ -204,21 +214,37 @@ class _Clock:
         self._name, self._since = name, now
 
 
-def _items(source: Source, modules: list[str], format: Format, dtype: str | None) -> list[_Item]:
-    """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight."""
+def _matrices(source: Source, modules: list[str]) -> dict[str, tuple[int, int]]:
+    """The matrices to be compressed, module -> (out_features, in_features); each of a stack has a name of its own."""
     chosen = set(modules)
+    found: dict[str, tuple[int, int]] = {}
+    for name, info in source.tensors.items():
+        if name.removesuffix(".weight") not in chosen:
+            continue
+        if stack := stack_of(name, source.tensors, source.config):
+            found |= dict.fromkeys(stack.modules, stack.matrix)
+        elif name.endswith(".weight"):
+            found[name.removesuffix(".weight")] = (info.shape[0], info.shape[1])
+    return found
+
+
+def _items(source: Source, formats: Mapping[str, Format], dtype: str | None) -> list[_Item]:
+    """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight.
+
+    formats   module -> how its weight is to be stored, of every matrix to be compressed
+    """
     items: list[_Item] = []
     taken: dict[str, str] = {}
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
-        stack = stack_of(name, source.tensors, source.config) if module in chosen else None
-        if module not in chosen or (module == name and stack is None):
+        experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config)
+        if experts:
+            found = [_packed(name, expert, PackedInfo(formats[expert], experts.matrix, experts)) for expert in experts.modules]
+        elif module in formats and module != name:
+            found = [_packed(name, module, PackedInfo(formats[module], (info.shape[0], info.shape[1])))]
+        else:
             convert = dtype is not None and info.dtype in _DTYPES.values()
             found = [_Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})]
-        elif stack is not None:
-            found = [_packed(name, expert, PackedInfo(format, stack.matrix, stack)) for expert in stack.modules]
-        else:
-            found = [_packed(name, module, PackedInfo(format, (info.shape[0], info.shape[1])))]
         for stored in (stored for item in found for stored in item.stored):
             if taken.setdefault(stored, name) != name:
                 raise SourceError(f"{name} and {taken[stored]} would both be stored as {stored}; --exclude one of them")

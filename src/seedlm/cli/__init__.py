@@ -14,6 +14,7 @@ from seedlm.cli.design import design
 from seedlm.cli.evaluate import evaluate
 from seedlm.cli.generate import generate
 from seedlm.cli.rtl import rtl
+from seedlm.cli.sensitivity import sensitivity
 from seedlm.errors import SeedLMError
 from seedlm.version import __version__
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compress, inspect, generate, evaluate, design, rtl):
+for command in (compress, inspect, generate, evaluate, sensitivity, design, rtl):
     app.command()(command)
 
 

@@ -1,6 +1,7 @@
 """``seedlm compress`` and ``seedlm inspect``."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,15 +10,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seedlm.cli.console import in_bytes, number, show_progress
+from seedlm.errors import FormatError
+from seedlm.format import PRESETS
 
 if TYPE_CHECKING:
+    from seedlm.allocate import Mixture
     from seedlm.report import Report
 
 
 def compress(
     source: Annotated[str, typer.Argument(help="Folder of safetensors, GGUF file, or Hub repository (owner/name).")],
     out: Annotated[Path, typer.Argument(help="Folder to create. OUT.partial beside it holds the unfinished run.")],
-    bits: Annotated[str, typer.Option(help="Bits per weight: 5, 4.5, 4, 3.5, 3, 2.5 or 2.")] = "4",
+    bits: Annotated[
+        str, typer.Option(help="Bits per weight: 5, 4.5, 4, 3.5, 3, 2.5 or 2; any number from 2 to 5 with --sensitivity.")
+    ] = "4",
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(help="Mix formats, more bits where they matter: the file of `seedlm sensitivity`.", metavar="FILE"),
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="A format instead of --bits, such as block-k16-c8-p3-q4-e4.", metavar="SPEC")
     ] = None,
@@ -55,7 +65,7 @@ def compress(
             report = compress_checkpoint(
                 source,
                 out,
-                format=format or bits,
+                format=_format(bits, format, sensitivity),
                 rounding=rounding,  # type: ignore[arg-type]  # checked inside, with the allowed values in the message
                 dtype=dtype,
                 include=include or (),
@@ -78,6 +88,25 @@ def compress(
     print(f"time              {run['seconds']:.1f} s{speed}")
     on_gpu = f", {in_bytes(report.peak_device_bytes)} on the GPU" if report.peak_device_bytes else ""
     print(f"memory            {in_bytes(report.peak_host_bytes)}{on_gpu}; on {', '.join(report.devices)}")
+
+
+def _format(bits: str, format: str | None, sensitivity: Path | None) -> "str | Mixture":
+    """What is asked for: one format, or a mixture."""
+    from seedlm.allocate import Mixture
+    from seedlm.sensitivity import read_sensitivity
+
+    number = float(bits) if re.fullmatch(r"\d+(\.\d+)?", bits, re.ASCII) else None
+    if sensitivity is None:
+        alone = sorted(map(float, PRESETS))
+        if format is None and number is not None and alone[0] < number < alone[-1] and number not in alone:
+            raise FormatError(
+                f"{bits} bits a weight are a mixture of formats (one alone: {', '.join(PRESETS)}): measure the model first, "
+                "seedlm sensitivity SOURCE -o FILE, and add --sensitivity FILE"
+            )
+        return format or bits
+    if format is not None or number is None:
+        raise FormatError("--sensitivity mixes formats to a number of --bits, such as 3.5; a format of your own is not mixed")
+    return Mixture(bits=number, sensitivity=read_sensitivity(sensitivity))
 
 
 def inspect(

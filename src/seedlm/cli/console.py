@@ -43,6 +43,7 @@ def show_progress() -> Iterator[tuple[Any, Any]]:
         "read": ("Reading the source", ("M", "bytes")),
         "compress": ("Searching seeds", ("M", "weights")),
         "evaluate": ("Scoring", ("k", "tokens")),
+        "sensitivity": ("Measuring", ("k", "tokens")),
     }
     tasks: dict[str, Any] = {}
     started: dict[str, tuple[float, int]] = {}

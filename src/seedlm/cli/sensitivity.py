@@ -1,0 +1,40 @@
+"""``seedlm sensitivity``."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seedlm.cli.console import show_progress
+
+
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="Model folder, GGUF file, or Hub repository (owner/name).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to create.", metavar="FILE")],
+    sequences: Annotated[int, typer.Option(help="Sequences that the model writes and is measured on.", metavar="N")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens in each.", metavar="TOKENS")] = 256,
+    seed: Annotated[int, typer.Option(help="Of what the model writes.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, or a torch device such as cuda:1.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+) -> None:
+    """Measure where a model's bits matter, for `compress --bits 3.5 --sensitivity FILE`.
+
+    Needs no data: the model writes a text itself, whose gradients tell. All of the model has to fit the device.
+    """
+    from transformers.utils import logging
+
+    from seedlm.device import choose_device
+    from seedlm.models import load_model
+    from seedlm.sensitivity import OwnText, measure_sensitivity, write_sensitivity
+    from seedlm.source import locate
+
+    logging.disable_progress_bar()
+    text = OwnText(sequences=sequences, length=length, seed=seed)
+    network = load_model(locate(model, revision=revision), device=choose_device(device), dtype=dtype)
+    with show_progress() as (on_progress, _):
+        found = measure_sensitivity(network, text, on_progress)
+    write_sensitivity(output, model, text, found)
+    most = max(found, key=lambda name: found[name])
+    print(f"{output}: {len(found)} weights; the most sensitive is {most}", file=sys.stderr)
