@@ -32,10 +32,10 @@ def compare(
     comparison = compare_runs(load_runs(runs))
     text = json.dumps(comparison, indent=1, ensure_ascii=False)
     try:
-        for path, content in ((out, lambda: to_html(comparison)), (json_out, lambda: text)):
-            if path:
-                with replacing(path) as file:
-                    file.write(content().encode())
+        for file, content in ((out, to_html(comparison) if out else ""), (json_out, text)):
+            if file:
+                with replacing(file) as stream:
+                    stream.write(content.encode())
     except OSError as reason:
         raise EvaluationError(f"{reason.filename}: cannot be written ({reason.strerror})") from None
     print(text if as_json else to_markdown(comparison), end="\n" if as_json else "")

@@ -13,7 +13,7 @@ import numpy as np
 from seedlm.compare.runs import Run
 from seedlm.errors import EvaluationError
 
-_SHOWN: Final = 400
+_SHOWN: Final = 800
 _BEFORE, _AFTER = 40, 8
 """Tokens of text around a prediction."""
 
@@ -111,7 +111,7 @@ def compare_questions(columns: Columns, tasks: Sequence[str]) -> dict[str, Any]:
         counts[task] = [_count(answers[0], column) if column and answers[0] else None for column in answers]
         items += _changed_questions(task, answers, columns)
     items.sort(key=lambda item: -item["change"])
-    return {"counts": counts, "items": items[: 2 * _SHOWN]}
+    return {"counts": counts, "items": items}
 
 
 def _count(original: dict[int, Any], answers: dict[int, Any]) -> dict[str, int]:

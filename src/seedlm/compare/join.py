@@ -1,8 +1,8 @@
 """Many runs as one JSON object: a row for every model, and beside it what changed in their behaviour.
 
 A model's place in the lineage comes from fingerprints: a run's model was made from its reference. The original is the run
-whose model all others were held against or, if nobody ran it, what the others say of it. Lists of items hold one entry for every
-model, in the order of the rows; None where a run has no record of it.
+whose model all others were held against or, if nobody ran it, what the others say of it. Lists of items hold one entry for
+every model, in the order of the rows; None where a run has no record of it.
 """
 
 import math
@@ -24,11 +24,12 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     """Join runs that `load_runs` found to be comparable: the object that `to_markdown` and `to_html` render."""
     original = _find_original(runs)
     has_original = original is not None or any(run.results["reference"] for run in runs)
-    columns: list[Run | None] = sorted(
+    made = sorted(
         (run for run in runs if run is not original),
         key=lambda run: (-(_bits(run) or 0), run.results["metrics"]["nll"]["mean"], run.label),
     )
-    rows = [_row(run) for run in columns if run]
+    columns: list[Run | None] = [*made]
+    rows = [_row(run) for run in made]
     if has_original:
         columns.insert(0, original)
         rows.insert(0, _row(original) if original else _reference_row(next(run for run in runs if run.results["reference"])))
@@ -49,7 +50,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
         "notes": _notes(runs, original),
         "models": rows,
         "layers": [_layers(run) for run in columns],
-        "distributions": [(run and run.records or {}).get("distributions") or None for run in columns],
+        "distributions": [((run and run.records) or {}).get("distributions") or None for run in columns],
         "tokens": compare_tokens(columns),
         "prompts": compare_prompts(columns),
         "questions": compare_questions(columns, tasks),

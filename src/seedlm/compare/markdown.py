@@ -39,8 +39,9 @@ def explain(comparison: dict[str, Any]) -> str:
     """One line: text, windows, and what the errors are."""
     text = comparison["text"]
     return (
-        f"{_escape(text['path'].rpartition('/')[2])}: {text['windows']} windows of {comparison['context']} tokens. Bits per weight: of "
-        "the compressed weights with all overhead, and of the whole model. ± is one standard error, over windows or questions."
+        f"{_escape(text['path'].rpartition('/')[2])}: {text['windows']} windows of {comparison['context']} tokens. Bits per "
+        "weight: of the compressed weights with all overhead, and of the whole model. ± is one standard error, over windows or "
+        "questions."
     )
 
 

@@ -39,7 +39,7 @@ const CONFIG = {
 function draw(place, spec, values) {
   const node = typeof place === "string" ? byId(place) : place;
   if (!values.length) return node.replaceChildren(make("p", "none", "Not recorded for these models."));
-  const whole = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container", data: { values }, config: CONFIG, ...spec };
+  const whole = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container", autosize: { type: "fit-x", contains: "padding" }, data: { values }, config: CONFIG, ...spec };
   return vegaEmbed(node, whole, { actions: false, renderer: "svg", ast: true });
 }
 
@@ -83,18 +83,18 @@ function drawQuality() {
       value.front = best === null || better(value.y, best);
       if (value.front) best = value.y;
     }
-    const x = { field: "x", type: "quantitative", title: axis, scale: { zero: false, padding: 25, nice: false } };
-    const y = { field: "y", type: "quantitative", title, scale: { type: scale, zero: false, padding: 15 } };
+    const x = { field: "x", type: "quantitative", title: axis, scale: { zero: false, padding: 30, nice: false }, axis: { tickCount: 6 } };
+    const y = { field: "y", type: "quantitative", title, scale: { type: scale, ...(scale === "log" ? {} : { zero: false }), padding: 20, nice: false }, axis: { tickCount: 6, labelOverlap: true } };
     const tooltip = [{ field: "model" }, { field: "method" }, { field: "x", title: axis, format: ".4~g" }, { field: "y", title, format: ".4~g" }, { field: "error", title: "standard error", format: ".2~g" }];
     const { color, shape } = scales(ticked());
     const named = values.length <= 14;
     const layer = [
-      { transform: [{ filter: "datum.front" }], mark: { type: "line", interpolate: "step-after", color: "#999", strokeDash: [4, 3] }, encoding: { x, y } },
+      { data: { values: values.filter((value) => value.front) }, mark: { type: "line", interpolate: "step-after", color: "#999", strokeDash: [4, 3] }, encoding: { x, y } },
       { mark: { type: "rule", color: "#555" }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" } } },
-      { transform: [{ filter: "!datum.ticked" }], mark: { type: "point", filled: true, size: 45, color: "#8a8a8a" }, encoding: { x, y, tooltip } },
-      { transform: [{ filter: "datum.ticked" }], mark: { type: "point", filled: true, size: 110, opacity: 1 }, encoding: { x, y, tooltip, color: { ...color, legend: null }, shape: { ...shape, legend: null } } },
-      { transform: [{ filter: named ? "true" : "datum.ticked" }], mark: { type: "text", align: "left", dx: 8, dy: -8, fontSize: 12, limit: 140 }, encoding: { x, y, text: { field: "model" }, color: { value: "#1a1a1a" } } },
-    ];
+      { data: { values: values.filter((value) => !value.ticked) }, mark: { type: "point", filled: true, size: 45, color: "#8a8a8a" }, encoding: { x, y, tooltip } },
+      { data: { values: values.filter((value) => value.ticked) }, mark: { type: "point", filled: true, size: 110, opacity: 1 }, encoding: { x, y, tooltip, color: { ...color, legend: null }, shape: { ...shape, legend: null } } },
+      { data: { values: values.filter((value) => named || value.ticked) }, mark: { type: "text", align: "left", dx: 8, dy: -8, fontSize: 12, limit: 140 }, encoding: { x, y, text: { field: "model" }, color: { value: "#1a1a1a" } } },
+    ].filter((each) => !each.data || each.data.values.length);
     const known = original && estimate(original, name);
     if (known && name !== "kl") {
       layer.unshift(
@@ -115,14 +115,14 @@ function locate(module) {
 function drawLayers() {
   const chosen = ticked();
   const hidden = chosen.flatMap((model) => ((data.layers[model] || {}).hidden || []).map((error, layer) => ({ model: models[model].label, layer, error })));
-  const { color, dash } = scales(chosen);
+  const { color, dash, shape } = scales(chosen);
   draw("hidden", {
     height: 240, description: "Relative error of the hidden state after each decoder layer, a line for every ticked model",
-    mark: { type: "line", point: { size: 25 }, strokeWidth: 2 },
+    layer: [{ mark: { type: "line", strokeWidth: 2 }, encoding: { strokeDash: dash } }, { mark: { type: "point", filled: true, size: 50, opacity: 1 }, encoding: { shape } }],
     encoding: {
       x: { field: "layer", type: "quantitative", title: "decoder layer", axis: { tickMinStep: 1, format: "d" } },
       y: { field: "error", type: "quantitative", title: "relative error", scale: { zero: true } },
-      color, strokeDash: dash, tooltip: [{ field: "model" }, { field: "layer" }, { field: "error", format: ".3~g" }],
+      color, tooltip: [{ field: "model" }, { field: "layer" }, { field: "error", format: ".3~g" }],
     },
   }, hidden);
 
@@ -136,7 +136,7 @@ function drawLayers() {
     const chart = make("div", "chart");
     const figure = make("figure", "", make("figcaption", "", key(model), models[model].label), chart);
     requestAnimationFrame(() => draw(chart, {
-      height: { step: 20 }, description: `${which.replace("_", " ")} of every linear layer of ${models[model].label}`,
+      height: 20 * kinds.length, description: `${which.replace("_", " ")} of every linear layer of ${models[model].label}`,
       mark: { type: "rect" },
       encoding: {
         x: { field: "layer", type: "ordinal", title: "decoder layer", axis: { labelAngle: 0, labelOverlap: true } },
@@ -166,7 +166,7 @@ function drawDistributions() {
       height: 240, description: `Share of predictions by ${title}`,
       mark: { type: "line", interpolate: "step-after", strokeWidth: 2 },
       encoding: {
-        x: { field: "from", type: "quantitative", title, scale: { type: scale, nice: false }, axis: { format: "~g", tickCount: 8, labelOverlap: true } },
+        x: { field: "from", type: "quantitative", title, scale: { type: scale, nice: false }, axis: { format: "~g", tickCount: 8, labelOverlap: true, grid: false } },
         y: { field: "share", type: "quantitative", title: "share of predictions", axis: { format: "%" } },
         color, strokeDash: dash, tooltip: [{ field: "model" }, { field: "from", format: ".2~g" }, { field: "to", format: ".2~g" }, { field: "share", format: ".2%" }],
       },
@@ -189,7 +189,7 @@ function bar(probability) {
 }
 
 function rows(head, lines) {
-  const table = make("table", "", make("thead", "", make("tr", "", ...head.map((text) => make("th", "", text)))));
+  const table = make("table", "", head && make("thead", "", make("tr", "", ...head.map((text) => make("th", "", text)))));
   table.append(make("tbody", "", ...lines.map(([first, ...rest]) => make("tr", "", make("th", "", ...first), ...rest.map((cell) => make("td", "", cell))))));
   return table;
 }
@@ -206,10 +206,11 @@ const LISTS = {
         let same = 0;
         const other = item.original || "";
         while (same < text.length && text[same] === other[same]) same += 1;
+        if (same < text.length) same = Math.max(0, text.lastIndexOf(" ", same)); // whole words
         return make("span", "written", make("span", "same", text.slice(0, same)), text.slice(same));
       };
       const lines = item.original === null ? [] : [[["original"], make("span", "written", item.original)]];
-      return make("article", "item", make("p", "text", make("mark", "", item.prompt)), rows(["", "goes on with (grey: as the original)"], lines.concat(chosen.map((model) => [[key(model), models[model].label], written(item.models[model])]))));
+      return make("article", "item", make("p", "text", make("mark", "", item.prompt)), rows(null, lines.concat(chosen.map((model) => [[key(model), models[model].label], written(item.models[model])]))));
     },
   },
   tokens: {
@@ -224,7 +225,7 @@ const LISTS = {
       return tops.some((top) => top !== item.original.top);
     },
     render: (item, chosen) => {
-      const line = (name, found) => found ? [name, token(found.top, found.top === item.token), bar(found.probability), found.kl === undefined || found.kl === null ? "" : String(found.kl)] : [name, make("span", "none", "not recorded"), "", ""];
+      const line = (name, found) => found ? [name, token(found.top, found.top === item.token), bar(found.probability), typeof found.kl === "number" ? found.kl.toPrecision(2) : ""] : [name, make("span", "none", "not recorded"), "", ""];
       return make("article", "item",
         make("p", "text", `… ${item.before}`, make("mark", "", item.token.replaceAll("\n", "⏎")), make("span", "after", `${item.after} …`), " ", make("span", "where", `window ${item.window}, token ${item.place}`)),
         rows(["", "most likely next", "probability of what came", "KL"], [line(["original"], item.original), ...chosen.map((model) => line([key(model), models[model].label], item.models[model]))]));

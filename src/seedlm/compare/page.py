@@ -11,10 +11,13 @@ import html
 import json
 from importlib.resources import files
 from string import Template
-from typing import Any
+from typing import Any, Final
 
 from seedlm.compare.markdown import explain, table
 from seedlm.errors import EvaluationError
+
+_LIBRARY: Final = "window.vegaEmbed = vegaEmbed;"
+"""What the page calls; the bundle holds it with all that it needs."""
 
 
 def to_html(comparison: dict[str, Any]) -> str:
@@ -26,7 +29,7 @@ def to_html(comparison: dict[str, Any]) -> str:
             "the HTML report needs vl-convert: pip install 'seedlm[report]'; --markdown and --json do not"
         ) from None
     here = files("seedlm.compare")
-    library, script = vl_convert.javascript_bundle(), (here / "page.js").read_text(encoding="utf-8")
+    library, script = vl_convert.javascript_bundle(_LIBRARY), (here / "page.js").read_text(encoding="utf-8")
     assert "</script" not in library.lower()
     names = [row["label"] for row in comparison["models"]]
     return Template((here / "page.html").read_text(encoding="utf-8")).substitute(
@@ -73,7 +76,8 @@ def _lineage(rows: list[dict[str, Any]]) -> str:
             row["options"] or "",
         ]
         about = html.escape(", ".join(filter(None, facts)))
-        return f"<b>{html.escape(row['label'])}</b> <span>{about}</span> <small>{html.escape(row['name'])}</small>"
+        name = f"<small>{html.escape(row['name'])}</small>" if row["name"] != row["label"] else ""
+        return f"<b>{html.escape(row['label'])}</b> <span>{about}</span> {name}"
 
     def branch(parent: int | None) -> str:
         methods: dict[str, list[dict[str, Any]]] = {}
@@ -105,11 +109,12 @@ def _counts(comparison: dict[str, Any]) -> str:
     for place, row in enumerate(comparison["models"]):
         cells = [column[place] for column in counts.values()]
         if not row["original"] and any(cells):
-            texts = [f"−{cell['lost']} +{cell['gained']} of {cell['questions']}" if cell else "" for cell in cells]
+            texts = [f"&minus;{cell['lost']} +{cell['gained']} of {cell['questions']}" if cell else "" for cell in cells]
             body.append(
                 f'<tr><th scope="row">{html.escape(row["label"])}</th>'
                 + "".join(f"<td>{text}</td>" for text in texts)
                 + "</tr>"
             )
-    caption = "Questions answered right by the original but not by the model (−), and the reverse (+)"
-    return f'<div class="wide"><table><caption>{caption}</caption><thead><tr><th scope="col">model</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    caption = "Questions answered right by the original but not by the model (&minus;), and the reverse (+)"
+    head = f'<thead><tr><th scope="col">model</th>{head}</tr></thead>'
+    return f'<div class="wide"><table><caption>{caption}</caption>{head}<tbody>{"".join(body)}</tbody></table></div>'

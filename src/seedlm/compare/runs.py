@@ -118,6 +118,6 @@ def _check_tasks(runs: list[Run]) -> None:
             other, expected = seen.setdefault(task, (run, found))
             if found != expected:
                 raise EvaluationError(
-                    f"{other.path} and {run.path} cannot be compared: {task} version {expected[0]} with {expected[1]} questions, "
-                    f"and version {found[0]} with {found[1]}"
+                    f"{other.path} and {run.path} cannot be compared: {task} version {expected[0]} with {expected[1]} "
+                    f"questions, and version {found[0]} with {found[1]}"
                 )
