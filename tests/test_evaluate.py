@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import test_source
-from seedlm import compress_checkpoint, evaluate, inspect_checkpoint, layers, measure, records
+from seedlm import compress_checkpoint, evaluate, inspect_checkpoint, layers, measure, prompts, records
 from seedlm.errors import BackendError, EvaluationError, OutputError, SourceError
 from seedlm.evaluate import Settings, Text
 from tiny_models import SMALL, tiny_llama
@@ -289,10 +289,10 @@ class TestRecords:
 
     def test_prompts_from_a_file(self, tmp_path):
         (tmp_path / "prompts").write_text("One\n\n Two \n")
-        assert records.read_prompts(tmp_path / "prompts") == ("One", " Two ")
+        assert prompts.read_prompts(tmp_path / "prompts") == ("One", " Two ")
         (tmp_path / "empty").write_text("\n")
         with pytest.raises(EvaluationError, match="holds no prompts, one is expected on every line"):
-            records.read_prompts(tmp_path / "empty")
+            prompts.read_prompts(tmp_path / "empty")
 
 
 class TestText:

@@ -29,13 +29,11 @@ from seedlm.device import choose_device
 from seedlm.errors import EvaluationError
 from seedlm.journal import Journal, check_free, replacing
 from seedlm.layers import compare_layers
-from seedlm.records import continue_prompts, pack_records, records_path, token_records
+from seedlm.prompts import continue_prompts
+from seedlm.records import EVALUATION_VERSION, pack_records, records_path, token_records
 from seedlm.source import locate
 from seedlm.version import __version__
 from seedlm.zeroshot import check_tasks, zero_shot
-
-EVALUATION_VERSION: Final = 1
-"""Of the results' layout."""
 
 Progress = Callable[[str, int, int], None]
 """Called with "evaluate", the tokens scored so far, and all tokens to score."""
@@ -181,7 +179,7 @@ def evaluate(
         if out is not None:
             packed = pack_records(
                 {
-                    "tokens": token_records(windows, records, tokenizer),
+                    "tokens": token_records(windows.numpy(), records, tokenizer),
                     "distributions": measure.distributions(records),
                     **_record_behaviour(loaded, tokenizer, windows, settings),
                     "tasks": questions,

@@ -15,42 +15,21 @@ JSON, since it is read by people's tools too; the same run leaves the same bytes
 import gzip
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from seedlm.errors import EvaluationError
 
+EVALUATION_VERSION: Final = 1
+"""Of the results' layout."""
+
 RECORDS_VERSION: Final = 1
+"""Of the records' layout."""
+
 PREDICTIONS: Final = 1 << 15
 """Predictions that are kept one by one: 16 windows of the papers' length, a third of a megabyte."""
-
-PROMPTS: Final = (
-    "Once upon a time, there was a",
-    "The capital of France is",
-    "Water boils when",
-    "2, 4, 6, 8,",
-    "My favourite thing about the sea is",
-    "def add(a, b):",
-)
-"""Asked unless others are given."""
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line; blank lines are passed over. Raises EvaluationError if there are none."""
-    try:
-        prompts = tuple(line for line in path.read_bytes().decode().splitlines() if line.strip())
-    except OSError as reason:
-        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
-    except UnicodeDecodeError as reason:
-        raise EvaluationError(f"{path}: is not UTF-8 text (byte {reason.start})") from None
-    if not prompts:
-        raise EvaluationError(f"{path}: holds no prompts, one is expected on every line")
-    return prompts
 
 
 def records_path(out: Path) -> Path:
@@ -84,14 +63,14 @@ def read_records(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
     return records
 
 
-def token_records(windows: Tensor, records: np.ndarray, tokenizer: Any) -> dict[str, Any]:
+def token_records(windows: np.ndarray, records: np.ndarray, tokenizer: Any) -> dict[str, Any]:
     """The first predictions, and the text of every token in them.
 
     windows   int64 [windows, context]
     records   `measure.RECORD` or `PAIR_RECORD` [windows, context - 1]
     """
     count = max(1, PREDICTIONS // records.shape[1])
-    ids = windows[:count].numpy()
+    ids = windows[:count]
     columns: dict[str, Any] = {"token_ids": ids.tolist()}
     for field in records.dtype.names or ():
         values = records[field][:count]
@@ -99,26 +78,6 @@ def token_records(windows: Tensor, records: np.ndarray, tokenizer: Any) -> dict[
     tops = [records[field][:count].ravel() for field in ("top1", "reference_top1") if field in columns]
     used = np.unique(np.concatenate([ids.ravel(), *tops])).tolist()
     return {**columns, "pieces": dict(zip(map(str, used), _pieces(tokenizer, used), strict=True))}
-
-
-@torch.inference_mode()
-def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
-    """The most likely continuation of each prompt, at most this many tokens, without the prompt."""
-    texts = []
-    for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        length = inputs["input_ids"].shape[1]
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=pad,
-        )[0]
-        before = tokenizer.decode(output[:length], skip_special_tokens=True)
-        texts.append(tokenizer.decode(output, skip_special_tokens=True).removeprefix(before))
-    return texts
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -58,7 +58,7 @@ def evaluate(
 
     from seedlm.evaluate import Settings, Text
     from seedlm.evaluate import evaluate as run
-    from seedlm.records import PROMPTS, read_prompts
+    from seedlm.prompts import PROMPTS, read_prompts
     from seedlm.zeroshot import TASKS
 
     if (wikitext is None) == (text is None):

@@ -6,7 +6,7 @@ from typing import Any
 def to_markdown(comparison: dict[str, Any]) -> str:
     """The table, what stands behind it, and what to beware of."""
     names, rows = table(comparison)
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines = ["| " + " | ".join(map(_escape, names)) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(map(_escape, row)) + " |" for row in rows]
     lines += ["", explain(comparison), *(f"- {_escape(note)}" for note in comparison["notes"])]
     return "\n".join(lines) + "\n"

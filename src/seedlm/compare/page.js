@@ -36,11 +36,11 @@ const CONFIG = {
   legend: { labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" },
 };
 
-function draw(place, spec, values) {
+function draw(place, spec, values, onClick) {
   const node = typeof place === "string" ? byId(place) : place;
   if (!values.length) return node.replaceChildren(make("p", "none", "Not recorded for these models."));
   const whole = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container", autosize: { type: "fit-x", contains: "padding" }, data: { values }, config: CONFIG, ...spec };
-  return vegaEmbed(node, whole, { actions: false, renderer: "svg", ast: true });
+  return vegaEmbed(node, whole, { actions: false, renderer: "svg", ast: true }).then(({ view }) => onClick && view.addEventListener("click", (_, item) => onClick(item && item.datum)));
 }
 
 // Colour and shape by model, for those that are ticked.
@@ -102,7 +102,9 @@ function drawQuality() {
         { data: { values: [{ y: known.mean, text: `original ${known.mean.toPrecision(4)}` }] }, mark: { type: "text", align: "left", x: 4, dy: -6, fontSize: 12 }, encoding: { y, text: { field: "text" } } },
       );
     }
-    draw(place, { height: 300, description: `${title} against ${axis}, a point for every model`, layer }, values);
+    draw(place, { height: 300, description: `${title} against ${axis}, a point for every model`, layer }, values, (datum) => {
+      if (datum && datum.place !== undefined) tick(datum.place, !slots.has(datum.place)), drawAll();
+    });
   }
 }
 

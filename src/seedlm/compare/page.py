@@ -69,14 +69,14 @@ def _table(comparison: dict[str, Any]) -> str:
 def _lineage(rows: list[dict[str, Any]]) -> str:
     """A tree: the original, the methods, and what each made of it with which options."""
 
-    def describe(row: dict[str, Any]) -> str:
+    def describe(row: dict[str, Any], known: str = "") -> str:
         facts = [
             f"{row['bits_per_weight']:.3f} bits" if row["bits_per_weight"] else "",
             _megabytes(row["bytes"]),
             row["options"] or "",
         ]
         about = html.escape(", ".join(filter(None, facts)))
-        name = f"<small>{html.escape(row['name'])}</small>" if row["name"] != row["label"] else ""
+        name = f"<small>{html.escape(row['name'])}</small>" if row["name"] not in (row["label"], known) else ""
         return f"<b>{html.escape(row['label'])}</b> <span>{about}</span> {name}"
 
     def branch(parent: int | None) -> str:
@@ -87,7 +87,7 @@ def _lineage(rows: list[dict[str, Any]]) -> str:
         items = []
         for method, made in methods.items():
             kind = {True: "data-free", False: "calibrated", None: ""}[made[0]["data_free"]]
-            leaves = "".join(f"<li>{describe(row)}</li>" for row in made)
+            leaves = "".join(f"<li>{describe(row, rows[0]['name'])}</li>" for row in made)
             items.append(f"<li><i>{html.escape(method)}</i> <span>{kind}</span><ul>{leaves}</ul></li>")
         return "".join(items)
 
