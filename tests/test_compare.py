@@ -192,6 +192,26 @@ class TestTable:
         assert comparison["layers"][place] == {"hidden": [0.1, 0.21], "weight_error": None, "output_error": None}
         assert (rows["strange"]["method"], rows["strange"]["data_free"]) == ("aqlm", None)
 
+    def test_fronts_hold_what_nothing_beats(self, tmp_path):
+        """Bits, bytes, KL and tasks of four models."""
+        paths = []
+        for number, (bits, nbytes, kl, accuracy) in enumerate(
+            [(4, 50, 0.1, 0.6), (3, 60, 0.2, 0.7), (3, 40, 0.3, 0.6), (2, 70, 0.4, 0.6)]
+        ):
+            results, _ = synthetic(number)
+            results["model"].update(bits_per_weight=bits, bytes=nbytes)
+            results["metrics"]["kl"]["mean"] = kl
+            results["tasks"]["arc_easy"]["acc_norm"]["mean"] = accuracy
+            paths.append(write(tmp_path, str(number), results))
+        comparison = compare_runs(load_runs(paths))
+        labels = [row["label"] for row in comparison["models"]]
+        fronts = {
+            metric: {cost: "".join(labels[place] for place in places) for cost, places in front.items()}
+            for metric, front in comparison["fronts"].items()
+        }
+        assert fronts["kl"] == {"bits_per_weight": "310", "bytes": "20"}
+        assert fronts["tasks"] == {"bits_per_weight": "31", "bytes": "21"}
+
     def test_names_are_no_markup(self, tmp_path, two):
         results, _ = synthetic(1)
         path = write(tmp_path, "a|b<img>`c`", results)
@@ -460,6 +480,12 @@ class TestBrowser:
         browser.find_element("css selector", "[data-model='1']").click()
         assert browser.execute_script(heads) == ["original", "■3bit"]
         self.wait(lambda: browser.execute_script("return document.querySelectorAll('#maps svg.marks').length") == 1)
+        browser.find_element("css selector", "#layer-error [value=weight_error]").click()
+        label = "return (document.querySelector('#maps [aria-label*=weight]') || {}).ariaLabel"
+        self.wait(lambda: browser.execute_script(label) == "weight error of every linear layer of 3bit")
+        browser.find_element("css selector", "#metric [value=perplexity]").click()
+        text = "return document.querySelector('#by-bits').textContent"
+        self.wait(lambda: "original 18.00" in browser.execute_script(text))
         assert browser.get_log("browser") == []
 
     def test_no_more_than_six_are_ticked(self, browser, show):

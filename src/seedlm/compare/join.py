@@ -17,6 +17,9 @@ from seedlm.version import __version__
 
 COMPARE_VERSION: Final = 1
 
+_QUALITY: Final = {"kl": -1, "perplexity": -1, "top1_agreement": 1, "tasks": 1}
+"""The measures of quality, and whether more (1) or less is better."""
+
 _DENSE: Final = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -49,6 +52,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
         "tasks": tasks,
         "notes": _notes(runs, original),
         "models": rows,
+        "fronts": {metric: {cost: _front(rows, metric, cost) for cost in ("bits_per_weight", "bytes")} for metric in _QUALITY},
         "layers": [_layers(run) for run in columns],
         "distributions": [((run and run.records) or {}).get("distributions") or None for run in columns],
         "tokens": compare_tokens(columns),
@@ -148,6 +152,22 @@ def _mean_of(results: dict[str, Any], tasks: list[str]) -> dict[str, float] | No
 def _made_from(run: Run, row: dict[str, Any]) -> bool:
     source = run.results["reference"] or (run.results["model"] if run.baseline else None)
     return bool(row["original"] and source and source["fingerprint"] == row["fingerprint"])
+
+
+def _front(rows: list[dict[str, Any]], metric: str, cost: str) -> list[int]:
+    """The compressed models that no other beats on cost and quality, from the cheapest."""
+    points = []
+    for place, row in enumerate(rows):
+        found = row["tasks_mean"] if metric == "tasks" else row["metrics"].get(metric)
+        if found and row[cost] is not None and not row["original"]:
+            points.append((row[cost], -_QUALITY[metric] * found["mean"], place))
+    front: list[int] = []
+    best = math.inf
+    for _, loss, place in sorted(points):
+        if loss < best:
+            best = loss
+            front.append(place)
+    return front
 
 
 def _layers(run: Run | None) -> dict[str, Any] | None:

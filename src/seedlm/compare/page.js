@@ -44,10 +44,10 @@ function draw(place, spec, values, onClick) {
 }
 
 // Colour and shape by model, for those that are ticked.
-function scales(chosen) {
+function scales(chosen, symbolStrokeWidth) {
   const domain = chosen.map((model) => models[model].label);
   const range = (list) => chosen.map((model) => list[slots.get(model)]);
-  const legend = { title: null, orient: "top", columns: 3, labelLimit: 150, symbolStrokeWidth: 2 };
+  const legend = { title: null, orient: "top", columns: 3, labelLimit: 150, symbolStrokeWidth };
   return {
     color: { field: "model", type: "nominal", scale: { domain, range: range(COLOURS) }, legend },
     shape: { field: "model", type: "nominal", scale: { domain, range: range(SHAPES) }, legend },
@@ -56,16 +56,16 @@ function scales(chosen) {
 }
 
 const METRICS = [
-  ["kl", "KL divergence, nats", "log", false], ["perplexity", "perplexity", "log", false],
-  ["top1_agreement", "same top token", "linear", true], ["tasks", "mean accuracy of tasks", "linear", true],
-].filter(([name]) => models.some((row) => !row.original && estimate(row, name)));
+  ["kl", "KL divergence, nats", "log"], ["perplexity", "perplexity", "log"],
+  ["top1_agreement", "same top token", "linear"], ["tasks", "mean accuracy of tasks", "linear"],
+].filter(([name]) => data.fronts[name].bits_per_weight.length);
 
 function estimate(row, metric) {
   return metric === "tasks" ? row.tasks_mean : row.metrics[metric];
 }
 
 function drawQuality() {
-  const [name, title, scale, higher] = METRICS.find(([each]) => each === byId("metric").value) || METRICS[0];
+  const [name, title, scale] = METRICS.find(([each]) => each === byId("metric").value) || METRICS[0];
   for (const [place, field, axis, unit] of [["by-bits", "bits_per_weight", "bits per compressed weight", 1], ["by-bytes", "bytes", "MB of weight files", 1e6]]) {
     const values = [];
     models.forEach((row, model) => {
@@ -77,23 +77,22 @@ function drawQuality() {
         low: scale === "log" ? Math.max(found.mean - error, found.mean / 10) : found.mean - error, high: found.mean + error, ticked: slots.has(model),
       });
     });
-    const better = (a, b) => (higher ? a > b : a < b);
-    let best = null;
-    for (const value of [...values].sort((a, b) => a.x - b.x || (better(a.y, b.y) ? -1 : 1))) {
-      value.front = best === null || better(value.y, best);
-      if (value.front) best = value.y;
-    }
+    const front = data.fronts[name][field].map((model) => values.find((value) => value.place === model));
+    const middle = values.reduce((sum, value) => Math.max(sum, value.x), -Infinity) / 2 + values.reduce((sum, value) => Math.min(sum, value.x), Infinity) / 2;
     const x = { field: "x", type: "quantitative", title: axis, scale: { zero: false, padding: 30, nice: false }, axis: { tickCount: 6 } };
     const y = { field: "y", type: "quantitative", title, scale: { type: scale, ...(scale === "log" ? {} : { zero: false }), padding: 20, nice: false }, axis: { tickCount: 6, labelOverlap: true } };
     const tooltip = [{ field: "model" }, { field: "method" }, { field: "x", title: axis, format: ".4~g" }, { field: "y", title, format: ".4~g" }, { field: "error", title: "standard error", format: ".2~g" }];
-    const { color, shape } = scales(ticked());
+    const { color, shape } = scales(ticked(), 0);
     const named = values.length <= 14;
     const layer = [
-      { data: { values: values.filter((value) => value.front) }, mark: { type: "line", interpolate: "step-after", color: "#999", strokeDash: [4, 3] }, encoding: { x, y } },
+      { data: { values: front }, mark: { type: "line", interpolate: "step-after", color: "#999", strokeDash: [4, 3] }, encoding: { x, y } },
       { mark: { type: "rule", color: "#555" }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" } } },
       { data: { values: values.filter((value) => !value.ticked) }, mark: { type: "point", filled: true, size: 45, color: "#8a8a8a" }, encoding: { x, y, tooltip } },
       { data: { values: values.filter((value) => value.ticked) }, mark: { type: "point", filled: true, size: 110, opacity: 1 }, encoding: { x, y, tooltip, color: { ...color, legend: null }, shape: { ...shape, legend: null } } },
-      { data: { values: values.filter((value) => named || value.ticked) }, mark: { type: "text", align: "left", dx: 8, dy: -8, fontSize: 12, limit: 140 }, encoding: { x, y, text: { field: "model" }, color: { value: "#1a1a1a" } } },
+      ...[["left", 8], ["right", -8]].map(([align, dx]) => ({ // of a point on the right half: on its left
+        data: { values: values.filter((value) => (named || value.ticked) && (value.x > middle) === (align === "right")) },
+        mark: { type: "text", align, dx, dy: -8, fontSize: 12, limit: 140 }, encoding: { x, y, text: { field: "model" }, color: { value: "#1a1a1a" } },
+      })),
     ].filter((each) => !each.data || each.data.values.length);
     const known = original && estimate(original, name);
     if (known && name !== "kl") {
@@ -117,7 +116,7 @@ function locate(module) {
 function drawLayers() {
   const chosen = ticked();
   const hidden = chosen.flatMap((model) => ((data.layers[model] || {}).hidden || []).map((error, layer) => ({ model: models[model].label, layer, error })));
-  const { color, dash, shape } = scales(chosen);
+  const { color, dash, shape } = scales(chosen, 0);
   draw("hidden", {
     height: 240, description: "Relative error of the hidden state after each decoder layer, a line for every ticked model",
     layer: [{ mark: { type: "line", strokeWidth: 2 }, encoding: { strokeDash: dash } }, { mark: { type: "point", filled: true, size: 50, opacity: 1 }, encoding: { shape } }],
@@ -156,7 +155,7 @@ function drawLayers() {
 
 function drawDistributions() {
   const chosen = ticked();
-  const { color, dash } = scales(chosen);
+  const { color, dash } = scales(chosen, 2);
   for (const [place, name, title, scale] of [["kl", "kl", "KL divergence of a prediction, nats", "log"], ["nll", "nll_change", "change, nats (right: worse)", "linear"]]) {
     const values = chosen.flatMap((model) => {
       const found = (data.distributions[model] || {})[name];
