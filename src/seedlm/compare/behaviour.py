@@ -17,6 +17,9 @@ _SHOWN: Final = 800
 _BEFORE, _AFTER = 40, 8
 """Tokens of text around a prediction."""
 
+_LEAST: Final = 0.1
+"""Change of probability from which a question is worth showing though its answer stayed."""
+
 Columns = Sequence[Run | None]
 """Runs in the order of the rows; None for an original that nobody ran."""
 
@@ -41,8 +44,7 @@ def compare_tokens(columns: Columns) -> list[dict[str, Any]]:
     flat = divergence.reshape(len(known), -1)
     chosen = np.unique(np.argsort(-flat, axis=1, kind="stable")[:, :share])
     chosen = chosen[np.argsort(-flat[:, chosen].max(axis=0), kind="stable")]
-    pieces = {key: piece for _, found in known for key, piece in found["pieces"].items()}
-    arrays = [_Arrays(found) if found else None for found in records]
+    pieces = {key: piece for found in records if found for key, piece in found["pieces"].items()}
     items = []
     for place in chosen.tolist():
         window, column = divmod(place, ids.shape[1] - 1)
@@ -58,26 +60,18 @@ def compare_tokens(columns: Columns) -> list[dict[str, Any]]:
                     "top": pieces[str(first["reference_top1"][window][column])],
                     "probability": _probability(first["reference_nll"][window][column]),
                 },
-                "models": [found and found.at(window, column, pieces) for found in arrays],
+                "models": [_prediction(found, window, column, pieces) if found else None for found in records],
             }
         )
     return items
 
 
-class _Arrays:
-    """One run's predictions."""
-
-    def __init__(self, found: dict[str, Any]) -> None:
-        self._found = found
-
-    def at(self, window: int, column: int, pieces: dict[str, str]) -> dict[str, Any]:
-        found = self._found
-        top = str(found["top1"][window][column])
-        return {
-            "top": pieces.get(top, found["pieces"].get(top, "")),
-            "probability": _probability(found["nll"][window][column]),
-            "kl": found["kl"][window][column] if "kl" in found else None,
-        }
+def _prediction(found: dict[str, Any], window: int, column: int, pieces: dict[str, str]) -> dict[str, Any]:
+    return {
+        "top": pieces[str(found["top1"][window][column])],
+        "probability": _probability(found["nll"][window][column]),
+        "kl": found["kl"][window][column] if "kl" in found else None,
+    }
 
 
 def compare_prompts(columns: Columns) -> list[dict[str, Any]]:
@@ -96,8 +90,8 @@ def compare_prompts(columns: Columns) -> list[dict[str, Any]]:
     return items
 
 
-def compare_questions(columns: Columns, tasks: Sequence[str]) -> dict[str, Any]:
-    """Zero-shot questions against the first column, the original.
+def compare_questions(columns: Columns, tasks: Sequence[str], has_original: bool) -> dict[str, Any]:
+    """Zero-shot questions against the first column, if that is the original.
 
     returns   counts: task -> for every model how many questions it answered right that the original did not (gained), and the
               reverse (lost), and of how many; items: the questions where the probability of the right answer changed most, with
@@ -108,7 +102,7 @@ def compare_questions(columns: Columns, tasks: Sequence[str]) -> dict[str, Any]:
     items = []
     for task in tasks:
         answers = [{row["id"]: row for row in (_section(run, "tasks") or {}).get(task, [])} for run in columns]
-        counts[task] = [_count(answers[0], column) if column and answers[0] else None for column in answers]
+        counts[task] = [_count(answers[0], column) if has_original and column and answers[0] else None for column in answers]
         items += _changed_questions(task, answers, columns)
     items.sort(key=lambda item: -item["change"])
     return {"counts": counts, "items": items}
@@ -142,23 +136,15 @@ def _changed_questions(task: str, answers: list[dict[int, Any]], columns: Column
         if text["right"] is None:
             continue
         models = [_answer(column[key]) if key in column else None for column in answers]
-        known = [model["probability"] for model in models if model]
-        change = [abs(p - known[0]) if p is not None and known[0] is not None else 0.0 for p in known[1:]]
-        if (
-            not any(model and model["chosen"] != (models[0] or model)["chosen"] for model in models)
-            and max(change, default=0) < 0.1
-        ):
-            continue
-        item = {"task": task, "id": key, "question": text["question"], "choices": text["choices"], "right": text["right"]}
-        found.append({**item, "models": models, "change": round(max(change, default=0.0), 4)})
-    found.sort(key=lambda item: -item["change"])
+        pivot = next(model for model in models if model)  # the original's, if it was asked
+        changes = [abs(model["probability"] - pivot["probability"]) if model else 0.0 for model in models]
+        if max(changes) >= _LEAST or any(model and model["chosen"] != pivot["chosen"] for model in models):
+            item = {"task": task, "id": key, **{name: text[name] for name in ("question", "choices", "right")}}
+            found.append((changes, {**item, "models": models, "change": round(max(changes), 4)}))
     share = _share(sum(column != {} for column in answers))
     chosen: dict[int, dict[str, Any]] = {}
     for place in range(1, len(columns)):
-        own = [item for item in found if item["models"][place]]
-        first = found[0]["models"][0] if found else None
-        own.sort(key=lambda item: -_distance(item, place) if first else 0)
-        chosen |= {item["id"]: item for item in own[:share]}
+        chosen |= {item["id"]: item for _, item in sorted(found, key=lambda pair: -pair[0][place])[:share]}
     return list(chosen.values())
 
 
@@ -168,11 +154,6 @@ def _answer(row: dict[str, Any]) -> dict[str, Any]:
     top = max(scores)
     weights = [math.exp(score - top) for score in scores]
     return {"chosen": row["chosen"], "probability": round(weights[row["right"]] / sum(weights), 4)}
-
-
-def _distance(item: dict[str, Any], place: int) -> float:
-    original, model = item["models"][0], item["models"][place]
-    return abs(model["probability"] - original["probability"]) if original else 0.0
 
 
 def _section(run: Run | None, name: str) -> Any:

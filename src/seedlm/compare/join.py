@@ -57,7 +57,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
         "distributions": [((run and run.records) or {}).get("distributions") or None for run in columns],
         "tokens": compare_tokens(columns),
         "prompts": compare_prompts(columns),
-        "questions": compare_questions(columns, tasks),
+        "questions": compare_questions(columns, tasks, has_original),
     }
 
 

@@ -237,7 +237,7 @@ const LISTS = {
     texts: (item) => [item.task, item.question, ...item.choices],
     rank: (item, chosen) => Math.max(0, ...chosen.map((model) => item.models[model]).filter(Boolean).map((found) => Math.abs(found.probability - ((item.models[0] || found).probability)))),
     is: (item, chosen, kind) => {
-      const first = item.models[0];
+      const first = original && item.models[0];
       const answers = chosen.map((model) => item.models[model]).filter(Boolean).map((found) => found.chosen);
       if (!first) return false;
       if (kind === "lost") return first.chosen === item.right && answers.some((answer) => answer !== item.right);
@@ -250,7 +250,7 @@ const LISTS = {
         const names = who.map((model) => make("span", "who", key(model), `${models[model].label} (${(100 * item.models[model].probability).toFixed(0)} %)`));
         if (original && item.models[0] && item.models[0].chosen === place) names.unshift(make("span", "who", `original (${(100 * item.models[0].probability).toFixed(0)} %)`));
         return make("li", "", place === item.right ? make("span", "tick", "✓ right: ") : "○ ", choice, ...names);
-      })), make("p", "where", "In brackets: the probability of the right answer among these.")),
+      }))),
   },
 };
 
