@@ -183,6 +183,10 @@ def _layers(run: Run | None) -> dict[str, Any] | None:
     }
 
 
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
 def _notes(runs: Sequence[Run], original: Run | None) -> list[str]:
     """What a reader must know before the numbers."""
     notes = []
@@ -198,10 +202,10 @@ def _notes(runs: Sequence[Run], original: Run | None) -> list[str]:
             notes.append(f"The runs have different {what}: {', '.join(value[:40] for value in values)}.")
     alone = [run.label for run in runs if not run.results["reference"] and run is not original]
     if alone:
-        notes.append(f"Measured without a reference, so without KL divergence and layers: {', '.join(alone)}.")
+        notes.append(f"Measured without a reference, so without KL divergence and layers: {_list(alone)}.")
     bare = [run.label for run in runs if run.records is None]
     if bare:
-        notes.append(f"No records beside the results, so no tokens, prompts, questions or layers: {', '.join(bare)}.")
+        notes.append(f"No records beside the results, so no tokens, prompts, questions or layers: {_list(bare)}.")
     if any(run.baseline for run in runs):
         notes.append(
             "Sizes of models quantised after loading are computed: their bits a weight, and all else as the original stores it."

@@ -83,14 +83,14 @@ function drawQuality() {
     const y = { field: "y", type: "quantitative", title, scale: { type: scale, ...(scale === "log" ? {} : { zero: false }), padding: 20, nice: false }, axis: { tickCount: 6, labelOverlap: true } };
     const tooltip = [{ field: "model" }, { field: "method" }, { field: "x", title: axis, format: ".4~g" }, { field: "y", title, format: ".4~g" }, { field: "error", title: "standard error", format: ".2~g" }];
     const { color, shape } = scales(ticked(), 0);
-    const named = values.length <= 14;
+    const named = values.length <= 8;
     const layer = [
       { data: { values: front }, mark: { type: "line", interpolate: "step-after", color: "#999", strokeDash: [4, 3] }, encoding: { x, y } },
       { mark: { type: "rule", color: "#555" }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" } } },
       { data: { values: values.filter((value) => !value.ticked) }, mark: { type: "point", filled: true, size: 45, color: "#8a8a8a" }, encoding: { x, y, tooltip } },
       { data: { values: values.filter((value) => value.ticked) }, mark: { type: "point", filled: true, size: 110, opacity: 1 }, encoding: { x, y, tooltip, color: { ...color, legend: null }, shape: { ...shape, legend: null } } },
       ...[["left", 8], ["right", -8]].map(([align, dx]) => ({ // of a point on the right half: on its left
-        data: { values: values.filter((value) => (named || value.ticked) && (value.x > middle) === (align === "right")) },
+        data: { values: values.filter((value) => (named || value.ticked || front.includes(value)) && (value.x > middle) === (align === "right")) },
         mark: { type: "text", align, dx, dy: -8, fontSize: 12, limit: 140 }, encoding: { x, y, text: { field: "model" }, color: { value: "#1a1a1a" } },
       })),
     ].filter((each) => !each.data || each.data.values.length);
@@ -130,8 +130,10 @@ function drawLayers() {
   const which = byId("layer-error").value;
   const all = data.layers.flatMap((layers) => Object.values((layers && layers[which]) || {})).filter((error) => error > 0);
   const domain = [all.reduce((a, b) => Math.min(a, b), Infinity), all.reduce((a, b) => Math.max(a, b), -Infinity)];
-  byId("maps").replaceChildren(...chosen.map((model) => {
-    const values = Object.entries((data.layers[model] || {})[which] || {}).map(([module, error]) => ({ module, error, ...locate(module) })).filter((value) => value.layer !== null || value.error > 0);
+  const mapped = chosen.filter((model) => (data.layers[model] || {})[which]);
+  if (!mapped.length) return byId("maps").replaceChildren(make("p", "none", "Not recorded for these models."));
+  byId("maps").replaceChildren(...mapped.map((model) => {
+    const values = Object.entries(data.layers[model][which]).map(([module, error]) => ({ module, error, ...locate(module) })).filter((value) => value.layer !== null || value.error > 0);
     values.forEach((value) => { if (value.layer === null) value.layer = "–"; });
     const kinds = [...new Set(values.map((value) => value.kind))];
     const chart = make("div", "chart");
@@ -297,10 +299,14 @@ function drawAll() {
   drawLists();
 }
 
-// At first: all, or four from the smallest to the largest.
+// At first: four, of which at most three are ours, from the largest to the smallest.
+function spread(list, count) {
+  return list.length <= count ? list : Array.from({ length: count }, (_, n) => list[Math.round(n * (list.length - 1) / Math.max(1, count - 1))]);
+}
 const candidates = boxes.map((box) => Number(box.dataset.model));
-const count = Math.min(4, candidates.length);
-for (let n = 0; n < count; n += 1) tick(candidates[count > 1 ? Math.round(n * (candidates.length - 1) / (count - 1)) : 0], true);
+const others = candidates.filter((model) => models[model].method !== "SeedLM");
+const ours = spread(candidates.filter((model) => !others.includes(model)), others.length ? 3 : 4);
+[...ours, ...spread(others, 4 - ours.length)].sort((a, b) => a - b).forEach((model) => tick(model, true));
 boxes.forEach((box) => box.addEventListener("change", () => { tick(Number(box.dataset.model), box.checked); drawAll(); }));
 METRICS.forEach(([name, title]) => byId("metric").append(new Option(title, name)));
 byId("metric").addEventListener("change", drawQuality);

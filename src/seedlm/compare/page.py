@@ -69,14 +69,14 @@ def _table(comparison: dict[str, Any]) -> str:
 def _lineage(rows: list[dict[str, Any]]) -> str:
     """A tree: the original, the methods, and what each made of it with which options."""
 
-    def describe(row: dict[str, Any], known: str = "") -> str:
+    def describe(row: dict[str, Any], known: tuple[str, ...] = ()) -> str:
         facts = [
             f"{row['bits_per_weight']:.3f} bits" if row["bits_per_weight"] else "",
             _megabytes(row["bytes"]),
-            row["options"] or "",
+            "" if row["options"] in known else row["options"],
         ]
         about = html.escape(", ".join(filter(None, facts)))
-        name = f"<small>{html.escape(row['name'])}</small>" if row["name"] not in (row["label"], known) else ""
+        name = f"<small>{html.escape(row['name'])}</small>" if row["name"] not in (row["label"], *known) else ""
         return f"<b>{html.escape(row['label'])}</b> <span>{about}</span> {name}"
 
     def branch(parent: int | None) -> str:
@@ -87,8 +87,11 @@ def _lineage(rows: list[dict[str, Any]]) -> str:
         items = []
         for method, made in methods.items():
             kind = {True: "data-free", False: "calibrated", None: ""}[made[0]["data_free"]]
-            leaves = "".join(f"<li>{describe(row, rows[0]['name'])}</li>" for row in made)
-            items.append(f"<li><i>{html.escape(method)}</i> <span>{kind}</span><ul>{leaves}</ul></li>")
+            options = made[0]["options"] or ""
+            shared = options if len(made) > 1 and all(row["options"] == options for row in made) else ""
+            leaves = "".join(f"<li>{describe(row, (rows[0]['name'], shared))}</li>" for row in made)
+            about = html.escape(", ".join(filter(None, (kind, shared))))
+            items.append(f"<li><i>{html.escape(method)}</i> <span>{about}</span><ul>{leaves}</ul></li>")
         return "".join(items)
 
     original = f"<li>{describe(rows[0])}<ul>{branch(0)}</ul></li>" if rows[0]["original"] else ""
