@@ -163,13 +163,14 @@ function drawDistributions() {
       const found = (data.distributions[model] || {})[name];
       if (!found) return [];
       const total = found.counts.reduce((a, b) => a + b, 0);
-      return found.counts.map((count, bin) => ({ model: models[model].label, from: found.edges[bin], to: found.edges[bin + 1], share: count / total }));
+      const bins = found.counts.map((count, bin) => ({ model: models[model].label, from: found.edges[bin], to: found.edges[bin + 1], share: count / total }));
+      return [...bins, { ...bins[bins.length - 1], from: found.edges[found.edges.length - 1] }]; // gives the last bin its width
     });
     draw(place, {
       height: 240, description: `Share of predictions by ${title}`,
       mark: { type: "line", interpolate: "step-after", strokeWidth: 2 },
       encoding: {
-        x: { field: "from", type: "quantitative", title, scale: { type: scale, nice: false }, axis: { format: "~g", tickCount: 8, labelOverlap: true, grid: false } },
+        x: { field: "from", type: "quantitative", title, scale: { type: scale, nice: false }, axis: { format: "~g", tickCount: 8, labelOverlap: "greedy", labelSeparation: 10, grid: false } },
         y: { field: "share", type: "quantitative", title: "share of predictions", axis: { format: "%" } },
         color, strokeDash: dash, tooltip: [{ field: "model" }, { field: "from", format: ".2~g" }, { field: "to", format: ".2~g" }, { field: "share", format: ".2%" }],
       },
