@@ -121,7 +121,7 @@ function drawLayers() {
     height: 240, description: "Relative error of the hidden state after each decoder layer, a line for every ticked model",
     layer: [{ mark: { type: "line", strokeWidth: 2 }, encoding: { strokeDash: dash } }, { mark: { type: "point", filled: true, size: 50, opacity: 1 }, encoding: { shape } }],
     encoding: {
-      x: { field: "layer", type: "quantitative", title: "decoder layer", axis: { tickMinStep: 1, format: "d" } },
+      x: { field: "layer", type: "quantitative", title: "decoder layer", scale: { nice: false }, axis: { tickMinStep: 1, format: "d" } },
       y: { field: "error", type: "quantitative", title: "relative error", scale: { zero: true } },
       color, tooltip: [{ field: "model" }, { field: "layer" }, { field: "error", format: ".3~g" }],
     },
@@ -129,7 +129,8 @@ function drawLayers() {
 
   const which = byId("layer-error").value;
   const all = data.layers.flatMap((layers) => Object.values((layers && layers[which]) || {})).filter((error) => error > 0);
-  const domain = [all.reduce((a, b) => Math.min(a, b), Infinity), all.reduce((a, b) => Math.max(a, b), -Infinity)];
+  const most = all.reduce((a, b) => Math.max(a, b), -Infinity);
+  const domain = [Math.max(most / 20, all.reduce((a, b) => Math.min(a, b), Infinity)), most]; // a rounded head must not take all colours
   const mapped = chosen.filter((model) => (data.layers[model] || {})[which]);
   if (!mapped.length) return byId("maps").replaceChildren(make("p", "none", "Not recorded for these models."));
   byId("maps").replaceChildren(...mapped.map((model) => {
@@ -146,7 +147,7 @@ function drawLayers() {
         y: { field: "kind", type: "ordinal", title: null, sort: kinds, axis: { labelLimit: 130 } },
         color: {
           condition: { test: "!(datum.error > 0)", value: "#e0e0e0" }, field: "error", type: "quantitative", title: null,
-          scale: { type: "log", scheme: "viridis", domain, nice: false }, legend: { orient: "bottom", format: ".2~g", gradientLength: 200, gradientThickness: 10, tickCount: 4 },
+          scale: { type: "log", scheme: "viridis", domain, nice: false, clamp: true }, legend: { orient: "bottom", format: ".2~g", gradientLength: 200, gradientThickness: 10, tickCount: 4, labelOverlap: "greedy", labelSeparation: 8 },
         },
         tooltip: [{ field: "module" }, { field: "error", format: ".3~g" }],
       },
@@ -184,6 +185,10 @@ const shown = { prompts: PAGE, tokens: PAGE, questions: PAGE };
 
 function token(text, right) {
   return make("span", right ? "token right" : "token", text.replaceAll("\n", "⏎") || "∅");
+}
+
+function onOneLine(text) {
+  return text.replace(/\s*\n\s*/g, " ⏎ ");
 }
 
 function bar(probability) {
@@ -231,7 +236,7 @@ const LISTS = {
     render: (item, chosen) => {
       const line = (name, found) => found ? [name, token(found.top, found.top === item.token), bar(found.probability), typeof found.kl === "number" ? found.kl.toPrecision(2) : ""] : [name, make("span", "none", "not recorded"), "", ""];
       return make("article", "item",
-        make("p", "text", `… ${item.before}`, make("mark", "", item.token.replaceAll("\n", "⏎")), make("span", "after", `${item.after} …`), " ", make("span", "where", `window ${item.window}, token ${item.place}`)),
+        make("p", "text", `… ${onOneLine(item.before)}`, make("mark", "", item.token.replaceAll("\n", "⏎")), make("span", "after", `${onOneLine(item.after)} …`), " ", make("span", "where", `window ${item.window}, token ${item.place}`)),
         rows(["", "most likely next", "probability of what came", "KL"], [line(["original"], item.original), ...chosen.map((model) => line([key(model), models[model].label], item.models[model]))]));
     },
   },
