@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from seedlm.cli.compare import compare
 from seedlm.cli.compress import compress, inspect
 from seedlm.cli.design import design
 from seedlm.cli.evaluate import evaluate
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compress, inspect, generate, evaluate, sensitivity, design, rtl):
+for command in (compress, inspect, generate, evaluate, compare, sensitivity, design, rtl):
     app.command()(command)
 
 

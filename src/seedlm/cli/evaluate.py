@@ -27,7 +27,10 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     packed: Annotated[bool, typer.Option("--packed", help="Leave packed weights packed: less memory, slower.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file to create; OUT.partial beside it holds the unfinished run.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="JSON file to create, and what it saw as .records.json.gz; OUT.partial is the unfinished run.", metavar="FILE"
+        ),
     ] = None,
     tokens_out: Annotated[Path | None, typer.Option(help=".npz file to create: every prediction.", metavar="FILE")] = None,
     tasks: Annotated[
@@ -38,6 +41,11 @@ def evaluate(
         Path | None, typer.Option(help="Folder of local files for the tasks, instead of the Hub.", metavar="FOLDER")
     ] = None,
     task_limit: Annotated[int | None, typer.Option(help="The first N questions of each task only.", metavar="N")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts to continue, one a line, instead of the built-in six.", metavar="FILE")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to continue each prompt by.", metavar="N")] = 48,
+    layers: Annotated[int, typer.Option(help="Windows on which to hold every layer against the reference's.", metavar="N")] = 2,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -50,6 +58,7 @@ def evaluate(
 
     from seedlm.evaluate import Settings, Text
     from seedlm.evaluate import evaluate as run
+    from seedlm.prompts import PROMPTS, read_prompts
     from seedlm.zeroshot import TASKS
 
     if (wikitext is None) == (text is None):
@@ -71,6 +80,9 @@ def evaluate(
                     tasks=TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else (),
                     task_data=str(task_data) if task_data else None,
                     task_limit=task_limit,
+                    prompts=read_prompts(prompts) if prompts else PROMPTS,
+                    new_tokens=new_tokens,
+                    layers=layers,
                 ),
                 reference=reference,
                 out=out,

@@ -1,0 +1,52 @@
+"""Prompts, and what a model most likely writes after them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from seedlm.errors import EvaluationError
+
+PROMPTS: Final = (
+    "Once upon a time, there was a",
+    "The capital of France is",
+    "Water boils when",
+    "2, 4, 6, 8,",
+    "My favourite thing about the sea is",
+    "def add(a, b):",
+)
+"""Asked unless others are given."""
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt a line; blank lines are passed over. Raises EvaluationError if there are none."""
+    try:
+        prompts = tuple(line for line in path.read_bytes().decode().splitlines() if line.strip())
+    except OSError as reason:
+        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    except UnicodeDecodeError as reason:
+        raise EvaluationError(f"{path}: is not UTF-8 text (byte {reason.start})") from None
+    if not prompts:
+        raise EvaluationError(f"{path}: holds no prompts, one is expected on every line")
+    return prompts
+
+
+@torch.inference_mode()
+def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+    """The most likely continuation of each prompt, at most this many tokens, without the prompt."""
+    texts = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        length = inputs["input_ids"].shape[1]
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )[0]
+        before = tokenizer.decode(output[:length], skip_special_tokens=True)
+        texts.append(tokenizer.decode(output, skip_special_tokens=True).removeprefix(before))
+    return texts
