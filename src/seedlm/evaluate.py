@@ -28,6 +28,7 @@ import transformers
 from torch import Tensor
 
 from seedlm import measure, models
+from seedlm.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
 from seedlm.device import choose_device
 from seedlm.errors import EvaluationError, OutputError
 from seedlm.source import locate
@@ -81,9 +82,12 @@ class Settings:
     device       "auto", or a torch device
     dtype        "auto" (each model as it is stored; float32 for GGUF) or another of `models.DTYPES`
     packed       leave packed weights packed, instead of expanding them once: less memory, slower
+    baseline     quantise the model by another method first, one of `baselines.baseline_names`
+    calibration  UTF-8 file of text for a baseline that is calibrated
     tasks        zero-shot tasks to do after the text, as `zeroshot.zero_shot` names them
     task_data    folder of local files for them; None for the Hub
     task_limit   at most this many questions of each
+    task_batch   questions' answers in one forward pass
     Raises EvaluationError for a value that cannot be.
     """
 
@@ -93,17 +97,26 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     packed: bool = False
+    baseline: str | None = None
+    calibration: str | None = None
     tasks: tuple[str, ...] = ()
     task_data: str | None = None
     task_limit: int | None = None
+    task_batch: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in (("context", 2), ("batch_size", 1), ("limit", 1), ("task_limit", 1)):
+        for name, least in (("context", 2), ("batch_size", 1), ("limit", 1), ("task_limit", 1), ("task_batch", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise EvaluationError(f"{name} must be at least {least}, got {value}")
         if self.dtype not in models.DTYPES:
             raise EvaluationError(f"dtype must be one of {', '.join(models.DTYPES)}, got {self.dtype!r}")
+        if self.baseline is not None:
+            _, method, _ = parse_baseline(self.baseline)
+            if method.calibrated != (self.calibration is not None):
+                raise EvaluationError(f"{self.baseline} takes {'a' if method.calibrated else 'no'} calibration text")
+        elif self.calibration is not None:
+            raise EvaluationError("calibration text is for a baseline that is calibrated, and none was chosen")
 
 
 def evaluate(
@@ -137,7 +150,11 @@ def evaluate(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     paths = [locate(model, revision=revision)] + ([locate(reference)] if reference is not None else [])
-    windows, facts = _tokenize(text, paths, settings)
+    windows, facts = _tokenize(text, paths, settings.context, settings.limit)
+    calibration, calibration_facts = None, None
+    if settings.calibration is not None:
+        content = Text.from_file(settings.calibration)
+        calibration, calibration_facts = _tokenize(content, paths[:1], settings.context, CALIBRATION_WINDOWS)
     names = [model] if reference is None else [model, reference]
     infos = [asdict(models.describe(name, path)) for name, path in zip(names, paths, strict=True)]
     plan = {
@@ -146,13 +163,14 @@ def evaluate(
         "reference": infos[1] if reference is not None else None,
         "settings": {**asdict(settings), "tasks": list(settings.tasks)},
         "text": facts,
+        "calibration": calibration_facts,
         "protocol": _protocol(len(windows), settings.context),
         "seed": None,  # nothing is drawn
         "environment": _environment(device, ["lm_eval"] if settings.tasks else []),
     }
     dtype = measure.RECORD if reference is None else measure.PAIR_RECORD
     with _Journal.claim(out, plan, np.dtype((dtype, settings.context - 1)), settings.batch_size) as journal:
-        run, answers = _score(journal, windows, paths, settings, device, on_progress)
+        run, answers = _score(journal, windows, calibration, paths, settings, device, on_progress)
         records = np.concatenate(journal.records)
         metrics = {name: asdict(estimate) for name, estimate in measure.summarize(records).items()}
         run["seconds"] = round(time.monotonic() - start, 3)
@@ -171,6 +189,7 @@ def evaluate(
 def _score(
     journal: "_Journal",
     windows: Tensor,
+    calibration: Tensor | None,
     paths: list[Path],
     settings: Settings,
     device: torch.device,
@@ -180,6 +199,9 @@ def _score(
     loaded = [models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed) for path in paths]
     _check_context(loaded, settings.context)
     model, reference = loaded[0], loaded[1] if len(loaded) > 1 else None
+    baseline = None
+    if settings.baseline is not None:
+        baseline = apply_baseline(model, settings.baseline, calibration, models.load_tokenizer(paths[0]))
     dtypes = [str(network.dtype).removeprefix("torch.") for network in loaded]
     done = resumed = sum(map(len, journal.records))
     speeds = []
@@ -195,17 +217,25 @@ def _score(
     answers = {}
     if settings.tasks:
         tokenizer = models.load_tokenizer(paths[0])
-        answers = zero_shot(model, tokenizer, settings.tasks, data=settings.task_data, limit=settings.task_limit)
+        answers = zero_shot(
+            model,
+            tokenizer,
+            settings.tasks,
+            data=settings.task_data,
+            limit=settings.task_limit,
+            batch_size=settings.task_batch,
+        )
     return {
         "dtype": dtypes[0],
         "reference_dtype": dtypes[1] if len(dtypes) > 1 else None,
+        "baseline": baseline,
         "resumed_windows": resumed,
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "peak_memory_bytes": _peak_memory(device),
     }, answers
 
 
-def _tokenize(text: Text, paths: list[Path], settings: Settings) -> tuple[Tensor, dict[str, Any]]:
+def _tokenize(text: Text, paths: list[Path], context: int, limit: int | None) -> tuple[Tensor, dict[str, Any]]:
     """The windows int64 [windows, context] of a text, and what there is to say of it."""
     tokenizer = models.load_tokenizer(paths[0])
     ids = tokenizer(text.content)["input_ids"]
@@ -213,7 +243,7 @@ def _tokenize(text: Text, paths: list[Path], settings: Settings) -> tuple[Tensor
         theirs = models.load_tokenizer(other)(text.content)["input_ids"]
         if theirs != ids:
             raise EvaluationError(f"{other} and {paths[0]} turn the text into different tokens: they have no common vocabulary")
-    windows = measure.cut_windows(torch.tensor(ids, dtype=torch.int64), settings.context, settings.limit)
+    windows = measure.cut_windows(torch.tensor(ids, dtype=torch.int64), context, limit)
     return windows, {
         "path": text.path,
         "form": text.form,
