@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import test_source
-from seedlm import compress_checkpoint, evaluate, inspect_checkpoint, measure
+from seedlm import compress_checkpoint, evaluate, inspect_checkpoint, layers, measure, records
 from seedlm.errors import BackendError, EvaluationError, OutputError, SourceError
 from seedlm.evaluate import Settings, Text
 from tiny_models import SMALL, tiny_llama
@@ -167,6 +167,134 @@ class TestMeasure:
             np.testing.assert_allclose(records[field], expected[..., column], rtol=1e-5, atol=1e-5, err_msg=field)
 
 
+class Foreign(torch.nn.Module):
+    """Another library's layer: it computes like a linear one and has nothing else in common with it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.hidden = [linear.weight.detach().double(), None if linear.bias is None else linear.bias.detach().double()]
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x.double(), *self.hidden).to(x.dtype)
+
+
+class TestLayers:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    @pytest.mark.parametrize("foreign", [False, True], ids=["linear", "foreign"])
+    def test_errors_are_those_of_the_definition(self, tmp_path, monkeypatch, foreign, dtype):
+        monkeypatch.setattr(layers, "_PROBE", 44 * 7)
+        reference = tiny_llama(tmp_path / "m", dtype=dtype, attention_bias=True).eval()
+        for name, parameter in reference.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.uniform_(-100, 100)
+        model = copy.deepcopy(reference)
+        torch.manual_seed(7)
+        changed = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.k_proj", "mlp.down_proj")]
+        for name in changed:
+            linear = model.get_submodule(name)
+            linear.weight.data += 0.1 * linear.weight.std() * torch.randn_like(linear.weight)
+            if foreign:
+                model.set_submodule(name, Foreign(linear))
+        windows = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(1))
+        given, states = {}, []
+        for network in (model, reference):
+            if network is reference:
+                for name in changed:
+                    network.get_submodule(name).register_forward_hook(
+                        lambda module, inputs, output, name=name: given.setdefault(name, []).append((inputs[0], output))
+                    )
+            with torch.no_grad():
+                found = [network(w[None], output_hidden_states=True).hidden_states[1:] for w in windows]
+            states.append([torch.cat(layer)[:, 1:].double() for layer in zip(*found, strict=True)])
+        result = layers.compare_layers(model, reference, windows)
+        rows = {row.pop("module"): row for row in result["linears"]}
+        assert len(rows) == 15  # the head too
+        assert rows["model.layers.0.mlp.down_proj"]["shape"] == [32, 44]
+        for name, row in rows.items():
+            if name not in changed:
+                assert (row["weight_error"], row["output_error"]) == (0.0, 0.0)
+                continue
+            theirs, ours = reference.get_submodule(name), model.get_submodule(name)
+            weight = theirs.weight.double()
+            difference = (ours.hidden[0] if foreign else ours.weight.double()) - weight
+            expected = float((difference.norm() / weight.norm()).detach())
+            assert row["weight_error"] == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 0.02)
+            with torch.no_grad():
+                outputs = [(ours(x).double()[0, 1:], y.double()[0, 1:]) for x, y in given[name]]
+            top, bottom = (
+                sum(float(y.square().sum()) for y in part) for part in ([a - b for a, b in outputs], [b for _, b in outputs])
+            )
+            assert row["output_error"] == pytest.approx((top / bottom) ** 0.5, rel=1e-5)
+        expected = [float((a - b).norm() / b.norm()) for a, b in zip(*states, strict=True)]
+        assert result["hidden"] == pytest.approx(expected, rel=1e-5)
+        assert not any(reference.get_submodule(name)._forward_hooks for name in rows if name not in changed)
+
+
+class TestRecords:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def run(cls, folders, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("run")
+        (folder / "text").write_text(STORY * 8)
+        settings = Settings(context=32, prompts=("Once upon a time", "Lily"), new_tokens=5, layers=1, **CPU)
+        results = evaluate.evaluate(
+            str(folders[1]),
+            Text.from_file(folder / "text"),
+            settings,
+            reference=str(folders[0]),
+            out=folder / "run.json",
+            tokens_out=folder / "run.npz",
+        )
+        return folder, results
+
+    def test_they_hold_what_was_seen(self, run, folders):
+        folder, results = run
+        found = records.read_records(results, folder / "run.json")
+        every = np.load(folder / "run.npz")
+        for field in ("token_ids", "top1", "reference_top1"):
+            assert (np.array(found["tokens"][field]) == every[field]).all()
+        for field in ("nll", "kl", "reference_nll"):
+            np.testing.assert_allclose(found["tokens"][field], every[field], rtol=1e-3)
+        pieces = found["tokens"]["pieces"]
+        assert "".join(pieces[str(token)] for token in every["token_ids"].ravel()[1:]).startswith(f" {STORY}")
+        changes = every["nll"] - every["reference_nll"]
+        histogram = found["distributions"]["nll_change"]
+        assert sum(histogram["counts"]) == sum(found["distributions"]["kl"]["counts"]) == every["kl"].size
+        assert histogram["counts"][-1] == (changes >= histogram["edges"][-2]).sum()
+        errors = {row["module"]: row["weight_error"] for row in found["layers"]["linears"]}
+        for tensor in inspect_checkpoint(folders[1]).tensors:
+            assert errors[tensor.module] == pytest.approx(tensor.relative_error, rel=1e-4)
+        assert errors["lm_head"] == 0
+        assert len(found["layers"]["hidden"]) == 5
+        first = found["prompts"][0]
+        assert (first["prompt"], first["reference_text"]) == ("Once upon a time", ", there was a little")
+        assert first["text"] != first["reference_text"]
+
+    def test_another_file_is_refused_and_a_missing_one_is_none(self, run, tmp_path):
+        folder, results = run
+        assert records.read_records(results, tmp_path / "run.json") is None
+        assert records.read_records({**results, "records": None}, folder / "run.json") is None
+        (tmp_path / "run.records.json.gz").write_bytes(records.pack_records({}))
+        with pytest.raises(EvaluationError, match=r"is not the file that .*run.json names \(its SHA-256 differs\)"):
+            records.read_records(results, tmp_path / "run.json")
+
+    def test_without_a_reference_they_say_less(self, folders, story, tmp_path):
+        settings = Settings(context=32, limit=1, prompts=("Lily",), new_tokens=2, **CPU)
+        results = evaluate.evaluate(str(folders[0]), story, settings, out=tmp_path / "run")
+        found = records.read_records(results, tmp_path / "run")
+        assert found["layers"] is None
+        assert found["distributions"] == {}
+        assert found["prompts"][0]["reference_text"] is None
+        assert found["tokens"].keys() == {"token_ids", "top1", "nll", "pieces"}
+
+    def test_prompts_from_a_file(self, tmp_path):
+        (tmp_path / "prompts").write_text("One\n\n Two \n")
+        assert records.read_prompts(tmp_path / "prompts") == ("One", " Two ")
+        (tmp_path / "empty").write_text("\n")
+        with pytest.raises(EvaluationError, match="holds no prompts, one is expected on every line"):
+            records.read_prompts(tmp_path / "empty")
+
+
 class TestText:
     def test_wikitext_is_joined_as_the_papers_do(self, tmp_path):
         r"""Rows of the data set: "", " = A = \n", "", " One @-@ two . \n", " Three \n", ""."""
@@ -304,7 +432,10 @@ class TestResume:
         assert seen[0] == windows * 32
         assert results["run"]["resumed_windows"] == windows
         assert not partial.exists()
-        whole = evaluate.evaluate(*arguments, reference=options["reference"], tokens_out=tmp_path / "whole.npz")
+        elsewhere = {"out": tmp_path / "whole.json", "tokens_out": tmp_path / "whole.npz"}
+        whole = evaluate.evaluate(*arguments, **{**options, **elsewhere})
+        assert results["records"].pop("file") == "run.records.json.gz"
+        assert whole["records"].pop("file") == "whole.records.json.gz"
         assert {**results, "run": None} == {**whole, "run": None}
         assert (tmp_path / "whole.npz").read_bytes() == options["tokens_out"].read_bytes()
 

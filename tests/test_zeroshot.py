@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlm.errors import EvaluationError
 from seedlm.evaluate import Settings, Text, evaluate
+from seedlm.records import read_records
 from seedlm.zeroshot import TASKS, read_local, zero_shot
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
@@ -76,8 +77,18 @@ def test_all_tasks_are_answered_as_by_hand(data, tmp_path, capfd):
     pytest.importorskip("lm_eval")
     (tmp_path / "text").write_text("Once upon a time there was a ball. " * 5)
     settings = Settings(context=16, device="cpu", tasks=TASKS, task_data=str(data))
-    results = evaluate(str(STORIES), Text.from_file(tmp_path / "text"), settings)
+    results = evaluate(str(STORIES), Text.from_file(tmp_path / "text"), settings, out=tmp_path / "run.json")
     assert results["environment"]["lm_eval"]
+    questions = read_records(results, tmp_path / "run.json")["tasks"]
+    for task, result in results["tasks"].items():
+        right = [question["right"] == question["chosen"] for question in questions[task]]
+        assert np.mean(right) == result["acc_norm" if "acc_norm" in result else "acc"]["mean"]
+    assert [question["right"] for question in questions["arc_easy"]] == [gold for _, _, gold in ARC]
+    assert [question["right"] for question in questions["winogrande"]] == [0, 1]
+    assert questions["arc_easy"][2]["question"] == "Question: Where?\nAnswer:"
+    assert questions["arc_easy"][2]["choices"] == ENDINGS[1:]
+    assert questions["winogrande"][0]["question"] == "... was happy."
+    assert questions["winogrande"][0]["choices"] == ["Tom and Ann ran because Tom", "Tom and Ann ran because Ann"]
     assert "loglikelihood" not in capfd.readouterr().err
     tasks = results["tasks"]
     assert {name: (task["acc"]["mean"], task.get("acc_norm", {}).get("mean")) for name, task in tasks.items()} == expected()

@@ -1,26 +1,23 @@
 """One measurement of one model: its text, its models, its record of finished windows, and its results as one JSON object.
 
 Everything that the numbers depend on is gathered first, from files alone, as the plan. The results are the plan, the metrics,
-and what the run itself was like. While it runs, ``OUT.partial`` holds the plan as a line of JSON and then the finished
-windows' records, fixed in size, as bytes; a run with an equal plan goes on after the last whole batch, and comes to the same
-results to the last bit, since they are computed from these records alone. OUT exists only when it is whole.
+and what the run itself was like; what it saw item by item stands in the records beside them. A run that was stopped goes on
+from its journal and comes to the same results to the last bit. OUT exists only when it is whole.
 """
 
 import hashlib
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -30,10 +27,12 @@ from torch import Tensor
 from seedlm import measure, models
 from seedlm.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
 from seedlm.device import choose_device
-from seedlm.errors import EvaluationError, OutputError
+from seedlm.errors import EvaluationError
+from seedlm.journal import Journal, check_free, replacing
+from seedlm.layers import compare_layers
+from seedlm.records import continue_prompts, pack_records, records_path, token_records
 from seedlm.source import locate
 from seedlm.version import __version__
-from seedlm.workfolder import differences, try_lock
 from seedlm.zeroshot import check_tasks, zero_shot
 
 EVALUATION_VERSION: Final = 1
@@ -88,6 +87,9 @@ class Settings:
     task_data    folder of local files for them; None for the Hub
     task_limit   at most this many questions of each
     task_batch   questions' answers in one forward pass
+    prompts      texts to continue with the most likely tokens, by the model and by the reference
+    new_tokens   tokens to continue each by
+    layers       windows on which every layer is held against the reference's; 0 leaves the layers out
     Raises EvaluationError for a value that cannot be.
     """
 
@@ -103,9 +105,20 @@ class Settings:
     task_data: str | None = None
     task_limit: int | None = None
     task_batch: int = 8
+    prompts: tuple[str, ...] = ()
+    new_tokens: int = 48
+    layers: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("context", 2), ("batch_size", 1), ("limit", 1), ("task_limit", 1), ("task_batch", 1)):
+        for name, least in (
+            ("context", 2),
+            ("batch_size", 1),
+            ("limit", 1),
+            ("task_limit", 1),
+            ("task_batch", 1),
+            ("new_tokens", 1),
+            ("layers", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise EvaluationError(f"{name} must be at least {least}, got {value}")
@@ -133,7 +146,8 @@ def evaluate(
     """Score a text with a model, and with a reference if there is one.
 
     model, reference   what `source.locate` finds: a folder, packed or not, a GGUF file, a Hub repository
-    out                JSON file to write the results to; with it, a run that was stopped can go on
+    out                JSON file to write the results to, with its records beside it (`records`: tokens, layers, prompts,
+                       tasks); with it, a run that was stopped can go on
     tokens_out         .npz file to write the record of every prediction to: the fields of `measure.PAIR_RECORD`
                        [windows, context - 1], and token_ids [windows, context]
     revision           of the model on the Hub
@@ -142,8 +156,8 @@ def evaluate(
     """
     settings = settings or Settings()
     start = time.monotonic()
-    for path in filter(None, (out, tokens_out)):
-        _check_free(path)
+    for path in filter(None, (out, out and records_path(out), tokens_out)):
+        check_free(path)
     if settings.tasks:
         check_tasks(settings.tasks, settings.task_data)
     device = choose_device(settings.device)
@@ -161,7 +175,7 @@ def evaluate(
         "evaluation_version": EVALUATION_VERSION,
         "model": infos[0],
         "reference": infos[1] if reference is not None else None,
-        "settings": {**asdict(settings), "tasks": list(settings.tasks)},
+        "settings": {**asdict(settings), "tasks": list(settings.tasks), "prompts": list(settings.prompts)},
         "text": facts,
         "calibration": calibration_facts,
         "protocol": _protocol(len(windows), settings.context),
@@ -169,39 +183,61 @@ def evaluate(
         "environment": _environment(device, ["lm_eval"] if settings.tasks else []),
     }
     dtype = measure.RECORD if reference is None else measure.PAIR_RECORD
-    with _Journal.claim(out, plan, np.dtype((dtype, settings.context - 1)), settings.batch_size) as journal:
-        run, answers = _score(journal, windows, calibration, paths, settings, device, on_progress)
+    with Journal.claim(out, plan, np.dtype((dtype, settings.context - 1)), settings.batch_size) as journal:
+        loaded = [models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed) for path in paths]
+        _check_context(loaded, settings.context)
+        tokenizer = models.load_tokenizer(paths[0])
+        baseline = apply_baseline(loaded[0], settings.baseline, calibration, tokenizer) if settings.baseline else None
+        run = {"baseline": baseline, **_score(journal, windows, loaded, settings, device, on_progress)}
         records = np.concatenate(journal.records)
         metrics = {name: asdict(estimate) for name, estimate in measure.summarize(records).items()}
+        answers: dict[str, Any] = {}
+        questions: dict[str, Any] = {}
+        if settings.tasks:
+            answers, questions = zero_shot(
+                loaded[0],
+                tokenizer,
+                settings.tasks,
+                data=settings.task_data,
+                limit=settings.task_limit,
+                batch_size=settings.task_batch,
+            )
+        companion = None
+        if out is not None:
+            packed = pack_records(
+                {
+                    "tokens": token_records(windows, records, tokenizer),
+                    "distributions": measure.distributions(records),
+                    **_record_behaviour(loaded, tokenizer, windows, settings),
+                    "tasks": questions,
+                }
+            )
+            companion = {"file": records_path(out).name, "sha256": hashlib.sha256(packed).hexdigest()}
+            with replacing(records_path(out)) as file:
+                file.write(packed)
         run["seconds"] = round(time.monotonic() - start, 3)
-        results = {**plan, "metrics": metrics, "tasks": answers, "run": run}
+        results = {**plan, "metrics": metrics, "tasks": answers, "records": companion, "run": run}
         if tokens_out is not None:
             columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
-            with _replacing(tokens_out) as file:
+            with replacing(tokens_out) as file:
                 np.savez_compressed(file, token_ids=windows.numpy().astype(np.int32), **columns)
         if out is not None:
-            with _replacing(out) as file:
+            with replacing(out) as file:
                 file.write(json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
     journal.remove()
     return results
 
 
 def _score(
-    journal: "_Journal",
+    journal: Journal,
     windows: Tensor,
-    calibration: Tensor | None,
-    paths: list[Path],
+    loaded: list[Any],
     settings: Settings,
     device: torch.device,
     on_progress: Progress | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Score the windows that the journal lacks and do the tasks: what that was like, and the tasks' results."""
-    loaded = [models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed) for path in paths]
-    _check_context(loaded, settings.context)
+) -> dict[str, Any]:
+    """Score the windows that the journal lacks: what that was like."""
     model, reference = loaded[0], loaded[1] if len(loaded) > 1 else None
-    baseline = None
-    if settings.baseline is not None:
-        baseline = apply_baseline(model, settings.baseline, calibration, models.load_tokenizer(paths[0]))
     dtypes = [str(network.dtype).removeprefix("torch.") for network in loaded]
     done = resumed = sum(map(len, journal.records))
     speeds = []
@@ -214,25 +250,27 @@ def _score(
         done += len(records)
         if on_progress:
             on_progress("evaluate", done * settings.context, windows.numel())
-    answers = {}
-    if settings.tasks:
-        tokenizer = models.load_tokenizer(paths[0])
-        answers = zero_shot(
-            model,
-            tokenizer,
-            settings.tasks,
-            data=settings.task_data,
-            limit=settings.task_limit,
-            batch_size=settings.task_batch,
-        )
     return {
         "dtype": dtypes[0],
         "reference_dtype": dtypes[1] if len(dtypes) > 1 else None,
-        "baseline": baseline,
         "resumed_windows": resumed,
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "peak_memory_bytes": _peak_memory(device),
-    }, answers
+    }
+
+
+def _record_behaviour(loaded: list[Any], tokenizer: Any, windows: Tensor, settings: Settings) -> dict[str, Any]:
+    """Continued prompts, and the layers' errors where there is a reference."""
+    texts = [continue_prompts(network, tokenizer, settings.prompts, settings.new_tokens) for network in loaded]
+    columns = (settings.prompts, texts[0], texts[1] if len(texts) > 1 else [None] * len(texts[0]))
+    return {
+        "prompts": [
+            {"prompt": prompt, "text": text, "reference_text": other} for prompt, text, other in zip(*columns, strict=True)
+        ],
+        "layers": compare_layers(loaded[0], loaded[1], windows[: settings.layers])
+        if len(loaded) > 1 and settings.layers
+        else None,
+    }
 
 
 def _tokenize(text: Text, paths: list[Path], context: int, limit: int | None) -> tuple[Tensor, dict[str, Any]]:
@@ -317,82 +355,6 @@ def _peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class _Journal:
-    """The windows' records so far, in memory and, if there is an output file, in ``OUT.partial`` beside it."""
-
-    def __init__(self, path: Path | None, file: BinaryIO | None) -> None:
-        self._path, self._file = path, file
-        self.records: list[np.ndarray] = []
-
-    @classmethod
-    @contextmanager
-    def claim(cls, out: Path | None, plan: Mapping[str, Any], window: np.dtype, batch: int) -> Iterator["_Journal"]:
-        """The journal of a plan's run, ours alone: a new one, or the one to go on with.
-
-        window   dtype of one window's record
-        batch    windows in a batch: a run goes on at the start of one, since sums in a GPU depend on the batch
-        Raises OutputError if another run holds it, or if it is of another plan.
-        """
-        if out is None:
-            yield cls(None, None)
-            return
-        path = out.with_name(out.name + ".partial")
-        try:
-            with open(path, "a+b") as file:
-                if not try_lock(file):
-                    raise OutputError(f"{path}: another run is writing this output; wait for it, or stop it")
-                journal = cls(path, file)
-                journal._read(plan, window, batch)
-                try:
-                    yield journal
-                finally:
-                    if not journal.records:  # nothing begun: leave no trace
-                        path.unlink()
-        except OSError as reason:
-            raise OutputError(f"{reason.filename or path}: {reason.strerror or reason}") from reason
-
-    def _read(self, plan: Mapping[str, Any], window: np.dtype, batch: int) -> None:
-        assert self._file is not None
-        self._file.seek(0)
-        head, newline, body = self._file.read().partition(b"\n")
-        if not newline:  # new, or stopped before the plan was whole
-            self._file.truncate(0)
-            self._append(json.dumps(plan).encode() + b"\n")
-            return
-        try:
-            old = json.loads(head)
-        except ValueError:
-            raise OutputError(f"{self._path}: is not from a run, or damaged; move it away") from None
-        found = list(differences(old, plan))
-        if found:
-            raise OutputError(
-                f"{self._path}: holds an unfinished run that differs: {'; '.join(found[:3])}. Repeat its command to go on, or "
-                "delete the file to start over"
-            )
-        whole = len(body) // window.itemsize // batch * batch
-        self._file.truncate(len(head) + 1 + whole * window.itemsize)
-        if whole:
-            assert window.subdtype is not None
-            base, shape = window.subdtype
-            self.records.append(np.frombuffer(body, base, whole * shape[0]).reshape(whole, *shape))
-
-    def add(self, records: np.ndarray) -> None:
-        """Take over a batch; on return it has reached the disk."""
-        self.records.append(records)
-        if self._file is not None:
-            self._append(records.tobytes())
-
-    def _append(self, data: bytes) -> None:
-        assert self._file is not None
-        self._file.write(data)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def remove(self) -> None:
-        if self._path is not None:
-            self._path.unlink()
-
-
 def _read_text(path: str | Path) -> str:
     try:
         return Path(path).read_bytes().decode()
@@ -400,21 +362,3 @@ def _read_text(path: str | Path) -> str:
         raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
     except UnicodeDecodeError as reason:
         raise EvaluationError(f"{path}: is not UTF-8 text (byte {reason.start})") from None
-
-
-def _check_free(path: Path) -> None:
-    if path.exists():
-        raise OutputError(f"{path}: exists already; choose another output, or delete it")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent}: no such folder")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -111,6 +111,25 @@ def summarize(records: np.ndarray) -> dict[str, Estimate]:
     return results
 
 
+def distributions(records: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    """How the predictions are spread over bins, the outer ones with all that lies beyond; nothing without a reference.
+
+    records   PAIR_RECORD [windows, predictions]
+    returns   kl and nll_change, the model's negative log likelihood less the reference's: edges in nats [bins + 1], counts
+              [bins]
+    """
+    if "kl" not in (records.dtype.names or ()):
+        return {}
+    spread = {}
+    for name, values, edges in (
+        ("kl", records["kl"], 10.0 ** np.arange(-5, 1.75, 0.25)),
+        ("nll_change", records["nll"].astype(np.float64) - records["reference_nll"], np.arange(-5, 5.25, 0.25)),
+    ):
+        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+        spread[name] = {"edges": [float(f"{edge:.6g}") for edge in edges], "counts": counts.tolist()}
+    return spread
+
+
 def perplexity(
     model: Any, token_ids: Tensor, *, context: int = 2048, limit: int | None = None, batch_size: int = 1
 ) -> Estimate:

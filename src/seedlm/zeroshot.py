@@ -27,6 +27,9 @@ TASKS: Final = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq")
 
 Row = dict[str, Any]
 
+_TEXTS, _QUESTION, _CHOICE = 500, 600, 200
+"""Questions of a task whose texts are recorded, and the characters of a question and of a choice: half a megabyte a task."""
+
 
 def zero_shot(
     model: Any,
@@ -36,14 +39,15 @@ def zero_shot(
     data: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[Row]]]:
     """Ask a model the questions of some tasks.
 
     model, tokenizer   as transformers makes them; the model in evaluation mode, on its device
     data               folder of the local files above; None lets the harness fetch its data sets from the Hub
     limit              only the first questions of each task
     returns            task -> version, questions, and acc and, where the task has it, acc_norm (accuracy by log likelihood
-                       per character of the answer), each as mean and standard_error
+                       per character of the answer), each as mean and standard_error; and task -> every question with what
+                       was chosen, by acc_norm where the task has it
     Raises EvaluationError without lm-evaluation-harness, for a task it does not know, and for files not as above.
     """
     check_tasks(tasks, data)
@@ -65,12 +69,14 @@ def zero_shot(
                     tasks=wanted,
                     num_fewshot=0,
                     limit=limit,
-                    log_samples=False,
+                    log_samples=True,
                     task_manager=manager,
                 )
             except OSError as reason:  # a data set that cannot be fetched
                 raise EvaluationError(f"the tasks cannot be run ({' '.join(str(reason).split())[:300]})") from reason
-    return {task: _read_result(task, results) for task in tasks}
+    return {task: _read_result(task, results) for task in tasks}, {
+        task: _read_samples(results["samples"][task]) for task in tasks
+    }
 
 
 def check_tasks(tasks: Sequence[str], data: str | Path | None) -> None:
@@ -136,6 +142,30 @@ def _read_result(task: str, results: Any) -> dict[str, Any]:
         if f"{metric},none" in found:
             row[metric] = {"mean": found[f"{metric},none"], "standard_error": found[f"{metric}_stderr,none"]}
     return row
+
+
+def _read_samples(samples: list[Row]) -> list[Row]:
+    """id, log_likelihoods of the choices, chosen and right (places among them; right is None if it cannot be told), and of the
+    first 500 the question and its choices, shortened.
+    """
+    rows: list[Row] = []
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        contexts, endings = zip(*((context, ending.removeprefix(" ")) for context, ending in sample["arguments"]), strict=True)
+        scores = [float(score) for score, _ in sample["filtered_resps"]]
+        metric = "acc_norm" if "acc_norm" in sample else "acc"
+        lengths = [max(1, len(ending)) for ending in endings] if metric == "acc_norm" else [1] * len(endings)
+        chosen = max(range(len(scores)), key=lambda place: scores[place] / lengths[place])
+        right = sample["target"] if isinstance(sample["target"], int) else None
+        if right is None and (sample[metric] or len(scores) == 2):
+            right = chosen if sample[metric] else 1 - chosen
+        row: Row = {"id": sample["doc_id"], "right": right, "chosen": chosen}
+        row["log_likelihoods"] = [round(score, 2) for score in scores]
+        if len(rows) < _TEXTS:
+            same = len(set(contexts)) == 1
+            row["question"] = (contexts[0] if same else f"... {endings[0]}")[-_QUESTION:]
+            row["choices"] = [choice[-_CHOICE:] for choice in (endings if same else contexts)]
+        rows.append(row)
+    return rows
 
 
 def _json_lines(content: str) -> list[Row]:

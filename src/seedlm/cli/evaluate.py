@@ -34,7 +34,10 @@ def evaluate(
         Path | None, typer.Option(help="Text for a baseline that is calibrated (gptq, awq).", metavar="FILE")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file to create; OUT.partial beside it holds the unfinished run.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="JSON file to create, and what it saw as .records.json.gz; OUT.partial is the unfinished run.", metavar="FILE"
+        ),
     ] = None,
     tokens_out: Annotated[Path | None, typer.Option(help=".npz file to create: every prediction.", metavar="FILE")] = None,
     tasks: Annotated[
@@ -46,6 +49,11 @@ def evaluate(
     ] = None,
     task_limit: Annotated[int | None, typer.Option(help="The first N questions of each task only.", metavar="N")] = None,
     task_batch: Annotated[int, typer.Option(help="Answers in one forward pass.", metavar="N")] = 8,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts to continue, one a line, instead of the built-in six.", metavar="FILE")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to continue each prompt by.", metavar="N")] = 48,
+    layers: Annotated[int, typer.Option(help="Windows on which to hold every layer against the reference's.", metavar="N")] = 2,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -58,6 +66,7 @@ def evaluate(
 
     from seedlm.evaluate import Settings, Text
     from seedlm.evaluate import evaluate as run
+    from seedlm.records import PROMPTS, read_prompts
     from seedlm.zeroshot import TASKS
 
     if (wikitext is None) == (text is None):
@@ -82,6 +91,9 @@ def evaluate(
                     task_data=str(task_data) if task_data else None,
                     task_limit=task_limit,
                     task_batch=task_batch,
+                    prompts=read_prompts(prompts) if prompts else PROMPTS,
+                    new_tokens=new_tokens,
+                    layers=layers,
                 ),
                 reference=reference,
                 out=out,

@@ -1,0 +1,132 @@
+"""What a run saw, item by item: kept beside its results so that a comparison can show what changed, and not only how much.
+
+``NAME.records.json.gz`` belongs to ``NAME.json``, which names it with its SHA-256. It holds
+
+    tokens    of the first windows, about 32 thousand predictions: token_ids, top1, nll, and with a reference kl, reference_nll
+              and reference_top1, as lists [windows, predictions]; the pieces of text that the numbers stand for
+    layers    `layers.compare_layers` on the first windows; None without a reference
+    prompts   each prompt with its most likely continuation, by the model and by the reference
+    tasks     task -> its questions: which answer was right and which was chosen, and the log likelihood of each; texts of the
+              first 500
+
+JSON, since it is read by people's tools too; the same run leaves the same bytes.
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seedlm.errors import EvaluationError
+
+RECORDS_VERSION: Final = 1
+PREDICTIONS: Final = 1 << 15
+"""Predictions that are kept one by one: 16 windows of the papers' length, a third of a megabyte."""
+
+PROMPTS: Final = (
+    "Once upon a time, there was a",
+    "The capital of France is",
+    "Water boils when",
+    "2, 4, 6, 8,",
+    "My favourite thing about the sea is",
+    "def add(a, b):",
+)
+"""Asked unless others are given."""
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt a line; blank lines are passed over. Raises EvaluationError if there are none."""
+    try:
+        prompts = tuple(line for line in path.read_bytes().decode().splitlines() if line.strip())
+    except OSError as reason:
+        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    except UnicodeDecodeError as reason:
+        raise EvaluationError(f"{path}: is not UTF-8 text (byte {reason.start})") from None
+    if not prompts:
+        raise EvaluationError(f"{path}: holds no prompts, one is expected on every line")
+    return prompts
+
+
+def records_path(out: Path) -> Path:
+    """Where the records of the results file `out` are."""
+    return out.with_name(out.name.removesuffix(".json") + ".records.json.gz")
+
+
+def pack_records(records: dict[str, Any]) -> bytes:
+    """The file's bytes."""
+    text = json.dumps({"records_version": RECORDS_VERSION, **records}, ensure_ascii=False, separators=(",", ":"))
+    return gzip.compress(text.encode(), mtime=0)
+
+
+def read_records(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """The records of the results that were read from `path`; None if it has none, or they are not there.
+
+    Raises EvaluationError for a file that is not the one the results name.
+    """
+    named = results.get("records")
+    if not named or not (file := path.with_name(Path(named["file"]).name)).exists():
+        return None
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != named["sha256"]:
+        raise EvaluationError(f"{file}: is not the file that {path} names (its SHA-256 differs); restore it, or delete it")
+    try:
+        records: dict[str, Any] = json.loads(gzip.decompress(data))
+    except (OSError, EOFError, ValueError) as reason:
+        raise EvaluationError(f"{file}: is damaged ({reason})") from None
+    if records.get("records_version") != RECORDS_VERSION:
+        raise EvaluationError(f"{file}: has version {records.get('records_version')}, this package reads {RECORDS_VERSION}")
+    return records
+
+
+def token_records(windows: Tensor, records: np.ndarray, tokenizer: Any) -> dict[str, Any]:
+    """The first predictions, and the text of every token in them.
+
+    windows   int64 [windows, context]
+    records   `measure.RECORD` or `PAIR_RECORD` [windows, context - 1]
+    """
+    count = max(1, PREDICTIONS // records.shape[1])
+    ids = windows[:count].numpy()
+    columns: dict[str, Any] = {"token_ids": ids.tolist()}
+    for field in records.dtype.names or ():
+        values = records[field][:count]
+        columns[field] = values.tolist() if values.dtype.kind == "i" else [[_short(x) for x in row] for row in values.tolist()]
+    tops = [records[field][:count].ravel() for field in ("top1", "reference_top1") if field in columns]
+    used = np.unique(np.concatenate([ids.ravel(), *tops])).tolist()
+    return {**columns, "pieces": dict(zip(map(str, used), _pieces(tokenizer, used), strict=True))}
+
+
+@torch.inference_mode()
+def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+    """The most likely continuation of each prompt, at most this many tokens, without the prompt."""
+    texts = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        length = inputs["input_ids"].shape[1]
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )[0]
+        before = tokenizer.decode(output[:length], skip_special_tokens=True)
+        texts.append(tokenizer.decode(output, skip_special_tokens=True).removeprefix(before))
+    return texts
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What each token adds to a text; some tokenizers drop the space in front of a first token, so none is decoded alone."""
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    start = len(tokenizer.decode(anchor))
+    return [tokenizer.decode([*anchor, token])[start:] for token in ids]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
