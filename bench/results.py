@@ -5,7 +5,8 @@
     python bench/results.py render            # results/*.json -> docs/results.md
 
 `run` expands a GGUF file once, then starts ``seedlm compress`` and ``seedlm evaluate`` for every row, several at a time on one
-device, keeps their whole results under WORK, and writes what a table needs to results/NAME.json. A row that failed is written
+device, keeps their whole results under WORK, where a row that is there already is not made again, and writes what a table
+needs to results/NAME.json. A row that failed is written
 down with its last line of error. Matrix products in float32 are allowed TF32 (PyTorch's "high"), the same for every row.
 """
 
@@ -36,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     source = _expand(options.source, work / "original")
     names = ["original", *(f"seedlm-{preset}" for preset in PRESETS), *baseline_names()]
+    names.sort(key=lambda name: not _calibrated(name))  # these take longest
     if options.only:
         names = [name for name in names if name in options.only.split(",")]
     start = time.monotonic()
@@ -65,15 +67,17 @@ def _expand(source: str, folder: Path) -> str:
 
 def _row(name: str, source: str, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     out, model, extra = work / f"{name}.json", source, []
+    report = work / f"{name}.report.json"
     start = time.monotonic()
     try:
         if name.startswith("seedlm-"):
             model = str(work / name)
-            if not Path(model).exists():
+            if not out.exists():
                 _seedlm("compress", source, model, "--bits", name.removeprefix("seedlm-"))
+                report.write_text(_seedlm("inspect", model, "--json"))
         elif name != "original":
             extra = ["--baseline", name]
-            if METHODS[name.rpartition("-")[0]].calibrated:
+            if _calibrated(name):
                 extra += ["--calibration", options.calibration]
         if not out.exists():
             text = ["--wikitext", options.wikitext] if options.wikitext else ["--text", options.text]
@@ -90,7 +94,7 @@ def _row(name: str, source: str, work: Path, options: argparse.Namespace) -> dic
         return {"name": name, "error": lines[-1][:300] if lines else str(reason)}
     found = json.loads(out.read_text())
     print(f"{name}: {found['metrics']['perplexity']['mean']:.3f} in {time.monotonic() - start:.0f} s", flush=True)
-    return _keep(name, found, _inspect(model) if name.startswith("seedlm-") else {})
+    return _keep(name, found, json.loads(report.read_text()) if report.exists() else {})
 
 
 def _seedlm(*arguments: str) -> str:
@@ -99,8 +103,9 @@ def _seedlm(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
-def _inspect(folder: str) -> dict[str, Any]:
-    return dict(json.loads(_seedlm("inspect", folder, "--json")))
+def _calibrated(name: str) -> bool:
+    method = METHODS.get(name.rpartition("-")[0])
+    return method is not None and method.calibrated
 
 
 def _keep(name: str, found: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

@@ -274,6 +274,7 @@ def _read_layer(layer: nn.Linear) -> tuple[Tensor, int]:
 @contextmanager
 def _llm_compressor() -> Iterator[None]:
     """Keep its log and its bars from standard error, where nobody asked for them."""
+    import llmcompressor  # noqa: F401  (switches its log on)
     from loguru import logger
 
     logger.disable("llmcompressor")
