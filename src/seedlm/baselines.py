@@ -218,6 +218,7 @@ def _round(weight: Tensor, bits: int, *, method: str) -> tuple[Tensor, int]:
 def _calibrate(model: Any, method: str, bits: int, layers: Mapping[str, nn.Linear], windows: Tensor, tokenizer: Any) -> int:
     """GPTQ or AWQ on a whole model, in place; all bits stored."""
     with _llm_compressor(), tempfile.TemporaryDirectory() as folder:
+        from compressed_tensors.offload import remove_dispatch
         from llmcompressor import oneshot
         from llmcompressor.modifiers.gptq import GPTQModifier
         from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -236,8 +237,10 @@ def _calibrate(model: Any, method: str, bits: int, layers: Mapping[str, nn.Linea
         model.config._name_or_path = folder
         inputs: Any = [{"input_ids": window[None]} for window in windows]
         batches: Any = torch.utils.data.DataLoader(inputs, batch_size=None)
+        device = model.device
         with torch.enable_grad():
             oneshot(model=model, processor=tokenizer, dataset=batches, recipe=recipe, num_calibration_samples=len(windows))
+        remove_dispatch(model, onload_tensors=True).to(device)  # it leaves weights wherever it last had them
     stored = 0
     for name, layer in layers.items():
         found, size = _read_layer(cast(nn.Linear, model.get_submodule(name)))
