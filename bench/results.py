@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from seedlm import models
 from seedlm.baselines import METHODS, baseline_names
@@ -60,8 +61,10 @@ def _expand(source: str, folder: Path) -> str:
     if not source.endswith(".gguf"):
         return source
     if not folder.exists():
-        models.load_model(Path(source), device=torch.device("cpu")).save_pretrained(folder)
-        models.load_tokenizer(Path(source)).save_pretrained(folder)
+        path = Path(source)
+        options = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+        AutoModelForCausalLM.from_pretrained(path.parent, **options).save_pretrained(folder)
+        models.load_tokenizer(path).save_pretrained(folder)
     return str(folder)
 
 
