@@ -29,6 +29,7 @@ from seedlm.format import PRESETS
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq")
+MARKS = ("<!-- made by bench/results.py render -->", "<!-- end -->")
 SHORT = {"arc_easy": "ARC-e", "arc_challenge": "ARC-c", "hellaswag": "HellaSwag", "winogrande": "WinoGrande", "boolq": "BoolQ"}
 
 
@@ -142,12 +143,14 @@ def _keep(name: str, found: dict[str, Any], report: dict[str, Any]) -> dict[str,
 
 
 def render(folder: Path, out: Path) -> None:
-    """The tables of every model, rows ordered by bits, and the weight-space table if there is one."""
-    parts = [(ROOT / "docs" / "results.intro.md").read_text().rstrip()]
+    """The tables of every model, rows ordered by bits, and of the weights alone, between the two marks of a page."""
+    parts = []
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
         parts.append(weight_table(found) if path.stem == "weight_space" else model_table(found))
-    out.write_text("\n\n".join(parts) + "\n")
+    before, _, rest = out.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    out.write_text("\n\n".join([before + MARKS[0], *parts, MARKS[1] + after]))
 
 
 def model_table(found: dict[str, Any]) -> str:
@@ -182,7 +185,7 @@ def _cells(row: dict[str, Any], tasks: list[str]) -> list[str]:
     cells = [name + mark, f"{row['bits_per_weight']:.3f}", error]
     cells.append(pair(row["perplexity"], 2) if perplexity < 1000 else f"{perplexity:.2g}")
     cells += [pair(row["kl"], 3), pair(row["top1_agreement"], 1, 100)] if row["name"] != "original" else ["", ""]
-    scores = [row["tasks"][task].get("acc_norm" if task in ("hellaswag", "arc_challenge") else "acc") for task in tasks]
+    scores = [row["tasks"][task].get("acc_norm", row["tasks"][task]["acc"]) for task in tasks]
     cells += [pair(score, 1, 100) for score in scores]
     if scores:  # the sets are independent, so their errors add in squares
         mean = sum(score["mean"] for score in scores) / len(scores)
