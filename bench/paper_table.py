@@ -7,7 +7,7 @@
 Compresses at 4 and 3 bits, then measures perplexity (WikiText-2 raw test, windows of 2048 tokens; 166 with Llama-2's tokenizer)
 and the paper's five zero-shot sets (acc_norm where a set has it) for the original and both, in float16. Stopped at any moment,
 the same command goes on where it was. A 70B model in float16 takes 141 GB: --packed leaves the compressed ones packed (36 GB at
-4 bits), --no-original skips the dense one. The paper rounds coefficients to the nearest; --rounding nearest does as it does, the
+4 bits), --no-original skips the dense one. The paper rounds coefficients to the nearest, as --rounding nearest does; the
 default finds a lower error.
 """
 
