@@ -1,4 +1,4 @@
-"""The CPU seed search against plain brute force in torch, in one run: `make bench`.
+"""The CPU seed search against plain brute force in torch, in one run: `make bench`, or with the names of presets.
 
 Checked first: the same codes and scores as scoring every seed, bit for bit. Then timed: best and median of several runs of
 the search alone, from float32 blocks to codes. Brute force is the paper's Algorithm 3 in float32 tensor operations, 4,096
@@ -8,6 +8,7 @@ seeds at a time; it picks coefficients with one rounding, the search with all of
 import json
 import platform
 import statistics
+import sys
 import time
 
 import torch
@@ -29,7 +30,8 @@ def main() -> None:
     from seedlm import search_numba
 
     results = {}
-    for name, format in PRESETS.items():
+    for name in sys.argv[1:] or ("4", "3"):
+        format = PRESETS[name]
         blocks = torch.randn(BLOCKS["numba"], format.block_size, generator=torch.Generator().manual_seed(0))
         check(search_numba.search, blocks[:8], format)
         brute = plain_brute_force(format)

@@ -6,11 +6,20 @@ from seedlm.errors import FormatError
 from seedlm.format import PRESETS, BlockFormat, format_from_dict, parse_format
 
 
-def test_presets_are_the_papers_configurations():
+def test_presets_4_and_3_are_the_papers_configurations():
     four, three = PRESETS["4"], PRESETS["3"]
     assert (four.block_bits, four.bits_per_weight) == (32, 4.0)
     assert (three.block_bits, three.bits_per_weight) == (36, 3.0)
     assert four.num_seeds == three.num_seeds == 65535
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_bits_of_its_name_and_suits_every_search(name):
+    format = PRESETS[name]
+    assert format.bits_per_weight == float(name)
+    assert format.seed_bits <= 16
+    assert format.block_size <= 16
+    assert format.num_coefficients <= 4
 
 
 def test_stored_bits_count_tails_padding_and_bias():
@@ -47,7 +56,7 @@ def test_impossible_formats_are_refused(change, message):
 
 @pytest.mark.parametrize("text", ["5.5", "", "block-k16-c8-p3", "block-k16-c8-p3-q4-e4 ", "trellis-k16-c8-p3-q4-e4"])
 def test_unknown_specifications_are_refused(text):
-    with pytest.raises(FormatError, match=r"unknown format .* presets are 4, 3"):
+    with pytest.raises(FormatError, match=r"unknown format .* presets are 5, 4.5, 4, 3.5, 3, 2.5, 2 \(bits"):
         parse_format(text)
 
 

@@ -14,12 +14,22 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from seedlm import hf
 from seedlm.checkpoint import GUARD, stored_name
 from seedlm.errors import CheckpointError, FormatError
-from seedlm.format import parse_format
+from seedlm.format import PRESETS, parse_format
 from seedlm.linear import SeedLinear, seed_linears
 from seedlm.search import encode
 
 FORMAT = parse_format("block-k8-c8-p3-q4-e4")
 IDS = torch.arange(1, 13).view(2, 6)
+
+
+@pytest.mark.parametrize(("bits", "name"), [(None, "4"), (4, "4"), (2.5, "2.5"), (3.0, "3"), ("4.5", "4.5")])
+def test_bits_name_a_preset_as_a_number_or_as_text(bits, name):
+    assert hf.SeedLMConfig(bits).format == PRESETS[name].to_dict()
+
+
+def test_bits_without_a_preset_are_refused():
+    with pytest.raises(FormatError, match=r"unknown format '2\.7'; presets are 5, "):
+        hf.SeedLMConfig(2.7)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import torch
 
 from seedlm import search_torch
 from seedlm.codec import BlockCodes, choose_exponent_bias
-from seedlm.format import parse_format
+from seedlm.format import PRESETS, parse_format
 from seedlm.search import encode, reason_unavailable
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-FORMATS = ["4", "3", "block-k5-c4-p2-q3-e3", "block-k8-c5-p2-q4-e4", "block-k12-c8-p1-q2-e4", "block-k9-c16-p4-q8-e2"]
+FORMATS = [*PRESETS, "block-k5-c4-p2-q3-e3", "block-k8-c5-p2-q4-e4", "block-k12-c8-p1-q2-e4", "block-k9-c16-p4-q8-e2"]
 
 
 def hard_blocks(size: int) -> dict[str, torch.Tensor]:

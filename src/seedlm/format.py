@@ -29,6 +29,9 @@ WORD_BITS: Final = 32
 EXPONENT_BIAS_RANGE: Final = (-192, 192)
 """Allowed exponent bias, both ends included: wide enough for any finite float32 tensor (FORMAT.md, "Exponent bias")."""
 
+MAX_BLOCK_BITS: Final = 63
+"""Bits of a block: decoders hold one in a signed 64-bit integer."""
+
 _LIMITS: Final = {
     "seed_bits": (min(TAPS), max(TAPS)),
     "block_size": (1, 64),
@@ -60,8 +63,8 @@ class BlockFormat:
                 raise FormatError(f"{name} must be an integer from {low} to {high}, got {value!r}")
         if self.num_coefficients > self.block_size:
             raise FormatError(f"num_coefficients must not exceed block_size ({self.block_size}), got {self.num_coefficients}")
-        if self.block_bits > 63:
-            raise FormatError(f"a block must fit 63 bits, {self} takes {self.block_bits}")
+        if self.block_bits > MAX_BLOCK_BITS:
+            raise FormatError(f"a block must fit {MAX_BLOCK_BITS} bits, {self} takes {self.block_bits}")
 
     @property
     def num_seeds(self) -> int:
@@ -144,10 +147,16 @@ Format = BlockFormat
 """Any format; a union once there is a second family."""
 
 PRESETS: Final[Mapping[str, Format]] = {
+    "5": BlockFormat(block_size=8, num_coefficients=4, coefficient_bits=5),
+    "4.5": BlockFormat(block_size=8, num_coefficients=4),
     "4": BlockFormat(block_size=8, num_coefficients=3),
+    "3.5": BlockFormat(seed_bits=12, block_size=8, num_coefficients=4, coefficient_bits=3),
     "3": BlockFormat(block_size=12, num_coefficients=4),
+    "2.5": BlockFormat(seed_bits=14, block_size=12, num_coefficients=4, coefficient_bits=3),
+    "2": BlockFormat(block_size=16, num_coefficients=4, coefficient_bits=3),
 }
-"""The paper's configurations (Table 1), by bits per weight as written on the command line."""
+"""By bits per weight, as written on the command line. 4 and 3 are the paper's configurations (Table 1). The others have the
+least error among formats that every search takes and searches as quickly as those two (docs/design.md)."""
 
 _SPEC = re.compile(r"block-k(\d{1,2})-c(\d{1,2})-p(\d{1,2})-q(\d{1,2})-e(\d{1,2})", re.ASCII)
 

@@ -37,7 +37,7 @@ from seedlm.linear import SeedLinear, choose_modules, compress_model, expand_mod
 class SeedLMConfig(QuantizationConfigMixin):
     """How a model is packed: what stands in config.json, and what compresses a dense model while it is loaded.
 
-    bits                     4 or 3, the paper's configurations, unless `format` is given
+    bits                     a preset by its bits per weight: 5, 4.5, 4, 3.5, 3, 2.5 or 2, unless `format` is given
     format                   a specification such as "block-k16-c8-p3-q4-e4", or the JSON form of a format
     rounding                 how coefficients are chosen (`codec.Rounding`)
     modules_to_not_convert   linear layers to leave as they are: names, or glob patterns when compressing
@@ -47,7 +47,7 @@ class SeedLMConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        bits: int | None = None,
+        bits: float | str | None = None,
         *,
         format: str | Mapping[str, Any] | None = None,
         rounding: Rounding = "best",
@@ -72,7 +72,8 @@ class SeedLMConfig(QuantizationConfigMixin):
         if isinstance(format, Mapping):
             parsed = format_from_dict(format)
         else:
-            parsed = parse_format(format if format is not None else str(4 if bits is None else bits))
+            bits = 4 if bits is None else bits
+            parsed = parse_format(format if format is not None else bits if isinstance(bits, str) else f"{bits:g}")
         self.quant_method: Any = quant_method
         self.format_version = format_version
         self.format = parsed.to_dict()

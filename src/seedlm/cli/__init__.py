@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from seedlm.cli.compress import compress, inspect
+from seedlm.cli.design import design
 from seedlm.cli.evaluate import evaluate
 from seedlm.cli.generate import generate
 from seedlm.cli.rtl import rtl
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compress, inspect, generate, evaluate, rtl):
+for command in (compress, inspect, generate, evaluate, design, rtl):
     app.command()(command)
 
 

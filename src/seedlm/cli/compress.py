@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def compress(
     source: Annotated[str, typer.Argument(help="Folder of safetensors, GGUF file, or Hub repository (owner/name).")],
     out: Annotated[Path, typer.Argument(help="Folder to create. OUT.partial beside it holds the unfinished run.")],
-    bits: Annotated[str, typer.Option(help="Bits per weight: 4 or 3, the paper's configurations.")] = "4",
+    bits: Annotated[str, typer.Option(help="Bits per weight: 5, 4.5, 4, 3.5, 3, 2.5 or 2.")] = "4",
     format: Annotated[
         str | None, typer.Option(help="A format instead of --bits, such as block-k16-c8-p3-q4-e4.", metavar="SPEC")
     ] = None,

@@ -10,7 +10,7 @@ from seedlm.errors import BackendError
 
 def rtl(
     output: Annotated[Path, typer.Option("--output", "-o", help="Verilog file to write.")],
-    bits: Annotated[str, typer.Option(help="Format: 4, 3, or a specification such as block-k12-c4-p2-q4-e4.")] = "4",
+    bits: Annotated[str, typer.Option(help="Format: a preset (4, 3, ...) or a specification: block-k12-c4-p2-q4-e4.")] = "4",
     fp16: Annotated[bool, typer.Option("--fp16", help="Write the FP16 reference design instead.")] = False,
     beat_bits: Annotated[int, typer.Option(help="Width of the memory streams in bits, a power of two.")] = 512,
     max_features: Annotated[int, typer.Option(help="Activations held on chip.")] = 32768,

@@ -1,0 +1,87 @@
+"""``seedlm design``."""
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from seedlm.design import Measured
+
+_BAR = 48
+
+
+def design(
+    bits: Annotated[float, typer.Option(help="Budget in bits a weight, such as 4 or 2.5.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Measure on the weights of this model instead of N(0,1): folder, GGUF file, Hub repository."),
+    ] = None,
+    blocks: Annotated[int, typer.Option(help="Blocks to measure on: the standard error falls with their root.", min=2)] = 64,
+    rounding: Annotated[str, typer.Option(help="How coefficients are chosen: best, or the paper's own nearest.")] = "best",
+    max_block: Annotated[int, typer.Option(help="Longest block to consider, in weights.", min=2, max=64)] = 64,
+    top: Annotated[int, typer.Option(help="Formats to list.", min=1)] = 12,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to work: auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print every format measured as JSON.")] = False,
+) -> None:
+    """Find the formats of least expected error under a budget: the paper's grid search, exponent bits included.
+
+    A format of the list goes to `seedlm compress --format`. Errors are ||W - W^|| / ||W|| with their standard errors.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from seedlm.design import candidates, measure, model_blocks, normal_blocks
+    from seedlm.device import choose_device
+    from seedlm.source import open_source
+
+    start = time.monotonic()
+    where = choose_device(device)
+    samples = normal_blocks(blocks, seed) if model is None else model_blocks(open_source(model), blocks, seed)
+    formats = candidates(bits, max_block=min(max_block, samples.shape[1]))
+    console = Console(stderr=True)
+    measuring = measure(formats, samples.to(where), rounding)  # type: ignore[arg-type]  # checked inside
+    try:
+        measured = list(track(measuring, "Measuring formats", len(formats), console=console, disable=not console.is_terminal))
+    except KeyboardInterrupt:
+        print("seedlm: stopped", file=sys.stderr)
+        sys.exit(130)
+    measured.sort(key=lambda m: m.nmse)
+    seconds = round(time.monotonic() - start, 2)
+    if as_json:
+        run = {"bits": bits, "model": model, "blocks": blocks, "rounding": rounding, "seed": seed, "device": str(where)}
+        print(json.dumps({**run, "seconds": seconds, "formats": [m.to_dict() for m in measured]}, indent=2))
+        return
+    print(f"{len(measured)} formats of at most {bits:g} bits, on {blocks} blocks of {model or 'N(0,1)'}, {seconds:.0f} s")
+    print()
+    _print_table(measured[:top])
+    print()
+    _print_curve(measured)
+
+
+def _print_table(measured: "list[Measured]") -> None:
+    from seedlm.format import PRESETS, WORD_BITS
+
+    presets = {format: name for name, format in PRESETS.items()}
+    print(f"{'format':26} {'bits':>6}  {'error':15}  {'unquantised':11}  block")
+    for m in measured:
+        words = m.format.blocks_per_group * m.format.block_bits // WORD_BITS
+        layout = f"{m.format.block_bits} bits, {m.format.blocks_per_group} in {words} word{'s' * (words > 1)}"
+        name = f"; preset {presets[m.format]}" if m.format in presets else ""
+        error = f"{m.relative_error:.4f} +- {m.standard_error / (2 * m.relative_error):.4f}"
+        print(f"{m.format.spec:26} {m.format.bits_per_weight:6.3f}  {error}  {m.unquantized**0.5:<11.4f}  {layout}{name}")
+
+
+def _print_curve(measured: "list[Measured]") -> None:
+    """The least error with each number of seed bits, and where it is."""
+    best: dict[int, Measured] = {}
+    for m in measured:  # ascending error
+        best.setdefault(m.format.seed_bits, m)
+    widest = max(m.relative_error for m in best.values())
+    print("error against seed bits, the best format with each")
+    for k, m in sorted(best.items()):
+        bar = "#" * round(_BAR * m.relative_error / widest)
+        print(f"{k:3} {m.relative_error:.4f} {bar:{_BAR}} {m.format.spec}")
