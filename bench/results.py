@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from seedlm.format import PRESETS
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq")
+MIXED = ("3.5", "3", "2.5")
+"""Bits at which formats are also mixed by sensitivity."""
 MARKS = ("<!-- made by bench/results.py render -->", "<!-- end -->")
 SHORT = {"arc_easy": "ARC-e", "arc_challenge": "ARC-c", "hellaswag": "HellaSwag", "winogrande": "WinoGrande", "boolq": "BoolQ"}
 
@@ -38,11 +41,16 @@ def run(options: argparse.Namespace) -> None:
     work = options.work / options.name
     work.mkdir(parents=True, exist_ok=True)
     source = _expand(options.source, work / "original")
-    names = ["original", *(f"seedlm-{preset}" for preset in PRESETS), *baseline_names()]
+    names = ["original", *(f"seedlm-{preset}" for preset in PRESETS), *(f"seedlm-{bits}-mixed" for bits in MIXED)]
+    names += baseline_names()
     names.sort(key=lambda name: not _calibrated(name))  # these take longest
     if options.only:
         names = [name for name in names if name in options.only.split(",")]
     start = time.monotonic()
+    sensitivity = work / "sensitivity.json"
+    if any(name.endswith("-mixed") for name in names) and not sensitivity.exists():
+        with suppress(subprocess.CalledProcessError):  # then the rows that need it fail and say so
+            _seedlm("sensitivity", source, "-o", str(sensitivity))
     with ThreadPoolExecutor(options.workers) as pool:
         rows = list(pool.map(lambda name: _row(name, source, work, options), names))
     whole = [row for row in rows if "error" not in row]
@@ -77,7 +85,9 @@ def _row(name: str, source: str, work: Path, options: argparse.Namespace) -> dic
         if name.startswith("seedlm-"):
             model = str(work / name)
             if not out.exists():
-                _seedlm("compress", source, model, "--bits", name.removeprefix("seedlm-"))
+                bits, mixed = name.removeprefix("seedlm-").removesuffix("-mixed"), name.endswith("-mixed")
+                how = ["--sensitivity", str(work / "sensitivity.json")] if mixed else []
+                _seedlm("compress", source, model, "--bits", bits, *how)
                 report.write_text(_seedlm("inspect", model, "--json"))
         elif name != "original":
             extra = ["--baseline", name]
@@ -85,8 +95,8 @@ def _row(name: str, source: str, work: Path, options: argparse.Namespace) -> dic
                 extra += ["--calibration", options.calibration]
         if not out.exists():
             text = ["--wikitext", options.wikitext] if options.wikitext else ["--text", options.text]
-            size = ["--context", str(options.context), "--batch-size", "4", "--dtype", "float32"]
-            tasks = ["--tasks", "paper", "--task-data", options.task_data, "--task-batch", "16"] if options.task_data else []
+            size = ["--context", str(options.context), "--dtype", "float32"]
+            tasks = ["--tasks", "paper", "--task-data", options.task_data] if options.task_data else []
             limits = [f"--limit={options.limit}"] * bool(options.limit) + [f"--task-limit={options.task_limit}"] * bool(
                 options.task_limit
             )

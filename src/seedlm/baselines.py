@@ -30,7 +30,7 @@ from seedlm.format import PRESETS
 from seedlm.linear import choose_modules
 
 CALIBRATION_WINDOWS: Final = 128
-"""At most so many windows of text are shown to a calibrated method: GPTQ's and AWQ's own number."""
+"""At most so many windows of text are shown to a calibrated method: GPTQ's and AWQ's own number. AWQ's are of 512 tokens."""
 
 Rebuild = Callable[[Tensor, int], tuple[Tensor, int]]
 """A weight float32 [out_features, in_features] and a number of bits -> the dequantised weight, and all bits stored for it."""
@@ -104,7 +104,8 @@ def apply_baseline(model: Any, baseline: str, windows: Tensor | None = None, tok
     else:
         if windows is None:
             raise EvaluationError(f"{baseline} is calibrated: give it text with --calibration FILE")
-        stored = _calibrate(model, name, bits, layers, windows[:CALIBRATION_WINDOWS], tokenizer)
+        windows = windows[:CALIBRATION_WINDOWS, : 512 if name == "awq" else None]
+        stored = _calibrate(model, name, bits, layers, windows, tokenizer)
     pairs = [(weight, model.get_parameter(f"{module}.weight")) for module, weight in originals.items()]
     error = sum(float((old.double() - new.double()).square().sum()) for old, new in pairs)
     norm = sum(float(old.double().square().sum()) for old, _ in pairs)
@@ -114,7 +115,7 @@ def apply_baseline(model: Any, baseline: str, windows: Tensor | None = None, tok
         "libraries": _versions(method),
         "options": method.options,
         "calibrated": method.calibrated,
-        "calibration_tokens": windows[:CALIBRATION_WINDOWS].numel() if windows is not None and method.calibrated else None,
+        "calibration_tokens": windows.numel() if windows is not None and method.calibrated else None,
         "bits_per_weight": stored / weights,
         "weights": weights,
         "relative_error": None if name == "awq" else (error / norm) ** 0.5,
@@ -235,11 +236,11 @@ def _calibrate(model: Any, method: str, bits: int, layers: Mapping[str, nn.Linea
         }[method]()
         model.config.save_pretrained(folder)  # oneshot reads the configuration from disk, and a GGUF file has none
         model.config._name_or_path = folder
-        inputs: Any = [{"input_ids": window[None]} for window in windows]
+        inputs: Any = [{"input_ids": batch} for batch in windows.split(8)]
         batches: Any = torch.utils.data.DataLoader(inputs, batch_size=None)
         device = model.device
         with torch.enable_grad():
-            oneshot(model=model, processor=tokenizer, dataset=batches, recipe=recipe, num_calibration_samples=len(windows))
+            oneshot(model=model, processor=tokenizer, dataset=batches, recipe=recipe, num_calibration_samples=len(inputs))
         remove_dispatch(model, onload_tensors=True).to(device)  # it leaves weights wherever it last had them
     stored = 0
     for name, layer in layers.items():
@@ -323,8 +324,13 @@ METHODS: Final[Mapping[str, Method]] = {
     "gptq": Method(
         bits=_INTEGERS,
         libraries=_COMPRESSOR,
-        options="asymmetric, groups of 128, static activation order, damping 0.01",
+        options="asymmetric, groups of 128, static activation order, damping 0.01, 128 windows of calibration text",
         rebuild=None,
     ),
-    "awq": Method(bits=_INTEGERS, libraries=_COMPRESSOR, options="asymmetric, groups of 128, 20 scales tried", rebuild=None),
+    "awq": Method(
+        bits=_INTEGERS,
+        libraries=_COMPRESSOR,
+        options="asymmetric, groups of 128, 20 scales tried, 128 windows of 512 tokens of calibration text",
+        rebuild=None,
+    ),
 }
