@@ -13,9 +13,10 @@ import torch
 from seedlm import baselines, models
 from seedlm.baselines import METHODS, apply_baseline, baseline_names, divisor, parse_baseline, rebuild
 from seedlm.errors import EvaluationError
-from seedlm.evaluate import Settings
+from seedlm.evaluate import Settings, Text, evaluate
 from seedlm.format import PRESETS
 from seedlm.linear import choose_modules
+from seedlm.measure import perplexity
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 NORMAL_ERRORS = {
@@ -120,3 +121,15 @@ def test_a_calibrated_baseline_has_no_single_weight(monkeypatch):
     monkeypatch.setattr(baselines, "version", lambda name: "1")
     with pytest.raises(EvaluationError, match="gptq-4 is calibrated"):
         rebuild(torch.ones(2, 8), "gptq-4")
+
+
+def test_evaluate_measures_the_quantised_model_and_says_how_it_was_made(tmp_path):
+    (tmp_path / "text").write_text("Once upon a time there was a little girl named Lily. " * 12)
+    settings = Settings(context=32, limit=2, device="cpu", dtype="float32", baseline="higgs-3")
+    results = evaluate(str(STORIES), Text.from_file(tmp_path / "text"), settings, reference=str(STORIES))
+    model = models.load_model(STORIES, device=torch.device("cpu"))
+    facts = apply_baseline(model, "higgs-3")
+    token_ids = torch.tensor(models.load_tokenizer(STORIES)((tmp_path / "text").read_text())["input_ids"])
+    assert results["metrics"]["perplexity"]["mean"] == pytest.approx(perplexity(model, token_ids, context=32, limit=2).mean)
+    assert results["metrics"]["kl"]["mean"] > 0.01
+    assert results["run"]["baseline"] == facts
