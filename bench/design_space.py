@@ -1,9 +1,9 @@
 """Measure the whole design space (paper Section 3.4) on a GPU: what docs/design.md is written from.
 
-    python bench/design_space.py OUT.json [--model FOLDER] [--blocks 512] [--final-blocks 8192] [--finalists 20] [--seconds 150]
+    python bench/design_space.py OUT.json [--model FOLDER] [--blocks 512] [--final-blocks 8192] [--finalists 6] [--seconds 150]
 
 Every candidate of seven budgets is measured on a few normal blocks; the best of each budget again on many, and on a model's
-weights; then error against seed bits, for the paper's two formats. Stops opening new work when the time is up, and says so.
+weights; then error against seed bits, for every preset. Stops opening new work when the time is up, and says so.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--blocks", type=int, default=512)
     parser.add_argument("--final-blocks", type=int, default=8192)
-    parser.add_argument("--finalists", type=int, default=20)
+    parser.add_argument("--finalists", type=int, default=6, help="of each kind and budget")
     parser.add_argument("--seconds", type=float, default=600, help="for the grid and for the rest, each")
     options = parser.parse_args()
     device = choose_device("auto")
@@ -68,13 +68,13 @@ def main() -> None:
     rows = {row["format"]: row for row in results["grid"]}
     finalists, open_ended = dict.fromkeys(PRESETS.values()), {}
     for formats in grid.values():
-        known = [f for f in formats if f.spec in rows]
-        known.sort(key=lambda f: rows[f.spec]["nmse"])
-        quick = [f for f in known if rows[f.spec]["contenders"] <= QUICK and f.exponent_bits == 4]
-        finalists |= dict.fromkeys(quick[: options.finalists // 2])
-        finalists |= dict.fromkeys([f for f in known if rows[f.spec]["contenders"] <= QUICK][: options.finalists])
+        known = sorted((f for f in formats if f.spec in rows), key=lambda f: rows[f.spec]["nmse"])
+        quick = [f for f in known if rows[f.spec]["contenders"] <= QUICK]
+        wide = [f for f in quick if f.exponent_bits == 4]
+        for kind in (quick, wide, [f for f in wide if f.num_coefficients <= 4 and f.block_size <= 16]):
+            finalists |= dict.fromkeys(kind[: options.finalists])
         known.sort(key=lambda f: rows[f.spec]["at_least"])
-        open_ended |= dict.fromkeys(known[: options.finalists // 4])
+        open_ended |= dict.fromkeys(known[: options.finalists // 2])
     run("normal", finalists, normal_blocks(options.final_blocks, seed=1), options.seconds)
     run("open ended", open_ended, normal_blocks(options.blocks // 4, seed=3), options.seconds / 2, kept=EVERY)
     curves = [

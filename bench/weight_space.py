@@ -20,7 +20,7 @@ from seedlm import encode, models
 from seedlm.baselines import METHODS, baseline_names, rebuild
 from seedlm.device import choose_device
 from seedlm.format import PRESETS
-from seedlm.linear import choose_modules
+from seedlm.walk import choose_modules
 
 SHAPE = (512, 4096)
 

@@ -15,8 +15,8 @@ from seedlm.baselines import METHODS, apply_baseline, baseline_names, divisor, p
 from seedlm.errors import EvaluationError
 from seedlm.evaluate import Settings, Text, evaluate
 from seedlm.format import PRESETS
-from seedlm.linear import choose_modules
 from seedlm.measure import perplexity
+from seedlm.walk import choose_modules
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 NORMAL_ERRORS = {

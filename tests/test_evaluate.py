@@ -359,7 +359,7 @@ class TestRun:
 
     def test_packed_layers_give_the_same_and_stay_packed(self, folders, story, monkeypatch):
         from seedlm import models
-        from seedlm.linear import seed_linears
+        from seedlm.walk import seed_linears
 
         kept = []
         load = models.load_model

@@ -15,8 +15,9 @@ from seedlm import hf
 from seedlm.checkpoint import GUARD, stored_name
 from seedlm.errors import CheckpointError, FormatError
 from seedlm.format import PRESETS, parse_format
-from seedlm.linear import SeedLinear, seed_linears
+from seedlm.linear import SeedLinear
 from seedlm.search import encode
+from seedlm.walk import seed_linears
 
 FORMAT = parse_format("block-k8-c8-p3-q4-e4")
 IDS = torch.arange(1, 13).view(2, 6)

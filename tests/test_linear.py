@@ -7,7 +7,8 @@ from torch import nn
 from seedlm.checkpoint import stored_name
 from seedlm.errors import CheckpointError, TensorError
 from seedlm.format import parse_format
-from seedlm.linear import SeedLinear, choose_modules, compress_model, compress_module, expand_model
+from seedlm.linear import SeedLinear, compress_module
+from seedlm.walk import choose_modules, compress_model, expand_model
 
 SPEC = "block-k8-c8-p3-q4-e4"
 FORMAT = parse_format(SPEC)

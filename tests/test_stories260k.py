@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlm.generate import Timing, generate
 from seedlm.hf import SeedLMConfig
-from seedlm.linear import seed_linears
+from seedlm.walk import seed_linears
 
 FOLDER = Path(__file__).parent / "data" / "stories260k"
 STORY = (

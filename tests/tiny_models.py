@@ -3,11 +3,38 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 SMALL = "block-k8-c8-p3-q4-e4"
 """255 seeds: a search that takes no time."""
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """A random causal language model of any architecture, with odd sizes, and biases and norms that are not trivial.
+
+    changes   of the configuration; None takes a size away
+    """
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    torch.manual_seed(seed)
+    sizes = {name: value for name, value in {**_SIZES, **changes}.items() if value is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05 if parameter.dim() > 1 else 0.3)
+    return model
 
 
 def tiny_llama(folder: Path, *, dtype=torch.bfloat16, seed=0, shard="5GB", layers=2, **changes) -> LlamaForCausalLM:

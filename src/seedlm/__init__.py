@@ -13,10 +13,11 @@ from seedlm.compress import compress_checkpoint
 from seedlm.errors import SeedLMError
 from seedlm.format import PRESETS, BlockFormat, parse_format
 from seedlm.hf import SeedLMConfig
-from seedlm.linear import SeedLinear, compress_model, compress_module, expand_model
+from seedlm.linear import SeedLinear, compress_module
 from seedlm.report import inspect_checkpoint
 from seedlm.search import EncodedTensor, encode
 from seedlm.version import __version__
+from seedlm.walk import compress_model, expand_model
 
 __all__ = [
     "PRESETS",

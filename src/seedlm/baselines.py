@@ -1,6 +1,6 @@
 """Other ways to store a weight in few bits, as baselines: by their own libraries, on our modules, measured by our harness.
 
-A baseline is a method and a number of bits, ``hqq-3``. It takes the linear layers that `linear.choose_modules` would compress,
+A baseline is a method and a number of bits, ``hqq-3``. It takes the linear layers that `walk.choose_modules` would compress,
 quantises each with the library's own code, and puts the dequantised weight back, so that everything after it is the same for
 all. Embeddings and heads stay as they are.
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from seedlm.errors import EvaluationError
 from seedlm.format import PRESETS
-from seedlm.linear import choose_modules
+from seedlm.walk import choose_modules
 
 CALIBRATION_WINDOWS: Final = 128
 """At most so many windows of text are shown to a calibrated method: GPTQ's and AWQ's own number. AWQ's are of 512 tokens."""
@@ -93,7 +93,11 @@ def apply_baseline(model: Any, baseline: str, windows: Tensor | None = None, tok
                          error ||W - W^||_F / ||W||_F over all weights (None for AWQ, which rescales them)
     """
     name, method, bits = parse_baseline(baseline)
-    layers = {module: cast(nn.Linear, model.get_submodule(module)) for module in choose_modules(model, PRESETS["4"])}
+    linears = {module: layer for module, layer in model.named_modules() if type(layer) is nn.Linear}
+    chosen = choose_modules(model, PRESETS["4"])
+    if stacks := [module for module in chosen if module not in linears]:
+        raise EvaluationError(f"{stacks[0]} is a stack of experts: baselines take linear layers only")
+    layers = {module: linears[module] for module in chosen}
     originals = {module: layer.weight.detach().clone() for module, layer in layers.items()}
     stored = 0
     if method.rebuild is not None:

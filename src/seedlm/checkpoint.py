@@ -6,6 +6,9 @@ On disk it is an ordinary Hugging Face folder. Three things make it a packed one
 - each compressed module M stores `Format.tensor_specs` under the names that `stored_name` gives;
 - the safetensors metadata key ``seedlm`` tells, for each such module, the shape and format of the weight it stands for.
 
+Experts that the original holds as one stack [experts, ...] are stored as what they are, one matrix for each expert, under the
+stack's name and the expert's number; the metadata tells which of them make up a stack (`Stack`).
+
 `Checkpoint.open` reads headers only, and checks that these agree with each other and with the sizes of the files before it
 allocates anything; `Checkpoint.tensor` reads one weight's codes and checks each of them.
 """
@@ -33,8 +36,37 @@ GUARD: Final = "none. This model's weights are packed by seedlm: `pip install se
 """The key in config.json's ``fusion_config`` that transformers quotes when it refuses a folder (`hf`)."""
 
 _MAX_FEATURES: Final = 1 << 31
+_MAX_EXPERTS: Final = 1 << 16
 _CHECK_WORDS: Final = 1 << 20
 _STORED_DTYPES: Final = {"int32": "I32"}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor of the original that holds the matrices of all experts.
+
+    tensor       its name
+    shape        (experts, out_features, in_features), or (experts, in_features, out_features) if it is transposed
+    """
+
+    tensor: str
+    shape: tuple[int, int, int]
+    transposed: bool
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(out_features, in_features) of every expert."""
+        _, rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules that its matrices are stored as, by expert."""
+        return [f"{self.tensor.removesuffix('.weight')}.{expert}" for expert in range(self.shape[0])]
+
+    def expert(self, module: str) -> int:
+        """The number of one of its modules."""
+        return int(module.rpartition(".")[2])
 
 
 @dataclass(frozen=True)
@@ -43,10 +75,12 @@ class PackedInfo:
 
     format   how it is stored
     shape    (out_features, in_features) of the weight that it stands for
+    stack    the original's tensor that it is one matrix of; None if it has a tensor of its own
     """
 
     format: Format
     shape: tuple[int, int]
+    stack: Stack | None = None
 
     @property
     def stored(self) -> dict[str, TensorInfo]:
@@ -102,8 +136,14 @@ def guarded(fusions: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def metadata(packed: Mapping[str, PackedInfo]) -> dict[str, str]:
     """The safetensors metadata of a file that holds these compressed modules."""
-    tensors = {name: {"shape": list(info.shape), "format": info.format.spec} for name, info in packed.items()}
-    text = json.dumps({"format_version": FORMAT_VERSION, "tensors": tensors}, separators=(",", ":"), ensure_ascii=False)
+    table: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "tensors": {name: {"shape": list(info.shape), "format": info.format.spec} for name, info in packed.items()},
+    }
+    stacks = {info.stack.tensor: info.stack for info in packed.values() if info.stack}
+    if stacks:
+        table["stacks"] = {name: {"shape": list(stack.shape), "transposed": stack.transposed} for name, stack in stacks.items()}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False)
     return {"format": "pt", METADATA_KEY: text}
 
 
@@ -156,7 +196,7 @@ class Checkpoint:
         files = TensorFiles.open(folder, CheckpointError)
         packed: dict[str, PackedInfo] = {}
         for path, strings in files.metadata.items():
-            for module, info in _read_metadata(strings, f"{path}, metadata").items():
+            for module, info in read_metadata(strings, f"{path}, metadata").items():
                 if packed.setdefault(module, info) != info:
                     raise CheckpointError(f"{path}: describes {module} otherwise than another shard does")
         found = {name: entry.info for name, entry in files.entries.items()}
@@ -174,6 +214,7 @@ class Checkpoint:
                         f"{folder}: {name} must be {expected} for a weight {[*info.shape]}, got {found[name]}"
                     )
                 del found[name]
+        _check_stacks(packed, found, f"{folder}")
         for module in overrides:
             if module not in packed:
                 raise CheckpointError(f"{folder}: config.json gives {module} a format, but it is not a compressed module")
@@ -202,10 +243,24 @@ class Checkpoint:
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """All tensors under their original names, compressed ones rebuilt in `dtype`: the ordinary checkpoint it stands for."""
-        for module in self.packed:
-            yield f"{module}.weight", self.tensor(module).decode(dtype)
+        for module, info in self.packed.items():
+            if info.stack is None:
+                yield f"{module}.weight", self.tensor(module).decode(dtype)
+            elif module == info.stack.modules[0]:
+                matrices = torch.stack([self.tensor(expert).decode(dtype) for expert in info.stack.modules])
+                yield info.stack.tensor, matrices.mT.contiguous() if info.stack.transposed else matrices
         for name in self.dense:
             yield name, self.files.read(name)
+
+
+def _check_stacks(packed: Mapping[str, PackedInfo], dense: Mapping[str, TensorInfo], where: str) -> None:
+    """Raise CheckpointError unless every stack has all of its matrices, and nothing else has its name."""
+    for stack in {info.stack for info in packed.values() if info.stack}:
+        for module in stack.modules:
+            if module not in packed or packed[module].stack != stack:
+                raise CheckpointError(f"{where}: {module} is missing, a matrix of the stack {stack.tensor}")
+        if stack.tensor in dense:
+            raise CheckpointError(f"{where}: has {stack.tensor} twice, as a tensor and as codes")
 
 
 def _read_config(config: Mapping[str, Any], where: str) -> tuple[Format, dict[str, Format]]:
@@ -231,33 +286,59 @@ def _read_config(config: Mapping[str, Any], where: str) -> tuple[Format, dict[st
         raise CheckpointError(f"{where}: {reason}") from None
 
 
-def _read_metadata(strings: Mapping[str, str], where: str) -> dict[str, PackedInfo]:
+def read_metadata(strings: Mapping[str, str], where: str) -> dict[str, PackedInfo]:
     """The compressed modules that one file's metadata describes; none if it has no such key."""
     if METADATA_KEY not in strings:
         return {}
     data = parse_json(strings[METADATA_KEY], f"{where}, {METADATA_KEY}", CheckpointError)
-    if not isinstance(data, dict) or set(data) != {"format_version", "tensors"} or not isinstance(data["tensors"], dict):
-        raise CheckpointError(f"{where}: {METADATA_KEY} must have format_version and tensors")
+    if not isinstance(data, dict) or not {"format_version", "tensors"} <= set(data) <= {"format_version", "tensors", "stacks"}:
+        raise CheckpointError(f"{where}: {METADATA_KEY} must have format_version and tensors, and may have stacks")
     _check_version(data["format_version"], where)
+    if not isinstance(data["tensors"], dict) or not isinstance(data.get("stacks", {}), dict):
+        raise CheckpointError(f"{where}: {METADATA_KEY}'s tensors and stacks must map names to what they are")
+    stacks = _read_stacks(data.get("stacks", {}), data["tensors"], where)
     packed = {}
     for module, item in data["tensors"].items():
         if not isinstance(item, dict) or set(item) != {"shape", "format"}:
             raise CheckpointError(f"{where}: {module} must have shape and format")
-        shape, spec = item["shape"], item["format"]
-        if (
-            not isinstance(shape, list)
-            or len(shape) != 2
-            or not all(type(size) is int and 1 <= size < _MAX_FEATURES for size in shape)
-        ):
-            raise CheckpointError(f"{where}: {module} has the impossible shape {shape!r:.80}")
+        shape, spec = _read_shape(item["shape"], 2, module, where), item["format"]
         try:
             format = parse_format(spec if isinstance(spec, str) else repr(spec))
         except FormatError as reason:
             raise CheckpointError(f"{where}: {module}: {reason}") from None
         if format.spec != spec:
             raise CheckpointError(f"{where}: {module}: the format must be written {format.spec!r}, got {spec!r}")
-        packed[module] = PackedInfo(format, (shape[0], shape[1]))
+        stack = stacks.get(module)
+        if stack and stack.matrix != shape:
+            raise CheckpointError(f"{where}: {module} must be {[*stack.matrix]}, as in {stack.tensor}, got {[*shape]}")
+        packed[module] = PackedInfo(format, (shape[0], shape[1]), stack)
     return packed
+
+
+def _read_stacks(data: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> dict[str, Stack]:
+    """The stack that each module is a matrix of, from one file's metadata."""
+    stacks: dict[str, Stack] = {}
+    for name, item in data.items():
+        if not isinstance(item, dict) or set(item) != {"shape", "transposed"} or type(item["transposed"]) is not bool:
+            raise CheckpointError(f"{where}: the stack {name} must have shape and transposed")
+        experts, rows, columns = _read_shape(item["shape"], 3, name, where)
+        if experts > _MAX_EXPERTS:
+            raise CheckpointError(f"{where}: the stack {name} must have at most {_MAX_EXPERTS} matrices, got {experts}")
+        stack = Stack(name, (experts, rows, columns), item["transposed"])
+        stacks |= dict.fromkeys(stack.modules, stack)
+        if tensors.keys().isdisjoint(stack.modules):
+            raise CheckpointError(f"{where}: describes the stack {name}, but none of its matrices")
+    return stacks
+
+
+def _read_shape(shape: object, dims: int, name: str, where: str) -> tuple[int, ...]:
+    if (
+        not isinstance(shape, list)
+        or len(shape) != dims
+        or not all(type(size) is int and 1 <= size < _MAX_FEATURES for size in shape)
+    ):
+        raise CheckpointError(f"{where}: {name} has the impossible shape {shape!r:.80}")
+    return tuple(shape)
 
 
 def _check_version(version: object, where: str) -> None:

@@ -1,55 +1,63 @@
 """A model in, a packed checkpoint out, tensor by tensor.
 
 A run has three parts. It reads the source once from end to end: every tensor's SHA-256, and of those to be compressed the
-norm, the largest magnitude and whether all is finite. That and the arguments are the plan, on which every byte of the result
-depends, and what it would refuse it refuses here, before the first hour of search. Then each tensor is encoded, or copied, to
-its place in the output, and noted in a journal (`workfolder`). Then the small files follow and the folder takes its name.
-Killed at any moment, the same call goes on where it was and ends in the same bytes.
-
-A tensor is read, encoded and written in pieces of rows, so memory does not grow with the model or with its largest tensor.
+largest magnitude and whether all is finite. That and the arguments are the plan, on which every byte of the result depends,
+and what it would refuse it refuses here, before the first hour of search. Then each tensor is encoded, or copied, to its place
+in the output (`units`), by whatever there is to do it (`engine`), and noted in a journal (`workfolder`). Then the small files
+follow and the folder takes its name. Killed at any moment, the same call goes on where it was and ends in the same bytes.
 """
 
 import hashlib
-import math
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from seedlm import checkpoint, report, search
+from seedlm import checkpoint, engine, engine_ray, report, search
 from seedlm.checkpoint import PackedInfo, stored_name
 from seedlm.codec import ROUNDINGS, Rounding, choose_exponent_bias
-from seedlm.device import choose_device
+from seedlm.device import choose_devices, peak_memory
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
 from seedlm.format import Format, parse_format
-from seedlm.report import Report, inspect_checkpoint
+from seedlm.report import RunReport, inspect_checkpoint
 from seedlm.search import Backend
-from seedlm.selection import dense_linears, select
-from seedlm.source import Source, open_source
-from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout
+from seedlm.selection import dense_linears, select, stack_of
+from seedlm.source import Source, locate, open_source
+from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, TORCH_DTYPES, Layout, TensorInfo, layout
+from seedlm.units import Job, Unit, as_bytes, converted, pieces
 from seedlm.version import __version__
-from seedlm.workfolder import WorkFolder, Writer
+from seedlm.workfolder import WorkFolder
 
 Progress = Callable[[str, int, int], None]
 """Told (phase, done, total), phases ``read`` in bytes and then ``compress`` in weights; the first call of a phase says where
-it starts, which is not 0 when an earlier run is gone on with."""
+it starts, which is not 0 when an earlier run is gone on with. One call at a time, but not always from the same thread."""
 
-_PIECE_WEIGHTS: Final = 1 << 22
-"""Weights that are in memory at a time: 16 MiB of them in float32, 32 MiB in float64 while they are summed up."""
+_SCAN_WEIGHTS: Final = 1 << 22
+_SCAN_THREADS: Final = 16
+"""Weights that a thread of the first part has in memory at a time; threads at most, of which SHA-256 lets each do 1 to 2 GB/s."""
 
 _DTYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_TORCH_DTYPES: Final = {code: getattr(torch, name) for name, code in _DTYPES.items()}
+_BITS: Final[Mapping[str, tuple[Any, Any, int]]] = {
+    "BF16": (np.int16, np.uint16, 0x7F80),
+    "F16": (np.int16, np.uint16, 0x7C00),
+    "F32": (np.int32, np.uint32, 0x7F800000),
+}
+"""A dtype as integers, and infinity as one: the bits of magnitudes are in their order, those of NaN above infinity's."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One tensor of the source and what becomes of it.
+    """One tensor of the source, or one matrix of a stack, and what becomes of it.
 
     name     in the source
     module   whose compressed weight it becomes; None if it is copied
@@ -64,20 +72,15 @@ class _Item:
 
     @property
     def key(self) -> str:
-        """Its name in the journal."""
+        """What tells it from all others."""
         return next(iter(self.stored))
-
-    @property
-    def weights(self) -> int:
-        return self.packed.weights if self.packed else 0
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What one pass over a tensor tells. Norm and largest magnitude are 0 for tensors that are only copied."""
+    """What one pass over a tensor tells. `largest` magnitude is 0 for tensors that are only copied."""
 
     digest: str
-    squared_norm: float = 0.0
     largest: float = 0.0
 
 
@@ -95,7 +98,7 @@ def compress_checkpoint(
     backend: Backend = "auto",
     revision: str | None = None,
     on_progress: Progress | None = None,
-) -> Report:
+) -> RunReport:
     """Compress a model into a new folder, or go on with a run that was stopped.
 
     source              local folder of safetensors, GGUF file or Hub repository (`source.open_source`)
@@ -106,53 +109,74 @@ def compress_checkpoint(
                         None leaves every one as it is
     include, exclude    glob patterns over module names (`selection`)
     max_shard_size      bytes, or a text such as ``"5GB"``
-    device              where seeds are searched: ``"auto"`` is the GPU if there is one; every device finds the same codes
-    returns             sizes, bits and errors, read back from what was written
+    device              where seeds are searched (`device.choose_devices`): ``"auto"`` is every GPU, or the CPU if there is
+                        none; ``"cuda:0,cuda:1"`` those two; ``"ray"`` a cluster (`engine_ray`). All find the same codes
+    returns             sizes, bits and errors, read back from what was written, and how the run went
     Raises SourceError for a model that cannot be read, TensorError for NaN or Inf, OutputError if the output exists, belongs
-    to another run or does not fit the disk, FormatError, BackendError.
+    to another run or does not fit the disk, FormatError, BackendError, also for a worker that died.
     """
+    clock = _Clock()
     out = Path(out).absolute()
     format = parse_format(format) if isinstance(format, str) else format
     if rounding not in ROUNDINGS:
         raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if dtype is not None and dtype not in _DTYPES:
         raise FormatError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    where = choose_device(device)
-    if backend != "auto" and (reason := search.reason_unavailable(backend, where, format)):
-        raise BackendError(reason)
+    devices = [] if engine_ray.is_ray(device) else choose_devices(device)
+    for where in devices:
+        if backend != "auto" and (reason := search.reason_unavailable(backend, where, format)):
+            raise BackendError(reason)
     shard_bytes = parse_size(max_shard_size)
     progress = on_progress or (lambda phase, done, total: None)
-    model = open_source(source, revision=revision)
+    path = locate(source, revision=revision).absolute()
+    model = open_source(path)
     modules, left = select(model.tensors, model.config, format, include, exclude)
-    items = _items(model.tensors, modules, format, _DTYPES.get(dtype or ""))
+    items = _items(model, modules, format, _DTYPES.get(dtype or ""))
     shards = _shards(items, shard_bytes)
+    done: list[engine.Finished] = []
 
     with WorkFolder.claim(out) as work:
-        scans = _scan(model, items, progress)
-        plan = {
-            "seedlm": __version__,
-            "arguments": {
-                "format": format.to_dict(),
-                "rounding": rounding,
-                "dtype": dtype,
-                "include": sorted(include),
-                "exclude": sorted(exclude),
-                "max_shard_size": shard_bytes,
-            },
-            "source": model.fingerprint,
-            "content": {name: scan.digest for name, scan in scans.items()},
-        }
-        layouts = {name: _layout(shard) for name, shard in shards.items()}
-        if not work.begin(plan, layouts):
-            _write_tensors(work, model, shards, scans, where, rounding, backend, progress)
+        fingerprint = json.dumps(model.fingerprint, sort_keys=True)
+        job = Job(str(path), fingerprint, work.model, work.token, (format,), rounding, backend)
+        with engine.start(job, devices, model) if devices else engine_ray.start(job, device) as runner:
+            clock.phase("read")
+            scans = _scan(model, items, progress)
+            plan = {
+                "seedlm": __version__,
+                "arguments": {
+                    "format": format.to_dict(),
+                    "rounding": rounding,
+                    "dtype": dtype,
+                    "include": sorted(include),
+                    "exclude": sorted(exclude),
+                    "max_shard_size": shard_bytes,
+                },
+                "source": model.fingerprint,
+                "content": {name: scan.digest for name, scan in scans.items()},
+            }
+            layouts = {name: _layout(shard) for name, shard in shards.items()}
+            published = work.begin(plan, layouts)
+            if not published:
+                clock.phase("compress")
+                done = _run(work, runner, _units(shards, layouts, scans), progress)
+        clock.phase("finish")
+        if not published:
             config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
             if dtype is not None:
                 config["dtype"] = dtype
             config["quantization_config"] = checkpoint.quantization_config(format, rounding, dense_linears(model.tensors, left))
-            _write_rest(work, model, shards, scans, config)
+            _write_rest(work, model, shards, config)
             work.publish()
         work.remove()
-    return inspect_checkpoint(out)
+    clock.phase("")
+    host, held = peak_memory(devices[0] if devices else torch.device("cpu"))
+    return RunReport(
+        **vars(inspect_checkpoint(out)),
+        devices=sorted({event.device for event in done}) or [str(where) for where in devices],
+        phase_seconds=clock.seconds,
+        peak_host_bytes=max([host, *(event.host_bytes for event in done)]),
+        peak_device_bytes=max([held, *(event.device_bytes for event in done)]),
+    )
 
 
 def parse_size(size: int | str) -> int:
@@ -166,24 +190,44 @@ def parse_size(size: int | str) -> int:
     return size
 
 
-def _items(tensors: Mapping[str, TensorInfo], modules: list[str], format: Format, dtype: str | None) -> list[_Item]:
+class _Clock:
+    """Seconds of the phases, the first of which is ``prepare``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._name, self._since = "prepare", time.monotonic()
+
+    def phase(self, name: str) -> None:
+        """End the phase before, and start this one."""
+        now = time.monotonic()
+        self.seconds[self._name] = round(now - self._since, 3)
+        self._name, self._since = name, now
+
+
+def _items(source: Source, modules: list[str], format: Format, dtype: str | None) -> list[_Item]:
     """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight."""
-    chosen = {f"{module}.weight": module for module in modules}
+    chosen = set(modules)
     items: list[_Item] = []
     taken: dict[str, str] = {}
-    for name, info in tensors.items():
-        module = chosen.get(name)
-        if module is None:
+    for name, info in source.tensors.items():
+        module = name.removesuffix(".weight")
+        stack = stack_of(name, source.tensors, source.config) if module in chosen else None
+        if module not in chosen or (module == name and stack is None):
             convert = dtype is not None and info.dtype in _DTYPES.values()
-            item = _Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})
+            found = [_Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})]
+        elif stack is not None:
+            found = [_packed(name, expert, PackedInfo(format, stack.matrix, stack)) for expert in stack.modules]
         else:
-            packed = PackedInfo(format, (info.shape[0], info.shape[1]))
-            item = _Item(name, module, packed, {stored_name(module, part): spec for part, spec in packed.stored.items()})
-        for stored in item.stored:
+            found = [_packed(name, module, PackedInfo(format, (info.shape[0], info.shape[1])))]
+        for stored in (stored for item in found for stored in item.stored):
             if taken.setdefault(stored, name) != name:
                 raise SourceError(f"{name} and {taken[stored]} would both be stored as {stored}; --exclude one of them")
-        items.append(item)
+        items += found
     return items
+
+
+def _packed(name: str, module: str, packed: PackedInfo) -> _Item:
+    return _Item(name, module, packed, {stored_name(module, part): spec for part, spec in packed.stored.items()})
 
 
 def _shards(items: list[_Item], max_bytes: int) -> dict[str, list[_Item]]:
@@ -209,136 +253,91 @@ def _layout(items: list[_Item]) -> Layout:
 
 def _scan(source: Source, items: list[_Item], progress: Progress) -> dict[str, _Scan]:
     """Read the whole source once. Raises TensorError naming the first weight with NaN or Inf values, and how many follow."""
-    total, done = sum(source.tensors[item.name].nbytes for item in items), 0
+    total, done, stopped = sum(source.tensors[name].nbytes for name in {item.name for item in items}), 0, False
+    lock = threading.Lock()
     progress("read", 0, total)
-    scans, broken = {}, []
-    for item in items:
-        digest = hashlib.sha256()
-        squares, largest, nan, inf = 0.0, 0.0, 0, 0
-        for piece in source.chunks(item.name) if item.packed is None else _pieces(source, item):
-            if isinstance(piece, Tensor):
-                magnitude = piece.float().abs()
-                peak = float(magnitude.max())
-                if not math.isfinite(peak):
-                    nan += int(magnitude.isnan().sum())
-                    inf += int(magnitude.isinf().sum())
-                squares += float(magnitude.double().square().sum())
-                largest = max(largest, peak)
-            data = _bytes(piece) if isinstance(piece, Tensor) else memoryview(piece)
-            digest.update(data)
-            done += data.nbytes
+
+    def tell(count: int) -> None:
+        nonlocal done
+        with lock:
+            if stopped:
+                raise InterruptedError
+            done += count
             progress("read", done, total)
-        if nan or inf:
-            broken.append(f"{item.name}: a weight must be finite, got {nan} NaN and {inf} Inf values")
-        scans[item.name] = _Scan(digest.hexdigest(), squares, largest)
+
+    with ThreadPoolExecutor(min(_SCAN_THREADS, max(2, torch.get_num_threads()))) as pool:
+        try:
+            found = list(pool.map(lambda item: _scan_tensor(source, item, tell), items))
+        except BaseException:
+            stopped = True
+            raise
+    broken = [reason for _, reason in found if reason]
     if broken:
         others = f"; and {len(broken) - 1} more tensors like it" if len(broken) > 1 else ""
         raise TensorError(f"{broken[0]}{others}; --exclude keeps a tensor as it is")
-    return scans
+    return {item.key: scan for item, (scan, _) in zip(items, found, strict=True)}
 
 
-def _pieces(source: Source, item: _Item) -> Iterator[Tensor]:
-    """A weight in pieces of whole rows."""
-    rows, columns = source.tensors[item.name].shape
-    step = max(1, _PIECE_WEIGHTS // columns)
-    for start in range(0, rows, step):
-        yield source.rows(item.name, start, min(start + step, rows))
+def _scan_tensor(source: Source, item: _Item, tell: Callable[[int], None]) -> tuple[_Scan, str | None]:
+    """Read one tensor; returns also why it cannot be compressed. TensorError for a number too large for the dtype it gets."""
+    digest, info = hashlib.sha256(), source.tensors[item.name]
+    largest, nan, inf = 0, 0, 0
+    if item.packed is None:
+        for chunk in source.chunks(item.name):
+            converted(chunk, info, item.stored[item.name], item.name)
+            digest.update(chunk)
+            tell(len(chunk))
+        return _Scan(digest.hexdigest()), None
+    signed, unsigned, infinity = _BITS[info.dtype]
+    mask = np.iinfo(signed).max
+    for piece in pieces(source, item.name, f"{item.module}", item.packed, _SCAN_WEIGHTS):
+        data = as_bytes(piece)
+        digest.update(data)
+        bits = np.frombuffer(data, signed)
+        # The largest positive number is the largest signed integer, the largest negative one the largest unsigned.
+        largest = max(largest, int(bits.max()), int(bits.view(unsigned).max()) & mask)
+        if largest >= infinity:
+            inf += int((bits & mask == infinity).sum())
+            nan += int((bits & mask > infinity).sum())
+        tell(len(data))
+    reason = f"{item.name}: a weight must be finite, got {nan} NaN and {inf} Inf values" if nan or inf else None
+    value = torch.from_numpy(np.array([largest], signed)).view(TORCH_DTYPES[info.dtype])
+    return _Scan(digest.hexdigest(), float(value)), reason
 
 
-def _write_tensors(
-    work: WorkFolder,
-    source: Source,
-    shards: Mapping[str, list[_Item]],
-    scans: Mapping[str, _Scan],
-    device: torch.device,
-    rounding: Rounding,
-    backend: Backend,
-    progress: Progress,
-) -> None:
-    """Encode or copy every tensor that the journal does not name."""
-    items = [item for shard in shards.values() for item in shard]
-    total = sum(item.weights for item in items)
-    done = sum(item.weights for item in items if item.key in work.done)
-    progress("compress", done, total)
-    for file_name, shard in shards.items():
+def _units(shards: Mapping[str, list[_Item]], layouts: Mapping[str, Layout], scans: Mapping[str, _Scan]) -> list[Unit]:
+    """The work that the plan amounts to, in the order of the files."""
+    units = []
+    for file, shard in shards.items():
         for item in shard:
-            if item.key in work.done:
-                continue
-            facts = {}
-            with work.writing(file_name) as writer:
-                if item.packed is None:
-                    start = 0
-                    for chunk in source.chunks(item.name):
-                        data = _converted(chunk, source.tensors[item.name], item.stored[item.name], item.name)
-                        writer.write(item.name, start, data)
-                        start += len(data)
-                else:
-
-                    def within(count: int, before: int = done) -> None:
-                        progress("compress", before + count, total)
-
-                    bias = choose_exponent_bias(torch.tensor([scans[item.name].largest]), item.packed.format)
-                    facts["squared_error"] = _encode(writer, source, item, item.packed, bias, device, rounding, backend, within)
-            work.finish_tensor(item.key, **facts)
-            done += item.weights
+            bias = 0
+            if item.packed is not None:
+                bias = choose_exponent_bias(torch.tensor([scans[item.key].largest]), item.packed.format)
+            offsets = {name: layouts[file].offsets[name] for name in item.stored}
+            units.append(Unit(item.name, item.module, item.packed, bias, item.stored, file, offsets))
+    return units
 
 
-def _encode(
-    writer: Writer,
-    source: Source,
-    item: _Item,
-    packed: PackedInfo,
-    exponent_bias: int,
-    device: torch.device,
-    rounding: Rounding,
-    backend: Backend,
-    progress: Callable[[int], None],
-) -> float:
-    """Encode one weight piece by piece to its place; returns its squared error. `progress` is told its weights so far."""
-    rows, columns = packed.shape
-    squared_error, start = 0.0, 0
-    for piece in _pieces(source, item):
-        before, stop, count = start * columns, (start + len(piece)) * columns, 0
-
-        def within(weights: int, before: int = before, stop: int = stop) -> None:
-            nonlocal count
-            count += weights
-            progress(min(before + count, stop))  # a search counts the padding of row tails too
-
-        encoded, error = search.encode(
-            piece.to(device), packed.format, rounding=rounding, exponent_bias=exponent_bias, backend=backend, on_progress=within
-        )
-        squared_error += error
-        for part, tensor in encoded.tensors.items():
-            info = packed.stored[part]
-            offset = start * (info.nbytes // rows) if info.shape[0] == rows else 0
-            writer.write(stored_name(f"{item.module}", part), offset, _bytes(tensor.cpu()))
-        progress(stop)
-        start += len(piece)
-    return squared_error
-
-
-def _converted(chunk: bytes | bytearray, read: TensorInfo, stored: TensorInfo, name: str) -> bytes | bytearray | memoryview:
-    """Some bytes of a dense tensor in the dtype that it is stored in. TensorError for a number too large for it."""
-    if read.dtype == stored.dtype:
-        return chunk
-    values = torch.frombuffer(bytearray(chunk), dtype=_TORCH_DTYPES[read.dtype])
-    converted = values.to(_TORCH_DTYPES[stored.dtype])
-    if not torch.equal(converted.isfinite(), values.isfinite()):
-        raise TensorError(f"{name}: holds {float(values.abs().nan_to_num(posinf=0.0).max()):g}, too large for {stored.dtype}")
-    return _bytes(converted)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """A CPU tensor's bytes, row-major."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+def _run(work: WorkFolder, runner: engine.Runner, units: list[Unit], progress: Progress) -> list[engine.Finished]:
+    """Run every unit that the journal does not name, and note each as its bytes have reached the disk."""
+    total = sum(unit.weights for unit in units)
+    done = sum(unit.weights for unit in units if unit.key in work.done)
+    finished = []
+    progress("compress", done, total)
+    for event in runner.run(unit for unit in units if unit.key not in work.done):
+        if isinstance(event, engine.Finished):
+            work.finish_tensor(event.unit.key, **event.facts)
+            finished.append(event)
+        else:
+            done += event.weights
+            progress("compress", done, total)
+    return finished
 
 
 def _write_rest(
     work: WorkFolder,
     source: Source,
     shards: Mapping[str, list[_Item]],
-    scans: Mapping[str, _Scan],
     config: dict[str, Any],
 ) -> None:
     """Everything but the tensors; config.json, without which nothing is a model, comes last."""
@@ -348,8 +347,7 @@ def _write_rest(
         size = sum(info.nbytes for item in items for info in item.stored.values())
         weight_map = {name: file for file, shard in shards.items() for item in shard for name in item.stored}
         work.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-    errors = {
-        item.module: (work.done[item.key]["squared_error"], scans[item.name].squared_norm) for item in items if item.module
-    }
+    facts = {item.module: work.done[item.key] for item in items if item.module}
+    errors = {module: (found["squared_error"], found["squared_norm"]) for module, found in facts.items()}
     work.write_json(report.REPORT_NAME, report.recorded(source.nbytes, errors))
     work.write_json("config.json", config)

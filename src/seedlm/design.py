@@ -18,7 +18,7 @@ seed: `Measured.contenders` is how many seeds an exact search would have to scor
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -139,44 +139,60 @@ def model_blocks(source: Source, count: int, seed: int = 0) -> Tensor:
 
 
 def measure(
-    formats: Iterable[BlockFormat], samples: Tensor, rounding: Rounding = "best", *, kept: int = _KEPT
+    formats: Iterable[BlockFormat],
+    samples: Tensor,
+    rounding: Rounding = "best",
+    *,
+    kept: int = _KEPT,
+    prune: bool = False,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Measured]:
     """The error that the best of all seeds leaves, for every format, in descending order of K, C and P.
 
-    samples    float32 [N, W], W at least the largest block
-    kept       seeds of a block to score at most
-    The exponent's range lies where it serves a format best, as the bias of a tensor would put it.
+    samples       float32 [N, W], W at least the largest block
+    kept          seeds of a block to score at most
+    prune         leave out a format that even with real coefficients is worse than another one of its K
+    on_progress   told the number of formats just dealt with, any number of times
+    The exponent's range lies about the exponents that a format needs on these blocks: a tensor's bias can put it there.
     """
     if rounding not in ROUNDINGS:
         raise TensorError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     by_shape: dict[tuple[int, int, int], list[BlockFormat]] = {}
     for format in formats:
         by_shape.setdefault((format.seed_bits, format.block_size, format.num_coefficients), []).append(format)
-    for _, group in sorted(by_shape.items(), reverse=True):
-        if group[0].block_size > samples.shape[1]:
-            raise TensorError(f"{group[0]} needs samples of {group[0].block_size} weights, got {[*samples.shape]}")
-        yield from _measure_shape(group, samples, rounding, kept)
+    least: dict[int, float] = {}
+    for (k, c, _), group in sorted(by_shape.items(), reverse=True):
+        if c > samples.shape[1]:
+            raise TensorError(f"{group[0]} needs samples of {c} weights, got {[*samples.shape]}")
+        results = _measure_shape(group, samples, rounding, kept, least.get(k, math.inf) if prune else math.inf)
+        least[k] = min([least.get(k, math.inf), *(result.nmse for result in results)])
+        yield from results
+        if on_progress is not None:
+            on_progress(len(group))
 
 
-def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Rounding, kept: int) -> list[Measured]:
-    """`measure` of formats that share K, C and P."""
+def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Rounding, kept: int, limit: float) -> list[Measured]:
+    """`measure` of formats that share K, C and P; nothing if their residual alone exceeds the limit."""
     shape, device = formats[0], samples.device
     blocks = samples[:, : shape.block_size].double()
     columns = generator(torch.arange(shape.num_seeds, device=device), shape).permute(2, 1, 0).contiguous().double()
     pinv, span = greville(columns)
     tables = pinv * shape.divisor, columns / shape.divisor, span.float()
 
-    unquantized, rows = [], {format: [] for format in formats}
+    energy = blocks.square().sum(1)
+    residuals, rows = [], {format: [] for format in formats}
     biases: dict[BlockFormat, int] = {}
     pairs = _PAIRS.get(device.type, _MANY_PAIRS)
     for part in blocks.split(max(1, min(pairs // shape.num_seeds, _SCORED_PAIRS // kept))):
         nearest = _Nearest(part, *tables, kept)
-        unquantized.append(nearest.residual[:, 0])
+        residuals.append(nearest.residual[:, 0])
+        unquantized = float(torch.cat(residuals).sum() / energy.sum())  # so far
+        if unquantized > limit:
+            return []
         for format in formats:
             if format not in biases:
                 biases[format] = nearest.choose_bias(format, rounding)
             rows[format].append(nearest.errors(format, biases[format], rounding))
-    energy = blocks.square().sum(1)
     results = []
     for format in formats:
         error, at_least, contenders = (torch.cat(column) for column in zip(*rows[format], strict=True))
@@ -188,7 +204,7 @@ def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Roundi
                 nmse=float(nmse),
                 standard_error=float(deviation) / math.sqrt(len(blocks)),
                 at_least=float(at_least.sum() / energy.sum()),
-                unquantized=float(torch.cat(unquantized).sum() / energy.sum()),
+                unquantized=unquantized,
                 contenders=float(contenders.double().mean()),
             )
         )

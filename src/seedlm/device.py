@@ -1,4 +1,6 @@
-"""Where to work, by name."""
+"""Where to work, by name, and how much memory that took."""
+
+import sys
 
 import torch
 
@@ -15,3 +17,28 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as reason:
         raise BackendError(f"device {name!r} cannot be used here ({' '.join(str(reason).split())})") from None
     return device
+
+
+def choose_devices(names: str) -> list[torch.device]:
+    """Devices by their names with commas between; "cuda" is every CUDA device, and "auto" too, or the CPU if there is none.
+
+    A device that is named twice is listed twice. Raises BackendError if one is not there.
+    """
+    if names == "auto":
+        names = "cuda" if torch.cuda.is_available() else "cpu"
+    if names == "cuda" and torch.cuda.device_count():
+        names = ",".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    return [choose_device(name.strip()) for name in names.split(",")]
+
+
+def peak_memory(device: torch.device) -> tuple[int, int]:
+    """The most bytes of host memory that this process has had resident, and of the device's that torch has held, so far.
+
+    The first is 0 on Windows, which has no such call.
+    """
+    host = 0
+    if sys.platform != "win32":
+        import resource
+
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return host, torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0

@@ -1,8 +1,8 @@
 """transformers: packed folders load with `AutoModelForCausalLM.from_pretrained(folder)` once this module is imported.
 
-Loading swaps each nn.Linear whose codes are in the files for a `SeedLinear` before any weight is read. Which ones, and
-whether every part of them is there in the right shape, is taken from the files' headers: transformers itself would start
-a missing tensor from random values. Afterwards every code is checked.
+Loading swaps each nn.Linear whose codes are in the files for a `SeedLinear` before any weight is read, and experts for
+`SeedExperts` (`hf_places`). Which ones, and whether every part of them is there in the right shape, is taken from the files'
+headers: transformers itself would start a missing tensor from random values. Afterwards every code is checked.
 
 A folder must also fail where this package is missing, and transformers only warns about a quantisation method that it does not
 know. Two guards see to that. The codes have the weights' own names, with other shapes (`checkpoint.stored_name`). And
@@ -11,11 +11,11 @@ ValueError about it comes before anything is loaded, whatever the arguments. Its
 `register` has made the name known nothing happens.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import fusion_mapping
 from transformers.quantizers.auto import (
@@ -27,11 +27,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from seedlm.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, guarded, metadata, stored_name
+from seedlm.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata
 from seedlm.codec import ROUNDINGS, Rounding
 from seedlm.errors import CheckpointError, FormatError
+from seedlm.experts import PACKED, SeedExperts
 from seedlm.format import Format, format_from_dict, parse_format
-from seedlm.linear import SeedLinear, choose_modules, compress_model, expand_model, seed_linears
+from seedlm.hf_places import ExpertNames, Places, saved_names
+from seedlm.walk import choose_modules, compress_model, dense_names, expand_model, seed_linears, weights_of
 
 
 class SeedLMConfig(QuantizationConfigMixin):
@@ -98,15 +100,19 @@ class SeedLMQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files: list[str] | None = None, **kwargs: Any):
         if self.pre_quantized:
-            _place_packed_layers(model, checkpoint_files or [], self.quantization_config)
+            self._places = Places.fill(model, checkpoint_files or [], self.quantization_config.format_of)
         return model
+
+    def update_weight_conversions(self, weight_conversions, model=None):
+        """Lead codes to the packed layers; newer transformers pass the model as well."""
+        return self._places.conversions(weight_conversions) if self.pre_quantized else weight_conversions
 
     def _process_model_after_weight_loading(self, model, **kwargs: Any):
         if self.pre_quantized:
-            for name, layer in seed_linears(model):
-                layer.check_codes(name)
+            self._places.check_codes()
         else:
             _compress_loaded(model, self.quantization_config)
+            model._weight_conversions = [*(getattr(model, "_weight_conversions", None) or []), *_own_names(model)]
         _set_guard(model.config, True)
         return model
 
@@ -118,7 +124,20 @@ class SeedLMQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model):
         """No state dict of its own; the safetensors metadata of a packed file, in which shapes are told."""
-        packed = {name: PackedInfo(m.format, (m.out_features, m.in_features)) for name, m in seed_linears(model)}
+        layers = dict(seed_linears(model))
+        names = saved_names(model, layers)
+        stacks: dict[str, Stack] = {}
+        for experts, module in model.named_modules():
+            if isinstance(module, SeedExperts):
+                for part, whole in module.stacks.items():
+                    stacks |= dict.fromkeys((f"{experts}.{PACKED}.{part}.{n}" for n in range(whole.shape[0])), whole)
+        packed = {}
+        for name, layer in layers.items():
+            stack = stacks.get(name)
+            if stack is not None:  # under the name that it has in this file, which may have the base model's prefix or not
+                suffix = ".weight" if stack.tensor.endswith(".weight") else ""
+                stack = dataclasses.replace(stack, tensor=names[name].rpartition(".")[0] + suffix)
+            packed[names[name]] = PackedInfo(layer.format, (layer.out_features, layer.in_features), stack)
         return None, metadata(packed)
 
     def is_serializable(self) -> bool:
@@ -146,73 +165,26 @@ def register() -> None:
         getattr(fusion_mapping, "_FUSION_REGISTRY", {}).setdefault(GUARD, None)
 
 
-def _place_packed_layers(model: nn.Module, files: list[str], config: SeedLMConfig) -> None:
-    """Swap every linear layer that is packed in these files for an empty `SeedLinear` on the same device."""
-    stored = _read_headers(files)
-    suffix = stored_name("", "exponent_bias")
-    modules = [name.removesuffix(suffix) for name in stored if name.endswith(suffix)]
-    if not modules:
-        raise CheckpointError(f"{', '.join(files) or 'a state dict'}: quant_method is {QUANT_METHOD!r} but no weight is packed")
-    for module in modules:
-        name = _name_in(model, module)
-        if name is None:
-            if any(part.isdigit() for part in module.split(".")):
-                raise CheckpointError(f"{module} is packed, but {type(model).__name__} has no linear layer of that name")
-            continue  # a head that this class does not have
-        linear, format = model.get_submodule(name), config.format_of(module)
-        assert isinstance(linear, nn.Linear)
-        for part, expected in format.tensor_specs(linear.out_features, linear.in_features).items():
-            found = stored.get(stored_name(module, part))
-            if found != expected:
-                raise CheckpointError(
-                    f"{stored_name(module, part)} must be {expected} for a {format} weight {[*linear.weight.shape]}, "
-                    f"got {found}"
-                )
-        layer = SeedLinear(
-            linear.in_features,
-            linear.out_features,
-            format,
-            bias=linear.bias is not None,
-            dtype=linear.weight.dtype,
-            device=linear.weight.device,
-        )
-        model.set_submodule(name, layer.train(linear.training))
-
-
-def _read_headers(files: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every tensor in some safetensors files: name -> (dtype, shape), the dtype by torch's name if it is int32."""
-    found = {}
-    for file in files:
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: packed weights are stored as safetensors")
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                part = tensors.get_slice(name)
-                dtype = part.get_dtype()
-                found[name] = ("int32" if dtype == "I32" else dtype, tuple(part.get_shape()))
-    return found
-
-
-def _name_in(model: nn.Module, module: str) -> str | None:
-    """A stored module's name in this model, which may have the base model's prefix more or less; None if it is not there."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for name in (module, prefix + module, module.removeprefix(prefix)):
-        try:
-            if type(model.get_submodule(name)) is nn.Linear:
-                return name
-        except AttributeError:
-            continue
-    return None
+def _own_names(model: nn.Module) -> list[ExpertNames]:
+    """How the experts of a model that was compressed in memory are saved: as stacks, each under its tensor's name."""
+    templates = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SeedExperts):
+            for part, stack in module.stacks.items():
+                tensor = saved_names(model, [f"{name}.{part}"])[f"{name}.{part}"]
+                module.stacks[part] = dataclasses.replace(stack, tensor=tensor)
+                templates[f"{tensor.removesuffix('.weight')}.*"] = f"{name}.{PACKED}.{part}.*"
+    return [ExpertNames(templates)] if templates else []
 
 
 def _compress_loaded(model: nn.Module, config: SeedLMConfig) -> None:
     """Compress a dense model that has just been loaded, and write down what was left as it is."""
     exclude, format = config.modules_to_not_convert, format_from_dict(config.format)
     names = choose_modules(model, format, exclude=exclude)
-    total = sum(model.get_parameter(f"{name}.weight").numel() for name in names)
+    total = sum(weights_of(model, name) for name in names)
     with logging.tqdm(total=total, desc="Compressing", unit=" weights", unit_scale=True) as bar:
         compress_model(model, format, exclude=exclude, rounding=config.rounding, on_progress=bar.update)
-    config.modules_to_not_convert = sorted(name for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    config.modules_to_not_convert = dense_names(model)
 
 
 def _set_guard(config: Any, wanted: bool) -> None:

@@ -1,17 +1,11 @@
-"""A linear layer whose weight stays packed, and the walk that puts it in the place of torch's.
+"""A linear layer whose weight stays packed.
 
 `SeedLinear` holds the tensors of `format.tensor_specs` as buffers under the names they have in a checkpoint, so its state
 dict is what is stored, and regrows the weight in every forward pass. `.to(dtype)` and `.half()` move the bias and leave the
 codes alone. Mind that its `weight` is therefore the packed words, int32; the weight itself is `decode()`.
-
-    compress_module(linear)   nn.Linear -> SeedLinear, a new module
-    compress_model(model)     every chosen nn.Linear of a model, in place
-    expand_model(model)       every SeedLinear back to nn.Linear, in place
 """
 
-from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
-from typing import cast
+from typing import Final, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +13,16 @@ from torch import Tensor, nn
 from seedlm import ops
 from seedlm.checkpoint import PackedInfo, check_codes, stored_name
 from seedlm.codec import Rounding
-from seedlm.errors import TensorError
 from seedlm.format import Format, parse_format
 from seedlm.search import Backend, EncodedTensor, Progress, encode
-from seedlm.selection import gets_smaller, left_by_default
+
+_TWINS: Final = frozenset({"FalconLinear"})
+"""Subclasses of nn.Linear that compute the same, written out."""
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a `SeedLinear` can take a module's place: other subclasses of nn.Linear do something else with their weight."""
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).__name__ in _TWINS)
 
 
 class SeedLinear(nn.Module):
@@ -111,74 +111,3 @@ def compress_module(
     norm = float(weight.double().square().sum())
     error = (squared_error / norm) ** 0.5 if norm else 0.0
     return SeedLinear.from_encoded(encoded, module.bias).train(module.training), error
-
-
-def compress_model(
-    model: nn.Module,
-    format: Format | str = "4",
-    *,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    rounding: Rounding = "best",
-    backend: Backend = "auto",
-    on_progress: Progress | None = None,
-) -> dict[str, float]:
-    """Replace linear layers of a model by packed ones, in place.
-
-    include, exclude   glob patterns over module names, as in `choose_modules`
-    returns            module name -> relative error, of every layer compressed
-    Raises TensorError if a weight cannot be encoded or is shared with another module, naming it.
-    """
-    parsed = parse_format(format) if isinstance(format, str) else format
-    errors = {}
-    for name in choose_modules(model, parsed, include, exclude):
-        try:
-            layer, errors[name] = compress_module(
-                cast(nn.Linear, model.get_submodule(name)), parsed, rounding=rounding, backend=backend, on_progress=on_progress
-            )
-        except TensorError as reason:
-            raise TensorError(f"{name}.weight: {reason}") from None
-        model.set_submodule(name, layer)
-    return errors
-
-
-def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[str]:
-    """The linear layers to compress: those that `selection` takes by default, if they become smaller.
-
-    include   glob patterns of names to add whatever the default says
-    exclude   glob patterns of names to leave out; they win
-    Raises TensorError for a pattern without a match and for a chosen weight that another module shares (a tied head).
-    """
-    include, exclude = tuple(include), tuple(exclude)
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise TensorError(f"no linear layer matches the pattern {pattern!r}")
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    chosen = []
-    for name, module in linears.items():
-        default = gets_smaller(format, *module.weight.shape) and left_by_default(name) is None
-        if _matches(name, exclude) or not (default or _matches(name, include)):
-            continue
-        shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
-        if shared:
-            raise TensorError(f"{name}.weight is shared with {', '.join(shared)} and cannot be compressed: exclude it")
-        chosen.append(name)
-    return chosen
-
-
-def expand_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Replace every packed layer of a model by an ordinary one with weights of `dtype`, in place."""
-    for name, layer in list(seed_linears(model)):
-        model.set_submodule(name, layer.expand(dtype))
-
-
-def seed_linears(model: nn.Module) -> Iterator[tuple[str, SeedLinear]]:
-    """The packed layers of a model, by name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, SeedLinear))
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

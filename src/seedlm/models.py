@@ -17,10 +17,10 @@ import torch
 
 from seedlm.checkpoint import QUANT_METHOD
 from seedlm.errors import SourceError
-from seedlm.linear import expand_model, seed_linears
 from seedlm.report import inspect_checkpoint
 from seedlm.source import FolderSource
 from seedlm.tensorfile import TORCH_DTYPES, read_json
+from seedlm.walk import expand_model, seed_linears
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 

@@ -57,11 +57,26 @@ class Report:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunReport(Report):
+    """A packed checkpoint and the run that made it.
+
+    devices             that took part, as torch names them; on a cluster after the machine's name
+    phase_seconds       where the time went: ``prepare``, ``read`` (the source, to check it), ``compress``, ``finish``
+    peak_host_bytes     most memory that a process had resident
+    peak_device_bytes   most memory that a process held on its GPU
+    """
+
+    devices: list[str]
+    phase_seconds: dict[str, float]
+    peak_host_bytes: int
+    peak_device_bytes: int
+
+
 def recorded(source_bytes: int, errors: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     """The content of ``seedlm_report.json``.
 
-    errors   module -> (squared error, squared norm). Six digits are kept: the last of a float64 depend on the order in
-             which a backend adds blocks up, and every device must leave the same bytes.
+    errors   module -> (squared error, squared norm), of which six digits are kept: nobody reads more
     """
     return {
         "format_version": FORMAT_VERSION,

@@ -6,7 +6,8 @@ ran is never recorded. `reason_unavailable` is the one place that knows where ea
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -87,31 +88,82 @@ def encode(
     bias = codec.choose_exponent_bias(weight, format) if exponent_bias is None else exponent_bias
     if not low <= bias <= high:
         raise TensorError(f"exponent bias must be {low} .. {high}, got {bias}")
-    find = _load(backend, weight.device, format)
+    words, sums = encode_rows(weight, bias, format, rounding, backend=backend, on_progress=on_progress)
+    tensors = {"words": words, "exponent_bias": torch.tensor([bias], dtype=torch.int32, device=weight.device)}
+    return EncodedTensor(format, (weight.shape[0], weight.shape[1]), tensors), totals([sums], format)[0]
 
-    out_features, in_features = weight.shape
+
+@dataclass(frozen=True, eq=False)
+class RowSums:
+    """What is known of some rows' errors, float64 [rows] on the CPU, the same bits from every device.
+
+    scores    sum of the row's scores (`codec.score`)
+    squares   sum of its squared weights
+    tails     sum of the squares that its last block decodes to beyond its end
+    """
+
+    scores: Tensor
+    squares: Tensor
+    tails: Tensor
+
+
+def encode_rows(
+    rows: Tensor,
+    exponent_bias: int,
+    format: Format,
+    rounding: Rounding = "best",
+    *,
+    backend: Backend = "auto",
+    on_progress: Progress | None = None,
+) -> tuple[Tensor, RowSums]:
+    """Compress rows of a matrix: `encode` without its checks, for a matrix that comes in pieces.
+
+    rows      finite float32, float16 or bfloat16 [out, in]
+    returns   words int32 [out, words] on the rows' device, and what `totals` adds up
+    Raises BackendError for a backend that cannot run here.
+    """
+    find = _load(backend, rows.device, format)
+    out_features, in_features = rows.shape
     per_row = format.blocks_per_row(in_features)
     padding = per_row * format.block_size - in_features
-    rows = torch.nn.functional.pad(weight.detach().float(), (0, padding))
-    pieces, errors = [], []
-    for codes, scores in find(rows.reshape(-1, format.block_size), bias, format, rounding):
+    rows = torch.nn.functional.pad(rows.detach().float(), (0, padding))
+    pieces, parts = [], []
+    for codes, scores in find(rows.reshape(-1, format.block_size), exponent_bias, format, rounding):
         pieces.append(codes)
-        errors.append(scores.sum())  # read at the end: a GPU search is already at work on the next piece
+        parts.append(scores)
         if on_progress is not None:
             on_progress(len(scores) * format.block_size)
-    seeds, exponents, q = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    seeds, exponents, q = (torch.cat(fields) for fields in zip(*pieces, strict=True))
     codes = BlockCodes(
         seeds.view(out_features, per_row), exponents.view(out_features, per_row), q.view(out_features, per_row, -1)
     )
-    error = sum(torch.stack(errors).tolist()) / format.divisor**2 + float(weight.double().square().sum())
+    words = packing.pack(*codes, format)
+    beyond = rows[:, :0]
     if padding:
-        tails = codec.decode(BlockCodes(*(field[:, -1] for field in codes)), bias, format)
-        error -= float(tails[:, -padding:].double().square().sum())
-    tensors = {
-        "words": packing.pack(*codes, format),
-        "exponent_bias": torch.tensor([bias], dtype=torch.int32, device=weight.device),
-    }
-    return EncodedTensor(format, (out_features, in_features), tensors), max(error, 0.0)
+        beyond = codec.decode(BlockCodes(*(field[:, -1] for field in codes)), exponent_bias, format)[:, -padding:]
+    summands = torch.cat(parts).view(out_features, per_row), rows.double().square_(), beyond.double().square_()
+    return words, RowSums(*(_row_sums(part).cpu() for part in summands))
+
+
+def totals(parts: Iterable[RowSums], format: Format) -> tuple[float, float]:
+    """Squared error and squared norm of a matrix from all its rows, in whatever order and pieces: sums rounded once."""
+    parts = list(parts)
+    scores = math.fsum(x for part in parts for x in part.scores.tolist())
+    norm = math.fsum(x for part in parts for x in part.squares.tolist())
+    tails = math.fsum(x for part in parts for x in part.tails.tolist())
+    return max(scores / format.divisor**2 + norm - tails, 0.0), norm
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """Sums of the rows of float64 [rows, n], which is overwritten: halves are added until one column is left.
+
+    An order of additions that is written out is the same everywhere, which `Tensor.sum` does not promise of any two devices.
+    """
+    while x.shape[1] > 1:
+        few = x.shape[1] // 2
+        x[:, :few] += x[:, -few:]
+        x = x[:, : x.shape[1] - few]
+    return x.sum(1)
 
 
 def check_weight(weight: Tensor) -> None:

@@ -41,12 +41,15 @@ class Source(Protocol):
     nbytes: int
     fingerprint: dict[str, Any]
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start .. stop of a tensor [rows, ...], in its dtype. Raises SourceError if they cannot be read."""
+    def rows(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
+        """Rows start .. stop of a tensor [rows, ...], in its dtype. Raises SourceError if they cannot be read.
+
+        into   uint8 [n], memory that they may be put into if it is large enough
+        """
         ...
 
-    def chunks(self, name: str) -> Iterator[bytes | bytearray]:
-        """A tensor's bytes, row-major and little-endian, in pieces of bounded size."""
+    def chunks(self, name: str) -> Iterator[bytes | memoryview]:
+        """A tensor's bytes, row-major and little-endian, in pieces of bounded size, each gone when the next is asked for."""
         ...
 
     def copy_side_files(self, folder: Path) -> None:

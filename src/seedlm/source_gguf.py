@@ -83,7 +83,7 @@ class GGUFSource:
             "config.json": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
         }
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         tensor, info = self._tensors[name], self.tensors[name]
         data = tensor.data[self._row_order(name)[start:stop]]
         kind = tensor.tensor_type

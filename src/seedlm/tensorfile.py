@@ -163,33 +163,36 @@ class TensorFiles:
         """Bytes of all files on disk, headers included."""
         return sum(path.stat().st_size for path in self.metadata)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start .. stop of a tensor (its first dimension; all of it by default), in its own dtype."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> Tensor:
+        """Rows start .. stop of a tensor (its first dimension; all of it by default), in its own dtype.
+
+        into   uint8 [n], n no less than their bytes, where they are put: memory that is new costs more than the reading
+        """
         info = self.entries[name].info
         row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
         if start or stop is not None:
             rows = range(info.shape[0])[start:stop]
-            data = self._bytes(name, rows.start * row_bytes, len(rows) * row_bytes)
+            data = self._bytes(name, rows.start * row_bytes, len(rows) * row_bytes, into)
             shape = (len(rows), *info.shape[1:])
         else:
-            data, shape = self._bytes(name, 0, info.nbytes), info.shape
-        if not data:
-            return torch.empty(shape, dtype=TORCH_DTYPES[info.dtype])
-        return torch.frombuffer(data, dtype=torch.uint8).view(TORCH_DTYPES[info.dtype]).view(shape)
+            data, shape = self._bytes(name, 0, info.nbytes, into), info.shape
+        return data.view(TORCH_DTYPES[info.dtype]).view(shape)
 
-    def chunks(self, name: str) -> Iterator[bytearray]:
-        """A tensor's bytes, in pieces of at most 16 MiB."""
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """A tensor's bytes, in pieces of at most 16 MiB, each gone when the next is asked for."""
         total = self.entries[name].info.nbytes
+        into = torch.empty(min(_CHUNK_BYTES, total), dtype=torch.uint8)
         for start in range(0, total, _CHUNK_BYTES):
-            yield self._bytes(name, start, min(_CHUNK_BYTES, total - start))
+            yield self._bytes(name, start, min(_CHUNK_BYTES, total - start), into).numpy().data
 
-    def _bytes(self, name: str, start: int, count: int) -> bytearray:
+    def _bytes(self, name: str, start: int, count: int, into: Tensor | None) -> Tensor:
+        """Bytes start .. start + count of a tensor: uint8 [count]."""
         entry = self.entries[name]
-        buffer = bytearray(count)
+        buffer = torch.empty(count, dtype=torch.uint8) if into is None else into[:count]
         try:
             with open(entry.path, "rb", buffering=0) as file:
                 file.seek(entry.offset + start)
-                view, done = memoryview(buffer), 0
+                view, done = buffer.numpy().data, 0
                 while done < count:
                     got = file.readinto(view[done:])
                     if not got:

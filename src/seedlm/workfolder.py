@@ -1,6 +1,6 @@
 """Where an unfinished run lives: ``OUT.partial`` beside the output, so that OUT itself exists only when it is whole.
 
-    lock            held while a run is at work
+    lock            held while a run is at work; its content is a random number by which other machines know the folder
     plan.json       everything that the result depends on; a run goes on only if its own plan is equal
     journal.jsonl   one line per finished tensor, written after the tensor's bytes have reached the disk
     model/          the folder that becomes OUT, by one rename at the end
@@ -14,6 +14,7 @@ for a model.
 import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,8 +37,8 @@ class WorkFolder:
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         self.model = self.path / _MODEL
+        self.token = secrets.token_hex(16)
         self.done: dict[str, dict[str, Any]] = {}
-        self._layouts: Mapping[str, Layout] = {}
 
     @classmethod
     @contextmanager
@@ -71,6 +72,9 @@ class WorkFolder:
         with open(self.path / _LOCK, "ab") as file:
             if not try_lock(file):
                 raise OutputError(f"{self.path}: another run is writing this output; wait for it, or stop it")
+            file.truncate(0)
+            file.write(self.token.encode())
+            file.flush()
             yield
 
     def begin(self, plan: Mapping[str, Any], layouts: Mapping[str, Layout]) -> bool:
@@ -80,7 +84,6 @@ class WorkFolder:
         returns   whether the run is finished already and only its remains were left to be removed
         Raises OutputError if an unfinished run has another plan, or if the disk has no room for the rest.
         """
-        self._layouts = layouts
         plan = json.loads(json.dumps(plan))
         if (self.path / _PLAN).exists():
             self._compare(plan)
@@ -146,13 +149,6 @@ class WorkFolder:
         with open(path, "rb") as file:
             return file.read(len(layout.header)) == layout.header
 
-    @contextmanager
-    def writing(self, file_name: str) -> Iterator["Writer"]:
-        """Write tensors of one file; on leaving, their bytes have reached the disk."""
-        with open(self.model / file_name, "r+b", buffering=0) as file:
-            yield Writer(file, self._layouts[file_name].offsets)
-            _sync(file)
-
     def finish_tensor(self, name: str, **facts: Any) -> None:
         """Note that all of a tensor is on disk, with what the report wants to know of it."""
         line = {"tensor": name, **facts}
@@ -190,6 +186,14 @@ class WorkFolder:
         _sync_folder(path.parent)
 
 
+@contextmanager
+def writing(path: Path, offsets: Mapping[str, int]) -> Iterator["Writer"]:
+    """Write tensors to their places in a file that is there; on leaving, their bytes have reached the disk."""
+    with open(path, "r+b", buffering=0) as file:
+        yield Writer(file, offsets)
+        _sync(file)
+
+
 class Writer:
     """Puts bytes of tensors into their places in one file."""
 
@@ -202,6 +206,14 @@ class Writer:
         view = memoryview(data)
         while view:
             view = view[self._file.write(view) :]
+
+
+def is_held(folder: Path, token: str) -> bool:
+    """Whether a work folder is the one that a run elsewhere has claimed, and not another disk's under the same path."""
+    try:
+        return (folder / _LOCK).read_bytes() == token.encode()
+    except OSError:
+        return False
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:

@@ -32,7 +32,10 @@ def compress(
         list[str] | None, typer.Option(help="Leave modules that match this glob as they are; wins.", metavar="GLOB")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
-    device: Annotated[str, typer.Option(help="Where to search: auto (the GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help="Where to search: auto (every GPU, or else the CPU), cpu, cuda:1, cuda:0,cuda:1, or ray."),
+    ] = "auto",
     backend: Annotated[
         str, typer.Option(help="Search backend: auto, triton, numba or torch; all give the same bits.")
     ] = "auto",
@@ -73,6 +76,8 @@ def compress(
     _print_totals(report)
     speed = f", {run['weights_per_second'] / 1e6:.3f} million weights/s" if run["weights_per_second"] else ""
     print(f"time              {run['seconds']:.1f} s{speed}")
+    on_gpu = f", {in_bytes(report.peak_device_bytes)} on the GPU" if report.peak_device_bytes else ""
+    print(f"memory            {in_bytes(report.peak_host_bytes)}{on_gpu}; on {', '.join(report.devices)}")
 
 
 def inspect(

@@ -29,10 +29,11 @@ def design(
 ) -> None:
     """Find the formats of least expected error under a budget: the paper's grid search, exponent bits included.
 
-    A format of the list goes to `seedlm compress --format`. Errors are ||W - W^|| / ||W|| with their standard errors.
+    Errors are ||W - W^|| / ||W|| with their standard errors. Unquantised is the error with real coefficients, contenders the
+    seeds of a block that an exact search must score: what a format costs to use. `seedlm compress --format` takes any of them.
     """
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     from seedlm.design import candidates, measure, model_blocks, normal_blocks
     from seedlm.device import choose_device
@@ -43,9 +44,17 @@ def design(
     samples = normal_blocks(blocks, seed) if model is None else model_blocks(open_source(model), blocks, seed)
     formats = candidates(bits, max_block=min(max_block, samples.shape[1]))
     console = Console(stderr=True)
-    measuring = measure(formats, samples.to(where), rounding)  # type: ignore[arg-type]  # checked inside
     try:
-        measured = list(track(measuring, "Measuring formats", len(formats), console=console, disable=not console.is_terminal))
+        with Progress(console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("Measuring formats", total=len(formats))
+            measuring = measure(
+                formats,
+                samples.to(where),
+                rounding,  # type: ignore[arg-type]  # checked inside
+                prune=True,
+                on_progress=lambda count: bar.advance(task, count),
+            )
+            measured = list(measuring)
     except KeyboardInterrupt:
         print("seedlm: stopped", file=sys.stderr)
         sys.exit(130)
@@ -55,7 +64,10 @@ def design(
         run = {"bits": bits, "model": model, "blocks": blocks, "rounding": rounding, "seed": seed, "device": str(where)}
         print(json.dumps({**run, "seconds": seconds, "formats": [m.to_dict() for m in measured]}, indent=2))
         return
-    print(f"{len(measured)} formats of at most {bits:g} bits, on {blocks} blocks of {model or 'N(0,1)'}, {seconds:.0f} s")
+    print(
+        f"{len(formats)} formats of at most {bits:g} bits, on {blocks} blocks of {model or 'N(0,1)'}, {seconds:.0f} s; "
+        f"{len(formats) - len(measured)} are worse than others even with real coefficients"
+    )
     print()
     _print_table(measured[:top])
     print()
@@ -66,13 +78,17 @@ def _print_table(measured: "list[Measured]") -> None:
     from seedlm.format import PRESETS, WORD_BITS
 
     presets = {format: name for name, format in PRESETS.items()}
-    print(f"{'format':26} {'bits':>6}  {'error':15}  {'unquantised':11}  block")
+    print(f"{'format':26} {'bits':>6}  {'error':16}  {'unquantised':11}  {'contenders':>10}  block")
     for m in measured:
         words = m.format.blocks_per_group * m.format.block_bits // WORD_BITS
         layout = f"{m.format.block_bits} bits, {m.format.blocks_per_group} in {words} word{'s' * (words > 1)}"
         name = f"; preset {presets[m.format]}" if m.format in presets else ""
         error = f"{m.relative_error:.4f} +- {m.standard_error / (2 * m.relative_error):.4f}"
-        print(f"{m.format.spec:26} {m.format.bits_per_weight:6.3f}  {error}  {m.unquantized**0.5:<11.4f}  {layout}{name}")
+        least = "" if m.at_least == m.nmse else f"; at least {m.at_least**0.5:.4f}"
+        print(
+            f"{m.format.spec:26} {m.format.bits_per_weight:6.3f}  {error}  {m.unquantized**0.5:<11.4f}  "
+            f"{m.contenders:10.1f}  {layout}{name}{least}"
+        )
 
 
 def _print_curve(measured: "list[Measured]") -> None:

@@ -1,0 +1,252 @@
+"""Who runs the units: threads of this process, a process for each device, or a Ray cluster. All of them run `units.Worker`.
+
+    the first device     threads here: while one waits for its file, the GPU or the disk, another one's search runs
+    each further one     a child process with the same threads, since one interpreter can keep only a few GPUs busy; units go to
+                         its standard input and events come from its standard output
+    ray                  a task for each unit (`engine_ray`)
+
+A worker tells what happens as events; `run` hands a unit to each thread that is free, and yields the events. A worker that
+dies takes no more with it than the units it was at, which are not in the journal: the run ends with one line that says so, and
+the next one does them again.
+"""
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Final, NamedTuple, Protocol
+
+import torch
+
+from seedlm.device import peak_memory
+from seedlm.errors import BackendError, SeedLMError
+from seedlm.source import Source
+from seedlm.units import Job, Unit, Worker
+
+_THREADS: Final = {"cpu": 1, "cuda": 4}
+"""Units at once on a device, each with 1.2 GB of a GPU's memory. On an H100 1, 2, 3 and 4 gave 299, 430, 454 and 512 million
+weights/s. A search on a CPU has threads of its own."""
+
+_CHILD: Final = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path!r}; "
+    "from seedlm.engine import serve; serve()"
+)
+
+
+class Ready(NamedTuple):
+    """A thread waits for its first unit."""
+
+
+class Progress(NamedTuple):
+    """So many weights more are encoded."""
+
+    weights: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A unit's bytes are on disk. `device`, and the most memory so far of the process that did it, in bytes."""
+
+    unit: Unit
+    facts: dict[str, float]
+    device: str
+    host_bytes: int
+    device_bytes: int
+
+
+KEPT: Final = "what is finished is kept, and the same command goes on from there"
+
+Event = Ready | Progress | Finished | BaseException
+Post = Callable[["Workers", Event], None]
+
+
+class Workers(Protocol):
+    """Some threads that take units, each after it has said that it is ready or has finished one."""
+
+    def submit(self, unit: Unit) -> None: ...
+
+    def close(self) -> None:
+        """Return when nothing is written any more."""
+        ...
+
+
+class Runner(Protocol):
+    """What runs units."""
+
+    def run(self, units: Iterable[Unit]) -> Iterator[Progress | Finished]: ...
+
+
+class _Stopped(Exception):
+    """Raised inside a unit that nobody waits for any more."""
+
+
+class Threads:
+    """Threads of this process, on one device. The first thing they do is to warm up, at once."""
+
+    def __init__(self, job: Job, device: torch.device, source: Source | None, post: Post) -> None:
+        self._job, self._device, self._source, self._post = job, device, source, post
+        self._units: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
+        self._stopping = False
+        self._ready = threading.Lock()
+        self._worker: Worker | None = None
+        self._threads = [
+            threading.Thread(target=self._work, name=f"seedlm {device}") for _ in range(_THREADS.get(device.type, 1))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, unit: Unit) -> None:
+        self._units.put(unit)
+
+    def close(self) -> None:
+        self._stopping = True
+        for _ in self._threads:
+            self._units.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        try:
+            with self._ready:
+                if self._worker is None:
+                    self._worker = Worker(self._job, self._device, self._source)
+                    self._worker.warm_up()
+            self._post(self, Ready())
+            while (unit := self._units.get()) is not None:
+                facts = self._worker.run(unit, self._tell)
+                self._post(self, Finished(unit, facts, str(self._device), *peak_memory(self._device)))
+        except _Stopped:
+            pass
+        except torch.OutOfMemoryError:
+            free, total = torch.cuda.mem_get_info(self._device)
+            self._post(self, BackendError(f"{self._device}: {free:,} of its {total:,} bytes are free, not enough; {KEPT}"))
+        except BaseException as error:  # raised where the events are read
+            self._post(self, error)
+
+    def _tell(self, weights: int) -> None:
+        if self._stopping:
+            raise _Stopped
+        self._post(self, Progress(weights))
+
+
+class Child:
+    """A process of its own, on one device."""
+
+    def __init__(self, job: Job, device: torch.device, threads: int, post: Post) -> None:
+        self._device, self._post = device, post
+        command = [sys.executable, "-c", _CHILD.format(path=sys.path)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._closing = False
+        self._send((job, device, threads))
+        self._reader = threading.Thread(target=self._read, name=f"seedlm {device}")
+        self._reader.start()
+
+    def submit(self, unit: Unit) -> None:
+        self._send(unit)
+
+    def close(self) -> None:
+        self._closing = True
+        self._process.kill()  # whatever it is at is not in the journal
+        self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with ExitStack() as stack:
+                stack.callback(pipe.close)  # type: ignore[union-attr]
+
+    def _send(self, message: Any) -> None:
+        assert self._process.stdin is not None
+        try:
+            pickle.dump(message, self._process.stdin)
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it has died, which `_read` tells
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        try:
+            while True:
+                self._post(self, pickle.load(self._process.stdout))
+        except (EOFError, pickle.UnpicklingError):
+            code = self._process.wait()
+            if not self._closing:
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                self._post(self, BackendError(f"the worker for {self._device} died ({how}); {KEPT}"))
+
+
+def serve() -> None:
+    """The other end of `Child`: units from standard input, events to standard output, until the input ends."""
+    events = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the events
+    lock = threading.Lock()
+
+    def post(_: Workers, event: Event) -> None:
+        if isinstance(event, BaseException) and not isinstance(event, SeedLMError | OSError):
+            traceback.print_exception(event)  # which pickle leaves behind
+            event = RuntimeError(f"{type(event).__name__}: {event}")
+        with lock:
+            pickle.dump(event, events)
+            events.flush()
+
+    def messages(file: BinaryIO) -> Iterator[Any]:
+        while True:
+            try:
+                yield pickle.load(file)
+            except EOFError:
+                return
+
+    received = messages(sys.stdin.buffer)
+    job, device, threads = next(received)
+    torch.set_num_threads(threads)
+    workers = Threads(job, device, None, post)
+    for unit in received:
+        workers.submit(unit)
+    os._exit(0)  # nobody is there to be told: stop in the middle
+
+
+class Engine:
+    """Workers that have been started, as seen through their events."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[tuple[Workers, Event]] = queue.SimpleQueue()
+
+    def post(self, workers: Workers, event: Event) -> None:
+        self.events.put((workers, event))
+
+    def run(self, units: Iterable[Unit]) -> Iterator[Progress | Finished]:
+        """Run all units; yields what happens. Raises whatever a worker raised."""
+        waiting = deque(units)
+        running = 0
+        while waiting or running:
+            workers, event = self.events.get()
+            if isinstance(event, BaseException):
+                raise event
+            if isinstance(event, Finished):
+                running -= 1
+            if isinstance(event, Ready | Finished) and waiting:
+                workers.submit(waiting.popleft())
+                running += 1
+            if isinstance(event, Progress | Finished):
+                yield event
+
+
+@contextmanager
+def start(job: Job, devices: list[torch.device], source: Source) -> Iterator[Engine]:
+    """Start the workers; on leaving they have stopped. `source` is the job's, open."""
+    engine = Engine()
+    everything = torch.get_num_threads()
+    threads = max(1, everything // max(1, sum(device.type == "cpu" for device in devices)))
+    with ExitStack() as stack:
+        for device in devices[1:]:
+            stack.callback(Child(job, device, threads, engine.post).close)
+        stack.callback(torch.set_num_threads, everything)
+        torch.set_num_threads(threads)
+        stack.callback(Threads(job, devices[0], source, engine.post).close)
+        yield engine
