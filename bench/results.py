@@ -56,8 +56,9 @@ def run(options: argparse.Namespace) -> None:
     whole = [row for row in rows if "error" not in row]
     shared = {key: whole[0].pop(key) for key in ("text", "protocol", "environment")}
     for row in whole[1:]:
-        for key in shared:
-            row.pop(key, None)
+        place = {key: row.pop(key) for key in shared}["environment"]
+        if place["device_name"] != shared["environment"]["device_name"]:
+            row["device_name"] = place["device_name"]
     seconds = round(time.monotonic() - start)
     results = {"model": options.name, "label": options.label, "seconds": seconds, **shared, "rows": rows}
     options.out.mkdir(exist_ok=True)
@@ -178,6 +179,9 @@ def model_table(found: dict[str, Any]) -> str:
         "",
         *_markdown([*head, *(["mean"] if tasks else [])], [_cells(row, tasks) for row in rows]),
     ]
+    for device in sorted({row["device_name"] for row in whole if "device_name" in row}):
+        names = ", ".join(row["name"] for row in whole if row.get("device_name") == device)
+        lines += ["", f"On another device ({device}): {names}."]
     failed = [row for row in found["rows"] if "error" in row]
     lines += ["", *(f"- `{row['name']}` did not run: {row['error']}" for row in failed)] if failed else []
     return "\n".join(lines)
