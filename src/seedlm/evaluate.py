@@ -25,6 +25,7 @@ import transformers
 from torch import Tensor
 
 from seedlm import measure, models
+from seedlm.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
 from seedlm.device import choose_device
 from seedlm.errors import EvaluationError
 from seedlm.journal import Journal, check_free, replacing
@@ -78,9 +79,12 @@ class Settings:
     device       "auto", or a torch device
     dtype        "auto" (each model as it is stored; float32 for GGUF) or another of `models.DTYPES`
     packed       leave packed weights packed, instead of expanding them once: less memory, slower
+    baseline     quantise the model by another method first, one of `baselines.baseline_names`
+    calibration  UTF-8 file of text for a baseline that is calibrated
     tasks        zero-shot tasks to do after the text, as `zeroshot.zero_shot` names them
     task_data    folder of local files for them; None for the Hub
     task_limit   at most this many questions of each
+    task_batch   questions' answers in one forward pass
     prompts      texts to continue with the most likely tokens, by the model and by the reference
     new_tokens   tokens to continue each by
     layers       windows on which every layer is held against the reference's; 0 leaves the layers out
@@ -93,9 +97,12 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     packed: bool = False
+    baseline: str | None = None
+    calibration: str | None = None
     tasks: tuple[str, ...] = ()
     task_data: str | None = None
     task_limit: int | None = None
+    task_batch: int = 8
     prompts: tuple[str, ...] = ()
     new_tokens: int = 48
     layers: int = 2
@@ -106,6 +113,7 @@ class Settings:
             ("batch_size", 1),
             ("limit", 1),
             ("task_limit", 1),
+            ("task_batch", 1),
             ("new_tokens", 1),
             ("layers", 0),
         ):
@@ -114,6 +122,12 @@ class Settings:
                 raise EvaluationError(f"{name} must be at least {least}, got {value}")
         if self.dtype not in models.DTYPES:
             raise EvaluationError(f"dtype must be one of {', '.join(models.DTYPES)}, got {self.dtype!r}")
+        if self.baseline is not None:
+            _, method, _ = parse_baseline(self.baseline)
+            if method.calibrated != (self.calibration is not None):
+                raise EvaluationError(f"{self.baseline} takes {'a' if method.calibrated else 'no'} calibration text")
+        elif self.calibration is not None:
+            raise EvaluationError("calibration text is for a baseline that is calibrated, and none was chosen")
 
 
 def evaluate(
@@ -148,7 +162,11 @@ def evaluate(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     paths = [locate(model, revision=revision)] + ([locate(reference)] if reference is not None else [])
-    windows, facts = _tokenize(text, paths, settings)
+    windows, facts = _tokenize(text, paths, settings.context, settings.limit)
+    calibration, calibration_facts = None, None
+    if settings.calibration is not None:
+        content = Text.from_file(settings.calibration)
+        calibration, calibration_facts = _tokenize(content, paths[:1], settings.context, CALIBRATION_WINDOWS)
     names = [model] if reference is None else [model, reference]
     infos = [asdict(models.describe(name, path)) for name, path in zip(names, paths, strict=True)]
     plan = {
@@ -157,6 +175,7 @@ def evaluate(
         "reference": infos[1] if reference is not None else None,
         "settings": {**asdict(settings), "tasks": list(settings.tasks), "prompts": list(settings.prompts)},
         "text": facts,
+        "calibration": calibration_facts,
         "protocol": _protocol(len(windows), settings.context),
         "seed": None,  # nothing is drawn
         "environment": _environment(device, ["lm_eval"] if settings.tasks else []),
@@ -165,15 +184,21 @@ def evaluate(
     with Journal.claim(out, plan, np.dtype((dtype, settings.context - 1)), settings.batch_size) as journal:
         loaded = [models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed) for path in paths]
         _check_context(loaded, settings.context)
-        run = _score(journal, windows, loaded, settings, device, on_progress)
+        tokenizer = models.load_tokenizer(paths[0])
+        baseline = apply_baseline(loaded[0], settings.baseline, calibration, tokenizer) if settings.baseline else None
+        run = {"baseline": baseline, **_score(journal, windows, loaded, settings, device, on_progress)}
         records = np.concatenate(journal.records)
         metrics = {name: asdict(estimate) for name, estimate in measure.summarize(records).items()}
-        tokenizer = models.load_tokenizer(paths[0])
         answers: dict[str, Any] = {}
         questions: dict[str, Any] = {}
         if settings.tasks:
             answers, questions = zero_shot(
-                loaded[0], tokenizer, settings.tasks, data=settings.task_data, limit=settings.task_limit
+                loaded[0],
+                tokenizer,
+                settings.tasks,
+                data=settings.task_data,
+                limit=settings.task_limit,
+                batch_size=settings.task_batch,
             )
         companion = None
         if out is not None:
@@ -246,7 +271,7 @@ def _record_behaviour(loaded: list[Any], tokenizer: Any, windows: Tensor, settin
     }
 
 
-def _tokenize(text: Text, paths: list[Path], settings: Settings) -> tuple[Tensor, dict[str, Any]]:
+def _tokenize(text: Text, paths: list[Path], context: int, limit: int | None) -> tuple[Tensor, dict[str, Any]]:
     """The windows int64 [windows, context] of a text, and what there is to say of it."""
     tokenizer = models.load_tokenizer(paths[0])
     ids = tokenizer(text.content)["input_ids"]
@@ -254,7 +279,7 @@ def _tokenize(text: Text, paths: list[Path], settings: Settings) -> tuple[Tensor
         theirs = models.load_tokenizer(other)(text.content)["input_ids"]
         if theirs != ids:
             raise EvaluationError(f"{other} and {paths[0]} turn the text into different tokens: they have no common vocabulary")
-    windows = measure.cut_windows(torch.tensor(ids, dtype=torch.int64), settings.context, settings.limit)
+    windows = measure.cut_windows(torch.tensor(ids, dtype=torch.int64), context, limit)
     return windows, {
         "path": text.path,
         "form": text.form,

@@ -26,6 +26,13 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, or a torch device such as cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     packed: Annotated[bool, typer.Option("--packed", help="Leave packed weights packed: less memory, slower.")] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Quantise MODEL by another library first, for comparison: nf4-4, hqq-3, gptq-4...", metavar="NAME"),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text for a baseline that is calibrated (gptq, awq).", metavar="FILE")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -41,6 +48,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of local files for the tasks, instead of the Hub.", metavar="FOLDER")
     ] = None,
     task_limit: Annotated[int | None, typer.Option(help="The first N questions of each task only.", metavar="N")] = None,
+    task_batch: Annotated[int, typer.Option(help="Answers in one forward pass.", metavar="N")] = 8,
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts to continue, one a line, instead of the built-in six.", metavar="FILE")
     ] = None,
@@ -77,9 +85,12 @@ def evaluate(
                     device=device,
                     dtype=dtype,
                     packed=packed,
+                    baseline=baseline,
+                    calibration=str(calibration) if calibration else None,
                     tasks=TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else (),
                     task_data=str(task_data) if task_data else None,
                     task_limit=task_limit,
+                    task_batch=task_batch,
                     prompts=read_prompts(prompts) if prompts else PROMPTS,
                     new_tokens=new_tokens,
                     layers=layers,
@@ -111,6 +122,10 @@ def _print_results(results: dict[str, Any]) -> None:
             bits = [f"{info['bits_per_weight']:.4f} bits a weight"] if info["bits_per_weight"] else []
             bits += [f"the whole model {info['model_bits_per_weight']:.4f}"] if info["model_bits_per_weight"] else []
             print(f"{role:17} {info['name']} ({', '.join([info['format'], *bits, in_bytes(info['bytes'])])})")
+    if quantized := results["run"]["baseline"]:
+        libraries = ", ".join(f"{library} {number}" for library, number in quantized["libraries"].items())
+        kind = "calibrated" if quantized["calibrated"] else "data-free"
+        print(f"quantised by      {quantized['name']} ({libraries}; {kind}): {quantized['bits_per_weight']:.4f} bits a weight")
     facts, run, place = results["text"], results["run"], results["environment"]
     bos = "starting with" if facts["starts_with_bos"] else "without"
     print(f"text              {facts['path']}: {facts['form']}; {facts['tokens']:,} tokens, {bos} BOS")
