@@ -20,7 +20,6 @@ The order within a list depends on timing; what is selected from it does not.
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -69,7 +68,7 @@ def search(
     redone = Counter() if redone is None else redone
     pending: _Round | None = None
     with torch.cuda.device(blocks.device):
-        engine = _engine(format, rounding, blocks.device, threading.get_ident())
+        engine = _engine(format, rounding, blocks.device)
         size = engine.begin(exponent_bias, working_set)
     for chunk in blocks.split(size):
         # The GPU gets its next chunk before this thread waits for the last one.
@@ -107,10 +106,22 @@ class _Plan(NamedTuple):
     unsolved: Tensor
 
 
-@lru_cache(maxsize=32)
-def _engine(format: BlockFormat, rounding: Rounding, device: torch.device, thread: int) -> "_Engine":
-    """The engine of one thread, kept with its plans and their memory: a capture takes longer than a small tensor's search."""
-    return _Engine(format, rounding, device)
+_kept = threading.local()
+
+
+def _engine(format: BlockFormat, rounding: Rounding, device: torch.device) -> "_Engine":
+    """The engine of this thread, kept with its plans and their memory: a capture takes longer than a small tensor's search.
+
+    One at a time: with the plans of seven formats, a mixture's threads would fill a card.
+    """
+    wanted = format, rounding, device
+    engine: _Engine | None = getattr(_kept, "engine", None)
+    if engine is None or _kept.wanted != wanted:
+        if engine is not None:
+            engine.last.synchronize()
+            del _kept.engine, engine  # its memory serves the next one
+        _kept.engine, _kept.wanted = _Engine(format, rounding, device), wanted
+    return _kept.engine
 
 
 class _Engine:
