@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import seedlm
+from seedlm.cli import main
 from tiny_models import SMALL, folder_bytes, save_tensors, tiny_llama
 
 COMMAND = [sys.executable, "-c", "from seedlm.cli import main; main()"]
@@ -118,17 +119,30 @@ def one_line(done, message):
     assert message in done.stderr
 
 
-def test_errors_are_one_line(llama, compressed, tmp_path):
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """`call` without a process of its own, which spends seconds on imports."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["seedlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return subprocess.CompletedProcess(arguments, stopped.value.code, *capfd.readouterr())
+
+    return call
+
+
+def test_errors_are_one_line(llama, compressed, tmp_path, here):
     one_line(call("compress", llama, compressed[0], *FAST), "exists already")
-    one_line(call("compress", tmp_path / "nix", tmp_path / "o"), "no such file or folder")
-    one_line(call("compress", llama, tmp_path / "o", "--bits", "5.5"), "unknown format '5.5'")
-    one_line(call("compress", llama, tmp_path / "o", "--bits", "3.7"), "are a mixture of formats")
-    one_line(call("compress", llama, tmp_path / "o", "--exclude", "typo"), "no module with a weight matches")
-    one_line(call("inspect", llama), "has no quantization_config")
+    one_line(here("compress", tmp_path / "nix", tmp_path / "o"), "no such file or folder")
+    one_line(here("compress", llama, tmp_path / "o", "--bits", "5.5"), "unknown format '5.5'")
+    one_line(here("compress", llama, tmp_path / "o", "--bits", "3.7"), "are a mixture of formats")
+    one_line(here("compress", llama, tmp_path / "o", "--exclude", "typo"), "no module with a weight matches")
+    one_line(here("inspect", llama), "has no quantization_config")
     bad = save_tensors(tmp_path / "m", {"layers.0.a.weight": torch.full((2, 8), float("nan"))})
-    one_line(call("compress", bad, tmp_path / "o", *FAST), "layers.0.a.weight: a weight must be finite, got 16 NaN")
+    one_line(here("compress", bad, tmp_path / "o", *FAST), "layers.0.a.weight: a weight must be finite, got 16 NaN")
     (tmp_path / "p.bin").write_bytes(b"\x80")
-    one_line(call("compress", tmp_path / "p.bin", tmp_path / "o"), "is a pickle")
+    one_line(here("compress", tmp_path / "p.bin", tmp_path / "o"), "is a pickle")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
