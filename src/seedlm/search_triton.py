@@ -124,6 +124,21 @@ def _engine(format: BlockFormat, rounding: Rounding, device: torch.device) -> "_
     return _kept.engine
 
 
+def _capture_stream() -> torch.cuda.Stream:
+    """A stream that no other thread launches on: what they did there would go into the capture and never run.
+
+    The current one, or one kept for this thread if that is the default, which cannot be captured. Not a new one each time:
+    torch hands out the same 32 over and over.
+    """
+    stream = torch.cuda.current_stream()
+    if stream != torch.cuda.default_stream():
+        return stream
+    side: torch.cuda.Stream | None = getattr(_kept, "side", None)
+    if side is None or side.device != stream.device:
+        side = _kept.side = torch.cuda.Stream(stream.device)
+    return side
+
+
 class _Engine:
     """A format's search on one device.
 
@@ -183,9 +198,8 @@ class _Engine:
         if not self.plans:
             self.fields(self.bounded(blocks[:_SEGMENT], _BUDGETS[0])[1])  # compiles and loads, which a capture cannot
         pool = next(iter(self.plans.values())).graph.pool() if self.plans else None
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(_capture_stream()):
             # Plans share their memory: they run one after the other. Other threads may go on with their own work.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
