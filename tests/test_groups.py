@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seedlm.basis import basis
-from seedlm.format import parse_format
+from seedlm.format import PRESETS, parse_format
 from seedlm.groups import groups
 from seedlm.search import reason_unavailable
 
@@ -36,3 +36,10 @@ def test_the_4_bit_preset_shares_two_rows_among_sixteen_seeds():
 
 def test_without_a_gpu_the_backend_says_so():
     assert "NVIDIA GPU" in reason_unavailable("triton", torch.device("cpu"))
+
+
+def test_a_mixture_of_all_presets_builds_every_table_once():
+    for _ in range(2):
+        found = [basis(format) for format in PRESETS.values()]
+    assert all(basis(format) is kept for format, kept in zip(PRESETS.values(), found, strict=True))
+    assert groups.cache_info().maxsize >= len(PRESETS)

@@ -12,12 +12,16 @@ half the digits of the ill-conditioned seeds (cond up to 5e5 at K = 16).
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from seedlm import lfsr
-from seedlm.format import BlockFormat
+from seedlm.format import PRESETS, BlockFormat
+
+KEPT_FORMATS: Final = len(PRESETS) + 1
+"""Formats whose tables are kept, here and in the searches: a mixture goes from one preset to the next with every weight."""
 
 _DEPENDENT = 1e-10
 """A column whose residual is below this share of its norm lies in the span of those before it (small K only); the
@@ -69,7 +73,7 @@ def generator(positions: Tensor, format: BlockFormat) -> Tensor:
     return window.unflatten(-1, (format.block_size, format.num_coefficients)) - format.center
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=KEPT_FORMATS)
 def basis(format: BlockFormat) -> Basis:
     """The tables of a format, kept for the life of the process (19 MB at the 4-bit preset)."""
     size, count = format.num_seeds, format.block_size * format.num_coefficients

@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from seedlm.basis import basis, generator
+from seedlm.basis import KEPT_FORMATS, basis, generator
 from seedlm.format import BlockFormat
 
 _TOLERANCE = 2e-3
@@ -48,7 +48,7 @@ class Groups:
     deficit: float
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=KEPT_FORMATS)
 def groups(format: BlockFormat) -> tuple[Groups, ...]:
     """The grouping of a format with the fewest rows, and groups of one for the seeds that fit in no group, if there are any.
 

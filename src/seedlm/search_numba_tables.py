@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seedlm.basis import basis, greville
+from seedlm.basis import KEPT_FORMATS, basis, greville
 from seedlm.format import BlockFormat
 from seedlm.simd import LANES
 
@@ -70,7 +70,7 @@ class Plan:
         return self.states, self.seeds, self.seed_positions, self.pinv, self.divisor
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=KEPT_FORMATS)
 def plan(format: BlockFormat) -> Plan:
     size, count, total = format.block_size, format.num_coefficients, format.num_seeds
     tables = basis(format)

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from seedlm.basis import basis
+from seedlm.basis import KEPT_FORMATS, basis
 from seedlm.format import WORD_BITS, BlockFormat
 from seedlm.groups import Groups, groups
 
@@ -54,7 +54,7 @@ class Tables:
     tile_margin: float
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=KEPT_FORMATS)
 def tables(format: BlockFormat, device: torch.device) -> Tables:
     found = groups(format)
     states = basis(format).cycle
