@@ -19,7 +19,7 @@ from seedlm.compress import compress_checkpoint, parse_size
 from seedlm.errors import BackendError, CheckpointError, FormatError, OutputError, SourceError, TensorError
 from seedlm.format import parse_format
 from seedlm.selection import select
-from seedlm.tensorfile import TensorInfo
+from seedlm.tensorfile import TensorFiles, TensorInfo
 from seedlm.workfolder import WorkFolder
 from tiny_models import SMALL, folder_bytes, save_tensors, tiny_llama
 
@@ -57,7 +57,7 @@ class TestResult:
         source = save_tensors(tmp_path / "source", weights)
         with pytest.raises(TensorError, match=r"model.norm.weight: holds 70000, too large for F16"):
             run(source, tmp_path / "out", dtype="float16")
-        assert [path.name for path in tmp_path.iterdir()] == ["source"]  # refused before anything was begun
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
         with pytest.raises(FormatError, match="dtype must be one of bfloat16, float16, float32, got 'int8'"):
             run(source, tmp_path / "out", dtype="int8")
 
@@ -411,16 +411,35 @@ class TestResume:
         run(llama[0], halfway)  # nothing was lost
         assert folder_bytes(halfway) == folder_bytes(finished[0])
 
-    def test_a_changed_source_is_refused_even_at_the_same_size_and_time(self, llama, halfway, tmp_path):
-        copy = tmp_path / "copy"
-        tiny_llama(copy)
-        path = copy / "model.safetensors"
-        times, data = path.stat(), bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        with pytest.raises(OutputError, match=r"content \S+ was \"\w+\.\.\., is now"):
-            run(copy, halfway)
+    @pytest.fixture
+    def changed(self, tmp_path):
+        """A copy of the source, to be changed in one byte of a tensor; sizes and times stay."""
+
+        def change(name):
+            folder = tmp_path / "copy"
+            tiny_llama(folder)
+            entry = TensorFiles.open(folder, SourceError).entries[name]
+            times, data = entry.path.stat(), bytearray(entry.path.read_bytes())
+            data[entry.offset] ^= 1
+            entry.path.write_bytes(data)
+            os.utime(entry.path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            return folder
+
+        return change
+
+    def test_a_finished_tensor_that_changed_is_refused(self, llama, finished, halfway, changed):
+        journal = halfway.with_name("out.partial") / "journal.jsonl"
+        name = json.loads(journal.read_text().splitlines()[2])["tensor"].removesuffix("_words")
+        with pytest.raises(OutputError, match=rf"content {name}\S* was \"\w+\.\.\., is now"):
+            run(changed(name), halfway)
+        run(llama[0], halfway)  # nothing was lost
+        assert folder_bytes(halfway) == folder_bytes(finished[0])
+
+    def test_a_tensor_that_changed_before_it_was_finished_is_taken_as_it_is_now(self, halfway, changed, tmp_path):
+        source = changed("model.layers.1.mlp.up_proj.weight")
+        run(source, halfway)
+        run(source, tmp_path / "whole")
+        assert folder_bytes(halfway) == folder_bytes(tmp_path / "whole")
 
     def test_a_moved_source_is_the_same_source(self, llama, finished, halfway, tmp_path):
         tiny_llama(tmp_path / "elsewhere")
@@ -448,7 +467,7 @@ class TestRefusals:
             run(llama[0], tmp_path / "out")
         run(llama[0], tmp_path / "out")
 
-    def test_nan_and_inf_are_named_and_counted_before_anything_is_written(self, tmp_path):
+    def test_nan_and_inf_are_named_and_counted_and_nothing_is_left(self, tmp_path):
         bad = torch.randn(4, 8)
         bad[1, 2] = bad[3, 4] = float("nan")
         bad[0, 0] = -float("inf")
