@@ -238,12 +238,13 @@ def _layout(items: list[Item]) -> Layout:
 
 
 def _places(shards: Mapping[str, list[Item]], layouts: Mapping[str, Layout]) -> dict[Item, Place]:
-    """Where each item goes, in the order of the files."""
-    return {
+    """Where each item goes, in the order of the work: that of the files, one format after the other, as each needs its tables."""
+    places = {
         item: Place(file, {name: layouts[file].offsets[name] for name in item.stored})
         for file, shard in shards.items()
         for item in shard
     }
+    return dict(sorted(places.items(), key=lambda pair: pair[0].packed.format.spec if pair[0].packed else ""))
 
 
 def _run(

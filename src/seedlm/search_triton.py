@@ -119,7 +119,8 @@ def _engine(format: BlockFormat, rounding: Rounding, device: torch.device) -> "_
     if engine is None or _kept.wanted != wanted:
         if engine is not None:
             engine.last.synchronize()
-            del _kept.engine, engine  # its memory serves the next one
+            del _kept.engine, engine
+            torch.cuda.empty_cache()  # a graph's memory serves no other before
         _kept.engine, _kept.wanted = _Engine(format, rounding, device), wanted
     return _kept.engine
 
