@@ -238,7 +238,7 @@ def _layout(items: list[Item]) -> Layout:
 
 
 def _places(shards: Mapping[str, list[Item]], layouts: Mapping[str, Layout]) -> dict[Item, Place]:
-    """Where each item goes, in the order of the work: that of the files, one format after the other, as each needs its tables."""
+    """Where each item goes, in the order of the work: that of the files, one format after the other."""
     places = {
         item: Place(file, {name: layouts[file].offsets[name] for name in item.stored})
         for file, shard in shards.items()
