@@ -191,8 +191,14 @@ def evaluate(
         records = np.concatenate(journal.records)
         metrics = {name: asdict(estimate) for name, estimate in measure.summarize(records).items()}
         if missing := [task for task in settings.tasks if task not in journal.tasks]:
-            how = {"data": settings.task_data, "limit": settings.task_limit, "batch_size": settings.task_batch}
-            for task, *answers in zero_shot(loaded[0], tokenizer, missing, **how):
+            for task, *answers in zero_shot(
+                loaded[0],
+                tokenizer,
+                missing,
+                data=settings.task_data,
+                limit=settings.task_limit,
+                batch_size=settings.task_batch,
+            ):
                 journal.add_task(task, answers)
         tasks = {task: journal.tasks[task] for task in settings.tasks}
         companion = None
@@ -209,8 +215,8 @@ def evaluate(
             with replacing(records_path(out)) as file:
                 file.write(packed)
         run["seconds"] = round(time.monotonic() - start, 3)
-        answers = {task: answer for task, (answer, _) in tasks.items()}
-        results = {**plan, "metrics": metrics, "tasks": answers, "records": companion, "run": run}
+        accuracies = {task: accuracy for task, (accuracy, _) in tasks.items()}
+        results = {**plan, "metrics": metrics, "tasks": accuracies, "records": companion, "run": run}
         if tokens_out is not None:
             columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
             with replacing(tokens_out) as file:
