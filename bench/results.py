@@ -4,66 +4,99 @@
     python bench/results.py run stories260k tests/data/stories260k --text stories.txt --calibration more.txt --context 512
     python bench/results.py render            # results/*.json -> docs/results.md
 
-`run` expands a GGUF file once, then starts ``seedlm compress`` and ``seedlm evaluate`` for every row, several at a time on one
-device, keeps their whole results under WORK, where a row that is there already is not made again, and writes what a table
-needs to results/NAME.json. A row that failed is written
-down with its last line of error. Matrix products in float32 are allowed TF32 (PyTorch's "high"), the same for every row.
+`run` expands a GGUF file once, then does for every row what ``seedlm compress`` and ``seedlm evaluate`` do, in processes that
+take one row after the other. First the text with every row, then the zero-shot sets, so that a run that is stopped has the
+first table whole; a row that takes long to make, or whose records are wanted for `seedlm compare`, has all in one. Whole
+results are kept under WORK, where what is there is not made again, and what a table needs in results/NAME.json, written anew
+after each. A row that failed is named there with its error. Matrix products in float32 are allowed TF32 (PyTorch's "high"),
+the same for every row.
 """
 
 import argparse
+import gc
 import json
-import os
-import subprocess
+import multiprocessing
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
+from transformers.utils import logging
 
 from seedlm import models
+from seedlm.allocate import Mixture
 from seedlm.baselines import METHODS, baseline_names
+from seedlm.compress import compress_checkpoint
+from seedlm.device import choose_device
+from seedlm.evaluate import Settings, Text, evaluate
 from seedlm.format import PRESETS
+from seedlm.prompts import PROMPTS
+from seedlm.report import inspect_checkpoint
+from seedlm.sensitivity import OwnText, measure_sensitivity, read_sensitivity, write_sensitivity
+from seedlm.zeroshot import TASKS
 
 ROOT = Path(__file__).parent.parent
-TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq")
-MIXED = ("3.5", "3", "2.5")
+MIXED = ("4.5", "4", "3.5", "3", "2.5")
 """Bits at which formats are also mixed by sensitivity."""
+RECORDED = ("original", "seedlm-4", "seedlm-4-mixed", "seedlm-3", "seedlm-3-mixed", "nf4-4", "hqq-3", "gptq-3")
+"""Rows whose predictions, layers, prompts and questions are kept, for a report of `seedlm compare`."""
 MARKS = ("<!-- made by bench/results.py render -->", "<!-- end -->")
 SHORT = {"arc_easy": "ARC-e", "arc_challenge": "ARC-c", "hellaswag": "HellaSwag", "winogrande": "WinoGrande", "boolq": "BoolQ"}
 
 
-def run(options: argparse.Namespace) -> None:
-    """Every row of one model, then results/NAME.json."""
+def run(options: argparse.Namespace) -> bool:
+    """Every row of one model, and results/NAME.json; whether all are there."""
+    start = time.monotonic()
     work = options.work / options.name
     work.mkdir(parents=True, exist_ok=True)
     source = _expand(options.source, work / "original")
     names = ["original", *(f"seedlm-{preset}" for preset in PRESETS), *(f"seedlm-{bits}-mixed" for bits in MIXED)]
     names += baseline_names()
-    names.sort(key=lambda name: not _calibrated(name))  # these take longest
     if options.only:
         names = [name for name in names if name in options.only.split(",")]
-    start = time.monotonic()
     sensitivity = work / "sensitivity.json"
     if any(name.endswith("-mixed") for name in names) and not sensitivity.exists():
-        with suppress(subprocess.CalledProcessError):  # then the rows that need it fail and say so
-            _seedlm("sensitivity", source, "-o", str(sensitivity))
-    with ThreadPoolExecutor(options.workers) as pool:
-        rows = list(pool.map(lambda name: _row(name, source, work, options), names))
-    whole = [row for row in rows if "error" not in row]
-    shared = {key: whole[0].pop(key) for key in ("text", "protocol", "environment")}
-    for row in whole[1:]:
+        network = models.load_model(Path(source), device=choose_device("auto"), dtype="float32")
+        write_sensitivity(sensitivity, source, OwnText(), measure_sensitivity(network, OwnText()))
+        del network
+    ask = bool(options.task_data)
+    together = [name for name in names if _calibrated(name)] + [name for name in names if name in RECORDED]
+    together = list(dict.fromkeys(together))  # what is calibrated takes longest, so it comes first
+    apart = [name for name in names if name not in together]
+    steps = [(name, True, ask) for name in together] + [(name, True, False) for name in apart]
+    steps += [(name, False, True) for name in apart if ask]
+    errors: dict[str, str] = {}
+    # New processes: one forked after CUDA has begun could not use it.
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _begin) as pool:
+        for future in as_completed([pool.submit(_measure, *step, source, work, options) for step in steps]):
+            name, error, said = future.result()
+            if error:
+                errors[name] = error
+            print(f"[{time.monotonic() - start:5.0f} s] {said}", flush=True)
+            _write(names, errors, work, options)
+    print(f"{options.name}: {len(names) - len(errors)} of {len(names)} rows", flush=True)
+    return not errors
+
+
+def _write(names: list[str], errors: dict[str, str], work: Path, options: argparse.Namespace) -> None:
+    """results/NAME.json of the rows so far."""
+    rows = [_keep(name, work) for name in names if (work / f"{name}.json").exists()]
+    if not rows:
+        return
+    shared = {key: rows[0].pop(key) for key in ("text", "protocol", "environment")}
+    for row in rows[1:]:
         place = {key: row.pop(key) for key in shared}["environment"]
         if place["device_name"] != shared["environment"]["device_name"]:
             row["device_name"] = place["device_name"]
-    seconds = round(time.monotonic() - start)
-    results = {"model": options.name, "label": options.label, "seconds": seconds, **shared, "rows": rows}
+    done = [row["name"] for row in rows]
+    rows += [{"name": name, "error": error} for name, error in errors.items() if name not in done]
+    results = {"model": options.name, "label": options.label, **shared, "rows": rows}
     options.out.mkdir(exist_ok=True)
     (options.out / f"{options.name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{options.name}: {len(whole)} of {len(rows)} rows in {seconds} s", flush=True)
 
 
 def _expand(source: str, folder: Path) -> str:
@@ -78,44 +111,62 @@ def _expand(source: str, folder: Path) -> str:
     return str(folder)
 
 
-def _row(name: str, source: str, work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    out, model, extra = work / f"{name}.json", source, []
-    report = work / f"{name}.report.json"
+def _begin() -> None:
+    torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("high")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _measure(name: str, text: bool, tasks: bool, source: str, work: Path, options: argparse.Namespace) -> tuple[str, str, str]:
+    """One row on the text, on the tasks, or on both: its name, its error, and a line to say."""
     start = time.monotonic()
+    out = work / (f"{name}.json" if text else f"{name}.tasks.json")
+    if out.exists():
+        return name, "", f"{name}: is there"
+    recorded = name in RECORDED
+    settings = Settings(
+        context=options.context,
+        limit=options.limit if text else 1,
+        batch_size=options.batch_size,
+        dtype="float32",
+        baseline=None if name == "original" or name.startswith("seedlm-") else name,
+        calibration=options.calibration if _calibrated(name) else None,
+        tasks=TASKS if tasks else (),
+        task_data=options.task_data if tasks else None,
+        task_limit=options.task_limit if tasks else None,
+        task_batch=16,
+        prompts=PROMPTS if recorded else (),
+        layers=2 if recorded and name != "original" else 0,
+    )
+    given = Text.from_wikitext(options.wikitext) if options.wikitext else Text.from_file(options.text)
     try:
-        if name.startswith("seedlm-"):
-            model = str(work / name)
-            if not out.exists():
-                bits, mixed = name.removeprefix("seedlm-").removesuffix("-mixed"), name.endswith("-mixed")
-                how = ["--sensitivity", str(work / "sensitivity.json")] if mixed else []
-                _seedlm("compress", source, model, "--bits", bits, *how)
-                report.write_text(_seedlm("inspect", model, "--json"))
-        elif name != "original":
-            extra = ["--baseline", name]
-            if _calibrated(name):
-                extra += ["--calibration", options.calibration]
-        if not out.exists():
-            text = ["--wikitext", options.wikitext] if options.wikitext else ["--text", options.text]
-            size = ["--context", str(options.context), "--dtype", "float32"]
-            tasks = ["--tasks", "paper", "--task-data", options.task_data] if options.task_data else []
-            limits = [f"--limit={options.limit}"] * bool(options.limit) + [f"--task-limit={options.task_limit}"] * bool(
-                options.task_limit
-            )
-            small = ["--new-tokens", "1", "--layers", "0"]  # its companion file stays here
-            _seedlm("evaluate", model, "--reference", source, *text, *size, *tasks, *limits, *small, *extra, "--out", str(out))
-    except subprocess.CalledProcessError as reason:
-        lines = [line for line in (reason.stderr or "").splitlines() if line.strip()]
-        print(f"{name}: FAILED after {time.monotonic() - start:.0f} s\n" + "\n".join(lines[-15:]), flush=True)
-        return {"name": name, "error": lines[-1][:300] if lines else str(reason)}
-    found = json.loads(out.read_text())
-    print(f"{name}: {found['metrics']['perplexity']['mean']:.3f} in {time.monotonic() - start:.0f} s", flush=True)
-    return _keep(name, found, json.loads(report.read_text()) if report.exists() else {})
+        model = _compress(name, source, work) if name.startswith("seedlm-") else source
+        made = time.monotonic() - start
+        found = evaluate(model, given, settings, reference=source if text else None, out=out)
+    except Exception as reason:  # whatever a library raises: the other rows go on
+        said = f"{name}: FAILED after {time.monotonic() - start:.0f} s\n{''.join(traceback.format_exc()[-3000:])}"
+        return name, " ".join(f"{type(reason).__name__}: {reason}".split())[:300], said
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    memory = (found["run"]["peak_memory_bytes"] or 0) / 1e9
+    value = f"{found['metrics']['perplexity']['mean']:.3f} " if text else ""
+    seconds = f"{made:.0f} + {time.monotonic() - start - made:.0f} s, {memory:.1f} GB"
+    return name, "", f"{out.stem}: {value}in {seconds}"
 
 
-def _seedlm(*arguments: str) -> str:
-    command = [sys.executable, "-m", "seedlm", *arguments]
-    environment = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "OMP_NUM_THREADS": "2", **os.environ}
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+def _compress(name: str, source: str, work: Path) -> str:
+    """The folder of one of our rows, compressed if it is not there."""
+    folder = work / name
+    bits, mixed = name.removeprefix("seedlm-").removesuffix("-mixed"), name.endswith("-mixed")
+    if not folder.exists():
+        sensitivity = read_sensitivity(work / "sensitivity.json") if mixed else {}
+        compress_checkpoint(source, folder, format=Mixture(bits=float(bits), sensitivity=sensitivity) if mixed else bits)
+        torch.cuda.empty_cache()  # the search's: the GPU is shared with other rows
+        report = inspect_checkpoint(folder).to_dict()
+        (work / f"{name}.report.json").write_text(json.dumps(report))
+    return str(folder)
 
 
 def _calibrated(name: str) -> bool:
@@ -123,8 +174,9 @@ def _calibrated(name: str) -> bool:
     return method is not None and method.calibrated
 
 
-def _keep(name: str, found: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """What a table needs of one run's results."""
+def _keep(name: str, work: Path) -> dict[str, Any]:
+    """What a table needs of one row's results."""
+    found, asked, report = (_read(work / f"{name}{kind}.json") for kind in ("", ".tasks", ".report"))
     baseline = found["run"]["baseline"] or {}
     if report:
         kind = {
@@ -142,12 +194,16 @@ def _keep(name: str, found: dict[str, Any], report: dict[str, Any]) -> dict[str,
         **{key: found["metrics"][key] for key in metrics},
         "tasks": {
             task: {key: answer[key] for key in ("acc", "acc_norm", "questions", "version") if key in answer}
-            for task, answer in found["tasks"].items()
+            for task, answer in (found["tasks"] or asked.get("tasks", {})).items()
         },
         "text": {key: found["text"][key] for key in ("form", "sha256", "tokens", "windows", "predictions")},
         "protocol": found["protocol"],
-        "environment": found["environment"],
+        "environment": asked.get("environment", {}) | found["environment"],
     }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 # ---- results/*.json -> docs/results.md ----
@@ -169,7 +225,7 @@ def model_table(found: dict[str, Any]) -> str:
     place, text = found["environment"], found["text"]
     whole = [row for row in found["rows"] if "error" not in row]
     rows = sorted(whole, key=lambda row: (-row["bits_per_weight"], row["perplexity"]["mean"]))
-    tasks = [task for task in TASKS if task in rows[0]["tasks"]]
+    tasks = [task for task in TASKS if any(task in row["tasks"] for row in rows)]
     head = ["", "bits", "relative error", "perplexity", "KL", "same top token", *(SHORT[task] for task in tasks)]
     lines = [
         f"## {found['label']}",
@@ -199,6 +255,8 @@ def _cells(row: dict[str, Any], tasks: list[str]) -> list[str]:
     cells = [name + mark, f"{row['bits_per_weight']:.3f}", error]
     cells.append(pair(row["perplexity"], 2) if perplexity < 1000 else f"{perplexity:.2g}")
     cells += [pair(row["kl"], 3), pair(row["top1_agreement"], 1, 100)] if row["name"] != "original" else ["", ""]
+    if not row["tasks"]:
+        return cells + [""] * (len(tasks) + bool(tasks))
     scores = [row["tasks"][task].get("acc_norm", row["tasks"][task]["acc"]) for task in tasks]
     cells += [pair(score, 1, 100) for score in scores]
     if scores:  # the sets are independent, so their errors add in squares
@@ -243,6 +301,7 @@ def main() -> None:
     command.add_argument("--calibration", required=True)
     command.add_argument("--task-data")
     command.add_argument("--context", type=int, default=2048)
+    command.add_argument("--batch-size", type=int, default=4, help="windows in one forward pass")
     command.add_argument("--limit", type=int)
     command.add_argument("--task-limit", type=int)
     command.add_argument("--only", help="names of rows, with commas between")
@@ -253,7 +312,10 @@ def main() -> None:
     command.add_argument("--results", type=Path, default=ROOT / "results")
     command.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
-    run(options) if options.command == "run" else render(options.results, options.out)
+    if options.command == "render":
+        render(options.results, options.out)
+    elif not run(options):
+        sys.exit("rows failed; the same command tries them again")
 
 
 if __name__ == "__main__":

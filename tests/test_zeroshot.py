@@ -98,6 +98,34 @@ def test_all_tasks_are_answered_as_by_hand(data, tmp_path, capfd):
     assert tasks["arc_easy"]["acc"]["standard_error"] == pytest.approx((right / 4 * (1 - right / 4) / 3) ** 0.5)
 
 
+def test_a_stopped_run_goes_on_after_the_last_whole_task(data, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "text").write_text("Once upon a time there was a ball. " * 5)
+    text, out = Text.from_file(tmp_path / "text"), tmp_path / "run.json"
+    settings = Settings(context=16, batch_size=2, limit=3, device="cpu", tasks=TASKS, task_data=str(data))
+    whole = evaluate(str(STORIES), text, settings)
+    asked = []
+
+    def ask(model, tokenizer, tasks, **how):
+        for answer in zero_shot(model, tokenizer, tasks, **how):
+            asked.append(answer[0])
+            yield answer
+            if asked == list(TASKS[:3]):
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("seedlm.evaluate.zero_shot", ask)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(str(STORIES), text, settings, out=out)
+    journal = tmp_path / "run.json.partial"
+    journal.write_bytes(journal.read_bytes()[:-9])  # the third task's line, torn
+    results = evaluate(str(STORIES), text, settings, out=out)
+    assert asked == [*TASKS[:3], *TASKS[2:]]
+    assert (results["tasks"], results["metrics"]) == (whole["tasks"], whole["metrics"])
+    assert results["run"]["resumed_windows"] == 3
+    assert set(read_records(results, out)["tasks"]) == set(TASKS)
+    assert not journal.exists()
+
+
 def test_unknown_tasks_are_refused(data):
     pytest.importorskip("lm_eval")
     with pytest.raises(EvaluationError, match="unknown task 'piqa': local files are read for arc_easy, arc_challenge"):

@@ -181,7 +181,8 @@ def evaluate(
         "environment": _environment(device, ["lm_eval"] if settings.tasks else []),
     }
     dtype = measure.RECORD if reference is None else measure.PAIR_RECORD
-    with Journal.claim(out, plan, np.dtype((dtype, settings.context - 1)), settings.batch_size) as journal:
+    record = np.dtype((dtype, settings.context - 1))
+    with Journal.claim(out, plan, record, len(windows), settings.batch_size) as journal:
         loaded = [models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed) for path in paths]
         _check_context(loaded, settings.context)
         tokenizer = models.load_tokenizer(paths[0])
@@ -189,17 +190,17 @@ def evaluate(
         run = {"baseline": baseline, **_score(journal, windows, loaded, settings, device, on_progress)}
         records = np.concatenate(journal.records)
         metrics = {name: asdict(estimate) for name, estimate in measure.summarize(records).items()}
-        answers: dict[str, Any] = {}
-        questions: dict[str, Any] = {}
-        if settings.tasks:
-            answers, questions = zero_shot(
+        if missing := [task for task in settings.tasks if task not in journal.tasks]:
+            for task, *answers in zero_shot(
                 loaded[0],
                 tokenizer,
-                settings.tasks,
+                missing,
                 data=settings.task_data,
                 limit=settings.task_limit,
                 batch_size=settings.task_batch,
-            )
+            ):
+                journal.add_task(task, answers)
+        tasks = {task: journal.tasks[task] for task in settings.tasks}
         companion = None
         if out is not None:
             packed = pack_records(
@@ -207,14 +208,15 @@ def evaluate(
                     "tokens": token_records(windows.numpy(), records, tokenizer),
                     "distributions": measure.distributions(records),
                     **_record_behaviour(loaded, tokenizer, windows, settings),
-                    "tasks": questions,
+                    "tasks": {task: questions for task, (_, questions) in tasks.items()},
                 }
             )
             companion = {"file": records_path(out).name, "sha256": hashlib.sha256(packed).hexdigest()}
             with replacing(records_path(out)) as file:
                 file.write(packed)
         run["seconds"] = round(time.monotonic() - start, 3)
-        results = {**plan, "metrics": metrics, "tasks": answers, "records": companion, "run": run}
+        accuracies = {task: accuracy for task, (accuracy, _) in tasks.items()}
+        results = {**plan, "metrics": metrics, "tasks": accuracies, "records": companion, "run": run}
         if tokens_out is not None:
             columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
             with replacing(tokens_out) as file:

@@ -13,8 +13,9 @@ import bz2
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stderr
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,44 +40,51 @@ def zero_shot(
     data: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[Row]]]:
+) -> Iterator[tuple[str, dict[str, Any], list[Row]]]:
     """Ask a model the questions of some tasks.
 
     model, tokenizer   as transformers makes them; the model in evaluation mode, on its device
     data               folder of the local files above; None lets the harness fetch its data sets from the Hub
     limit              only the first questions of each task
-    returns            task -> version, questions, and acc and, where the task has it, acc_norm (accuracy by log likelihood
-                       per character of the answer), each as mean and standard_error; and task -> every question with what
-                       was chosen, by acc_norm where the task has it
+    yields             a task; its version, questions, and acc and, where the task has it, acc_norm (accuracy by log likelihood
+                       per character of the answer), each as mean and standard_error; and every question with what was
+                       chosen, by acc_norm where the task has it
     Raises EvaluationError without lm-evaluation-harness, for a task it does not know, and for files not as above.
     """
     check_tasks(tasks, data)
-    from lm_eval import simple_evaluate
+    return (_ask(model, tokenizer, task, data, limit, batch_size) for task in tasks)
+
+
+def _ask(
+    model: Any, tokenizer: Any, task: str, data: str | Path | None, limit: int | None, batch_size: int
+) -> tuple[str, dict[str, Any], list[Row]]:
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
+
+    manager = _manager()
+    # The harness' bars and remarks are for a terminal only.
+    with TemporaryDirectory() as folder, nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
+        stock = str(manager.task_index[task].yaml_path)
+        wanted = task if data is None else _write_local(task, stock, read_local(task, data), Path(folder))
+        try:
+            loaded = manager.load([wanted])
+            for definition in loaded["tasks"].values():
+                definition.set_config(key="num_fewshot", value=0)
+            # Not simple_evaluate: for its report it asks pip and the driver for versions, seconds a call.
+            results = lm_eval.evaluate(
+                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), task_dict=loaded, limit=limit
+            )
+        except OSError as reason:  # a data set that cannot be fetched
+            raise EvaluationError(f"{task} cannot be run ({' '.join(str(reason).split())[:300]})") from reason
+    return task, _read_result(task, results), _read_samples(results["samples"][task])
+
+
+@cache
+def _manager() -> Any:
+    """The harness' index of its tasks: 14 thousand files are read for it, which takes 10 seconds."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    with TemporaryDirectory() as folder:
-        wanted: list[Any] = list(tasks)
-        if data is not None:
-            stock = {task: str(manager.task_index[task].yaml_path) for task in tasks}
-            wanted = [_write_local(task, stock[task], read_local(task, data), Path(folder)) for task in tasks]
-        # The harness' bars and remarks are for a terminal only.
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):
-            try:
-                results = simple_evaluate(
-                    model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                    tasks=wanted,
-                    num_fewshot=0,
-                    limit=limit,
-                    log_samples=True,
-                    task_manager=manager,
-                )
-            except OSError as reason:  # a data set that cannot be fetched
-                raise EvaluationError(f"the tasks cannot be run ({' '.join(str(reason).split())[:300]})") from reason
-    return {task: _read_result(task, results) for task in tasks}, {
-        task: _read_samples(results["samples"][task]) for task in tasks
-    }
+    return TaskManager()
 
 
 def check_tasks(tasks: Sequence[str], data: str | Path | None) -> None:
@@ -84,9 +92,7 @@ def check_tasks(tasks: Sequence[str], data: str | Path | None) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise EvaluationError("zero-shot tasks need lm-evaluation-harness: pip install 'seedlm[eval]'")
     if data is None:
-        from lm_eval.tasks import TaskManager
-
-        known, where = TaskManager().all_subtasks, "`lm_eval ls tasks` lists those known"
+        known, where = _manager().all_subtasks, "`lm_eval ls tasks` lists those known"
     else:
         known, where = list(_READERS), f"local files are read for {', '.join(_READERS)}"
     for task in tasks:

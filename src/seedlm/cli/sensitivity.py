@@ -38,3 +38,5 @@ def sensitivity(
     write_sensitivity(output, model, text, found)
     most = max(found, key=lambda name: found[name])
     print(f"{output}: {len(found)} weights; the most sensitive is {most}", file=sys.stderr)
+    if unused := sum(not value for value in found.values()):
+        print(f"{unused} of them were not used: experts to which no token went. More --sequences reach more", file=sys.stderr)
