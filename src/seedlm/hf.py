@@ -1,4 +1,4 @@
-"""transformers: packed folders load with `AutoModelForCausalLM.from_pretrained(folder)` once this module is imported.
+"""transformers: packed folders load with `AutoModelForCausalLM.from_pretrained(folder)` once this is imported (by `hf_hook`).
 
 Loading swaps each nn.Linear whose codes are in the files for a `SeedLinear` before any weight is read, and experts for
 `SeedExperts` (`hf_places`). Which ones, and whether every part of them is there in the right shape, is taken from the files'
@@ -18,11 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import fusion_mapping
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -159,9 +155,9 @@ def register() -> None:
     There is no public way to add a fusion. Its dictionary may move in a later transformers; folders would then be refused
     here too, and `from_pretrained(folder, fusion_config={})` would open them.
     """
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(SeedLMConfig)
-        register_quantizer(QUANT_METHOD)(SeedLMQuantizer)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(SeedLMConfig)
+        auto.register_quantizer(QUANT_METHOD)(SeedLMQuantizer)
         getattr(fusion_mapping, "_FUSION_REGISTRY", {}).setdefault(GUARD, None)
 
 
@@ -197,3 +193,6 @@ def _set_guard(config: Any, wanted: bool) -> None:
         config.fusion_config = fusions
     elif hasattr(config, "fusion_config"):
         del config.fusion_config
+
+
+register()

@@ -94,8 +94,6 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto", packed:
     """
     from transformers import AutoModelForCausalLM
 
-    import seedlm.hf  # noqa: F401  (makes packed folders known to transformers)
-
     folder, options = _arguments(path)
     options["dtype"] = "float32" if dtype == "auto" and options else dtype
     try:
