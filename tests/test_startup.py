@@ -37,6 +37,33 @@ def test_the_package_itself_imports_nothing_slow():
     assert not SLOW & {*python("import seedlm, sys; print(*sys.modules)").split()}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("compress --help", 0),
+        ("inspect PACKED", 0),
+        ("inspect nosuch", 2),
+        ("compress nosuch out", 2),
+        ("compress PACKED out --bits 5.5", 2),
+        ("sensitivity nosuch -o out", 2),
+    ],
+)
+def test_help_headers_and_typing_errors_import_nothing_slow(packed, arguments, exit_code):
+    command = """
+import sys
+from seedlm.cli import main
+try:
+    main()
+except SystemExit as end:
+    print(end.code or 0, *sys.modules)
+"""
+    printed = python(command, *arguments.replace("PACKED", str(packed)).split())
+    code, *modules = printed.splitlines()[-1].split()
+    assert (int(code), SLOW & {*modules}) == (exit_code, set())
+
+
 def test_a_search_does_not_import_transformers():
     modules = python("import seedlm, sys; seedlm.encode; seedlm.compress_checkpoint; print(*sys.modules)").split()
     assert SLOW & {*modules} == {"torch"}

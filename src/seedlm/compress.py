@@ -25,15 +25,15 @@ import torch
 from seedlm import checkpoint, engine, engine_ray, report, search
 from seedlm.allocate import Mixture, most_common
 from seedlm.checkpoint import PackedInfo, stored_name
-from seedlm.codec import ROUNDINGS, Rounding, choose_exponent_bias
+from seedlm.codec import choose_exponent_bias
 from seedlm.device import choose_devices, peak_memory
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
-from seedlm.format import Format, parse_format
+from seedlm.format import ROUNDINGS, Format, Rounding, parse_format
 from seedlm.report import RunReport, inspect_checkpoint
 from seedlm.search import Backend
 from seedlm.selection import dense_linears, select, stack_of
 from seedlm.source import Source, locate, open_source
-from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, TORCH_DTYPES, Layout, TensorInfo, layout
+from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout, torch_dtype
 from seedlm.units import Job, Unit, as_bytes, converted, pieces
 from seedlm.version import __version__
 from seedlm.workfolder import WorkFolder
@@ -106,7 +106,7 @@ def compress_checkpoint(
     source              local folder of safetensors, GGUF file or Hub repository (`source.open_source`)
     out                 folder to be created; ``OUT.partial`` beside it holds the unfinished run
     format              preset, specification or format object, or a mixture of formats
-    rounding            how coefficients are chosen (`codec.Rounding`)
+    rounding            how coefficients are chosen (`format.Rounding`)
     dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;
                         None leaves every one as it is
     include, exclude    glob patterns over module names (`selection`)
@@ -327,7 +327,7 @@ def _scan_tensor(source: Source, item: _Item, tell: Callable[[int], None]) -> tu
             nan += int((bits & mask > infinity).sum())
         tell(len(data))
     reason = f"{item.name}: a weight must be finite, got {nan} NaN and {inf} Inf values" if nan or inf else None
-    value = torch.from_numpy(np.array([largest], signed)).view(TORCH_DTYPES[info.dtype])
+    value = torch.from_numpy(np.array([largest], signed)).view(torch_dtype(info.dtype))
     return _Scan(digest.hexdigest(), float(value)), reason
 
 

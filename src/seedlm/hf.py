@@ -24,10 +24,9 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from seedlm.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata
-from seedlm.codec import ROUNDINGS, Rounding
 from seedlm.errors import CheckpointError, FormatError
 from seedlm.experts import PACKED, SeedExperts
-from seedlm.format import Format, format_from_dict, parse_format
+from seedlm.format import ROUNDINGS, Format, Rounding, format_from_dict, parse_format
 from seedlm.hf_places import ExpertNames, Places, saved_names
 from seedlm.walk import choose_modules, compress_model, dense_names, expand_model, seed_linears, weights_of
 
@@ -37,7 +36,7 @@ class SeedLMConfig(QuantizationConfigMixin):
 
     bits                     a preset by its bits per weight: 5, 4.5, 4, 3.5, 3, 2.5 or 2, unless `format` is given
     format                   a specification such as "block-k16-c8-p3-q4-e4", or the JSON form of a format
-    rounding                 how coefficients are chosen (`codec.Rounding`)
+    rounding                 how coefficients are chosen (`format.Rounding`)
     modules_to_not_convert   linear layers to leave as they are: names, or glob patterns when compressing
     overrides                module name -> JSON form of its format, where it is not `format`
     Raises FormatError for an unknown format or option, CheckpointError for a newer format version.
