@@ -22,10 +22,10 @@ import torch
 from seedlm import checkpoint, engine, engine_ray, report, search
 from seedlm.allocate import Mixture, most_common
 from seedlm.checkpoint import PackedInfo, stored_name
-from seedlm.codec import ROUNDINGS, Rounding, choose_exponent_bias
+from seedlm.codec import choose_exponent_bias
 from seedlm.device import choose_devices, peak_memory
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
-from seedlm.format import Format, parse_format
+from seedlm.format import ROUNDINGS, Format, Rounding, parse_format
 from seedlm.report import RunReport, inspect_checkpoint
 from seedlm.scan import Scan, scan
 from seedlm.search import Backend
@@ -64,7 +64,7 @@ def compress_checkpoint(
     source              local folder of safetensors, GGUF file or Hub repository (`source.open_source`)
     out                 folder to be created; ``OUT.partial`` beside it holds the unfinished run
     format              preset, specification or format object, or a mixture of formats
-    rounding            how coefficients are chosen (`codec.Rounding`)
+    rounding            how coefficients are chosen (`format.Rounding`)
     dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;
                         None leaves every one as it is
     include, exclude    glob patterns over module names (`selection`)

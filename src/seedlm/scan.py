@@ -18,7 +18,7 @@ import torch
 
 from seedlm.errors import TensorError
 from seedlm.source import Source
-from seedlm.tensorfile import TORCH_DTYPES
+from seedlm.tensorfile import torch_dtype
 from seedlm.units import Item, as_bytes, converted, pieces
 
 _PIECE_WEIGHTS: Final = 1 << 22
@@ -120,5 +120,5 @@ def _scan(source: Source, item: Item, tell: Callable[[int], None]) -> Scan:
             nan += int((bits & mask > infinity).sum())
         tell(len(data))
     reason = f"{item.name}: a weight must be finite, got {nan} NaN and {inf} Inf values" if nan or inf else None
-    value = torch.from_numpy(np.array([largest], signed)).view(TORCH_DTYPES[info.dtype])
+    value = torch.from_numpy(np.array([largest], signed)).view(torch_dtype(info.dtype))
     return Scan(digest.hexdigest(), float(value), reason)

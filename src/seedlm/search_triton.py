@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from seedlm import search_triton_kernels as kernels
-from seedlm.codec import BlockCodes, Rounding
-from seedlm.format import BlockFormat
+from seedlm.codec import BlockCodes
+from seedlm.format import BlockFormat, Rounding
 from seedlm.search_triton_tables import Tiles, tables
 
 WORKING_SET = 2 << 30

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from seedlm import search
 from seedlm.checkpoint import PackedInfo, stored_name
-from seedlm.codec import Rounding
 from seedlm.errors import SourceError, TensorError
-from seedlm.format import Format
+from seedlm.format import Format, Rounding
 from seedlm.search import Backend
 from seedlm.source import Source, open_source
-from seedlm.tensorfile import TORCH_DTYPES, TensorInfo
+from seedlm.tensorfile import TensorInfo, torch_dtype
 from seedlm.workfolder import Writer, writing
 
 PIECE_WEIGHTS: Final = {"cpu": 1 << 22, "cuda": 1 << 23}
@@ -214,8 +213,8 @@ def converted(chunk: Any, read: TensorInfo, stored: TensorInfo, name: str) -> An
     """Some bytes of a dense tensor in the dtype that it is stored in. TensorError for a number too large for it."""
     if read.dtype == stored.dtype:
         return chunk
-    values = torch.frombuffer(bytearray(chunk), dtype=TORCH_DTYPES[read.dtype])
-    converted = values.to(TORCH_DTYPES[stored.dtype])
+    values = torch.frombuffer(bytearray(chunk), dtype=torch_dtype(read.dtype))
+    converted = values.to(torch_dtype(stored.dtype))
     if not torch.equal(converted.isfinite(), values.isfinite()):
         raise TensorError(f"{name}: holds {float(values.abs().nan_to_num(posinf=0.0).max()):g}, too large for {stored.dtype}")
     return as_bytes(converted)
