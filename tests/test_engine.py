@@ -162,6 +162,36 @@ def test_one_gpu_two_and_the_cpu_leave_the_same_bytes(tmp_path, bits):
     assert outputs["cuda:0"] == outputs[two] == outputs["cpu"]
 
 
+SMALL_CARD = """
+import sys, threading, torch
+from seedlm.compress import compress_checkpoint
+torch.cuda.set_per_process_memory_fraction(float(sys.argv[3]) / torch.cuda.get_device_properties(0).total_memory)
+threads = set()
+def look(*progress):
+    threads.update(thread.ident for thread in threading.enumerate() if thread.name == "seedlm cuda:0")
+compress_checkpoint(sys.argv[1], sys.argv[2], format=sys.argv[4], device="cuda:0", on_progress=look)
+print(len(threads), torch.cuda.max_memory_reserved())
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("bits", ["4", "4.5", "3"])
+def test_a_card_of_8_gb_is_enough_for_a_7b_and_leaves_the_same_bytes(tmp_path, bits):
+    """All threads at once. Of 8 GB, 1.5 are left to CUDA itself and the desktop."""
+    limit = 6_500_000_000
+    tensors = {f"model.layers.{n}.a.weight": (torch.randn(4096, 11008) * 0.02).bfloat16() for n in range(5)}
+    source = save_tensors(tmp_path / "m", tensors)
+    script = [sys.executable, "-c", SMALL_CARD, source, tmp_path / "small", str(limit), bits]
+    result = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert result.returncode == 0, result.stderr
+    threads, reserved = map(int, result.stdout.split())
+    assert threads == 4
+    assert reserved <= limit
+    compress_checkpoint(source, tmp_path / "large", format=bits, device="cuda:0")
+    assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "large")
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray cluster of two nodes on this machine, a CPU each."""
