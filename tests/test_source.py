@@ -10,7 +10,7 @@ import torch
 
 from seedlm.errors import SourceError
 from seedlm.source import open_source
-from tiny_models import save_tensors, tiny_llama
+from tiny_models import folder_bytes, save_tensors, tiny_llama
 
 
 def loaded(source):
@@ -229,6 +229,19 @@ class TestGGUF:
         (out / "config.json").write_text(json.dumps(source.config))
         assert AutoConfig.from_pretrained(out).num_key_value_heads == 2
         assert AutoTokenizer.from_pretrained(out)("EFGE").input_ids == [4, 31, 4]
+
+    @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+    def test_the_tokenizer_is_the_one_that_transformers_chooses(self, tmp_path, architecture):
+        from transformers import AutoTokenizer
+
+        self.write(tmp_path / "m.gguf", architecture)
+        for folder in ("out", "expected"):
+            (tmp_path / folder).mkdir()
+        open_source(tmp_path / "m.gguf").copy_side_files(tmp_path / "out")
+        AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf").save_pretrained(tmp_path / "expected")
+        found = folder_bytes(tmp_path / "out")
+        del found["generation_config.json"]
+        assert found == folder_bytes(tmp_path / "expected")
 
     @pytest.mark.parametrize(
         ("change", "message"),
