@@ -13,7 +13,7 @@ import torch
 
 import seedlm
 from seedlm.cli import main
-from tiny_models import SMALL, folder_bytes, save_tensors, tiny_llama
+from tiny_models import SMALL, folder_bytes, save_tensors
 
 COMMAND = [sys.executable, "-c", "from seedlm.cli import main; main()"]
 FAST = ["--format", SMALL, "--backend", "torch"]
@@ -21,13 +21,6 @@ FAST = ["--format", SMALL, "--backend", "torch"]
 
 def call(*arguments, **options):
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "llama"
-    tiny_llama(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

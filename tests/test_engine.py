@@ -15,25 +15,13 @@ from seedlm import engine, search
 from seedlm.compress import compress_checkpoint
 from seedlm.errors import BackendError, OutputError, SourceError
 from seedlm.format import PRESETS, parse_format
-from tiny_models import SMALL, folder_bytes, save_tensors, tiny_llama
-
-
-def run(source, out, **options):
-    return compress_checkpoint(source, out, **{"format": SMALL, "backend": "torch", **options})
+from tiny_models import SMALL, folder_bytes, run, save_tensors, tiny_llama
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "llama"
-    tiny_llama(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(llama, tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished") / "out"
-    run(llama, out)
-    return folder_bytes(out)
+def finished(finished):
+    """Every file of the folder that a run alone leaves."""
+    return folder_bytes(finished[0])
 
 
 @pytest.fixture

@@ -6,9 +6,6 @@ import sys
 
 import pytest
 
-from seedlm.compress import compress_checkpoint
-from tiny_models import SMALL, tiny_llama
-
 SLOW = {"torch", "transformers", "numba"}
 
 
@@ -25,12 +22,9 @@ def python(code: str, *arguments: object) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("startup")
-    tiny_llama(folder / "llama")
-    compress_checkpoint(folder / "llama", folder / "packed", format=SMALL, backend="torch")
-    return folder / "packed"
+@pytest.fixture
+def packed(finished):
+    return finished[0]
 
 
 def test_the_package_itself_imports_nothing_slow():
