@@ -106,6 +106,13 @@ def test_a_missing_library_is_named(monkeypatch):
             parse_baseline(name)
 
 
+def test_awq_says_that_it_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(baselines, "version", lambda name: "1")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(EvaluationError, match="awq-4 needs a GPU"):
+        parse_baseline("awq-4")
+
+
 def test_calibration_text_is_asked_for_exactly_where_it_is_used(monkeypatch):
     monkeypatch.setattr(baselines, "version", lambda name: "1")
     with pytest.raises(EvaluationError, match="gptq-4 takes a calibration text"):

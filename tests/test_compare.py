@@ -95,15 +95,25 @@ class TestTable:
         paths = [write(tmp_path / folder, "run", *synthetic(n)) for n, folder in enumerate("ab")]
         assert [run.label for run in load_runs(paths)] == ["a/run", "b/run"]
 
+    def test_a_run_that_was_renamed_keeps_its_records(self, tmp_path):
+        path = write(tmp_path, "old", *synthetic(1))
+        for file in tmp_path.iterdir():
+            file.rename(tmp_path / file.name.replace("old", "new"))
+        other = write(tmp_path, "other", *synthetic(2))
+        runs = load_runs([path.with_name("new.json"), other])
+        assert [run.records["layers"]["hidden"] for run in runs] == [[0.1, 0.21], [0.1, 0.22]]
+
     def test_notes(self, tmp_path, two):
         results, _ = synthetic(1)
         results["run"]["dtype"] = "bfloat16"
+        results["environment"]["commit"] = f"{'7' * 40}-dirty"
         alone = synthetic(2)[0] | {"reference": None}
         del alone["metrics"]["kl"]
         runs = load_runs([two[0], write(tmp_path, "other", results), write(tmp_path, "alone", alone)])
         comparison = compare_runs(runs)
         assert comparison["notes"] == [
             "The runs have different dtypes: bfloat16, float32.",
+            "The runs have different commits of seedlm: 777777777-dirty, c.",
             "Measured without a reference, so without KL divergence and layers: alone.",
             "No records beside the results, so no tokens, prompts, questions or layers: other, alone.",
         ]
@@ -187,6 +197,12 @@ class TestRefusals:
         with pytest.raises(EvaluationError, match=message):
             load_runs([two[0], tmp_path / "other.json"])
 
+    def test_a_file_that_lacks_a_number_is_named(self, tmp_path, two):
+        results, _ = synthetic(1)
+        del results["metrics"]["nll"], results["model"]["bytes"]
+        with pytest.raises(EvaluationError, match=r"other\.json: lacks model bytes, metrics nll"):
+            load_runs([two[0], write(tmp_path, "other", results)])
+
     def test_too_few(self, two, tmp_path):
         with pytest.raises(EvaluationError, match="needs at least 2 runs, got 1"):
             load_runs(two[:1])
@@ -207,7 +223,7 @@ class TestRefusals:
 
     def test_without_the_library_it_says_what_to_install(self, two, monkeypatch):
         monkeypatch.setitem(sys.modules, "vl_convert", None)
-        with pytest.raises(EvaluationError, match=r"pip install 'seedlm\[report\]'"):
+        with pytest.raises(EvaluationError, match=r"pip install 'seedlm\[report\]'; the table and --json do not"):
             to_html(compare_runs(load_runs(two)))
 
 

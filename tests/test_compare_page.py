@@ -160,6 +160,17 @@ class TestBrowser:
             box.click()
         assert [box.is_enabled() for box in boxes].count(True) == 6
 
+    def test_names_in_a_chart_do_not_cover_each_other(self, browser, show):
+        show("forty")
+        names = """return [...document.querySelectorAll('#by-bits .mark-text:not(.role-axis-label) text')].filter(
+            node => /^run\\d/.test(node.textContent)).map(node => {
+            const box = node.getBoundingClientRect(); return [box.left, box.right, box.top, box.bottom]; })"""
+        boxes = browser.execute_script(names)
+        assert 4 <= len(boxes) < 20
+        for place, (left, right, top, bottom) in enumerate(boxes):
+            for other in boxes[:place]:
+                assert right <= other[0] or other[1] <= left or bottom <= other[2] + 2 or other[3] <= top + 2
+
     @pytest.mark.parametrize("name", ["two", "forty"])
     def test_a_phone_needs_no_sideways_scrolling(self, browser, show, name):
         show(name, width=360)

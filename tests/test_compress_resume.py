@@ -163,7 +163,7 @@ class TestResume:
         name = json.loads(journal.read_text().splitlines()[2])["tensor"].removesuffix("_words")
         with pytest.raises(OutputError, match=rf"content {name}\S* was \"\w+\.\.\., is now"):
             run(changed(name), halfway)
-        run(llama[0], halfway)  # nothing was lost
+        run(llama, halfway)  # nothing was lost
         assert folder_bytes(halfway) == folder_bytes(finished[0])
 
     def test_a_tensor_that_changed_before_it_was_finished_is_taken_as_it_is_now(self, halfway, changed, tmp_path):

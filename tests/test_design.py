@@ -103,6 +103,14 @@ def test_samples_of_a_model_are_its_compressible_weights_at_unit_scale(tmp_path)
     assert 0.3 < (torch.cdist(samples, scaled).amin(1) < 0.05).float().mean() < 0.7
 
 
+def test_samples_of_stacked_experts_lie_along_their_input(tmp_path):
+    experts = torch.arange(40.0)[:, None].expand(3, 40, 24).contiguous()  # transposed: rows of a matrix are its columns
+    tensors = {"model.layers.0.mlp.experts.gate_up_proj": experts}
+    samples = model_blocks(open_source(save_tensors(tmp_path / "model", tensors, hidden_size=40)), 8)
+    assert samples.shape == (8, 40)
+    torch.testing.assert_close(samples / samples[:, 1:2], torch.arange(40.0).expand(8, 40))
+
+
 def test_the_command_prints_a_table_and_json(tmp_path):
     save_tensors(tmp_path / "model", {"model.layers.0.mlp.up_proj.weight": torch.randn(8, 40)})
     options = ["design", "--bits", "2.5", "--blocks", "8", "--max-block", "4", "--model", str(tmp_path / "model")]

@@ -63,7 +63,7 @@ def baseline_names() -> list[str]:
 
 
 def parse_baseline(text: str) -> tuple[str, Method, int]:
-    """The method's name, the method and its bits. Raises EvaluationError for an unknown one or a missing library."""
+    """The method's name, the method and its bits. Raises EvaluationError for an unknown one, or one that cannot run here."""
     name, _, bits = text.rpartition("-")
     if text not in baseline_names():
         raise EvaluationError(f"unknown baseline {text!r}; known are {', '.join(baseline_names())}")
@@ -71,6 +71,8 @@ def parse_baseline(text: str) -> tuple[str, Method, int]:
         _versions(METHODS[name])
     except PackageNotFoundError as reason:
         raise EvaluationError(f"{text} needs {reason.name}: pip install 'seedlm[baselines]'") from None
+    if name == "awq" and not torch.accelerator.is_available():
+        raise EvaluationError(f"{text} needs a GPU: llm-compressor pins the memory of what AWQ sees, which fails without one")
     return name, METHODS[name], int(bits)
 
 

@@ -29,7 +29,7 @@ from seedlm.format import ROUNDINGS, Format, Rounding, parse_format
 from seedlm.report import RunReport, inspect_checkpoint
 from seedlm.scan import Scan, scan
 from seedlm.search import Backend
-from seedlm.selection import dense_linears, select, stack_of
+from seedlm.selection import dense_linears, matrices_of, select, stack_of
 from seedlm.source import Source, locate, open_source
 from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout
 from seedlm.units import Item, Job, Place, Unit
@@ -93,7 +93,7 @@ def compress_checkpoint(
     model = open_source(path)
     widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
     modules, left = select(model.tensors, model.config, widest, include, exclude)
-    matrices = _matrices(model, modules)
+    matrices = {module: shape for module, (_, shape, _) in matrices_of(modules, model.tensors, model.config).items()}
     formats = format.assign(matrices) if isinstance(format, Mixture) else dict.fromkeys(matrices, widest)
     format = most_common(formats)
     overrides = {module: other for module, other in formats.items() if other != format}
@@ -172,20 +172,6 @@ class _Clock:
         now = time.monotonic()
         self.seconds[self._name] = round(now - self._since, 3)
         self._name, self._since = name, now
-
-
-def _matrices(source: Source, modules: list[str]) -> dict[str, tuple[int, int]]:
-    """The matrices to be compressed, module -> (out_features, in_features); each of a stack has a name of its own."""
-    chosen = set(modules)
-    found: dict[str, tuple[int, int]] = {}
-    for name, info in source.tensors.items():
-        if name.removesuffix(".weight") not in chosen:
-            continue
-        if stack := stack_of(name, source.tensors, source.config):
-            found |= dict.fromkeys(stack.modules, stack.matrix)
-        elif name.endswith(".weight"):
-            found[name.removesuffix(".weight")] = (info.shape[0], info.shape[1])
-    return found
 
 
 def _items(source: Source, formats: Mapping[str, Format], dtype: str | None) -> list[Item]:

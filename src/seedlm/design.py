@@ -26,11 +26,13 @@ import torch
 from torch import Tensor
 
 from seedlm.basis import generator, greville
+from seedlm.checkpoint import PackedInfo
 from seedlm.codec import best_exponent, power_of_two
 from seedlm.errors import FormatError, TensorError
 from seedlm.format import MAX_BLOCK_BITS, ROUNDINGS, BlockFormat, Rounding
-from seedlm.selection import select
+from seedlm.selection import matrices_of, select
 from seedlm.source import Source
+from seedlm.units import pieces
 
 SEED_BITS: Final = (4, 16)
 """Registers to consider: the fast searches end at 16 bits, and below 4 there is next to nothing to choose from."""
@@ -122,19 +124,21 @@ def model_blocks(source: Source, count: int, seed: int = 0) -> Tensor:
     returns   float32 [count, W]; W is WIDTH, or the shortest row's length
     Raises SourceError if the model has nothing to compress.
     """
-    modules, _ = select(source.tensors, source.config, BlockFormat(block_size=8, num_coefficients=3))
-    shapes = {module: source.tensors[f"{module}.weight"].shape for module in modules}
-    width = min(WIDTH, *(shape[1] for shape in shapes.values()))
+    format = BlockFormat(block_size=8, num_coefficients=3)
+    modules, _ = select(source.tensors, source.config, format)
+    matrices = matrices_of(modules, source.tensors, source.config)
+    width = min(WIDTH, *(columns for _, (_, columns), _ in matrices.values()))
     random = torch.Generator().manual_seed(seed)
-    sizes = torch.tensor([math.prod(shape) for shape in shapes.values()], dtype=torch.float64)
+    sizes = torch.tensor([rows * columns for _, (rows, columns), _ in matrices.values()], dtype=torch.float64)
     shares = torch.multinomial(sizes, count, replacement=True, generator=random).bincount(minlength=len(sizes))
     samples = []
-    for (module, (out_features, in_features)), share in zip(shapes.items(), shares.tolist(), strict=True):
+    for (module, (name, shape, stack)), share in zip(matrices.items(), shares.tolist(), strict=True):
         if share:
-            weight = source.rows(f"{module}.weight", 0, out_features).float()
-            rows = torch.randint(out_features, (share, 1), generator=random)
-            starts = torch.randint(in_features - width + 1, (share, 1), generator=random)
-            samples.append(weight[rows, starts + torch.arange(width)] / weight.square().mean().sqrt().clamp_min(1e-30))
+            (weight,) = pieces(source, name, module, PackedInfo(format, shape, stack), math.prod(shape))
+            rows = torch.randint(shape[0], (share, 1), generator=random)
+            starts = torch.randint(shape[1] - width + 1, (share, 1), generator=random)
+            scale = weight.float().square().mean().sqrt().clamp_min(1e-30)
+            samples.append(weight[rows, starts + torch.arange(width)].float() / scale)
     return torch.cat(samples)
 
 

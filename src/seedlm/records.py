@@ -46,16 +46,21 @@ def pack_records(records: dict[str, Any]) -> bytes:
 def read_records(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """The records of the results that were read from `path`; None if it has none, or they are not there.
 
+    They are looked for beside it, under the name that they were written with, and under the one that goes with `path`'s.
     Raises EvaluationError for a file that is not the one the results name.
     """
     named = results.get("records")
-    if not named or not (file := path.with_name(Path(named["file"]).name)).exists():
+    places = dict.fromkeys((path.with_name(Path(named["file"]).name), records_path(path)) if named else ())
+    found = {file: file.read_bytes() for file in places if file.is_file()}
+    if not named or not found:
         return None
-    data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != named["sha256"]:
-        raise EvaluationError(f"{file}: is not the file that {path} names (its SHA-256 differs); restore it, or delete it")
+    file = next((file for file, data in found.items() if hashlib.sha256(data).hexdigest() == named["sha256"]), None)
+    if file is None:
+        raise EvaluationError(
+            f"{next(iter(found))}: is not the file that {path} names (its SHA-256 differs); restore it, or delete it"
+        )
     try:
-        records: dict[str, Any] = json.loads(gzip.decompress(data))
+        records: dict[str, Any] = json.loads(gzip.decompress(found[file]))
     except (OSError, EOFError, ValueError) as reason:
         raise EvaluationError(f"{file}: is damaged ({reason})") from None
     if records.get("records_version") != RECORDS_VERSION:

@@ -128,6 +128,25 @@ def dense_linears(tensors: Mapping[str, TensorInfo], left: Mapping[str, str]) ->
     return sorted(names)
 
 
+def matrices_of(
+    modules: Iterable[str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> dict[str, tuple[str, tuple[int, int], Stack | None]]:
+    """The matrices of what `select` chose, each of a stack under a name of its own.
+
+    returns   module -> the tensor that holds it, its (out_features, in_features), and the stack that it is one of, if so
+    """
+    chosen = set(modules)
+    found: dict[str, tuple[str, tuple[int, int], Stack | None]] = {}
+    for name, info in tensors.items():
+        if name.removesuffix(".weight") not in chosen:
+            continue
+        if stack := stack_of(name, tensors, config):
+            found |= dict.fromkeys(stack.modules, (name, stack.matrix, stack))
+        elif name.endswith(".weight"):
+            found[name.removesuffix(".weight")] = (name, (info.shape[0], info.shape[1]), None)
+    return found
+
+
 def _why_not(
     name: str,
     tensors: Mapping[str, TensorInfo],

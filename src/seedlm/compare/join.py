@@ -6,6 +6,7 @@ every model, in the order of the rows; None where a run has no record of it.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -187,6 +188,11 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
+def _short(value: str) -> str:
+    """A commit as people write it; of another value what fits a line."""
+    return value[:9] + value[40:] if re.fullmatch(r"[0-9a-f]{40}(-dirty)?", value) else value[:40]
+
+
 def _notes(runs: Sequence[Run], original: Run | None) -> list[str]:
     """What a reader must know before the numbers."""
     notes = []
@@ -199,7 +205,7 @@ def _notes(runs: Sequence[Run], original: Run | None) -> list[str]:
     ):
         values = sorted({str(run.results.get(section, {}).get(key)) for run in runs})
         if len(values) > 1:
-            notes.append(f"The runs have different {what}: {', '.join(value[:40] for value in values)}.")
+            notes.append(f"The runs have different {what}: {', '.join(map(_short, values))}.")
     alone = [run.label for run in runs if not run.results["reference"] and run is not original]
     if alone:
         notes.append(f"Measured without a reference, so without KL divergence and layers: {_list(alone)}.")

@@ -11,6 +11,10 @@ const boxes = [...document.querySelectorAll("[data-model]")];
 const original = models[0] && models[0].original ? models[0] : null;
 const slots = new Map(); // model -> its colour and symbol, kept while it stays ticked
 
+// Names for charts: long ones keep their ends, which tell runs apart, unless two would then be equal.
+const cut = models.map(({ label }) => (label.length > 20 ? `${label.slice(0, 7)}…${label.slice(-12)}` : label));
+const names = cut.map((name, model) => (cut.indexOf(name) === cut.lastIndexOf(name) ? name : models[model].label));
+
 const byId = (id) => document.getElementById(id);
 const ticked = () => [...slots.keys()].sort((a, b) => a - b);
 
@@ -45,13 +49,13 @@ function draw(place, spec, values, onClick) {
 
 // Colour and shape by model, for those that are ticked.
 function scales(chosen, symbolStrokeWidth) {
-  const domain = chosen.map((model) => models[model].label);
+  const domain = chosen.map((model) => names[model]);
   const range = (list) => chosen.map((model) => list[slots.get(model)]);
-  const legend = { title: null, orient: "top", columns: 3, labelLimit: 150, symbolStrokeWidth };
+  const legend = { title: null, orient: "top", columns: document.body.clientWidth < 600 ? 2 : 3, labelLimit: 150, symbolStrokeWidth };
   return {
-    color: { field: "model", type: "nominal", scale: { domain, range: range(COLOURS) }, legend },
-    shape: { field: "model", type: "nominal", scale: { domain, range: range(SHAPES) }, legend },
-    dash: { field: "model", type: "nominal", scale: { domain, range: range(DASHES) }, legend },
+    color: { field: "name", type: "nominal", scale: { domain, range: range(COLOURS) }, legend },
+    shape: { field: "name", type: "nominal", scale: { domain, range: range(SHAPES) }, legend },
+    dash: { field: "name", type: "nominal", scale: { domain, range: range(DASHES) }, legend },
   };
 }
 
@@ -73,7 +77,7 @@ function drawQuality() {
       if (row.original || !found || row[field] === null) return;
       const error = found.standard_error || 0;
       values.push({
-        model: row.label, method: row.method, place: model, x: row[field] / unit, y: found.mean, error,
+        model: row.label, name: names[model], method: row.method, place: model, x: row[field] / unit, y: found.mean, error,
         low: scale === "log" ? Math.max(found.mean - error, found.mean / 10) : found.mean - error, high: found.mean + error, ticked: slots.has(model),
       });
     });
@@ -83,15 +87,15 @@ function drawQuality() {
     const y = { field: "y", type: "quantitative", title, scale: { type: scale, ...(scale === "log" ? {} : { zero: false }), padding: 20, nice: false }, axis: { tickCount: 6, labelOverlap: true } };
     const tooltip = [{ field: "model" }, { field: "method" }, { field: "x", title: axis, format: ".4~g" }, { field: "y", title, format: ".4~g" }, { field: "error", title: "standard error", format: ".2~g" }];
     const { color, shape } = scales(ticked(), 0);
-    const named = values.length <= 8;
+    const labelled = apart(values.filter((value) => values.length <= 8 || value.ticked || front.includes(value)), middle, scale);
     const layer = [
       { data: { values: front }, mark: { type: "line", interpolate: "step-after", color: "#999", strokeDash: [4, 3] }, encoding: { x, y } },
       { mark: { type: "rule", color: "#555" }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" } } },
       { data: { values: values.filter((value) => !value.ticked) }, mark: { type: "point", filled: true, size: 45, color: "#8a8a8a" }, encoding: { x, y, tooltip } },
       { data: { values: values.filter((value) => value.ticked) }, mark: { type: "point", filled: true, size: 110, opacity: 1 }, encoding: { x, y, tooltip, color: { ...color, legend: null }, shape: { ...shape, legend: null } } },
       ...[["left", 8], ["right", -8]].map(([align, dx]) => ({ // of a point on the right half: on its left
-        data: { values: values.filter((value) => (named || value.ticked || front.includes(value)) && (value.x > middle) === (align === "right")) },
-        mark: { type: "text", align, dx, dy: -8, fontSize: 12, limit: 140 }, encoding: { x, y, text: { field: "model" }, color: { value: "#1a1a1a" } },
+        data: { values: labelled.filter((value) => (value.x > middle) === (align === "right")) },
+        mark: { type: "text", align, dx, dy: -8, fontSize: 12, limit: 140 }, encoding: { x, y, text: { field: "name" }, color: { value: "#1a1a1a" } },
       })),
     ].filter((each) => !each.data || each.data.values.length);
     const known = original && estimate(original, name);
@@ -107,6 +111,20 @@ function drawQuality() {
   }
 }
 
+// Points whose names can stand beside each other: ticked ones first, then those that are nowhere near one named before.
+function apart(values, middle, scale) {
+  const heights = values.map(({ y }) => (scale === "log" ? Math.log(y) : y));
+  const share = (list, value) => (value - Math.min(...list)) / (Math.max(...list) - Math.min(...list) || 1);
+  const places = values.map((value, n) => ({ value, right: value.x > middle, x: share(values.map((each) => each.x), value.x), y: share(heights, heights[n]) }));
+  const kept = [];
+  for (const place of places.sort((a, b) => b.value.ticked - a.value.ticked)) {
+    const reach = place.right ? place.x - 0.35 : place.x + 0.35; // a name is about a third of the chart wide
+    const meets = (other) => Math.abs(other.y - place.y) < 0.07 && Math.min(other.x, other.reach) < Math.max(place.x, reach) && Math.min(place.x, reach) < Math.max(other.x, other.reach);
+    if (!kept.some(meets)) kept.push({ ...place, reach });
+  }
+  return kept.map(({ value }) => value);
+}
+
 // "model.layers.3.mlp.up_proj" -> layer 3, "mlp.up_proj"
 function locate(module) {
   const found = module.match(/^(?:.*?\.)?(\d+)\.(.+)$/);
@@ -115,7 +133,7 @@ function locate(module) {
 
 function drawLayers() {
   const chosen = ticked();
-  const hidden = chosen.flatMap((model) => ((data.layers[model] || {}).hidden || []).map((error, layer) => ({ model: models[model].label, layer, error })));
+  const hidden = chosen.flatMap((model) => ((data.layers[model] || {}).hidden || []).map((error, layer) => ({ model: models[model].label, name: names[model], layer, error })));
   const { color, dash, shape } = scales(chosen, 0);
   draw("hidden", {
     height: 240, description: "Relative error of the hidden state after each decoder layer, a line for every ticked model",
@@ -164,7 +182,7 @@ function drawDistributions() {
       const found = (data.distributions[model] || {})[name];
       if (!found) return [];
       const total = found.counts.reduce((a, b) => a + b, 0);
-      const bins = found.counts.map((count, bin) => ({ model: models[model].label, from: found.edges[bin], to: found.edges[bin + 1], share: count / total }));
+      const bins = found.counts.map((count, bin) => ({ model: models[model].label, name: names[model], from: found.edges[bin], to: found.edges[bin + 1], share: count / total }));
       return [...bins, { ...bins[bins.length - 1], from: found.edges[found.edges.length - 1] }]; // gives the last bin its width
     });
     draw(place, {

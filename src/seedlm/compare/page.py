@@ -26,7 +26,7 @@ def to_html(comparison: dict[str, Any]) -> str:
         import vl_convert
     except ImportError:
         raise EvaluationError(
-            "the HTML report needs vl-convert: pip install 'seedlm[report]'; --markdown and --json do not"
+            "the HTML report needs vl-convert: pip install 'seedlm[report]'; the table and --json do not"
         ) from None
     here = files("seedlm.compare")
     library, script = vl_convert.javascript_bundle(_LIBRARY), (here / "page.js").read_text(encoding="utf-8")

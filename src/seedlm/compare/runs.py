@@ -1,7 +1,7 @@
 """Results files and the records beside them, read and found to be of one kind."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,20 @@ _SAME: Final = (
     ("context", ("settings", "context")),
 )
 """What must be equal for two perplexities to mean anything beside each other."""
+
+_SIZES: Final = ("bits_per_weight", "model_bits_per_weight", "weights", "bytes")
+_PARTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "model": ("name", "fingerprint", "format", *_SIZES),
+    "reference": (),
+    "settings": ("context",),
+    "text": ("path", "sha256", "tokens", "windows"),
+    "protocol": (),
+    "metrics": ("nll", "perplexity"),
+    "tasks": (),
+    "environment": (),
+    "run": (),
+}
+"""What a results file must have at least: its parts, and what is in them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +81,13 @@ def _read(path: Path) -> dict[str, Any]:
     if results["evaluation_version"] != EVALUATION_VERSION:
         found = results["evaluation_version"]
         raise EvaluationError(f"{path}: has version {found}, this package reads {EVALUATION_VERSION}")
-    missing = [
-        key
-        for key in ("model", "reference", "settings", "text", "metrics", "tasks", "environment", "run")
-        if key not in results
+    missing = [part for part in _PARTS if part not in results]
+    missing += [
+        f"{part} {key}"
+        for part, keys in _PARTS.items()
+        if part in results
+        for key in keys
+        if not isinstance(results[part], dict) or key not in results[part]
     ]
     if missing:
         raise EvaluationError(f"{path}: lacks {', '.join(missing)}")
