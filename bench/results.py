@@ -33,7 +33,6 @@ from seedlm.allocate import Mixture
 from seedlm.baselines import METHODS, baseline_names
 from seedlm.compress import compress_checkpoint
 from seedlm.device import choose_device
-from seedlm.errors import SeedLMError
 from seedlm.evaluate import Settings, Text, evaluate
 from seedlm.format import PRESETS
 from seedlm.prompts import PROMPTS
@@ -79,17 +78,18 @@ def run(options: argparse.Namespace) -> bool:
         whole += [name for name in names if name in RECORDED and name not in whole]
         apart = [name for name in names if name not in whole]
         steps = [(name, True, ask) for name in whole] + [(name, True, False) for name in apart]
-        steps.sort(key=lambda step: step[0] in ours)  # they have to be compressed first, here, while others are measured
         steps += [(name, False, True) for name in apart if ask]
+        # Ours have to be compressed first, here, while others are measured.
+        steps.sort(key=lambda step: (not step[1], step[0] in ours))
         for name, text, tasks in steps:
             out = work / (f"{name}.json" if text else f"{name}.tasks.json")
             if out.exists():
                 continue
             try:
                 model = _compress(name, source, work) if name in ours else source
-            except SeedLMError as reason:
-                errors[name] = str(reason)
-                print(f"{name}: FAILED to be compressed: {reason}", flush=True)
+            except Exception as reason:
+                errors[name] = _one_line(reason)
+                print(f"{name}: FAILED to be compressed: {errors[name]}", flush=True)
                 continue
             pool.submit(_measure, name, model, source if text else None, tasks, out, options).add_done_callback(note)
     _write(names, errors, work, options)
@@ -158,7 +158,7 @@ def _measure(
         found = evaluate(model, text, settings, reference=reference, out=out)
     except Exception as reason:  # whatever a library raises: the other rows go on
         said = f"{out.stem}: FAILED after {time.monotonic() - start:.0f} s\n{traceback.format_exc()[-3000:]}"
-        return name, " ".join(f"{type(reason).__name__}: {reason}".split())[:300], said
+        return name, _one_line(reason), said
     finally:
         gc.collect()
         torch.cuda.empty_cache()
@@ -181,6 +181,10 @@ def _compress(name: str, source: str, work: Path) -> str:
         torch.cuda.empty_cache()  # the GPU is shared
         (work / f"{name}.report.json").write_text(json.dumps(inspect_checkpoint(folder).to_dict()))
     return str(folder)
+
+
+def _one_line(reason: Exception) -> str:
+    return " ".join(f"{type(reason).__name__}: {reason}".split())[:300]
 
 
 def _bits(name: str) -> float:
