@@ -106,7 +106,7 @@ def _write(names: list[str], errors: dict[str, str], work: Path, options: argpar
     for row in rows[1:]:
         place = {key: row.pop(key) for key in shared}["environment"]
         if place["device_name"] != shared["environment"]["device_name"]:
-            row["device_name"] = place["device_name"]
+            row["device_name"] = ("CPU, " if place["device"] == "cpu" else "") + place["device_name"]
     done = [row["name"] for row in rows]
     rows += [{"name": name, "error": error} for name, error in errors.items() if name not in done]
     results = {"model": options.name, "label": options.label, **shared, "rows": rows}
