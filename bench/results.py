@@ -151,7 +151,7 @@ def _measure(
         task_limit=options.task_limit if tasks else None,
         task_batch=32,
         prompts=PROMPTS if recorded else (),
-        layers=2 if recorded and model != reference else 0,
+        layers=2 if recorded and name != "original" else 0,
     )
     text = Text.from_wikitext(options.wikitext) if options.wikitext else Text.from_file(options.text)
     try:
