@@ -15,25 +15,13 @@ from seedlm import engine, search
 from seedlm.compress import compress_checkpoint
 from seedlm.errors import BackendError, OutputError, SourceError
 from seedlm.format import PRESETS, parse_format
-from tiny_models import SMALL, folder_bytes, save_tensors, tiny_llama
-
-
-def run(source, out, **options):
-    return compress_checkpoint(source, out, **{"format": SMALL, "backend": "torch", **options})
+from tiny_models import SMALL, folder_bytes, run, save_tensors, tiny_llama
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "llama"
-    tiny_llama(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(llama, tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished") / "out"
-    run(llama, out)
-    return folder_bytes(out)
+def finished(finished):
+    """Every file of the folder that a run alone leaves."""
+    return folder_bytes(finished[0])
 
 
 @pytest.fixture
@@ -95,7 +83,7 @@ class TestProcesses:
 
     def test_an_error_in_one_is_the_runs_error(self, tmp_path, child):
         def change(phase, done, total):
-            if (phase, done) == ("read", total):
+            if (phase, done) == ("read", 0):
                 (tmp_path / "m" / "config.json").write_text("{}")
 
         tiny_llama(tmp_path / "m")
@@ -160,6 +148,36 @@ def test_one_gpu_two_and_the_cpu_leave_the_same_bytes(tmp_path, bits):
         assert report.peak_device_bytes > 0 or device == "cpu"
         outputs[device] = folder_bytes(tmp_path / device)
     assert outputs["cuda:0"] == outputs[two] == outputs["cpu"]
+
+
+SMALL_CARD = """
+import sys, threading, torch
+from seedlm.compress import compress_checkpoint
+torch.cuda.set_per_process_memory_fraction(float(sys.argv[3]) / torch.cuda.get_device_properties(0).total_memory)
+threads = set()
+def look(*progress):
+    threads.update(thread.ident for thread in threading.enumerate() if thread.name == "seedlm cuda:0")
+compress_checkpoint(sys.argv[1], sys.argv[2], format=sys.argv[4], device="cuda:0", on_progress=look)
+print(len(threads), torch.cuda.max_memory_reserved())
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("bits", ["4", "4.5", "3"])
+def test_a_card_of_8_gb_is_enough_for_a_7b_and_leaves_the_same_bytes(tmp_path, bits):
+    """All threads at once. Of 8 GB, 1.5 are left to CUDA itself and the desktop."""
+    limit = 6_500_000_000
+    tensors = {f"model.layers.{n}.a.weight": (torch.randn(4096, 11008) * 0.02).bfloat16() for n in range(5)}
+    source = save_tensors(tmp_path / "m", tensors)
+    script = [sys.executable, "-c", SMALL_CARD, source, tmp_path / "small", str(limit), bits]
+    result = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert result.returncode == 0, result.stderr
+    threads, reserved = map(int, result.stdout.split())
+    assert threads == 4
+    assert reserved <= limit
+    compress_checkpoint(source, tmp_path / "large", format=bits, device="cuda:0")
+    assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "large")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The GPU search's grouping of seeds: it has all seeds, and what it gives plus its deficit caps every seed's energy."""
+"""The GPU search's grouping of seeds: it has all seeds, and what its rows give plus its slack bounds every seed's residual."""
 
 import pytest
 import torch
@@ -8,11 +8,12 @@ from seedlm.format import PRESETS, parse_format
 from seedlm.groups import groups
 from seedlm.search import reason_unavailable
 
-SPECS = ["4", "block-k5-c4-p2-q3-e3", "block-k12-c8-p1-q2-e4", "block-k12-c8-p3-q4-e4", "block-k3-c8-p4-q4-e4"]
+SPECS = ["4", "5", "block-k5-c4-p2-q3-e3", "block-k12-c8-p1-q2-e4", "block-k12-c8-p3-q4-e4", "block-k3-c8-p4-q4-e4"]
+SPECS += ["block-k6-c4-p4-q4-e2", "block-k9-c5-p4-q4-e2"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_rows_and_deficit_cap_every_seed(spec):
+def test_rows_and_slack_bound_every_seed(spec):
     format = parse_format(spec)
     found = groups(format)
     everyone = torch.cat([part.position.flatten() for part in found])
@@ -21,11 +22,27 @@ def test_rows_and_deficit_cap_every_seed(spec):
     span = basis(format).span.permute(2, 0, 1)  # [N, P, C]
     blocks = torch.cat([torch.randn(64, format.block_size, dtype=torch.float64), span[:: max(1, len(span) // 64), 0]])
     blocks = torch.nn.functional.normalize(blocks, dim=1)
+    energy = (span @ blocks.T).square().sum(1)
     for part in found:
         given = (part.own.double() @ blocks.T).square() + (part.shared.double() @ blocks.T).square().sum(1, keepdim=True)
-        energy = (span @ blocks.T).square().sum(1)[part.position.long()]
-        assert part.deficit < 1e-3
-        assert float((energy - given).max()) <= part.deficit
+        seeds = energy[part.position.long()]
+        beyond = given.sqrt() - (1 - seeds).clamp_min(0).sqrt() if part.complement else seeds - given
+        assert 1e-5 < part.slack < 1e-3
+        assert float(beyond.max()) <= part.slack
+
+
+@pytest.mark.parametrize("spec", ["5", "3.5"])
+def test_a_complement_gives_the_residual_itself(spec):
+    format = parse_format(spec)
+    (part,) = groups(format)
+    assert part.complement
+    span = basis(format).span.permute(2, 0, 1)[part.position.long()]  # [groups, 2, P, C]
+    block = torch.nn.functional.normalize(torch.randn(format.block_size, dtype=torch.float64), dim=0)
+    given = (part.own.double() @ block).square() + (part.shared.double() @ block).square().sum(1, keepdim=True)
+    independent = span.square().sum((2, 3)).round() == format.num_coefficients  # others leave one more dimension
+    assert int((~independent).sum()) < format.num_seeds // 100
+    residual = 1 - (span @ block).square().sum(-1)
+    torch.testing.assert_close(given[independent], residual[independent], rtol=0, atol=2 * part.slack)
 
 
 def test_the_4_bit_preset_shares_two_rows_among_sixteen_seeds():

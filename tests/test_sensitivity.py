@@ -7,19 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from seedlm import allocate, models
 from seedlm.cli import app
+from seedlm.compress import compress_checkpoint
 from seedlm.errors import EvaluationError
 from seedlm.format import parse_format
 from seedlm.report import inspect_checkpoint
 from seedlm.sensitivity import OwnText, measure_sensitivity, own_text, read_sensitivity, write_sensitivity
-from tiny_models import tiny_llama
+from tiny_models import SMALL, tiny_llama, tiny_model
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 TEXT = OwnText(sequences=8, length=128)
+FINE = "block-k8-c4-p3-q4-e4"
 
 
 def load(folder):
@@ -86,6 +88,35 @@ def test_a_tied_head_is_left_out(tmp_path):
     tied, head = (measure_sensitivity(load(tmp_path / name), text) for name in ("tied", "head"))
     assert head.keys() - tied.keys() == {"lm_head"}
     assert len(tied) == 14
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part", "inputs", "stored"),
+    [
+        ("mixtral", slice(44), 1, "model.layers.0.block_sparse_moe.experts.1.w1"),  # the first half of gate_up_proj's rows
+        ("gpt_oss", slice(None), 0, "model.layers.0.mlp.experts.gate_up_proj.1"),  # stacked, its rows are columns
+    ],
+)
+def test_experts_have_sensitivities_of_their_own_by_the_names_on_disk(model_type, part, inputs, stored, tmp_path):
+    tiny_model(model_type, num_local_experts=3, num_experts_per_tok=2).save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense")
+    text = OwnText(sequences=1, length=16)
+    found = measure_sensitivity(model, text)
+
+    tokens = next(own_text(model, text))
+    stack = model.model.layers[0].mlp.experts.gate_up_proj
+    nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum").backward()
+    energy = stack[1].detach().square().mean(inputs)
+    expected = (stack.grad[1].square().sum(inputs) * energy)[part].sum() / (2 * 15)
+    assert found[stored] == pytest.approx(float(expected), rel=1e-4)
+
+    mixture = allocate.Mixture(bits=5.0, sensitivity=found, formats={parse_format(SMALL): 0.1, parse_format(FINE): 0.02})
+    compress_checkpoint(tmp_path / "dense", tmp_path / "packed", format=mixture, backend="torch")
+    assert {tensor.format for tensor in inspect_checkpoint(tmp_path / "packed").tensors} == {SMALL, FINE}
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    with torch.no_grad():
+        kept = packed(tokens[None]).logits
+        torch.testing.assert_close(packed.dequantize()(tokens[None]).logits, kept, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_that_keeps_its_state_otherwise_is_measured_too():

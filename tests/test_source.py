@@ -10,7 +10,7 @@ import torch
 
 from seedlm.errors import SourceError
 from seedlm.source import open_source
-from tiny_models import save_tensors, tiny_llama
+from tiny_models import folder_bytes, save_tensors, tiny_gguf, tiny_llama
 
 
 def loaded(source):
@@ -152,57 +152,11 @@ class TestHub:
 class TestGGUF:
     """Held against transformers' own reading of the same file."""
 
-    @staticmethod
-    def write(path: Path, architecture="llama", **extra):
-        gguf = pytest.importorskip("gguf")
-        rng = torch.Generator().manual_seed(0)
-        writer = gguf.GGUFWriter(str(path), architecture)
-        writer.add_block_count(1)
-        writer.add_context_length(64)
-        writer.add_embedding_length(64)
-        writer.add_feed_forward_length(96)
-        writer.add_head_count(4)
-        writer.add_head_count_kv(2)
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_vocab_size(32)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list([*(chr(65 + n) for n in range(30)), "DE", "FG"])
-        writer.add_token_merges(["D E", "F G"])
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        kinds = gguf.GGMLQuantizationType
-        shapes = {
-            "token_embd.weight": ((32, 64), kinds.Q8_0),
-            "output_norm.weight": ((64,), kinds.F32),
-            "blk.0.attn_norm.weight": ((64,), kinds.F32),
-            "blk.0.ffn_norm.weight": ((64,), kinds.F32),
-            "blk.0.attn_q.weight": ((64, 64), kinds.Q4_1),
-            "blk.0.attn_k.weight": ((32, 64), kinds.Q4_1),
-            "blk.0.attn_v.weight": ((32, 64), kinds.F16),
-            "blk.0.attn_output.weight": ((64, 64), kinds.BF16),
-            "blk.0.ffn_gate.weight": ((96, 64), kinds.Q8_0),
-            "blk.0.ffn_up.weight": ((96, 64), kinds.Q4_1),
-            "blk.0.ffn_down.weight": ((64, 96), kinds.Q4_1),
-            **extra,
-        }
-        for name, (shape, kind) in shapes.items():
-            values = torch.randn(shape, generator=rng).numpy()
-            if kind == kinds.F32:
-                writer.add_tensor(name, values)
-            elif kind == kinds.F16:
-                writer.add_tensor(name, values.astype("float16"))
-            else:
-                writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
     def test_tensors_equal_transformers_reading(self, tmp_path):
         pytest.importorskip("accelerate")
         from transformers import AutoModelForCausalLM, GgufConfig
 
-        self.write(tmp_path / "m.gguf")
+        tiny_gguf(tmp_path / "m.gguf")
         source = open_source(tmp_path / "m.gguf")
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path, gguf_file="m.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
@@ -219,7 +173,7 @@ class TestGGUF:
     def test_config_and_tokenizer_come_along(self, tmp_path):
         from transformers import AutoConfig, AutoTokenizer
 
-        self.write(tmp_path / "m.gguf")
+        tiny_gguf(tmp_path / "m.gguf")
         source = open_source(tmp_path)  # a folder with one GGUF file will do
         assert source.config["architectures"] == ["LlamaForCausalLM"]
         assert source.config["tie_word_embeddings"] is True
@@ -230,6 +184,19 @@ class TestGGUF:
         assert AutoConfig.from_pretrained(out).num_key_value_heads == 2
         assert AutoTokenizer.from_pretrained(out)("EFGE").input_ids == [4, 31, 4]
 
+    @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+    def test_the_tokenizer_is_the_one_that_transformers_chooses(self, tmp_path, architecture):
+        from transformers import AutoTokenizer
+
+        tiny_gguf(tmp_path / "m.gguf", architecture)
+        for folder in ("out", "expected"):
+            (tmp_path / folder).mkdir()
+        open_source(tmp_path / "m.gguf").copy_side_files(tmp_path / "out")
+        AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf").save_pretrained(tmp_path / "expected")
+        found = folder_bytes(tmp_path / "out")
+        del found["generation_config.json"]
+        assert found == folder_bytes(tmp_path / "expected")
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -239,7 +206,7 @@ class TestGGUF:
         ids=["architecture", "unknown-tensor"],
     )
     def test_what_would_be_read_wrongly_is_refused(self, tmp_path, change, message):
-        self.write(tmp_path / "m.gguf", **change)
+        tiny_gguf(tmp_path / "m.gguf", **change)
         with pytest.raises(SourceError, match=message):
             open_source(tmp_path / "m.gguf")
 

@@ -4,22 +4,18 @@
     seedlm.compress_model(model) / compress_module(linear)   one in memory
     seedlm.encode(weight, "4")                               one matrix
 
-Importing this package also teaches transformers to load compressed folders.
+Importing this package also teaches transformers to load compressed folders, whichever of the two is imported first.
+It imports neither torch nor transformers itself, which take seconds: a name that needs them is imported when it is used.
 """
 
-from seedlm import hf as _hf
+import importlib
+import typing
+
+from seedlm import hf_hook
 from seedlm.allocate import Mixture
-from seedlm.checkpoint import Checkpoint
-from seedlm.compress import compress_checkpoint
 from seedlm.errors import SeedLMError
 from seedlm.format import PRESETS, BlockFormat, parse_format
-from seedlm.hf import SeedLMConfig
-from seedlm.linear import SeedLinear, compress_module
-from seedlm.report import inspect_checkpoint
-from seedlm.search import EncodedTensor, encode
-from seedlm.sensitivity import measure_sensitivity
 from seedlm.version import __version__
-from seedlm.walk import compress_model, expand_model
 
 __all__ = [
     "PRESETS",
@@ -41,4 +37,39 @@ __all__ = [
     "parse_format",
 ]
 
-_hf.register()
+if typing.TYPE_CHECKING:
+    from seedlm.checkpoint import Checkpoint
+    from seedlm.compress import compress_checkpoint
+    from seedlm.hf import SeedLMConfig
+    from seedlm.linear import SeedLinear, compress_module
+    from seedlm.report import inspect_checkpoint
+    from seedlm.search import EncodedTensor, encode
+    from seedlm.sensitivity import measure_sensitivity
+    from seedlm.walk import compress_model, expand_model
+else:  # the same names when they are asked for; type checkers do not see this, to them __getattr__ would allow any name
+    _HOMES = {
+        "Checkpoint": "checkpoint",
+        "EncodedTensor": "search",
+        "SeedLMConfig": "hf",
+        "SeedLinear": "linear",
+        "compress_checkpoint": "compress",
+        "compress_model": "walk",
+        "compress_module": "linear",
+        "encode": "search",
+        "expand_model": "walk",
+        "inspect_checkpoint": "report",
+        "measure_sensitivity": "sensitivity",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__]
+
+
+hf_hook.install()

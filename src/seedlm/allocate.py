@@ -56,9 +56,9 @@ class Mixture:
         """
         missing = [module for module in shapes if module not in self.sensitivity]
         if missing:
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise FormatError(
-                f"{missing[0]}{others}: has no sensitivity; measure this model, or --exclude what its class has no layer for"
+                f"{missing[0]}: has no sensitivity ({len(missing)} of {len(shapes)} weights); measure this model, "
+                "or --exclude what its class has no layer for"
             )
         weights = sum(map(math.prod, shapes.values()))
         sizes = {format: sum(format.stored_bits(*shape) for shape in shapes.values()) for format in self.formats}

@@ -9,25 +9,25 @@ On disk it is an ordinary Hugging Face folder. Three things make it a packed one
 Experts that the original holds as one stack [experts, ...] are stored as what they are, one matrix for each expert, under the
 stack's name and the expert's number; the metadata tells which of them make up a stack (`Stack`).
 
-`Checkpoint.open` reads headers only, and checks that these agree with each other and with the sizes of the files before it
-allocates anything; `Checkpoint.tensor` reads one weight's codes and checks each of them.
+`Checkpoint.open` reads headers only, without torch, and checks that these agree with each other and with the sizes of the
+files before it allocates anything; `Checkpoint.tensor` reads one weight's codes and checks each of them.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
-
-from seedlm import packing
-from seedlm.codec import ROUNDINGS
 from seedlm.errors import CheckpointError, FormatError, TensorError
-from seedlm.format import EXPONENT_BIAS_RANGE, Format, format_from_dict, parse_format
-from seedlm.search import EncodedTensor
+from seedlm.format import EXPONENT_BIAS_RANGE, ROUNDINGS, Format, format_from_dict, parse_format
 from seedlm.tensorfile import TensorFiles, TensorInfo, parse_json, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from seedlm.search import EncodedTensor
 
 QUANT_METHOD: Final = "seedlm"
 FORMAT_VERSION: Final = 1
@@ -147,11 +147,13 @@ def metadata(packed: Mapping[str, PackedInfo]) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: text}
 
 
-def check_codes(module: str, info: PackedInfo, parts: Mapping[str, Tensor]) -> None:
+def check_codes(module: str, info: PackedInfo, parts: "Mapping[str, Tensor]") -> None:
     """Raise CheckpointError if a stored field is out of its range: exponent bias, a zero seed, a padding bit that is set.
 
     parts   the tensors of `info.stored`, shapes and dtypes already checked
     """
+    from seedlm import packing
+
     low, high = EXPONENT_BIAS_RANGE
     bias = int(parts["exponent_bias"])
     if not low <= bias <= high:
@@ -226,8 +228,10 @@ class Checkpoint:
                 raise CheckpointError(f"{folder}: {name} looks like part of a compressed weight that no metadata describes")
         return cls(folder, config, format, packed, found, files)
 
-    def tensor(self, module: str) -> EncodedTensor:
+    def tensor(self, module: str) -> "EncodedTensor":
         """A module's compressed weight, every code checked. Raises CheckpointError."""
+        from seedlm.search import EncodedTensor
+
         if module not in self.packed:
             raise CheckpointError(f"{self.folder}: has no compressed module {module!r}")
         info = self.packed[module]
@@ -235,14 +239,20 @@ class Checkpoint:
         check_codes(f"{self.folder}: {module}", info, parts)
         return EncodedTensor(info.format, info.shape, parts)
 
-    def dense_tensor(self, name: str) -> Tensor:
+    def dense_tensor(self, name: str) -> "Tensor":
         """A tensor that is not compressed, in its own dtype. Raises CheckpointError."""
         if name not in self.dense:
             raise CheckpointError(f"{self.folder}: has no dense tensor {name!r}")
         return self.files.read(name)
 
-    def weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        """All tensors under their original names, compressed ones rebuilt in `dtype`: the ordinary checkpoint it stands for."""
+    def weights(self, dtype: "torch.dtype | None" = None) -> "Iterator[tuple[str, Tensor]]":
+        """All tensors under their original names, compressed ones rebuilt in `dtype`, float32 if None.
+
+        Together they are the ordinary checkpoint that this one stands for.
+        """
+        import torch
+
+        dtype = dtype or torch.float32
         for module, info in self.packed.items():
             if info.stack is None:
                 yield f"{module}.weight", self.tensor(module).decode(dtype)

@@ -15,20 +15,14 @@ The tie rule: least score, then smallest seed, then smallest exponent, then smal
 """
 
 import itertools
-from typing import Final, Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seedlm.basis import Basis, generator, seed_positions
 from seedlm.errors import TensorError
-from seedlm.format import EXPONENT_BIAS_RANGE, BlockFormat
-
-Rounding = Literal["best", "nearest"]
-"""How coefficients are chosen for a seed. ``nearest``: the paper's one rounding of the least-squares solution.
-``best``: the best of all floor/ceil roundings at that exponent and its two neighbours, 5 % less NMSE (FORMAT.md)."""
-
-ROUNDINGS: Final = get_args(Rounding)
+from seedlm.format import EXPONENT_BIAS_RANGE, ROUNDINGS, BlockFormat, Rounding
 
 
 class BlockCodes(NamedTuple):

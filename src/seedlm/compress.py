@@ -1,89 +1,47 @@
 """A model in, a packed checkpoint out, tensor by tensor.
 
-A run has three parts. It reads the source once from end to end: every tensor's SHA-256, and of those to be compressed the
-largest magnitude and whether all is finite. That and the arguments are the plan, on which every byte of the result depends,
-and what it would refuse it refuses here, before the first hour of search. Then each tensor is encoded, or copied, to its place
-in the output (`units`), by whatever there is to do it (`engine`), and noted in a journal (`workfolder`). Then the small files
-follow and the folder takes its name. Killed at any moment, the same call goes on where it was and ends in the same bytes.
+The arguments and the source's headers make the plan: what becomes of each tensor, and its place in the output. Then every
+tensor is read (`scan`) and, behind that, encoded or copied to its place (`units`) by whatever there is to do it (`engine`), and
+noted in a journal with its SHA-256 (`workfolder`). The small files follow, and the folder takes its name. Killed at any moment,
+the same call goes on where it was and ends in the same bytes, those of a run over the source as it is now: a tensor that is
+finished and has changed since is refused.
 """
 
-import hashlib
 import itertools
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 
 from seedlm import checkpoint, engine, engine_ray, report, search
 from seedlm.allocate import Mixture, most_common
 from seedlm.checkpoint import PackedInfo, stored_name
-from seedlm.codec import ROUNDINGS, Rounding, choose_exponent_bias
+from seedlm.codec import choose_exponent_bias
 from seedlm.device import choose_devices, peak_memory
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
-from seedlm.format import Format, parse_format
+from seedlm.format import ROUNDINGS, Format, Rounding, parse_format
 from seedlm.report import RunReport, inspect_checkpoint
+from seedlm.scan import Scan, scan
 from seedlm.search import Backend
 from seedlm.selection import dense_linears, select, stack_of
 from seedlm.source import Source, locate, open_source
-from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, TORCH_DTYPES, Layout, TensorInfo, layout
-from seedlm.units import Job, Unit, as_bytes, converted, pieces
+from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout
+from seedlm.units import Item, Job, Place, Unit
 from seedlm.version import __version__
 from seedlm.workfolder import WorkFolder
 
 Progress = Callable[[str, int, int], None]
-"""Told (phase, done, total), phases ``read`` in bytes and then ``compress`` in weights; the first call of a phase says where
-it starts, which is not 0 when an earlier run is gone on with. One call at a time, but not always from the same thread."""
-
-_SCAN_WEIGHTS: Final = 1 << 22
-_SCAN_THREADS: Final = 16
-"""Weights that a thread of the first part has in memory at a time; threads at most. SHA-256 lets each do 1 to 2 GB/s."""
+"""Told (phase, done, total) of the phases ``read``, in bytes, and ``compress``, in weights, side by side. A phase's first call
+says where it starts, which is not 0 when an earlier run is gone on with. From several threads, one call at a time."""
 
 _DTYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_BITS: Final[Mapping[str, tuple[Any, Any, int]]] = {
-    "BF16": (np.int16, np.uint16, 0x7F80),
-    "F16": (np.int16, np.uint16, 0x7C00),
-    "F32": (np.int32, np.uint32, 0x7F800000),
-}
-"""A dtype as integers, and infinity as one: the bits of magnitudes are in their order, those of NaN above infinity's."""
-
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One tensor of the source, or one matrix of a stack, and what becomes of it.
-
-    name     in the source
-    module   whose compressed weight it becomes; None if it is copied
-    packed   how, if so
-    stored   what it is stored as, name -> dtype and shape
-    """
-
-    name: str
-    module: str | None
-    packed: PackedInfo | None
-    stored: dict[str, TensorInfo]
-
-    @property
-    def key(self) -> str:
-        """What tells it from all others."""
-        return next(iter(self.stored))
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """What one pass over a tensor tells. `largest` magnitude is 0 for tensors that are only copied."""
-
-    digest: str
-    largest: float = 0.0
 
 
 def compress_checkpoint(
@@ -106,7 +64,7 @@ def compress_checkpoint(
     source              local folder of safetensors, GGUF file or Hub repository (`source.open_source`)
     out                 folder to be created; ``OUT.partial`` beside it holds the unfinished run
     format              preset, specification or format object, or a mixture of formats
-    rounding            how coefficients are chosen (`codec.Rounding`)
+    rounding            how coefficients are chosen (`format.Rounding`)
     dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;
                         None leaves every one as it is
     include, exclude    glob patterns over module names (`selection`)
@@ -141,35 +99,37 @@ def compress_checkpoint(
     overrides = {module: other for module, other in formats.items() if other != format}
     items = _items(model, formats, _DTYPES.get(dtype or ""))
     shards = _shards(items, shard_bytes)
+    layouts = {name: _layout(shard) for name, shard in shards.items()}
+    plan = {
+        "seedlm": __version__,
+        "arguments": {
+            "format": format.to_dict(),
+            "overrides": {module: other.spec for module, other in overrides.items()},
+            "rounding": rounding,
+            "dtype": dtype,
+            "include": sorted(include),
+            "exclude": sorted(exclude),
+            "max_shard_size": shard_bytes,
+        },
+        "source": model.fingerprint,
+    }
     done: list[engine.Finished] = []
 
     with WorkFolder.claim(out) as work:
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
         job = Job(str(path), fingerprint, work.model, work.token, tuple(dict.fromkeys(formats.values())), rounding, backend)
-        with engine.start(job, devices, model) if devices else engine_ray.start(job, device) as runner:
-            clock.phase("read")
-            scans = _scan(model, items, progress)
-            plan = {
-                "seedlm": __version__,
-                "arguments": {
-                    "format": format.to_dict(),
-                    "overrides": {module: other.spec for module, other in overrides.items()},
-                    "rounding": rounding,
-                    "dtype": dtype,
-                    "include": sorted(include),
-                    "exclude": sorted(exclude),
-                    "max_shard_size": shard_bytes,
-                },
-                "source": model.fingerprint,
-                "content": {name: scan.digest for name, scan in scans.items()},
-            }
-            layouts = {name: _layout(shard) for name, shard in shards.items()}
-            published = work.begin(plan, layouts)
-            if not published:
-                clock.phase("compress")
-                done = _run(work, runner, _units(shards, layouts, scans), progress)
-        clock.phase("finish")
+        try:
+            with engine.start(job, devices, model) if devices else engine_ray.start(job, device) as runner:
+                published = work.begin(plan, layouts)
+                if not published:
+                    clock.phase("compress")
+                    done = _run(work, runner, model, _places(shards, layouts), progress)
+        except TensorError:
+            if not work.resumed:  # these arguments cannot come to an end
+                work.remove()
+            raise
         if not published:
+            clock.phase("finish")
             config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
             if dtype is not None:
                 config["dtype"] = dtype
@@ -228,12 +188,12 @@ def _matrices(source: Source, modules: list[str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _items(source: Source, formats: Mapping[str, Format], dtype: str | None) -> list[_Item]:
+def _items(source: Source, formats: Mapping[str, Format], dtype: str | None) -> list[Item]:
     """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight.
 
     formats   module -> how its weight is to be stored, of every matrix to be compressed
     """
-    items: list[_Item] = []
+    items: list[Item] = []
     taken: dict[str, str] = {}
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
@@ -244,7 +204,7 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None) -> 
             found = [_packed(name, module, PackedInfo(formats[module], (info.shape[0], info.shape[1])))]
         else:
             convert = dtype is not None and info.dtype in _DTYPES.values()
-            found = [_Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})]
+            found = [Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})]
         for stored in (stored for item in found for stored in item.stored):
             if taken.setdefault(stored, name) != name:
                 raise SourceError(f"{name} and {taken[stored]} would both be stored as {stored}; --exclude one of them")
@@ -252,13 +212,13 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None) -> 
     return items
 
 
-def _packed(name: str, module: str, packed: PackedInfo) -> _Item:
-    return _Item(name, module, packed, {stored_name(module, part): spec for part, spec in packed.stored.items()})
+def _packed(name: str, module: str, packed: PackedInfo) -> Item:
+    return Item(name, module, packed, {stored_name(module, part): spec for part, spec in packed.stored.items()})
 
 
-def _shards(items: list[_Item], max_bytes: int) -> dict[str, list[_Item]]:
+def _shards(items: list[Item], max_bytes: int) -> dict[str, list[Item]]:
     """Deal the tensors out to files of at most `max_bytes`, in order; a larger tensor has a file of its own."""
-    groups: list[list[_Item]] = [[]]
+    groups: list[list[Item]] = [[]]
     filled = 0
     for item in items:
         size = sum(info.nbytes for info in item.stored.values())
@@ -272,98 +232,66 @@ def _shards(items: list[_Item], max_bytes: int) -> dict[str, list[_Item]]:
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
-def _layout(items: list[_Item]) -> Layout:
+def _layout(items: list[Item]) -> Layout:
     stored = {name: info for item in items for name, info in item.stored.items()}
     return layout(stored, checkpoint.metadata({item.module: item.packed for item in items if item.module and item.packed}))
 
 
-def _scan(source: Source, items: list[_Item], progress: Progress) -> dict[str, _Scan]:
-    """Read the whole source once. Raises TensorError naming the first weight with NaN or Inf values, and how many follow."""
-    total, done, stopped = sum(source.tensors[name].nbytes for name in {item.name for item in items}), 0, False
+def _places(shards: Mapping[str, list[Item]], layouts: Mapping[str, Layout]) -> dict[Item, Place]:
+    """Where each item goes, in the order of the work: that of the files, one format after the other."""
+    places = {
+        item: Place(file, {name: layouts[file].offsets[name] for name in item.stored})
+        for file, shard in shards.items()
+        for item in shard
+    }
+    return dict(sorted(places.items(), key=lambda pair: pair[0].packed.format.spec if pair[0].packed else ""))
+
+
+def _run(
+    work: WorkFolder, runner: engine.Runner, source: Source, places: Mapping[Item, Place], progress: Progress
+) -> list[engine.Finished]:
+    """Read everything, and run every unit that the journal does not name; each is noted as its bytes have reached the disk."""
     lock = threading.Lock()
-    progress("read", 0, total)
 
-    def tell(count: int) -> None:
-        nonlocal done
-        with lock:
-            if stopped:
-                raise InterruptedError
-            done += count
-            progress("read", done, total)
+    def counter(phase: str, done: int, total: int) -> Callable[[int], None]:
+        def add(count: int) -> None:
+            nonlocal done
+            with lock:
+                done += count
+                progress(phase, done, total)
 
-    with ThreadPoolExecutor(min(_SCAN_THREADS, max(2, torch.get_num_threads()))) as pool:
-        try:
-            found = list(pool.map(lambda item: _scan_tensor(source, item, tell), items))
-        except BaseException:
-            stopped = True
-            raise
-    broken = [reason for _, reason in found if reason]
-    if broken:
-        others = f"; and {len(broken) - 1} more tensors like it" if len(broken) > 1 else ""
-        raise TensorError(f"{broken[0]}{others}; --exclude keeps a tensor as it is")
-    return {item.key: scan for item, (scan, _) in zip(items, found, strict=True)}
+        add(0)
+        return add
 
+    def units(scanned: Iterable[tuple[Item, Scan]]) -> Iterator[Unit]:
+        for item, found in scanned:
+            digests[item.key] = found.digest
+            if item.key in work.done:
+                work.expect(item.key, content=found.digest)
+                continue
+            largest = torch.tensor([found.largest])
+            yield Unit(item, places[item], choose_exponent_bias(largest, item.packed.format) if item.packed else 0)
 
-def _scan_tensor(source: Source, item: _Item, tell: Callable[[int], None]) -> tuple[_Scan, str | None]:
-    """Read one tensor; returns also why it cannot be compressed. TensorError for a number too large for the dtype it gets."""
-    digest, info = hashlib.sha256(), source.tensors[item.name]
-    largest, nan, inf = 0, 0, 0
-    if item.packed is None:
-        for chunk in source.chunks(item.name):
-            converted(chunk, info, item.stored[item.name], item.name)
-            digest.update(chunk)
-            tell(len(chunk))
-        return _Scan(digest.hexdigest()), None
-    signed, unsigned, infinity = _BITS[info.dtype]
-    mask = np.iinfo(signed).max
-    for piece in pieces(source, item.name, f"{item.module}", item.packed, _SCAN_WEIGHTS):
-        data = as_bytes(piece)
-        digest.update(data)
-        bits = np.frombuffer(data, signed)
-        # The largest positive number is the largest signed integer, the largest negative one the largest unsigned.
-        largest = max(largest, int(bits.max()), int(bits.view(unsigned).max()) & mask)
-        if largest >= infinity:
-            inf += int((bits & mask == infinity).sum())
-            nan += int((bits & mask > infinity).sum())
-        tell(len(data))
-    reason = f"{item.name}: a weight must be finite, got {nan} NaN and {inf} Inf values" if nan or inf else None
-    value = torch.from_numpy(np.array([largest], signed)).view(TORCH_DTYPES[info.dtype])
-    return _Scan(digest.hexdigest(), float(value)), reason
-
-
-def _units(shards: Mapping[str, list[_Item]], layouts: Mapping[str, Layout], scans: Mapping[str, _Scan]) -> list[Unit]:
-    """The work that the plan amounts to, in the order of the files."""
-    units = []
-    for file, shard in shards.items():
-        for item in shard:
-            bias = 0
-            if item.packed is not None:
-                bias = choose_exponent_bias(torch.tensor([scans[item.key].largest]), item.packed.format)
-            offsets = {name: layouts[file].offsets[name] for name in item.stored}
-            units.append(Unit(item.name, item.module, item.packed, bias, item.stored, file, offsets))
-    return units
-
-
-def _run(work: WorkFolder, runner: engine.Runner, units: list[Unit], progress: Progress) -> list[engine.Finished]:
-    """Run every unit that the journal does not name, and note each as its bytes have reached the disk."""
-    total = sum(unit.weights for unit in units)
-    done = sum(unit.weights for unit in units if unit.key in work.done)
-    finished = []
-    progress("compress", done, total)
-    for event in runner.run(unit for unit in units if unit.key not in work.done):
-        if isinstance(event, engine.Finished):
-            work.finish_tensor(event.unit.key, **event.facts)
-            finished.append(event)
-        else:
-            done += event.weights
-            progress("compress", done, total)
+    finished: list[engine.Finished] = []
+    digests: dict[str, str] = {}
+    read = counter("read", 0, sum(source.tensors[name].nbytes for name in {item.name for item in places}))
+    done = sum(item.weights for item in places if item.key in work.done)
+    compressed = counter("compress", done, sum(item.weights for item in places))
+    with closing(scan(source, places, read)) as scanned:
+        for event in runner.run(units(scanned)):
+            if isinstance(event, engine.Finished):
+                key = event.unit.item.key
+                work.finish_tensor(key, content=digests[key], **event.facts)
+                finished.append(event)
+            else:
+                compressed(event.weights)
     return finished
 
 
 def _write_rest(
     work: WorkFolder,
     source: Source,
-    shards: Mapping[str, list[_Item]],
+    shards: Mapping[str, list[Item]],
     config: dict[str, Any],
 ) -> None:
     """Everything but the tensors; config.json, without which nothing is a model, comes last."""

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from seedlm.basis import generator, greville
-from seedlm.codec import ROUNDINGS, Rounding, best_exponent, power_of_two
+from seedlm.codec import best_exponent, power_of_two
 from seedlm.errors import FormatError, TensorError
-from seedlm.format import MAX_BLOCK_BITS, BlockFormat
+from seedlm.format import MAX_BLOCK_BITS, ROUNDINGS, BlockFormat, Rounding
 from seedlm.selection import select
 from seedlm.source import Source
 

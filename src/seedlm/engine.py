@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -222,8 +221,9 @@ class Engine:
         self.events.put((workers, event))
 
     def run(self, units: Iterable[Unit]) -> Iterator[Progress | Finished]:
-        """Run all units; yields what happens. Raises whatever a worker raised."""
-        waiting = deque(units)
+        """Run all units, each taken when there is a worker for it; yields what happens. Raises whatever a worker raised."""
+        units = iter(units)
+        waiting = next(units, None)
         running = 0
         while waiting or running:
             workers, event = self.events.get()
@@ -232,8 +232,9 @@ class Engine:
             if isinstance(event, Finished):
                 running -= 1
             if isinstance(event, Ready | Finished) and waiting:
-                workers.submit(waiting.popleft())
+                workers.submit(waiting)
                 running += 1
+                waiting = next(units, None)
             if isinstance(event, Progress | Finished):
                 yield event
 

@@ -57,17 +57,25 @@ class Cluster:
 
     def run(self, units: Iterable[Unit]) -> Iterator[Progress | Finished]:
         """Run all units; Ray holds back what does not fit the cluster."""
-        ray = self._ray
-        running = [self._task.remote(self._job, unit) for unit in units]
+        running: list[Any] = []
+        for unit in units:
+            running.append(self._task.remote(self._job, unit))
+            yield from self._finished(running, 0)
         while running:
-            done, running = ray.wait(running)
+            yield from self._finished(running, None)
+
+    def _finished(self, running: list[Any], seconds: float | None) -> Iterator[Progress | Finished]:
+        """Take one that is done off the list, if there is one by then."""
+        ray = self._ray
+        for done in ray.wait(running, timeout=seconds)[0]:
+            running.remove(done)
             try:
-                finished: Finished = ray.get(done[0])
+                finished: Finished = ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, SeedLMError | OSError) else error from None
             except ray.exceptions.RayError as error:
                 raise BackendError(f"Ray gave a unit up ({' '.join(str(error).split())}); {KEPT}") from None
-            yield Progress(finished.unit.weights)
+            yield Progress(finished.unit.item.weights)
             yield finished
 
     def close(self) -> None:

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from seedlm.checkpoint import Stack
-from seedlm.codec import Rounding
 from seedlm.errors import TensorError
-from seedlm.format import Format
+from seedlm.format import Format, Rounding
 from seedlm.linear import SeedLinear
 from seedlm.search import Backend, Progress, encode
 

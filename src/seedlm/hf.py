@@ -1,4 +1,4 @@
-"""transformers: packed folders load with `AutoModelForCausalLM.from_pretrained(folder)` once this module is imported.
+"""transformers: packed folders load with `AutoModelForCausalLM.from_pretrained(folder)` once this is imported (by `hf_hook`).
 
 Loading swaps each nn.Linear whose codes are in the files for a `SeedLinear` before any weight is read, and experts for
 `SeedExperts` (`hf_places`). Which ones, and whether every part of them is there in the right shape, is taken from the files'
@@ -18,20 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import fusion_mapping
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from seedlm.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata
-from seedlm.codec import ROUNDINGS, Rounding
 from seedlm.errors import CheckpointError, FormatError
 from seedlm.experts import PACKED, SeedExperts
-from seedlm.format import Format, format_from_dict, parse_format
+from seedlm.format import ROUNDINGS, Format, Rounding, format_from_dict, parse_format
 from seedlm.hf_places import ExpertNames, Places, saved_names
 from seedlm.walk import choose_modules, compress_model, dense_names, expand_model, seed_linears, weights_of
 
@@ -41,7 +36,7 @@ class SeedLMConfig(QuantizationConfigMixin):
 
     bits                     a preset by its bits per weight: 5, 4.5, 4, 3.5, 3, 2.5 or 2, unless `format` is given
     format                   a specification such as "block-k16-c8-p3-q4-e4", or the JSON form of a format
-    rounding                 how coefficients are chosen (`codec.Rounding`)
+    rounding                 how coefficients are chosen (`format.Rounding`)
     modules_to_not_convert   linear layers to leave as they are: names, or glob patterns when compressing
     overrides                module name -> JSON form of its format, where it is not `format`
     Raises FormatError for an unknown format or option, CheckpointError for a newer format version.
@@ -159,9 +154,9 @@ def register() -> None:
     There is no public way to add a fusion. Its dictionary may move in a later transformers; folders would then be refused
     here too, and `from_pretrained(folder, fusion_config={})` would open them.
     """
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(SeedLMConfig)
-        register_quantizer(QUANT_METHOD)(SeedLMQuantizer)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(SeedLMConfig)
+        auto.register_quantizer(QUANT_METHOD)(SeedLMQuantizer)
         getattr(fusion_mapping, "_FUSION_REGISTRY", {}).setdefault(GUARD, None)
 
 
@@ -197,3 +192,6 @@ def _set_guard(config: Any, wanted: bool) -> None:
         config.fusion_config = fusions
     elif hasattr(config, "fusion_config"):
         del config.fusion_config
+
+
+register()

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from seedlm import ops
 from seedlm.checkpoint import PackedInfo, check_codes, stored_name
-from seedlm.codec import Rounding
-from seedlm.format import Format, parse_format
+from seedlm.format import Format, Rounding, parse_format
 from seedlm.search import Backend, EncodedTensor, Progress, encode
 
 _TWINS: Final = frozenset({"FalconLinear"})

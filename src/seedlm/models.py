@@ -19,7 +19,7 @@ from seedlm.checkpoint import QUANT_METHOD
 from seedlm.errors import SourceError
 from seedlm.report import inspect_checkpoint
 from seedlm.source import FolderSource
-from seedlm.tensorfile import TORCH_DTYPES, read_json
+from seedlm.tensorfile import DTYPE_BITS, TORCH_NAMES, read_json
 from seedlm.walk import expand_model, seed_linears
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
@@ -70,8 +70,7 @@ def describe(name: str, path: Path) -> ModelInfo:
     for info in files.tensors.values():
         sizes[info.dtype] += prod(info.shape)
     dtype = sizes.most_common(1)[0][0]
-    bits = 8.0 * TORCH_DTYPES[dtype].itemsize
-    return _info(name, str(TORCH_DTYPES[dtype]).removeprefix("torch."), bits, sizes.total(), files.nbytes, fingerprint)
+    return _info(name, TORCH_NAMES[dtype], float(DTYPE_BITS[dtype]), sizes.total(), files.nbytes, fingerprint)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -93,8 +92,6 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto", packed:
     Raises SourceError if it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
-
-    import seedlm.hf  # noqa: F401  (makes packed folders known to transformers)
 
     folder, options = _arguments(path)
     options["dtype"] = "float32" if dtype == "auto" and options else dtype

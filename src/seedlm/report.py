@@ -62,7 +62,7 @@ class RunReport(Report):
     """A packed checkpoint and the run that made it.
 
     devices             that took part, as torch names them; on a cluster after the machine's name
-    phase_seconds       where the time went: ``prepare``, ``read`` (the source, to check it), ``compress``, ``finish``
+    phase_seconds       where the time went: ``prepare``, ``compress`` (reading ahead too), ``finish``
     peak_host_bytes     most memory that a process had resident
     peak_device_bytes   most memory that a process held on its GPU
     """

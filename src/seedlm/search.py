@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from seedlm import codec, packing, search_torch
-from seedlm.codec import BlockCodes, Rounding
+from seedlm.codec import BlockCodes
 from seedlm.errors import BackendError, TensorError
-from seedlm.format import EXPONENT_BIAS_RANGE, BlockFormat, Format, parse_format
+from seedlm.format import EXPONENT_BIAS_RANGE, ROUNDINGS, BlockFormat, Format, Rounding, parse_format
 
 Backend = Literal["auto", "triton", "numba", "torch"]
 BACKENDS: Final = ("triton", "numba", "torch")
@@ -75,15 +75,15 @@ def encode(
 
     weight          floating point [out_features, in_features], finite, not float64
     format          a format, or anything `parse_format` reads
-    rounding        how coefficients are chosen (`codec.Rounding`)
+    rounding        how coefficients are chosen (`format.Rounding`)
     exponent_bias   None picks it from the largest magnitude; 0 is the paper's absolute exponent range
     returns         the encoded tensor, on the weight's device, and ||W - W^||_F^2
     Raises TensorError for a weight that cannot be encoded, BackendError for a backend that cannot run here.
     """
     check_weight(weight)
     format = parse_format(format) if isinstance(format, str) else format
-    if rounding not in codec.ROUNDINGS:
-        raise TensorError(f"rounding must be one of {', '.join(codec.ROUNDINGS)}, got {rounding!r}")
+    if rounding not in ROUNDINGS:
+        raise TensorError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     low, high = EXPONENT_BIAS_RANGE
     bias = codec.choose_exponent_bias(weight, format) if exponent_bias is None else exponent_bias
     if not low <= bias <= high:

@@ -32,8 +32,8 @@ from numba import njit
 from torch import Tensor
 
 from seedlm import simd
-from seedlm.codec import BlockCodes, Rounding
-from seedlm.format import BlockFormat
+from seedlm.codec import BlockCodes
+from seedlm.format import BlockFormat, Rounding
 from seedlm.search_numba_tables import ENERGY_UNIT, SHARE, UNIT, plan
 from seedlm.simd import LANES
 

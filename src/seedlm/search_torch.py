@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from seedlm.basis import basis
-from seedlm.codec import BlockCodes, Rounding, evaluate, power_of_two
-from seedlm.format import BlockFormat
+from seedlm.codec import BlockCodes, evaluate, power_of_two
+from seedlm.format import BlockFormat, Rounding
 
 _MARGIN = 1e-5
 """Share of ||w||^2 by which a float32 energy may fall short of the true one: 24 products of unit vectors at 2^-24 each

@@ -1,18 +1,19 @@
 """Seed search on an NVIDIA GPU: a proved bound on tensor cores, then exact scores for the few seeds left.
 
 Every block is scaled to unit length, so that a seed's residual 1 - ||Q'w||^2 says what share of the block it cannot reach
-whatever its coefficients. One chunk of blocks goes through five steps, all on the GPU:
+whatever its coefficients. One chunk of blocks goes through six steps, all on the GPU:
 
-    bound      least residual of every tile of 64 seeds, products and maxima in float16 (`groups` says of what)
-    first      four of the best tiles, one seed of each scored exactly: the threshold
-    list       tiles, then seeds, whose residual less the margin does not exceed the threshold
+    bound      least residual of every tile of 256 seeds, products and maxima in float16 (`groups` says of what)
+    first      three of the best tiles, one seed of each scored exactly: the threshold
+    list       for every tile the blocks that it may have the best seed for
+    rescan     the seeds of a tile that may be the best, for all its blocks at once: rows stay, blocks go past
     evaluate   `codec.evaluate` on the listed (block, seed) pairs, one to a lane, float64
     select     the least score of a block, then the least (seed, exponent, coefficients) among its equals
 
 A seed that is not listed provably scores worse than one that was scored: `_margins` bounds everything that the fast
-arithmetic can lose. Lists are sized for an average block (5.6 tiles and 4.1 seeds on Gaussian weights at the 4-bit preset). A
-block that does not fit, or has no length, stays open and is redone: with longer lists if there are many, then with every
-seed. Nothing is dropped, and `search` says how many there were.
+arithmetic can lose. Lists are sized for an average block (4.6 tiles and 3.7 seeds on Gaussian weights at the 4-bit preset; at
+most 10 and 11, at 4.5 bits). A block that does not fit, or has no length, stays open and is redone: with longer lists if there
+are many, then with every seed. Nothing is dropped, and `search` says how many there were.
 
 The order within a list depends on timing; what is selected from it does not.
 """
@@ -25,9 +26,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seedlm import search_triton_bound
 from seedlm import search_triton_kernels as kernels
-from seedlm.codec import BlockCodes, Rounding
-from seedlm.format import BlockFormat
+from seedlm.codec import BlockCodes
+from seedlm.format import BlockFormat, Rounding
 from seedlm.search_triton_tables import Tiles, tables
 
 WORKING_SET = 2 << 30
@@ -35,19 +37,23 @@ WORKING_SET = 2 << 30
 
 _SEGMENT = 256
 """Blocks to a program where blocks are independent."""
-_FIRST_TILES = 4
-"""Seeds scored for the threshold. One is not enough: where its coefficients clamp, hundreds of seeds reach the threshold."""
-_LIST_TILES, _LIST_BLOCKS = 16, 4096
-"""Tiles and blocks to a segment of the lists."""
-_ENTRIES = 4
-"""Tiles rescanned by a warp at a time: 16 read so many cache lines a load that it took 0.69 ms instead of 0.41 (H100)."""
-_BUDGETS = (16, 512)
-"""Tiles that the lists have room for, per block, in the first and the second round."""
-_SEEDS_PER_TILE = 3
-"""Seeds that they have room for, per tile; with one, a single block's 1024 seeds could crowd out its neighbours."""
+_FIRST_TILES, _SHARES = 3, 8
+"""Seeds scored for the threshold, and shares of the tiles with at most one of them. One is not enough: where its coefficients
+clamp, hundreds of seeds reach the threshold. Ill-conditioned seeds are no use: at 4.5 bits three of all kinds left 1.4 % of
+blocks open."""
+_LIST_TILES = 16
+"""Tiles to a program of `list`, of which it takes a segment of blocks."""
+_PARTS = 8
+"""Lists of a tile's blocks: with a single one, programs wait in line to add to it."""
+_RESCAN_SEEDS, _RESCAN_BLOCKS = 128, 64
+"""Seeds of a tile and blocks that listed it that go through the tensor cores together."""
+_BUDGETS = (24, 256)
+"""Tiles and seeds that the lists have room for, per block, in the first and the second round."""
 _FEW_BLOCKS = 64
 """Open blocks that are scored with every seed at once (0.3 ms): fewer cost less than another round of the bound."""
-_MAX_CHUNK = 1 << 18
+_WAVE = 6
+"""Programs of the bound to a processor, where two or three fit: chunks are whole multiples, so that all end together."""
+_MAX_CHUNK = 1 << 19
 
 
 def search(
@@ -119,7 +125,8 @@ def _engine(format: BlockFormat, rounding: Rounding, device: torch.device) -> "_
     if engine is None or _kept.wanted != wanted:
         if engine is not None:
             engine.last.synchronize()
-            del _kept.engine, engine  # its memory serves the next one
+            del _kept.engine, engine
+            torch.cuda.empty_cache()  # a graph's memory serves no other before
         _kept.engine, _kept.wanted = _Engine(format, rounding, device), wanted
     return _kept.engine
 
@@ -149,6 +156,7 @@ class _Engine:
     def __init__(self, format: BlockFormat, rounding: Rounding, device: torch.device) -> None:
         self.format, self.working_set = format, WORKING_SET
         self.tables = tables(format, device)
+        self.wave = _WAVE * torch.cuda.get_device_properties(device).multi_processor_count * _SEGMENT
         self.bias = torch.zeros((), dtype=torch.int32, device=device)
         self.plans: dict[int, _Plan] = {}
         self.last = torch.cuda.Event()
@@ -182,8 +190,10 @@ class _Engine:
     def chunk_blocks(self, budget: int) -> int:
         """Blocks, whole segments of them, whose lists and bounds fit half the working set: the other is for what is redone."""
         tiles = sum(map(len, self.tables.kinds))
-        per_block = 2 * tiles + 6 * self.tables.width + 96 + 32 * _FIRST_TILES + (8 + 24 * _SEEDS_PER_TILE) * budget
-        return max(1, min(_MAX_CHUNK, self.working_set // 2 // per_block) // _SEGMENT) * _SEGMENT
+        per_block = 2 * tiles + 4 * self.tables.width + 96 + 32 * _FIRST_TILES + 32 * budget
+        most = min(_MAX_CHUNK, self.working_set // 2 // per_block)
+        unit = self.wave if most >= self.wave else _SEGMENT
+        return max(1, most // unit) * unit
 
     def plan(self, count: int) -> _Plan:
         """The plan for at least this many blocks, at most a quarter too long."""
@@ -249,72 +259,92 @@ class _Engine:
 
     def bounded(self, blocks: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
         """Winners' score [N] and key [N], and which blocks stay open (bool [N]; theirs mean nothing)."""
-        tables, device, count = self.tables, blocks.device, len(blocks)
+        device, count = blocks.device, len(blocks)
         blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -count % _SEGMENT))
-        padded, segments, width = len(blocks), len(blocks) // _SEGMENT, tables.width
-        sizes = [len(kind) for kind in tables.kinds]
+        padded, segments, width = len(blocks), len(blocks) // _SEGMENT, self.tables.width
+        kinds, sizes = self.tables.kinds, [len(kind) for kind in self.tables.kinds]
 
-        unit = torch.empty(padded, width, dtype=torch.float32, device=device)
-        half = torch.empty(padded, width, dtype=torch.float16, device=device)
+        parts = torch.empty(padded, 2, width, dtype=torch.float16, device=device)
         norm = torch.empty(padded, dtype=torch.float64, device=device)
-        kernels.normalize[segments,](blocks, unit, half, norm, C=self.format.block_size, CK=width, BN=_SEGMENT)
+        search_triton_bound.normalize[segments,](blocks, parts, norm, C=self.format.block_size, W=width, BN=_SEGMENT)
         least = torch.empty(sum(sizes), padded, dtype=torch.float16, device=device)
-        for kind, part in zip(tables.kinds, least.split(sizes), strict=True):
-            self.bound(half, kind, part)
+        for kind, part in zip(kinds, least.split(sizes), strict=True):
+            self.bound(parts, kind, part)
 
         best = _Best(padded, device)
-        first, seeds = (_pairs(segments, _FIRST_TILES * _SEGMENT, device, full=True) for _ in range(2))
-        kernels.first[segments,](
-            least, *first, padded, TILES=sizes[0], BN=_SEGMENT, SHARES=2 * _FIRST_TILES, FIRST=_FIRST_TILES, num_warps=1
-        )
+        seeds = _pairs(segments, _FIRST_TILES * _SEGMENT, device, full=True)
+        self.first(parts, kinds[0], least, seeds)
+        self.evaluate(blocks, seeds, best, splits=2 * _FIRST_TILES)
         threshold = torch.empty(padded, dtype=torch.float32, device=device)
-        self.rescan(tables.kinds[0], unit, threshold, best.open, first, seeds, splits=8, ENTRIES=64, FIRST=True)
-        self.evaluate(blocks, seeds, best, splits=8)
-
+        limit = torch.empty(padded, dtype=torch.float16, device=device)
         kernels.threshold[segments,](
-            norm, best.score, threshold, best.open, tables.seed_margin, DIVISOR=self.format.divisor, BN=_SEGMENT
+            norm, best.score, threshold, limit, best.open, *self.tables.margins, DIVISOR=self.format.divisor, BN=_SEGMENT
         )
-        columns = min(_LIST_BLOCKS, padded)
-        across, down = -(-padded // columns), [size // _LIST_TILES for size in sizes]
-        capacity = columns * budget // down[0]
-        wanted = _pairs(sum(down) * across, capacity, device)
-        seeds = _pairs(sum(down) * across, capacity * _SEEDS_PER_TILE, device)
-        segment = 0
-        for kind, part, rows in zip(tables.kinds, least.split(sizes), down, strict=True):
-            tiles, found = (_Pairs(*(field[segment : segment + rows * across] for field in lists)) for lists in (wanted, seeds))
-            segment += rows * across
-            kernels.list[rows, across](
-                part, threshold, best.open, best.listed, *tiles, padded, columns, tiles.capacity,
-                tables.tile_margin - tables.seed_margin, BN=_SEGMENT, TT=_LIST_TILES, LIMIT=8 * budget, num_warps=1,
-            )  # fmt: skip
-            self.rescan(kind, unit, threshold, best.open, tiles, found, splits=4, ENTRIES=_ENTRIES, FIRST=False, num_warps=1)
-        self.select(seeds, *self.evaluate(blocks, seeds, best, splits=2), best, splits=1)
+
+        most = -(-segments // _PARTS) * _SEGMENT  # a list can have so many blocks
+        capacity = max(32, most * budget // sizes[0])
+        wanted = torch.empty(_PARTS * sum(sizes), min(capacity, most), dtype=torch.int32, device=device)
+        listed = torch.zeros(len(wanted), dtype=torch.int32, device=device)
+        kernels.list[sum(sizes) // _LIST_TILES, segments](
+            least, limit, best.open, best.listed, wanted, listed, padded, wanted.shape[1],
+            BN=_SEGMENT, TT=_LIST_TILES, PARTS=_PARTS, LIMIT=8 * budget, num_warps=1,
+        )  # fmt: skip
+        seeds = _pairs(len(wanted), capacity, device)
+        start = 0
+        for kind in kinds:
+            rows = slice(start, start + _PARTS * len(kind))
+            self.rescan(parts, kind, threshold, best.open, wanted[rows], listed[rows], _Pairs(*(x[rows] for x in seeds)))
+            start = rows.stop
+        self.select(seeds, *self.evaluate(blocks, seeds, best, splits=4), best, splits=1)
         score, key = best.result()
         return score[:count], key[:count], best.open[:count] != 0
 
-    def bound(self, half: Tensor, kind: Tiles, least: Tensor) -> None:
-        """Fill least float16 [tiles, blocks] for unit blocks float16 [blocks, Ck]."""
+    def bound(self, parts: Tensor, kind: Tiles, least: Tensor) -> None:
+        """Fill least float16 [tiles, blocks] for unit blocks float16 [blocks, 2, W]."""
         tile_blocks = kind.rows.shape[0]
         seeds = kind.position.shape[2]
         own = seeds if seeds % 2 == 0 else 0  # a single seed's own row counts like shared ones
-        shared = self.format.num_coefficients - 1 + seeds - own
-        # H100: three programs of 4 warps to a processor, 0.90 ms a chunk at the 4-bit preset, against 1.05 for two of 8 warps,
-        # which are best at the 3-bit preset (2.31 against 2.77 ms).
-        options = {"num_warps": 4, "maxnreg": 168} if own > 8 and shared % 2 == 0 else {"num_warps": 8}
-        kernels.bound[len(half) // _SEGMENT,](
-            half, kind.rows, least, len(half), tile_blocks, OWN=own, SHARED=shared,
-            T=kind.position.shape[1], TM=len(kind) // tile_blocks, BN=_SEGMENT, CK=half.shape[1], STAGES=3, **options,
+        shared = kind.shared.shape[1] + seeds - own
+        # Three programs fit a processor, though 14 to 22 registers are spilled. H100, 4-bit preset: 0.90 ms for 2^18 blocks,
+        # against 1.05 for two programs of 8 warps.
+        search_triton_bound.bound[len(parts) // _SEGMENT,](
+            parts, kind.rows, least, len(parts), tile_blocks, OWN=own, SHARED=shared, COMPLEMENT=kind.complement,
+            T=kind.position.shape[1], TM=len(kind) // tile_blocks, BN=_SEGMENT, W=self.tables.width, STAGES=3,
+            num_warps=4, maxnreg=168,
         )  # fmt: skip
 
-    def rescan(
-        self, kind: Tiles, unit: Tensor, threshold: Tensor, still_open: Tensor, tiles: "_Pairs", seeds: "_Pairs", splits: int,
-        **options: int,
-    ) -> None:  # fmt: skip
-        kernels.rescan[len(tiles.filled), splits](
-            unit, kind.own, kind.shared, kind.position, threshold, still_open, *tiles, *seeds, tiles.capacity, seeds.capacity,
-            C=self.format.block_size, P=self.format.num_coefficients, CK=self.tables.width,
-            T=kind.position.shape[1], G=kind.position.shape[2], **options,
+    def first(self, parts: Tensor, kind: Tiles, least: Tensor, seeds: "_Pairs") -> None:
+        """Fill the list with good seeds, some of each block."""
+        tiles = torch.empty_like(seeds.block)
+        kernels.first[len(tiles),](
+            least, seeds.block, tiles, len(parts), BN=_SEGMENT, TILES=max(kind.sound // _SHARES, 1) * _SHARES, SHARES=_SHARES,
+            FIRST=_FIRST_TILES, num_warps=1,
         )  # fmt: skip
+        # The bound takes groups with an odd number of rows in twos, which have one tag.
+        share = max(kind.position.shape[1] // 16, 1 + (kind.position.shape[2] + kind.shared.shape[1]) % 2)
+        kernels.best_seed[tiles.numel() // 64,](
+            parts, kind.own, kind.shared, kind.position, seeds.block, tiles, seeds.item, SHARE=share, BN=64, **self.shape(kind)
+        )
+
+    def rescan(
+        self, parts: Tensor, kind: Tiles, threshold: Tensor, still_open: Tensor, wanted: Tensor, listed: Tensor, seeds: "_Pairs"
+    ) -> None:
+        """List the seeds that may win, for blocks int32 [tiles * _PARTS, capacity] of which there are `listed`."""
+        size = kind.position[0].numel()
+        kernels.rescan[len(kind), _PARTS, -(-size // _RESCAN_SEEDS)](
+            parts, kind.own, kind.shared, kind.position, threshold, still_open, wanted, listed, *seeds, wanted.shape[1],
+            seeds.capacity, SEEDS=min(size, _RESCAN_SEEDS), BN=_RESCAN_BLOCKS, num_warps=4, **self.shape(kind),
+        )  # fmt: skip
+
+    def shape(self, kind: Tiles) -> dict[str, int]:
+        return {
+            "T": kind.position.shape[1],
+            "G": kind.position.shape[2],
+            "C": self.format.block_size,
+            "S": kind.shared.shape[1],
+            "W": self.tables.width,
+            "COMPLEMENT": kind.complement,
+        }
 
     def exhaustive(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Winners' score [N] and key [N] over all seeds, and that no block stays open."""

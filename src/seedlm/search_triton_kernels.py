@@ -1,36 +1,11 @@
-"""The kernels of `search_triton`, in the order in which they run; what they are for is said there.
+"""The kernels of `search_triton` after the bound pass, in the order in which they run; what they are for is said there.
 
 Lists are int32 arrays [segments, capacity] with a counter for each segment, which may end beyond the capacity. Scores are kept
 as int64 that are ordered like the float64 they stand for, so that one atomic minimum works on them.
-
-Float16 pairs are written in PTX: Triton's own maximum takes one value an instruction, and the bound pass is little else.
 """
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _largest_magnitude(a, b, c):
-    """Gives max(|a|, |b|, |c|): one instruction on Hopper for two float16 each, which Triton's own maximum is not."""
-    return tl.inline_asm_elementwise(
-        "{.reg .b32 x, y, z; abs.f16x2 x, $1; abs.f16x2 y, $2; abs.f16x2 z, $3; max.f16x2 x, x, y; max.f16x2 $0, x, z;}",
-        "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@triton.jit
-def _less_square(a, b):
-    """Fused a - b * b, rounded once."""
-    return tl.inline_asm_elementwise(
-        "{.reg .b32 n; neg.f16x2 n, $2; fma.rn.f16x2 $0, n, $2, $1;}",
-        "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@triton.jit
-def _smaller(a, b):
-    return tl.inline_asm_elementwise("min.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -40,86 +15,6 @@ def _plus_if_reached(sum, residual, limit, value: tl.constexpr):
         "{.reg .b32 f; set.le.f16x2.f16x2 f, $2, $3; fma.rn.f16x2 $0, f, $4, $1;}",
         "=r,r,r,r,r", [sum, residual, limit, tl.full(sum.shape, value, tl.float16)], dtype=tl.float16, is_pure=True, pack=2,
     )  # fmt: skip
-
-
-@triton.jit
-def _tagged(a, tag):
-    """Copies a with the scalar `tag` in its two lowest mantissa bits."""
-    bits = tl.zeros(a.shape, tl.int16) + tag.to(tl.int16)
-    return tl.inline_asm_elementwise(
-        "lop3.b32 $0, $1, 0xFFFCFFFC, $2, 0xEA;",  # (a & b) | c
-        "=r,r,r", [a, bits], dtype=tl.float16, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@triton.jit
-def normalize(blocks, unit, half, norm, C: tl.constexpr, CK: tl.constexpr, BN: tl.constexpr):
-    """Blocks scaled to unit length, zero-padded to [.., CK], and their squared norms in float64."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    c = tl.arange(0, CK)
-    w = tl.load(blocks + n[:, None].to(tl.int64) * C + c[None, :], mask=c[None, :] < C, other=0.0)
-    w = w.to(tl.float64)
-    squared = tl.sum(w * w, axis=1)
-    tl.store(norm + n, squared)
-    scaled = w / tl.sqrt(tl.where(squared > 0, squared, 1.0))[:, None]
-    at = n[:, None] * CK + c[None, :]
-    tl.store(unit + at, scaled.to(tl.float32))
-    tl.store(half + at, scaled.to(tl.float16))
-
-
-@triton.jit
-def _pair(rows, w, TM: tl.constexpr, BN: tl.constexpr, CK: tl.constexpr):
-    """Products of the blocks [CK, BN] with two rows of TM tiles each, float16 [TM/8, 8, BN].
-
-    Eight tiles' first rows stand before their second ones: the tensor cores give a thread both, so the split moves nothing.
-    """
-    at = tl.arange(0, 2 * TM)[:, None] * CK + tl.arange(0, CK)[None, :]
-    x = tl.dot(tl.load(rows + at), w, out_dtype=tl.float16)
-    return tl.split(tl.permute(tl.reshape(x, [TM // 8, 2, 8, BN]), 0, 2, 3, 1))
-
-
-@triton.jit
-def _residual(residual, rows, w, OWN: tl.constexpr, SHARED: tl.constexpr, TM: tl.constexpr, BN: tl.constexpr, CK: tl.constexpr):
-    """What a group's pairs of rows leave of the residual: the largest of its own, and the shared ones."""
-    SIZE: tl.constexpr = 2 * TM * CK
-    if OWN > 0:
-        own, x = _pair(rows, w, TM, BN, CK)
-        own = _largest_magnitude(own, x, x)
-        for j in tl.static_range(1, OWN // 2):
-            x, y = _pair(rows + j * SIZE, w, TM, BN, CK)
-            own = _largest_magnitude(own, x, y)
-        residual = _less_square(residual, own)
-    for j in tl.static_range(OWN // 2, (OWN + SHARED) // 2):
-        x, y = _pair(rows + j * SIZE, w, TM, BN, CK)
-        residual = _less_square(_less_square(residual, x), y)
-    return residual
-
-
-@triton.jit
-def bound(
-    half, rows, least, blocks, tile_blocks, OWN: tl.constexpr, SHARED: tl.constexpr, T: tl.constexpr, TM: tl.constexpr,
-    BN: tl.constexpr, CK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Least residual of TM tiles at a time (T groups each) for BN blocks. OWN is even; if SHARED is odd, groups go in twos."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    w = tl.load(half + n[None, :] * CK + tl.arange(0, CK)[:, None])
-    one = tl.full([TM // 8, 8, BN], 1.0, tl.float16)
-    GROUPS: tl.constexpr = 1 + SHARED % 2
-    SIZE: tl.constexpr = (OWN + SHARED) // 2 * (2 * TM * CK)
-    for tile_block in range(tile_blocks):
-        best = one + 3.0
-        for t in tl.range(T // GROUPS, num_stages=STAGES):
-            group = rows + (tile_block * (T // GROUPS) + t) * (GROUPS * (OWN + SHARED) * TM * CK)
-            if GROUPS == 1:
-                best = _smaller(best, _tagged(_residual(one, group, w, OWN, SHARED, TM, BN, CK), t * 4 // T))
-            else:
-                x, y = _pair(group + 2 * SIZE, w, TM, BN, CK)
-                first = _residual(_less_square(one, x), group, w, OWN, SHARED, TM, BN, CK)
-                best = _smaller(best, _tagged(first, t * 8 // T))
-                second = _residual(_less_square(one, y), group + SIZE, w, OWN, SHARED, TM, BN, CK)
-                best = _smaller(best, _tagged(second, (t * 8 + 4) // T))
-        m = tile_block * TM + tl.arange(0, TM // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        tl.store(least + m[:, :, None].to(tl.int64) * blocks + n[None, None, :], best)
 
 
 @triton.jit
@@ -133,10 +28,9 @@ def _take_if_less(least, index, residual, tile):
 
 @triton.jit
 def first(
-    least, tile_block, tile_index, tile_count, blocks, TILES: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr,
-    FIRST: tl.constexpr,
-):  # fmt: skip
-    """The FIRST best among the minima of SHARES interleaved shares of the tiles, for a segment of BN blocks."""
+    least, tile_block, tile_index, blocks, TILES: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr, FIRST: tl.constexpr
+):
+    """The FIRST best among the minima of SHARES interleaved shares of the tiles, for BN blocks, with their tags."""
     segment = tl.program_id(0)
     lane = tl.arange(0, BN)
     n = segment * BN + lane
@@ -172,110 +66,144 @@ def first(
         keys = rest
         at = segment * (FIRST * BN) + i * BN + lane
         tl.store(tile_block + at, n)
-        tl.store(tile_index + at, (smallest & 0xFFFF) << 2 | (smallest >> 16 & 3))
+        tl.store(tile_index + at, (smallest & 0xFFFF) << 4 | (smallest >> 16 & 15))
 
 
 @triton.jit
-def threshold(norm, best, threshold, open, margin, DIVISOR: tl.constexpr, BN: tl.constexpr):
-    """The residual that a seed must not exceed to be able to win, for BN blocks."""
+def best_seed(
+    parts, own, shared, position, tile_block, tile_index, found_position, T: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
+    S: tl.constexpr, W: tl.constexpr, SHARE: tl.constexpr, COMPLEMENT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The seed of least residual in a tagged share (SHARE groups) of a tile, for BN pairs of block and share."""
+    entry = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tl.load(tile_block + entry)
+    index = tl.load(tile_index + entry)
+    tile = index >> 4
+    t = (index & 15)[:, None] * (T // 16) + tl.arange(0, SHARE)[None, :]
+    slot = (t * G)[:, :, None] + tl.arange(0, G)[None, None, :]
+    w = ()
+    for c in tl.static_range(C):
+        w = w + (tl.load(parts + n * (2 * W) + c).to(tl.float32),)
+    x = tl.zeros([BN, SHARE, G], tl.float32)
+    for c in tl.static_range(C):
+        x += w[c][:, None, None] * tl.load(own + (tile * C + c)[:, None, None] * (T * G) + slot).to(tl.float32)
+    energy = x * x
+    if SHARE > 1:  # otherwise all share the rest
+        for s in tl.static_range(S):
+            y = tl.zeros([BN, SHARE], tl.float32)
+            for c in tl.static_range(C):
+                y += w[c][:, None] * tl.load(shared + ((tile * S + s) * C + c)[:, None] * T + t).to(tl.float32)
+            energy += (y * y)[:, :, None]
+    energy = tl.reshape(energy, [BN, SHARE * G])
+    winner = tl.argmin(energy, axis=1) if COMPLEMENT else tl.argmax(energy, axis=1)
+    tl.store(found_position + entry, tl.load(position + tile * (T * G) + (index & 15) * (T * G // 16) + winner))
+
+
+@triton.jit
+def threshold(
+    norm, best, threshold, limit, open, seed_root, seed_sum, tile_root, tile_sum, DIVISOR: tl.constexpr, BN: tl.constexpr
+):
+    """The residuals that a seed and a tile must not exceed to be able to win, for BN blocks: `search_triton_tables.Margins`."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     squared = tl.load(norm + n)
     ordered = tl.load(best + n)
     score = (ordered ^ ((ordered >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
     reached = 1.0 + score / (DIVISOR * DIVISOR * 1.0) / tl.where(squared > 0, squared, 1.0)
-    # A block of zeros reaches nothing with any seed and cannot be scaled: left open. 1e-6 covers the rounding to float32.
-    tl.store(threshold + n, tl.where(squared > 0, reached + margin + 1e-6, -1.0).to(tl.float32))
+    root = tl.sqrt(tl.maximum(reached, 0.0))
+    seed = (root + seed_root) * (root + seed_root) + seed_sum
+    tile = (root + tile_root) * (root + tile_root) + tile_sum
+    # Rounded up, with all tag bits set: not below whatever a tile that is wanted may have there.
+    tile = (tile * (1 + 2.0**-7) + 2.0**-24).to(tl.float16).to(tl.int16, bitcast=True) | 15
+    # A block of zeros reaches nothing with any seed and cannot be scaled: left open.
+    tl.store(threshold + n, tl.where(squared > 0, seed, -1.0).to(tl.float32))
+    tl.store(limit + n, tl.where(squared > 0, tile.to(tl.float16, bitcast=True), -1.0))
     tl.store(open + n, 1, mask=squared == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def list(
-    least, threshold, open, listed, tile_block, tile_index, tile_count, blocks, columns, capacity, margin,
-    BN: tl.constexpr, TT: tl.constexpr, LIMIT: tl.constexpr,
+    least, limit, open, listed, tile_block, tile_count, blocks, capacity, BN: tl.constexpr, TT: tl.constexpr,
+    PARTS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Every tile that reaches its block's threshold, among TT tiles and some columns of blocks.
-
-    A segment of the lists has few tiles and many blocks, so that `rescan` finds the tiles' rows, a kilobyte each, in L1.
-    """
-    segment = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    base = segment.to(tl.int64) * capacity
+    """For each of TT tiles the blocks whose limit it reaches, among BN blocks; LIMIT tiles a block."""
     tiles = tl.program_id(0) * TT
-    for start in range(tl.program_id(1) * columns, tl.minimum((tl.program_id(1) + 1) * columns, blocks), BN):
-        n = start + tl.arange(0, BN)
-        reach = tl.load(threshold + n) + margin
-        # Rounded up, with all tag bits set: above whatever a tile that is wanted may have there.
-        limit = (reach * (1 + 2.0**-10)).to(tl.float16).to(tl.int16, bitcast=True) | 3
-        limit = limit.to(tl.float16, bitcast=True)
-        # One word a block says which of the tiles are wanted; almost all words are empty or have one bit.
-        word = tl.zeros([BN], tl.int32)
-        for half in tl.static_range(TT // 8):
-            bits = tl.zeros([BN], tl.float16)
-            for row in tl.static_range(8):
-                residual = tl.load(least + (tiles + half * 8 + row).to(tl.int64) * blocks + n)
-                bits = _plus_if_reached(bits, residual, limit, 2.0**row)
-            word |= bits.to(tl.int32) << (half * 8)
-        while tl.max(word, axis=0) > 0:
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    reach = tl.load(limit + n)
+    # One word a block says which of the tiles are wanted; almost all words are empty or have one bit.
+    word = tl.zeros([BN], tl.int32)
+    for half in tl.static_range(TT // 8):
+        bits = tl.zeros([BN], tl.float16)
+        for row in tl.static_range(8):
+            residual = tl.load(least + (tiles + half * 8 + row).to(tl.int64) * blocks + n)
+            bits = _plus_if_reached(bits, residual, reach, 2.0**row)
+        word |= bits.to(tl.int32) << (half * 8)
+    while tl.max(word, axis=0) > 0:
+        wanted = word != 0
+        segment = (tiles + _lowest_bit(word)) * PARTS + tl.program_id(1) % PARTS
+        before = tl.atomic_add(listed + n, 1, mask=wanted, sem="relaxed")
+        at = tl.atomic_add(tile_count + segment, 1, mask=wanted & (before < LIMIT), sem="relaxed")
+        fits = wanted & (before < LIMIT) & (at < capacity)
+        tl.store(tile_block + segment.to(tl.int64) * capacity + at, n, mask=fits)
+        tl.store(open + n, 1, mask=wanted & (fits == 0))
+        word = word & (word - 1)
+
+
+@triton.jit(do_not_specialize=["capacity", "found_capacity"])
+def rescan(
+    parts, own, shared, position, threshold, open, tile_block, tile_count, found_block, found_position, found_count, capacity,
+    found_capacity, T: tl.constexpr, G: tl.constexpr, C: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
+    COMPLEMENT: tl.constexpr, SEEDS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The seeds, among SEEDS of a tile, that reach the threshold of a block that listed the tile.
+
+    Float16 rows, but both parts of the block and sums in float32. Rows stay; BN listed blocks at a time go past them.
+    """
+    tile = tl.program_id(0)
+    segment = tile * tl.num_programs(1) + tl.program_id(1)
+    count = tl.minimum(tl.load(tile_count + segment), capacity)
+    tile_block += segment.to(tl.int64) * capacity
+    found = segment.to(tl.int64) * found_capacity
+    k = tl.arange(0, 2 * W)
+    inside = (k % W < C)[:, None]
+    slot = tl.program_id(2) * SEEDS + tl.arange(0, SEEDS)
+    own_rows = tl.load(own + (tile * C + k % W)[:, None] * (T * G) + slot[None, :], mask=inside, other=0.0)
+    shared_rows = ()
+    for s in tl.static_range(S):
+        row = shared + ((tile * S + s) * C + k % W)[:, None] * T
+        shared_rows = shared_rows + (tl.load(row + slot[None, :] // G, mask=inside, other=0.0),)
+    # Of eight columns in a row the tensor cores give a thread two: bits of one word, so that no thread needs another's.
+    lane = tl.arange(0, 4)[None, :]
+    bit = (1 << (tl.arange(0, SEEDS // 8)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]))[None]
+    for start in range(0, count, BN):
+        entry = start + tl.arange(0, BN)
+        n = tl.load(tile_block + entry, mask=entry < count, other=0)
+        w = tl.load(parts + n[:, None] * (2 * W) + k[None, :])
+        x = tl.dot(w, own_rows)
+        residual = x * x if COMPLEMENT else 1.0 - x * x
+        for s in tl.static_range(S):
+            x = tl.dot(w, shared_rows[s])
+            residual = residual + x * x if COMPLEMENT else residual - x * x
+        # A block that is open is redone anyway, and takes no room from the others.
+        reach = tl.where((entry < count) & (tl.load(open + n) == 0), tl.load(threshold + n), -1.0)
+        hits = tl.reshape((residual <= reach[:, None]).to(tl.int32), [BN, SEEDS // 8, 4, 2])
+        word = tl.sum(tl.sum(hits * bit, axis=3), axis=1)
+        while tl.max(tl.max((word != 0).to(tl.int32), axis=1), axis=0) > 0:
             wanted = word != 0
-            tile = tiles + ((word & -word).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-            before = tl.atomic_add(listed + n, 1, mask=wanted, sem="relaxed")
-            at = tl.atomic_add(
-                tile_count + segment + tl.zeros([BN], tl.int32), 1, mask=wanted & (before < LIMIT), sem="relaxed"
-            )
-            fits = wanted & (before < LIMIT) & (at < capacity)
-            tl.store(tile_block + base + at, n, mask=fits)
-            tl.store(tile_index + base + at, tile << 2, mask=fits)
-            tl.store(open + n, 1, mask=wanted & (fits == 0))
+            lowest = _lowest_bit(word)
+            seed = tile * (T * G) + tl.program_id(2) * SEEDS + (lowest // 2) * 8 + lane * 2 + lowest % 2
+            at = tl.atomic_add(found_count + segment + tl.zeros([BN, 4], tl.int32), 1, mask=wanted, sem="relaxed")
+            fits = wanted & (at < found_capacity)
+            block = n[:, None] + tl.zeros([BN, 4], tl.int32)
+            tl.store(found_block + found + at, block, mask=fits)
+            tl.store(found_position + found + at, tl.load(position + seed, mask=fits, other=0), mask=fits)
+            tl.store(open + block, 1, mask=wanted & (at >= found_capacity))
             word = word & (word - 1)
 
 
 @triton.jit
-def rescan(
-    unit, own, shared, position, threshold, open, tile_block, tile_index, tile_count, found_block, found_position, found_count,
-    capacity, found_capacity, C: tl.constexpr, P: tl.constexpr, T: tl.constexpr, G: tl.constexpr, CK: tl.constexpr,
-    ENTRIES: tl.constexpr, FIRST: tl.constexpr,
-):  # fmt: skip
-    """Residuals of the seeds of listed tiles: the best of the tagged quarter (FIRST), or all that reach the threshold."""
-    segment = tl.program_id(0)
-    base = segment.to(tl.int64) * capacity
-    found_base = segment.to(tl.int64) * found_capacity
-    count = tl.minimum(tl.load(tile_count + segment), capacity)
-    TS: tl.constexpr = T // 4 if FIRST else T
-    g = tl.arange(0, G)
-    for start in range(tl.program_id(1) * ENTRIES, count, tl.num_programs(1) * ENTRIES):
-        entry = start + tl.arange(0, ENTRIES)
-        valid = entry < count
-        n = tl.load(tile_block + base + entry, mask=valid, other=0)
-        index = tl.load(tile_index + base + entry, mask=valid, other=0)
-        tile = index >> 2
-        t = (index & 3)[:, None] * (T // 4) + tl.arange(0, TS)[None, :]  # the tag is 0 where the whole tile is scanned
-        slot = (t * G)[:, :, None] + g[None, None, :]
-        residual = tl.full([ENTRIES, TS], 1.0, tl.float32)
-        for p in tl.static_range(P - 1):
-            s = tl.zeros([ENTRIES, TS], tl.float32)
-            for c in tl.static_range(C):
-                w = tl.load(unit + n * CK + c)
-                s += w[:, None] * tl.load(shared + ((tile * (P - 1) + p) * C + c)[:, None] * T + t).to(tl.float32)
-            residual -= s * s
-        x = tl.zeros([ENTRIES, TS, G], tl.float32)
-        for c in tl.static_range(C):
-            w = tl.load(unit + n * CK + c)
-            row = tl.load(own + (tile * C + c)[:, None, None] * (T * G) + slot)
-            x += w[:, None, None] * row.to(tl.float32)
-        residuals = residual[:, :, None] - x * x
-        if FIRST:
-            winner = (index & 3) * (T * G // 4) + tl.argmin(tl.reshape(residuals, [ENTRIES, TS * G]), axis=1)
-            tl.store(found_block + base + entry, n, mask=valid)
-            tl.store(found_position + base + entry, tl.load(position + tile * (T * G) + winner), mask=valid)
-        else:
-            reach = tl.where(valid, tl.load(threshold + n), -1.0)
-            wanted = residuals <= reach[:, None, None]
-            at = tl.atomic_add(found_count + segment + tl.zeros([ENTRIES, TS, G], tl.int32), 1, mask=wanted, sem="relaxed")
-            fits = wanted & (at < found_capacity)
-            block = n[:, None, None] + tl.zeros([ENTRIES, TS, G], tl.int32)
-            where = tl.load(position + (tile * (T * G))[:, None, None] + slot, mask=fits, other=0)
-            tl.store(found_block + found_base + at, block, mask=fits)
-            tl.store(found_position + found_base + at, where, mask=fits)
-            tl.store(open + block, 1, mask=wanted & (at >= found_capacity))
+def _lowest_bit(word):
+    """Which bit of an int32 is the lowest set."""
+    return (((word & -word).to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
 
 
 @triton.jit

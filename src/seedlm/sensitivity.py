@@ -8,7 +8,8 @@ information. The error of a code is noise with a share `nmse` of each row's ener
 nats a token. The gradient is that of -log p(token | text before it), the token drawn from the model's own prediction; so the
 text is the model's own, too: after a random first token, each is drawn as the model predicts it. Gradients of tokens drawn
 like this are uncorrelated, as each has mean zero given the text before it. The expected square of their sum is the sum of
-their expected squares: one backward pass over a sequence counts all its tokens, and gives every weight its share.
+their expected squares: one backward pass over a sequence counts all its tokens, and gives every weight its share. Each matrix
+of a stack of experts is a weight; one to which no token went counts 0.
 
 LOG.md has what else was tried, and how well each agrees with the true KL of a real model on real text: this as well as one
 compression and evaluation per weight, and nothing that can be read off the weights alone, norms and gains included, nearly.
@@ -25,8 +26,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from seedlm.errors import EvaluationError
+from seedlm.experts import experts_traits, projections_of
 from seedlm.tensorfile import read_json
 from seedlm.version import __version__
 
@@ -59,10 +62,12 @@ class OwnText:
 
 
 def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Progress | None = None) -> dict[str, float]:
-    """The sensitivity of every linear layer's weight: KL in nats a token, per unit of relative squared error.
+    """The sensitivity of every linear layer's weight, and of every expert's: KL in nats a token, per unit of relative squared
+    error.
 
     model     a causal language model as transformers makes it, in evaluation mode
-    returns   module name -> sensitivity, six digits; layers that share their weight (a tied head) are left out
+    returns   module name -> sensitivity, six digits, by the names that the model is saved under, an expert of a stack by its
+              number; layers that share their weight (a tied head) are left out
     Raises EvaluationError for text longer than the model's context, without linear layers, or if gradients are not finite.
     """
     text = text or OwnText()
@@ -71,18 +76,13 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
         raise EvaluationError(
             f"the model knows {longest} positions, the text has {text.length} tokens: choose a shorter length"
         )
-    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    weights = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and owners[id(module.weight)] == 1
-    }
+    weights = _weights(model)
     if not weights:
         raise EvaluationError(f"{type(model).__name__} has no linear layer with a weight of its own")
     progress = on_progress or (lambda phase, done, total: None)
     done, total = 0, text.sequences * text.length
     progress("sensitivity", done, total)
-    with _squared_gradients(model, weights) as sums:
+    with _squared_gradients(model, weights) as rows:
         for tokens in own_text(model, text):
             with torch.enable_grad():
                 logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
@@ -90,11 +90,35 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
             done += len(tokens)
             progress("sensitivity", done, total)
     predictions = text.sequences * (text.length - 1)
-    found = {name: float(f"{float(square) / (2 * predictions):.6g}") for name, square in sums.items()}
+    found = {name: float(f"{float(square) / (2 * predictions):.6g}") for name, square in _as_saved(model, rows)}
     for name, value in found.items():
         if not math.isfinite(value):
             raise EvaluationError(f"{name}: the gradient is not finite; {_OVERFLOW}")
     return found
+
+
+def _weights(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Parameter name -> the weight of linear layers or a stack of experts, and its dimension of input features."""
+    found = {f"{name}.weight": (layer.weight, 1) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    for name, module in model.named_modules():
+        traits = experts_traits(module) or {}
+        for projection in projections_of(module):
+            found[f"{name}.{projection}"] = (module.get_parameter(projection), 1 if traits["is_transposed"] else 2)
+    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    return {name: (weight, inputs) for name, (weight, inputs) in found.items() if owners[id(weight)] == 1}
+
+
+def _as_saved(model: Any, rows: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Totals of numbers per row, for each matrix that a checkpoint holds: what experts are joined from, and under which names.
+
+    rows   parameter name -> that parameter's shape, but for input features, of which there is 1
+    """
+    for name, values in revert_weight_conversion(model, rows).items():
+        module = name.removesuffix(".weight")
+        if values.dim() == 3:
+            yield from ((f"{module}.{expert}", total) for expert, total in enumerate(values.sum((1, 2))))
+        else:
+            yield module, values.sum()
 
 
 def own_text(model: Any, text: OwnText) -> Iterator[Tensor]:
@@ -117,27 +141,29 @@ def own_text(model: Any, text: OwnText) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _squared_gradients(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Name -> sum over backward passes and rows r of mean(W_r^2) |gradient_r|^2, float64, filled in as they run.
+def _squared_gradients(model: nn.Module, weights: Mapping[str, tuple[Tensor, int]]) -> Iterator[dict[str, Tensor]]:
+    """Name -> mean(W_r^2) |gradient_r|^2 of every row r, summed over backward passes, float64, filled in as they run.
 
     A gradient is dropped as soon as it is counted, so that there is never more than one in memory.
     """
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    sums = {name: torch.zeros((), dtype=torch.float64, device=weight.device) for name, weight in weights.items()}
-    energies = {name: weight.detach().float().square().mean(1) for name, weight in weights.items()}
+    energies = {name: weight.detach().float().square().mean(dim, keepdim=True) for name, (weight, dim) in weights.items()}
+    rows = {name: torch.zeros_like(energy, dtype=torch.float64) for name, energy in energies.items()}
 
-    def count(name: str) -> Callable[[Tensor], None]:
+    def count(name: str, dim: int) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             assert weight.grad is not None
-            sums[name] += (weight.grad.float().square().sum(1) * energies[name]).double().sum()
+            rows[name] += weight.grad.float().square().sum(dim, keepdim=True) * energies[name]
             weight.grad = None
 
         return hook
 
     model.requires_grad_(False)
-    hooks = [weight.requires_grad_().register_post_accumulate_grad_hook(count(name)) for name, weight in weights.items()]
+    hooks = [
+        weight.requires_grad_().register_post_accumulate_grad_hook(count(name, dim)) for name, (weight, dim) in weights.items()
+    ]
     try:
-        yield sums
+        yield rows
     finally:
         for handle in hooks:
             handle.remove()

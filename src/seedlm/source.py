@@ -10,12 +10,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from seedlm.errors import SourceError
 from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, TensorFiles, TensorInfo, read_json, stays_inside
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
@@ -41,7 +42,7 @@ class Source(Protocol):
     nbytes: int
     fingerprint: dict[str, Any]
 
-    def rows(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
+    def rows(self, name: str, start: int, stop: int, into: "Tensor | None" = None) -> "Tensor":
         """Rows start .. stop of a tensor [rows, ...], in its dtype. Raises SourceError if they cannot be read.
 
         into   uint8 [n], memory that they may be put into if it is large enough

@@ -21,6 +21,8 @@ from seedlm.errors import SourceError
 from seedlm.tensorfile import TensorInfo
 
 _ARCHITECTURES: Final = frozenset({"llama", "qwen2", "qwen3"})
+_TOKENIZERS: Final = {"llama": "PreTrainedTokenizerFast", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+"""Model type -> what AutoTokenizer would take, had it parsed the whole metadata to learn the type: 2 s for 49,152 tokens."""
 _PLAIN: Final = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _CHUNK_BYTES: Final = 1 << 24
 _MODULES: Final = {
@@ -99,9 +101,11 @@ class GGUFSource:
             yield self.rows(name, start, min(start + step, info.shape[0])).view(torch.uint8).numpy().tobytes()
 
     def copy_side_files(self, folder: Path) -> None:
-        from transformers import AutoTokenizer, GenerationConfig
+        import transformers
+        from transformers import GenerationConfig
 
-        AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
+        tokenizer = getattr(transformers, _TOKENIZERS.get(self.config["model_type"], "AutoTokenizer"))
+        tokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
         tokens = {key: self.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in self.config}
         GenerationConfig(**tokens).save_pretrained(folder)
 

@@ -4,6 +4,8 @@ A file is an 8-byte little-endian header length, a JSON header, then the tensors
 because a file is hostile until checked (every size is arithmetic on the header before anything is allocated, and every way
 of being wrong has its message) and because rows are read one range at a time. The writer side needs no more than `layout`:
 sizes are known before the first weight is encoded, so each tensor has its place in the file from the start.
+
+Only what gives out tensors imports torch, inside: headers alone are read in no time.
 """
 
 import json
@@ -12,12 +14,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Final
 
 from seedlm.errors import SeedLMError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -32,25 +35,14 @@ DTYPE_BITS: Final[Mapping[str, int]] = {
 }
 """Element types of the container, by its own names."""
 
-TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
+TORCH_NAMES: Final[Mapping[str, str]] = {
+    **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
+    **{"U16": "uint16", "U32": "uint32", "U64": "uint64"},
+    **{"F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu"},
+    **{"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "C64": "complex64"},
 }
+"""Their names in torch."""
+
 _CHUNK_BYTES = 1 << 24
 
 
@@ -163,44 +155,54 @@ class TensorFiles:
         """Bytes of all files on disk, headers included."""
         return sum(path.stat().st_size for path in self.metadata)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, into: "Tensor | None" = None) -> "Tensor":
         """Rows start .. stop of a tensor (its first dimension; all of it by default), in its own dtype.
 
         into   uint8 [n], n no less than their bytes, where they are put: memory that is new costs more than the reading
         """
+        import torch
+
         info = self.entries[name].info
-        row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
+        begin, count, shape = 0, info.nbytes, info.shape
         if start or stop is not None:
-            rows = range(info.shape[0])[start:stop]
-            data = self._bytes(name, rows.start * row_bytes, len(rows) * row_bytes, into)
-            shape = (len(rows), *info.shape[1:])
-        else:
-            data, shape = self._bytes(name, 0, info.nbytes, into), info.shape
-        return data.view(TORCH_DTYPES[info.dtype]).view(shape)
+            rows = range(shape[0])[start:stop]
+            row_bytes = info.nbytes // shape[0] if shape[0] else 0
+            begin, count, shape = rows.start * row_bytes, len(rows) * row_bytes, (len(rows), *shape[1:])
+        data = torch.empty(count, dtype=torch.uint8) if into is None else into[:count]
+        self._fill(name, begin, data.numpy().data)
+        return data.view(torch_dtype(info.dtype)).view(shape)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """A tensor's bytes, in pieces of at most 16 MiB, each gone when the next is asked for."""
         total = self.entries[name].info.nbytes
-        into = torch.empty(min(_CHUNK_BYTES, total), dtype=torch.uint8)
+        into = memoryview(bytearray(min(_CHUNK_BYTES, total)))
         for start in range(0, total, _CHUNK_BYTES):
-            yield self._bytes(name, start, min(_CHUNK_BYTES, total - start), into).numpy().data
+            piece = into[: total - start]
+            self._fill(name, start, piece)
+            yield piece
 
-    def _bytes(self, name: str, start: int, count: int, into: Tensor | None) -> Tensor:
-        """Bytes start .. start + count of a tensor: uint8 [count]."""
+    def _fill(self, name: str, start: int, into: memoryview) -> None:
+        """Put a tensor's bytes from `start` on into some memory."""
         entry = self.entries[name]
-        buffer = torch.empty(count, dtype=torch.uint8) if into is None else into[:count]
         try:
             with open(entry.path, "rb", buffering=0) as file:
                 file.seek(entry.offset + start)
-                view, done = buffer.numpy().data, 0
-                while done < count:
-                    got = file.readinto(view[done:])
+                done = 0
+                while done < len(into):
+                    got = file.readinto(into[done:])
                     if not got:
                         raise self.error(f"{entry.path}: ends inside {name!r}; it was cut short while being read")
                     done += got
         except OSError as reason:
             raise self.error(f"{entry.path}: cannot read {name!r} ({reason.strerror or reason})") from None
-        return buffer
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """What an element type of the container is in torch."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
 
 
 def read_header(path: Path, error: type[SeedLMError]) -> tuple[dict[str, Entry], dict[str, str]]:

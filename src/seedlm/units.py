@@ -19,12 +19,11 @@ from torch import Tensor
 
 from seedlm import search
 from seedlm.checkpoint import PackedInfo, stored_name
-from seedlm.codec import Rounding
 from seedlm.errors import SourceError, TensorError
-from seedlm.format import Format
+from seedlm.format import Format, Rounding
 from seedlm.search import Backend
 from seedlm.source import Source, open_source
-from seedlm.tensorfile import TORCH_DTYPES, TensorInfo
+from seedlm.tensorfile import TensorInfo, torch_dtype
 from seedlm.workfolder import Writer, writing
 
 PIECE_WEIGHTS: Final = {"cpu": 1 << 22, "cuda": 1 << 23}
@@ -54,25 +53,20 @@ class Job:
     backend: Backend
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One tensor of the source and what becomes of it.
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One tensor of the source, or one matrix of a stack, and what becomes of it.
 
-    name            in the source
-    module          whose compressed weight it becomes; None if it is copied
-    packed          how, if so
-    exponent_bias   of its code, if so
-    stored          what it is stored as, name -> dtype and shape
-    file            to be written into, and `offsets` there: stored name -> byte
+    name     in the source
+    module   whose compressed weight it becomes; None if it is copied
+    packed   how, if so
+    stored   what it is stored as, name -> dtype and shape
     """
 
     name: str
     module: str | None
     packed: PackedInfo | None
-    exponent_bias: int
     stored: dict[str, TensorInfo]
-    file: str
-    offsets: dict[str, int]
 
     @property
     def key(self) -> str:
@@ -81,7 +75,25 @@ class Unit:
 
     @property
     def weights(self) -> int:
+        """To be searched."""
         return self.packed.weights if self.packed else 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file to be written into, and where: stored name -> byte."""
+
+    file: str
+    offsets: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a worker is given: an item, its place, and the exponent bias of its code, if it gets one."""
+
+    item: Item
+    place: Place
+    exponent_bias: int
 
 
 class Worker:
@@ -111,26 +123,27 @@ class Worker:
         returns   what the report wants to know: squared_error and squared_norm of a compressed weight
         Raises SourceError, TensorError, BackendError, OSError; whatever `tell` raises ends the unit.
         """
-        with writing(self.job.folder / unit.file, unit.offsets) as writer:
-            if unit.packed is None:
-                self._copy(unit, writer)
+        item = unit.item
+        with writing(self.job.folder / unit.place.file, unit.place.offsets) as writer:
+            if item.packed is None:
+                self._copy(item, writer)
                 return {}
-            return self._compress(unit, unit.packed, writer, tell)
+            return self._compress(item, item.packed, unit.exponent_bias, writer, tell)
 
-    def _copy(self, unit: Unit, writer: Writer) -> None:
+    def _copy(self, item: Item, writer: Writer) -> None:
         start = 0
-        for chunk in self.source.chunks(unit.name):
-            data = converted(chunk, self.source.tensors[unit.name], unit.stored[unit.name], unit.name)
-            writer.write(unit.name, start, data)
+        for chunk in self.source.chunks(item.name):
+            data = converted(chunk, self.source.tensors[item.name], item.stored[item.name], item.name)
+            writer.write(item.name, start, data)
             start += len(data)
 
-    def _compress(self, unit: Unit, packed: PackedInfo, writer: Writer, tell: Tell) -> dict[str, float]:
+    def _compress(self, item: Item, packed: PackedInfo, exponent_bias: int, writer: Writer, tell: Tell) -> dict[str, float]:
         rows, columns = packed.shape
         row_bytes = packed.stored["words"].nbytes // rows
         start, sums = 0, []
         on_gpu = self.device.type == "cuda"
         weights = PIECE_WEIGHTS["cuda" if on_gpu else "cpu"]
-        for piece in pieces(self.source, unit.name, f"{unit.module}", packed, weights, pinned=on_gpu):
+        for piece in pieces(self.source, item.name, f"{item.module}", packed, weights, pinned=on_gpu):
             left = len(piece) * columns
 
             def within(weights: int) -> None:
@@ -139,16 +152,16 @@ class Worker:
                 left -= weights
                 tell(weights)
 
-            words, part = self._encode(piece, unit.exponent_bias, packed.format, within)
-            writer.write(stored_name(f"{unit.module}", "words"), start * row_bytes, as_bytes(words))
+            words, part = self._encode(piece, exponent_bias, packed.format, within)
+            writer.write(stored_name(f"{item.module}", "words"), start * row_bytes, as_bytes(words))
             sums.append(part)
             tell(left)
             start += len(piece)
-        bias = torch.tensor([unit.exponent_bias], dtype=torch.int32)
-        writer.write(stored_name(f"{unit.module}", "exponent_bias"), 0, as_bytes(bias))
+        bias = torch.tensor([exponent_bias], dtype=torch.int32)
+        writer.write(stored_name(f"{item.module}", "exponent_bias"), 0, as_bytes(bias))
         error, norm = search.totals(sums, packed.format)
         if not math.isfinite(norm):
-            raise SourceError(f"{unit.name}: has NaN or Inf values that it did not have before; it changed while being read")
+            raise SourceError(f"{item.name}: has NaN or Inf values that it did not have before; it changed while being read")
         return {"squared_error": error, "squared_norm": norm}
 
     def _encode(self, rows: Tensor, bias: int, format: Format, tell: Tell) -> tuple[Tensor, search.RowSums]:
@@ -200,8 +213,8 @@ def converted(chunk: Any, read: TensorInfo, stored: TensorInfo, name: str) -> An
     """Some bytes of a dense tensor in the dtype that it is stored in. TensorError for a number too large for it."""
     if read.dtype == stored.dtype:
         return chunk
-    values = torch.frombuffer(bytearray(chunk), dtype=TORCH_DTYPES[read.dtype])
-    converted = values.to(TORCH_DTYPES[stored.dtype])
+    values = torch.frombuffer(bytearray(chunk), dtype=torch_dtype(read.dtype))
+    converted = values.to(torch_dtype(stored.dtype))
     if not torch.equal(converted.isfinite(), values.isfinite()):
         raise TensorError(f"{name}: holds {float(values.abs().nan_to_num(posinf=0.0).max()):g}, too large for {stored.dtype}")
     return as_bytes(converted)

@@ -12,10 +12,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from seedlm.codec import Rounding
 from seedlm.errors import TensorError
 from seedlm.experts import SeedExperts, compress_experts, projections_of
-from seedlm.format import Format, parse_format
+from seedlm.format import Format, Rounding, parse_format
 from seedlm.linear import SeedLinear, compress_module, is_linear
 from seedlm.search import Backend, Progress
 from seedlm.selection import gets_smaller, left_by_default

@@ -1,8 +1,8 @@
 """Where an unfinished run lives: ``OUT.partial`` beside the output, so that OUT itself exists only when it is whole.
 
     lock            held while a run is at work; its content is a random number by which other machines know the folder
-    plan.json       everything that the result depends on; a run goes on only if its own plan is equal
-    journal.jsonl   one line per finished tensor, written after the tensor's bytes have reached the disk
+    plan.json       everything that the result depends on but the weights; a run goes on only if its own plan is equal
+    journal.jsonl   one line per finished tensor, with its SHA-256, written after the tensor's bytes have reached the disk
     model/          the folder that becomes OUT, by one rename at the end
 
 Every size is known from the plan, so each file under ``model/`` has its header and its full length before the first tensor
@@ -38,6 +38,7 @@ class WorkFolder:
         self.path = out.with_name(out.name + ".partial")
         self.model = self.path / _MODEL
         self.token = secrets.token_hex(16)
+        self.resumed = False
         self.done: dict[str, dict[str, Any]] = {}
 
     @classmethod
@@ -85,7 +86,8 @@ class WorkFolder:
         Raises OutputError if an unfinished run has another plan, or if the disk has no room for the rest.
         """
         plan = json.loads(json.dumps(plan))
-        if (self.path / _PLAN).exists():
+        self.resumed = (self.path / _PLAN).exists()
+        if self.resumed:
             self._compare(plan)
             if self.out.exists() and not self.model.exists():
                 return True
@@ -115,7 +117,10 @@ class WorkFolder:
             old = json.loads((self.path / _PLAN).read_bytes())
         except ValueError:
             raise OutputError(f"{self.path / _PLAN}: is damaged; delete {self.path} to start over") from None
-        found = list(differences(old, plan))
+        self._refuse(list(differences(old, plan)))
+
+    def _refuse(self, found: list[str]) -> None:
+        """Raise OutputError if something differs."""
         if found:
             shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
             raise OutputError(
@@ -156,6 +161,10 @@ class WorkFolder:
             file.write(json.dumps(line).encode() + b"\n")
             _sync(file)
         self.done[name] = line
+
+    def expect(self, name: str, **facts: Any) -> None:
+        """Raise OutputError if a finished tensor's facts are others."""
+        self._refuse([text for key in facts for text in differences(self.done[name].get(key), facts[key], f"{key} {name}")])
 
     def write_json(self, name: str, data: Any) -> None:
         """Put a JSON file into the model folder, whole or not at all."""

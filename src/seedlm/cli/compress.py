@@ -11,7 +11,7 @@ import typer
 
 from seedlm.cli.console import in_bytes, number, show_progress
 from seedlm.errors import FormatError
-from seedlm.format import PRESETS
+from seedlm.format import PRESETS, Format, parse_format
 
 if TYPE_CHECKING:
     from seedlm.allocate import Mixture
@@ -57,15 +57,19 @@ def compress(
     The linear layers inside numbered layers are compressed; embeddings, head, norms, biases and routers stay as they are.
     Stopped at any moment, the same command goes on where it was.
     """
-    from seedlm.compress import compress_checkpoint
+    from seedlm.source import locate
 
     start = time.monotonic()
+    wanted = _format(bits, format, sensitivity)
     try:
+        path = locate(source, revision=revision)
+        from seedlm.compress import compress_checkpoint  # torch: what was mistyped has been answered without it
+
         with show_progress() as (on_progress, rate):
             report = compress_checkpoint(
-                source,
+                path,
                 out,
-                format=_format(bits, format, sensitivity),
+                format=wanted,
                 rounding=rounding,  # type: ignore[arg-type]  # checked inside, with the allowed values in the message
                 dtype=dtype,
                 include=include or (),
@@ -73,7 +77,6 @@ def compress(
                 max_shard_size=max_shard_size,
                 device=device,
                 backend=backend,  # type: ignore[arg-type]
-                revision=revision,
                 on_progress=on_progress,
             )
     except KeyboardInterrupt:
@@ -90,11 +93,8 @@ def compress(
     print(f"memory            {in_bytes(report.peak_host_bytes)}{on_gpu}; on {', '.join(report.devices)}")
 
 
-def _format(bits: str, format: str | None, sensitivity: Path | None) -> "str | Mixture":
+def _format(bits: str, format: str | None, sensitivity: Path | None) -> "Format | Mixture":
     """What is asked for: one format, or a mixture."""
-    from seedlm.allocate import Mixture
-    from seedlm.sensitivity import read_sensitivity
-
     number = float(bits) if re.fullmatch(r"\d+(\.\d+)?", bits, re.ASCII) else None
     if sensitivity is None:
         alone = sorted(map(float, PRESETS))
@@ -103,9 +103,12 @@ def _format(bits: str, format: str | None, sensitivity: Path | None) -> "str | M
                 f"{bits} bits a weight are a mixture of formats (one alone: {', '.join(PRESETS)}): measure the model first, "
                 "seedlm sensitivity SOURCE -o FILE, and add --sensitivity FILE"
             )
-        return format or bits
+        return parse_format(format or bits)
     if format is not None or number is None:
         raise FormatError("--sensitivity mixes formats to a number of --bits, such as 3.5; a format of your own is not mixed")
+    from seedlm.allocate import Mixture
+    from seedlm.sensitivity import read_sensitivity
+
     return Mixture(bits=number, sensitivity=read_sensitivity(sensitivity))
 
 

@@ -23,18 +23,22 @@ def sensitivity(
 
     Needs no data: the model writes a text itself, whose gradients tell. All of the model has to fit the device.
     """
-    from transformers.utils import logging
+    from seedlm.source import locate
+
+    path = locate(model, revision=revision)
+    from transformers.utils import logging  # and torch: what was mistyped has been answered without them
 
     from seedlm.device import choose_device
     from seedlm.models import load_model
     from seedlm.sensitivity import OwnText, measure_sensitivity, write_sensitivity
-    from seedlm.source import locate
 
     logging.disable_progress_bar()
     text = OwnText(sequences=sequences, length=length, seed=seed)
-    network = load_model(locate(model, revision=revision), device=choose_device(device), dtype=dtype)
+    network = load_model(path, device=choose_device(device), dtype=dtype)
     with show_progress() as (on_progress, _):
         found = measure_sensitivity(network, text, on_progress)
     write_sensitivity(output, model, text, found)
     most = max(found, key=lambda name: found[name])
     print(f"{output}: {len(found)} weights; the most sensitive is {most}", file=sys.stderr)
+    if unused := sum(not value for value in found.values()):
+        print(f"{unused} of them were not used: experts to which no token went. More --sequences reach more", file=sys.stderr)

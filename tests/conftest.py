@@ -1,0 +1,66 @@
+"""Models and runs that several test files share. They are made once, so no test may change them.
+
+What takes seconds is imported inside: tests that need none of it do not wait for it.
+"""
+
+import pytest
+
+from synthetic_runs import original_run, synthetic, write
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """The folder of a tiny Llama in bfloat16."""
+    from tiny_models import tiny_llama
+
+    folder = tmp_path_factory.mktemp("source") / "llama"
+    tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(llama, tmp_path_factory):
+    """The folder that it is compressed to, and the run's report."""
+    from tiny_models import run
+
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return out, run(llama, out)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """stories260K, and the same compressed with few seeds: near enough to compare, far enough to differ."""
+    from tiny_models import STORIES, run
+
+    packed = tmp_path_factory.mktemp("models") / "packed"
+    run(STORIES, packed)
+    return STORIES, packed
+
+
+@pytest.fixture
+def story(tmp_path):
+    """A short text for a model of stories."""
+    from seedlm.evaluate import Text
+    from tiny_models import STORY
+
+    path = tmp_path / "story.txt"
+    path.write_text(STORY * 8)
+    return Text.from_file(path)
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory):
+    """Results of two compressed models and of their original."""
+    folder = tmp_path_factory.mktemp("two")
+    return [
+        write(folder, "4bit", *synthetic(0)),
+        write(folder, "3bit", *synthetic(5)),
+        write(folder, "original", *original_run()),
+    ]
+
+
+@pytest.fixture(scope="session")
+def forty(tmp_path_factory):
+    """Results of forty compressed models."""
+    folder = tmp_path_factory.mktemp("forty")
+    return [write(folder, f"run{number:02}", *synthetic(number)) for number in range(40)]
