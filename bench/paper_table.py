@@ -3,6 +3,7 @@
     python bench/paper_table.py llama-2-7b --wikitext wiki.test.raw
     python bench/paper_table.py llama-3-8b --wikitext wiki.test.raw --model /models/Meta-Llama-3-8B
     python bench/paper_table.py llama-3-70b --wikitext wiki.test.raw --packed
+    python bench/paper_table.py my-model --wikitext wiki.test.raw --model /models/my-model    # the paper has no row of it
 
 Compresses at 4 and 3 bits, then measures perplexity (WikiText-2 raw test, windows of 2048 tokens; 166 with Llama-2's tokenizer)
 and the paper's five zero-shot sets (acc_norm where a set has it) for the original and both, in float16. Stopped at any moment,
@@ -53,7 +54,7 @@ PAPER: Final = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=PAPER)
+    parser.add_argument("name", help=f"{', '.join(PAPER)}, or a name of your own with --model")
     parser.add_argument("--wikitext", required=True, help="wiki.test.raw")
     parser.add_argument("--model", help="folder or repository of the weights; default: the Hub's")
     parser.add_argument("--task-data", help="folder of local files for the five sets; default: the Hub's")
@@ -66,6 +67,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048, help="tokens in a window; the paper's is 2048")
     parser.add_argument("--limit", type=int, help="first windows and questions only, for a trial")
     options = parser.parse_args()
+    if options.name not in PAPER and not options.model:
+        parser.error(f"the paper has {', '.join(PAPER)}; any other model takes --model FOLDER, got {options.name!r} alone")
     options.work.mkdir(parents=True, exist_ok=True)
     source = options.model or PAPER[options.name].repository
     results = {} if options.no_original else {"16": evaluate(source, "16", options)}
@@ -97,7 +100,7 @@ def seedlm(*arguments: str) -> None:
 
 def table(name: str, results: dict[str, dict[str, Any]]) -> str:
     """Measured and published figures, a row for each number of bits."""
-    paper = PAPER[name]
+    paper = PAPER.get(name, Paper("", {}, {}, ""))
     windows = next(iter(results.values()))["text"]["windows"]
     lines = [
         f"{name}, WikiText-2, {windows} windows; zero-shot: mean of {', '.join(TASKS)}",

@@ -4,22 +4,23 @@
     python bench/results.py run stories260k tests/data/stories260k --text stories.txt --calibration more.txt --context 512
     python bench/results.py render            # results/*.json -> docs/results.md
 
-`run` expands a GGUF file once, then does for every row what ``seedlm compress`` and ``seedlm evaluate`` do, in processes that
-take one row after the other. First the text with every row, then the zero-shot sets, so that a run that is stopped has the
-first table whole; a row that takes long to make, or whose records are wanted for `seedlm compare`, has all in one. Whole
-results are kept under WORK, where what is there is not made again, and what a table needs in results/NAME.json, written anew
-after each. A row that failed is named there with its error. Matrix products in float32 are allowed TF32 (PyTorch's "high"),
-the same for every row.
+`run` expands a GGUF file once, then does for every row what ``seedlm compress`` and ``seedlm evaluate`` do: it compresses one
+after the other, and measures in processes that take row after row. First the text with every row, then the zero-shot sets, so
+that a run that is stopped has the first table whole; a row that takes long to make, or whose records are wanted for `seedlm
+compare`, has all in one. Whole results are kept under WORK, where what is there is not made again, and what a table needs in
+results/NAME.json, written anew after each. A row that failed is named there with its error. Matrix products in float32 are
+allowed TF32 (PyTorch's "high"), the same for every row.
 """
 
 import argparse
 import gc
 import json
 import multiprocessing
+import re
 import sys
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from seedlm.zeroshot import TASKS
 ROOT = Path(__file__).parent.parent
 MIXED = ("4.5", "4", "3.5", "3", "2.5")
 """Bits at which formats are also mixed by sensitivity."""
-RECORDED = ("original", "seedlm-4", "seedlm-4-mixed", "seedlm-3", "seedlm-3-mixed", "nf4-4", "hqq-3", "gptq-3")
+RECORDED = ("original", "seedlm-4", "seedlm-4-mixed", "seedlm-3", "seedlm-3-mixed", "nf4-4", "gptq-3")
 """Rows whose predictions, layers, prompts and questions are kept, for a report of `seedlm compare`."""
 MARKS = ("<!-- made by bench/results.py render -->", "<!-- end -->")
 SHORT = {"arc_easy": "ARC-e", "arc_challenge": "ARC-c", "hellaswag": "HellaSwag", "winogrande": "WinoGrande", "boolq": "BoolQ"}
@@ -51,33 +52,47 @@ SHORT = {"arc_easy": "ARC-e", "arc_challenge": "ARC-c", "hellaswag": "HellaSwag"
 def run(options: argparse.Namespace) -> bool:
     """Every row of one model, and results/NAME.json; whether all are there."""
     start = time.monotonic()
+    logging.disable_progress_bar()
     work = options.work / options.name
     work.mkdir(parents=True, exist_ok=True)
-    source = _expand(options.source, work / "original")
-    names = ["original", *(f"seedlm-{preset}" for preset in PRESETS), *(f"seedlm-{bits}-mixed" for bits in MIXED)]
-    names += baseline_names()
+    ours = [f"seedlm-{preset}" for preset in PRESETS] + [f"seedlm-{bits}-mixed" for bits in MIXED]
+    names = sorted(["original", *ours, *baseline_names()], key=_bits, reverse=True)
     if options.only:
         names = [name for name in names if name in options.only.split(",")]
-    sensitivity = work / "sensitivity.json"
-    if any(name.endswith("-mixed") for name in names) and not sensitivity.exists():
-        network = models.load_model(Path(source), device=choose_device("auto"), dtype="float32")
-        write_sensitivity(sensitivity, source, OwnText(), measure_sensitivity(network, OwnText()))
-        del network
-    ask = bool(options.task_data)
-    together = [name for name in names if _calibrated(name)] + [name for name in names if name in RECORDED]
-    together = list(dict.fromkeys(together))  # what is calibrated takes longest, so it comes first
-    apart = [name for name in names if name not in together]
-    steps = [(name, True, ask) for name in together] + [(name, True, False) for name in apart]
-    steps += [(name, False, True) for name in apart if ask]
     errors: dict[str, str] = {}
+
+    def note(done: Future[tuple[str, str, str]]) -> None:
+        name, error, said = done.result()
+        if error:
+            errors[name] = error
+        print(f"[{time.monotonic() - start:5.0f} s] {said}", flush=True)
+        _write(names, errors, work, options)
+
     # New processes: one forked after CUDA has begun could not use it.
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _begin) as pool:
-        for future in as_completed([pool.submit(_measure, *step, source, work, options) for step in steps]):
-            name, error, said = future.result()
-            if error:
-                errors[name] = error
-            print(f"[{time.monotonic() - start:5.0f} s] {said}", flush=True)
-            _write(names, errors, work, options)
+        for _ in range(options.workers):
+            pool.submit(_begin)  # they start while this process goes on
+        source = _expand(options.source, work / "original")
+        ask = bool(options.task_data)
+        whole = [name for name in names if _calibrated(name)]  # these take longest
+        whole += [name for name in names if name in RECORDED and name not in whole]
+        apart = [name for name in names if name not in whole]
+        steps = [(name, True, ask) for name in whole] + [(name, True, False) for name in apart]
+        steps += [(name, False, True) for name in apart if ask]
+        # Ours have to be compressed first, here, while others are measured.
+        steps.sort(key=lambda step: (not step[1], step[0] in ours))
+        for name, text, tasks in steps:
+            out = work / (f"{name}.json" if text else f"{name}.tasks.json")
+            if out.exists():
+                continue
+            try:
+                model = _compress(name, source, work) if name in ours else source
+            except Exception as reason:
+                errors[name] = _one_line(reason)
+                print(f"{name}: FAILED to be compressed: {errors[name]}", flush=True)
+                continue
+            pool.submit(_measure, name, model, source if text else None, tasks, out, options).add_done_callback(note)
+    _write(names, errors, work, options)
     print(f"{options.name}: {len(names) - len(errors)} of {len(names)} rows", flush=True)
     return not errors
 
@@ -91,7 +106,7 @@ def _write(names: list[str], errors: dict[str, str], work: Path, options: argpar
     for row in rows[1:]:
         place = {key: row.pop(key) for key in shared}["environment"]
         if place["device_name"] != shared["environment"]["device_name"]:
-            row["device_name"] = place["device_name"]
+            row["device_name"] = ("CPU, " if place["device"] == "cpu" else "") + place["device_name"]
     done = [row["name"] for row in rows]
     rows += [{"name": name, "error": error} for name, error in errors.items() if name not in done]
     results = {"model": options.name, "label": options.label, **shared, "rows": rows}
@@ -118,55 +133,64 @@ def _begin() -> None:
     logging.disable_progress_bar()
 
 
-def _measure(name: str, text: bool, tasks: bool, source: str, work: Path, options: argparse.Namespace) -> tuple[str, str, str]:
-    """One row on the text, on the tasks, or on both: its name, its error, and a line to say."""
+def _measure(
+    name: str, model: str, reference: str | None, tasks: bool, out: Path, options: argparse.Namespace
+) -> tuple[str, str, str]:
+    """One row on the text, if there is a reference, and on the tasks: its name, its error, and a line to say."""
     start = time.monotonic()
-    out = work / (f"{name}.json" if text else f"{name}.tasks.json")
-    if out.exists():
-        return name, "", f"{name}: is there"
     recorded = name in RECORDED
     settings = Settings(
         context=options.context,
-        limit=options.limit if text else 1,
+        limit=options.limit if reference else 1,
         batch_size=options.batch_size,
         dtype="float32",
-        baseline=None if name == "original" or name.startswith("seedlm-") else name,
+        baseline=name if name in baseline_names() else None,
         calibration=options.calibration if _calibrated(name) else None,
         tasks=TASKS if tasks else (),
         task_data=options.task_data if tasks else None,
         task_limit=options.task_limit if tasks else None,
-        task_batch=16,
+        task_batch=32,
         prompts=PROMPTS if recorded else (),
         layers=2 if recorded and name != "original" else 0,
     )
-    given = Text.from_wikitext(options.wikitext) if options.wikitext else Text.from_file(options.text)
+    text = Text.from_wikitext(options.wikitext) if options.wikitext else Text.from_file(options.text)
     try:
-        model = _compress(name, source, work) if name.startswith("seedlm-") else source
-        made = time.monotonic() - start
-        found = evaluate(model, given, settings, reference=source if text else None, out=out)
+        found = evaluate(model, text, settings, reference=reference, out=out)
     except Exception as reason:  # whatever a library raises: the other rows go on
-        said = f"{name}: FAILED after {time.monotonic() - start:.0f} s\n{''.join(traceback.format_exc()[-3000:])}"
-        return name, " ".join(f"{type(reason).__name__}: {reason}".split())[:300], said
+        said = f"{out.stem}: FAILED after {time.monotonic() - start:.0f} s\n{traceback.format_exc()[-3000:]}"
+        return name, _one_line(reason), said
     finally:
         gc.collect()
         torch.cuda.empty_cache()
+    value = f"{found['metrics']['perplexity']['mean']:.3f} " if reference else ""
     memory = (found["run"]["peak_memory_bytes"] or 0) / 1e9
-    value = f"{found['metrics']['perplexity']['mean']:.3f} " if text else ""
-    seconds = f"{made:.0f} + {time.monotonic() - start - made:.0f} s, {memory:.1f} GB"
-    return name, "", f"{out.stem}: {value}in {seconds}"
+    return name, "", f"{out.stem}: {value}in {time.monotonic() - start:.0f} s, {memory:.1f} GB"
 
 
 def _compress(name: str, source: str, work: Path) -> str:
     """The folder of one of our rows, compressed if it is not there."""
-    folder = work / name
-    bits, mixed = name.removeprefix("seedlm-").removesuffix("-mixed"), name.endswith("-mixed")
+    folder, sensitivity = work / name, work / "sensitivity.json"
     if not folder.exists():
-        sensitivity = read_sensitivity(work / "sensitivity.json") if mixed else {}
-        compress_checkpoint(source, folder, format=Mixture(bits=float(bits), sensitivity=sensitivity) if mixed else bits)
-        torch.cuda.empty_cache()  # the search's: the GPU is shared with other rows
-        report = inspect_checkpoint(folder).to_dict()
-        (work / f"{name}.report.json").write_text(json.dumps(report))
+        format: str | Mixture = name.removeprefix("seedlm-")
+        if name.endswith("-mixed"):
+            if not sensitivity.exists():
+                network = models.load_model(Path(source), device=choose_device("auto"), dtype="float32")
+                write_sensitivity(sensitivity, source, OwnText(), measure_sensitivity(network, OwnText()))
+            format = Mixture(bits=_bits(name), sensitivity=read_sensitivity(sensitivity))
+        compress_checkpoint(source, folder, format=format)
+        torch.cuda.empty_cache()  # the GPU is shared
+        (work / f"{name}.report.json").write_text(json.dumps(inspect_checkpoint(folder).to_dict()))
     return str(folder)
+
+
+def _one_line(reason: Exception) -> str:
+    return " ".join(f"{type(reason).__name__}: {reason}".split())[:300]
+
+
+def _bits(name: str) -> float:
+    """The bits in a row's name."""
+    found = re.search(r"-([\d.]+)", name)
+    return float(found[1]) if found else 16.0
 
 
 def _calibrated(name: str) -> bool:

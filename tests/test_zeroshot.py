@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from seedlm.errors import EvaluationError
 from seedlm.evaluate import Settings, Text, evaluate
 from seedlm.records import read_records
-from seedlm.zeroshot import TASKS, read_local, zero_shot
+from seedlm.zeroshot import TASKS, read_local, score_answers, zero_shot
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 ENDINGS = ["a red ball.", "her mom and dad were very happy.", "the big dog", "ran and ran in the park."]
@@ -96,6 +96,37 @@ def test_all_tasks_are_answered_as_by_hand(data, tmp_path, capfd):
     assert tasks["boolq"]["version"] >= 2
     right = tasks["arc_easy"]["acc"]["mean"] * 4
     assert tasks["arc_easy"]["acc"]["standard_error"] == pytest.approx((right / 4 * (1 - right / 4) / 3) ** 0.5)
+
+
+class Plain(torch.nn.Module):
+    """A model that gives the logits of all its inputs, and knows of no way to give fewer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.device = model, model.device
+
+    def forward(self, input_ids, use_cache):
+        return self.model(input_ids=input_ids, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Plain], ids=["last-logits", "all-logits"])
+def test_answers_are_scored_as_if_alone(wrap):
+    model = AutoModelForCausalLM.from_pretrained(STORIES).eval()
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 512, (400,), generator=draw).tolist()
+    pairs = [(ids[n : n + 1 + 5 * n], ids[n + 7 : n + 8 + n % 4]) for n in range(12)]
+    pairs += [(ids[:9], [token]) for token in range(20, 24)]  # inputs that are the same
+    with torch.no_grad():
+        likely = int(model(torch.tensor([ids[:9]])).logits[0, -1].argmax())
+    pairs.append((ids[:9], [likely]))
+    found = score_answers(wrap(model), pairs, batch_size=3, longest=24)
+    for (context, answer), (score, greedy) in zip(pairs, found, strict=True):
+        given = (context + answer)[-25:]
+        with torch.no_grad():
+            logits = model(torch.tensor([given[:-1]])).logits[0, -len(answer) :].double().log_softmax(-1)
+        assert score == pytest.approx(sum(float(row[token]) for row, token in zip(logits, answer, strict=True)), abs=1e-4)
+        assert greedy == (logits.argmax(-1).tolist() == answer)
+    assert found[-1][1]
 
 
 def test_a_stopped_run_goes_on_after_the_last_whole_task(data, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ place of the data set; `_READERS` turns their rows into the fields that the task
 
 import bz2
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
+
+import torch
 
 from seedlm.errors import EvaluationError
 
@@ -70,13 +73,55 @@ def _ask(
             loaded = manager.load([wanted])
             for definition in loaded["tasks"].values():
                 definition.set_config(key="num_fewshot", value=0)
-            # Not simple_evaluate: for its report it asks pip and the driver for versions, seconds a call.
-            results = lm_eval.evaluate(
-                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), task_dict=loaded, limit=limit
+            harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            # Its own way forms the logits of every token of the questions, and waits for the device three times an answer.
+            harness._loglikelihood_tokens = lambda requests, **_: score_answers(
+                model, [(context, answer) for _, context, answer in requests], batch_size, harness.max_length
             )
+            # Not simple_evaluate: for its report it asks pip and the driver for versions, seconds a call.
+            results = lm_eval.evaluate(lm=harness, task_dict=loaded, limit=limit)
         except OSError as reason:  # a data set that cannot be fetched
             raise EvaluationError(f"{task} cannot be run ({' '.join(str(reason).split())[:300]})") from reason
     return task, _read_result(task, results), _read_samples(results["samples"][task])
+
+
+@torch.inference_mode()
+def score_answers(
+    model: Any, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int, longest: int
+) -> list[tuple[float, bool]]:
+    """Log likelihoods of answers, and whether each is what the model finds most likely, token by token.
+
+    model     causal language model, in evaluation mode
+    pairs     tokens of each context and of its answer, neither empty
+    longest   tokens that the model can take: earlier ones are cut off
+    """
+    answers: dict[tuple[int, ...], list[int]] = {}  # inputs -> the pairs that they serve: yes and no after one question
+    for number, (context, answer) in enumerate(pairs):
+        answers.setdefault(tuple((context + answer)[-longest - 1 : -1]), []).append(number)
+    inputs = sorted(answers, key=len, reverse=True)
+    partial = "logits_to_keep" in inspect.signature(model.forward).parameters
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    for start in range(0, len(inputs), batch_size):
+        batch = inputs[start : start + batch_size]
+        width = len(batch[0])
+        asked = [(row, number, pairs[number][1]) for row, ids in enumerate(batch) for number in answers[ids]]
+        # Token n of an answer is predicted at the place before its own. Padding comes after all that counts.
+        places = [len(batch[row]) - len(answer) + n for row, _, answer in asked for n in range(len(answer))]
+        rows = [row for row, _, answer in asked for _ in answer]
+        targets = torch.tensor([token for _, _, answer in asked for token in answer], device=model.device)
+        padded = torch.tensor([ids + (0,) * (width - len(ids)) for ids in batch], device=model.device)
+        keep = width - min(places) if partial else width
+        logits = model(input_ids=padded, use_cache=False, **({"logits_to_keep": keep} if partial else {})).logits
+        chosen = logits[rows, [place - width + keep for place in places]].float().log_softmax(-1)
+        scores = chosen.gather(1, targets[:, None])[:, 0].double()
+        likely = chosen.argmax(-1) == targets
+        for (_, number, _), score, greedy in zip(
+            asked,
+            *([part.split([len(answer) for _, _, answer in asked]) for part in (scores.cpu(), likely.cpu())]),
+            strict=True,
+        ):
+            found[number] = float(score.sum()), bool(greedy.all())
+    return found
 
 
 @cache

@@ -119,7 +119,8 @@ def _method(run: Run) -> dict[str, Any]:
             parse_format(part)
     except FormatError:
         return {"method": format, "options": None, "data_free": None}
-    return {"method": "SeedLM", "options": format, "data_free": True}
+    formats = format.count(", ") + 1
+    return {"method": "SeedLM", "options": format if formats == 1 else f"{formats} formats mixed", "data_free": True}
 
 
 def _baseline_size(model: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:

@@ -132,8 +132,8 @@ function locate(module) {
 }
 
 function drawLayers() {
-  const chosen = ticked();
-  const hidden = chosen.flatMap((model) => ((data.layers[model] || {}).hidden || []).map((error, layer) => ({ model: models[model].label, name: names[model], layer, error })));
+  const chosen = ticked().filter((model) => data.layers[model]);
+  const hidden = chosen.flatMap((model) => (data.layers[model].hidden || []).map((error, layer) => ({ model: models[model].label, name: names[model], layer, error })));
   const { color, dash, shape } = scales(chosen, 0);
   draw("hidden", {
     height: 240, description: "Relative error of the hidden state after each decoder layer, a line for every ticked model",
@@ -161,7 +161,7 @@ function drawLayers() {
       height: 20 * kinds.length, description: `${which.replace("_", " ")} of every linear layer of ${models[model].label}`,
       mark: { type: "rect" },
       encoding: {
-        x: { field: "layer", type: "ordinal", title: "decoder layer", axis: { labelAngle: 0, labelOverlap: true } },
+        x: { field: "layer", type: "ordinal", title: "decoder layer", axis: { labelAngle: 0, labelOverlap: true, labelSeparation: 6 } },
         y: { field: "kind", type: "ordinal", title: null, sort: kinds, axis: { labelLimit: 130 } },
         color: {
           condition: { test: "!(datum.error > 0)", value: "#e0e0e0" }, field: "error", type: "quantitative", title: null,
@@ -175,11 +175,11 @@ function drawLayers() {
 }
 
 function drawDistributions() {
-  const chosen = ticked();
+  const chosen = ticked().filter((model) => data.distributions[model]);
   const { color, dash } = scales(chosen, 2);
   for (const [place, name, title, scale] of [["kl", "kl", "KL divergence of a prediction, nats", "log"], ["nll", "nll_change", "change, nats (right: worse)", "linear"]]) {
     const values = chosen.flatMap((model) => {
-      const found = (data.distributions[model] || {})[name];
+      const found = data.distributions[model][name];
       if (!found) return [];
       const total = found.counts.reduce((a, b) => a + b, 0);
       const bins = found.counts.map((count, bin) => ({ model: models[model].label, name: names[model], from: found.edges[bin], to: found.edges[bin + 1], share: count / total }));
@@ -211,8 +211,8 @@ function onOneLine(text) {
 
 function bar(probability) {
   const node = make("span", "bar");
-  node.style.width = `${4 * probability}em`;
-  return make("span", "", node, probability >= 0.0005 ? `${(100 * probability).toFixed(1)} %` : "< 0.1 %");
+  node.style.width = `calc(${probability} * var(--bar))`;
+  return make("span", "share", node, probability >= 0.0005 ? `${(100 * probability).toFixed(1)} %` : "< 0.1 %");
 }
 
 function rows(head, lines) {
