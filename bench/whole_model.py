@@ -55,13 +55,13 @@ def shards(model: dict[str, int], layers: int) -> dict[str, dict[str, tuple[int,
     return {f"model-{n:05d}-of-{len(files):05d}.safetensors": file for n, file in enumerate(files, 1)}
 
 
-def write_model(folder: Path, model: dict[str, int], layers: int) -> int:
-    """Write the source; returns its bytes."""
+def write_model(folder: Path, model: dict[str, int], layers: int) -> None:
+    """Write the source."""
     folder.mkdir(parents=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     files = shards(model, layers)
 
-    def write(seed: int, name: str) -> int:
+    def write(seed: int, name: str) -> None:
         infos = {tensor: TensorInfo("BF16", shape) for tensor, shape in files[name].items()}
         place = layout(infos, {"format": "pt"})
         generator = torch.Generator(device).manual_seed(seed)
@@ -72,10 +72,9 @@ def write_model(folder: Path, model: dict[str, int], layers: int) -> int:
                 for start in range(0, count, _CHUNK):
                     piece = torch.randn(min(_CHUNK, count - start), generator=generator, device=device).mul_(0.02).bfloat16()
                     file.write(piece.cpu().view(torch.uint8).numpy().data)
-        return place.nbytes
 
     with ThreadPoolExecutor(8) as pool:
-        total = sum(pool.map(write, range(len(files)), files))
+        list(pool.map(write, range(len(files)), files))
     weight_map = {tensor: name for name, shapes in files.items() for tensor in shapes}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {
@@ -89,7 +88,6 @@ def write_model(folder: Path, model: dict[str, int], layers: int) -> int:
         **{key: model[key] for key in ("hidden_size", "intermediate_size", "vocab_size")},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    return total
 
 
 class Watch(threading.Thread):
@@ -169,6 +167,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="as many as the disk holds; default: all")
     parser.add_argument("--devices", default="", help="counts of devices, such as 1,2; default: all there are")
     parser.add_argument("--folder", type=Path, help="where there is room; default: a temporary folder")
+    parser.add_argument("--source", type=Path, help="write the model there and keep it, or take the one that is there")
     arguments, options = parser.parse_known_args()  # the rest goes to seedlm compress
     model = MODELS[arguments.model]
     layers = arguments.layers or model["layers"]
@@ -176,15 +175,19 @@ def main() -> None:
     counts = [int(count) for count in (arguments.devices or str(max(1, torch.cuda.device_count()))).split(",")]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
+        source = arguments.source or folder / "source"
         start = time.monotonic()
-        size = write_model(folder / "source", model, layers)
-        spent = time.monotonic() - start
-        print(f"source: {layers} of {model['layers']} layers, {size / 1e9:.2f} GB written in {spent:.1f} s", flush=True)
+        written = not source.exists()
+        if written:
+            write_model(source, model, layers)
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        how = f"written in {time.monotonic() - start:.1f} s" if written else "there already"
+        print(f"source: {layers} of {model['layers']} layers, {size / 1e9:.2f} GB {how}", flush=True)
         torch.cuda.empty_cache()
         runs = []
         for place, count in enumerate(counts):
             device = ",".join(f"cuda:{n}" for n in range(count)) if kind == "cuda" else ",".join(["cpu"] * count)
-            run = compress(folder / "source", folder / f"out{place}", device, options)
+            run = compress(source, folder / f"out{place}", device, options)
             run["differs"] = differing(folder / "out0", folder / f"out{place}")
             runs.append(run)
             if place:

@@ -21,6 +21,7 @@ The order within a list depends on timing; what is selected from it does not.
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -73,20 +74,21 @@ def search(
     """
     redone = Counter() if redone is None else redone
     pending: _Round | None = None
-    with torch.cuda.device(blocks.device):
-        engine = _engine(format, rounding, blocks.device)
-        size = engine.begin(exponent_bias, working_set)
-    for chunk in blocks.split(size):
-        # The GPU gets its next chunk before this thread waits for the last one.
-        with torch.cuda.device(blocks.device):
-            started = engine.start(chunk)
-            finished, pending = pending and engine.finish(pending, redone), started
-        if finished:
+    device = blocks.device
+    with _lent(format, rounding, device) as engine:
+        with torch.cuda.device(device):
+            size = engine.begin(exponent_bias, working_set)
+        for chunk in blocks.split(size):
+            # The GPU gets its next chunk before this thread waits for the last one.
+            with torch.cuda.device(device):
+                started = engine.start(chunk)
+                finished, pending = pending and engine.finish(pending, redone), started
+            if finished:
+                yield finished
+        if pending:
+            with torch.cuda.device(device):
+                finished = engine.finish(pending, redone)
             yield finished
-    if pending:
-        with torch.cuda.device(blocks.device):
-            finished = engine.finish(pending, redone)
-        yield finished
 
 
 class _Round(NamedTuple):
@@ -112,23 +114,36 @@ class _Plan(NamedTuple):
     unsolved: Tensor
 
 
-_kept = threading.local()
+_graphs = threading.Lock()
+"""Held where graphs are captured or destroyed: torch keeps one account of them for all threads, without a lock (2.11)."""
+_idle: list["_Engine"] = []
+_own = threading.local()
 
 
-def _engine(format: BlockFormat, rounding: Rounding, device: torch.device) -> "_Engine":
-    """The engine of this thread, kept with its plans and their memory: a capture takes longer than a small tensor's search.
-
-    One at a time: with the plans of seven formats, a mixture's threads would fill a card.
+@contextmanager
+def _lent(format: BlockFormat, rounding: Rounding, device: torch.device) -> Iterator["_Engine"]:
+    """An engine that is this caller's until it ends: an idle one if there is one, since a capture takes longer than a small
+    tensor's search. Idle ones of other formats go first: with the plans of seven, a mixture's threads would fill a card.
     """
     wanted = format, rounding, device
-    engine: _Engine | None = getattr(_kept, "engine", None)
-    if engine is None or _kept.wanted != wanted:
+    with _graphs:
+        engine = next((engine for engine in _idle if engine.wanted == wanted), None)
         if engine is not None:
-            engine.last.synchronize()
-            del _kept.engine, engine
+            _idle.remove(engine)
+        elif others := [engine for engine in _idle if engine.wanted[2] == device]:
+            for other in others:
+                other.last.synchronize()
+                _idle.remove(other)
+            del others, other
             torch.cuda.empty_cache()  # a graph's memory serves no other before
-        _kept.engine, _kept.wanted = _Engine(format, rounding, device), wanted
-    return _kept.engine
+    if engine is None:
+        with torch.cuda.device(device):
+            engine = _Engine(format, rounding, device)
+    try:
+        yield engine
+    finally:
+        with _graphs:
+            _idle.append(engine)
 
 
 def _capture_stream() -> torch.cuda.Stream:
@@ -140,9 +155,9 @@ def _capture_stream() -> torch.cuda.Stream:
     stream = torch.cuda.current_stream()
     if stream != torch.cuda.default_stream():
         return stream
-    side: torch.cuda.Stream | None = getattr(_kept, "side", None)
+    side: torch.cuda.Stream | None = getattr(_own, "side", None)
     if side is None or side.device != stream.device:
-        side = _kept.side = torch.cuda.Stream(stream.device)
+        side = _own.side = torch.cuda.Stream(stream.device)
     return side
 
 
@@ -154,6 +169,7 @@ class _Engine:
     """
 
     def __init__(self, format: BlockFormat, rounding: Rounding, device: torch.device) -> None:
+        self.wanted = format, rounding, device
         self.format, self.working_set = format, WORKING_SET
         self.tables = tables(format, device)
         self.wave = _WAVE * torch.cuda.get_device_properties(device).multi_processor_count * _SEGMENT
@@ -183,8 +199,9 @@ class _Engine:
         self.working_set = working_set
         size = self.chunk_blocks(_BUDGETS[0])
         if max(self.plans, default=0) > size:
-            self.last.synchronize()
-            self.plans.clear()
+            with _graphs:
+                self.last.synchronize()
+                self.plans.clear()
         return size
 
     def chunk_blocks(self, budget: int) -> int:
@@ -207,10 +224,10 @@ class _Engine:
         blocks = torch.zeros(size, self.format.block_size, device=self.bias.device)
         if not self.plans:
             self.fields(self.bounded(blocks[:_SEGMENT], _BUDGETS[0])[1])  # compiles and loads, which a capture cannot
-        pool = next(iter(self.plans.values())).graph.pool() if self.plans else None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(_capture_stream()):
+        with _graphs, torch.cuda.stream(_capture_stream()):
             # Plans share their memory: they run one after the other. Other threads may go on with their own work.
+            pool = next(iter(self.plans.values())).graph.pool() if self.plans else None
+            graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 score, key, unsolved = self.bounded(blocks, _BUDGETS[0])
