@@ -23,7 +23,8 @@ from seedlm.units import Item, as_bytes, converted, pieces
 
 _PIECE_WEIGHTS: Final = 1 << 22
 _THREADS: Final = 16
-"""Weights that a thread has in memory at a time, and threads at most. SHA-256 lets each do 1 to 2 GB/s."""
+"""Weights that a thread has in memory at a time, and threads at most. SHA-256 lets each do 1 to 2 GB/s; half of the processors
+are left to what feeds the search."""
 _AHEAD_BYTES: Final = 16 << 30
 """How far to read ahead: what a machine of that size still has in memory when it is read again."""
 
@@ -64,7 +65,7 @@ def scan(source: Source, items: Iterable[Item], tell: Callable[[int], None]) -> 
                 raise InterruptedError
             tell(count)
 
-    with ThreadPoolExecutor(min(_THREADS, max(2, torch.get_num_threads()))) as pool:
+    with ThreadPoolExecutor(min(_THREADS, max(1, torch.get_num_threads() // 2))) as pool:
         started = ((item, pool.submit(_scan, source, item, told)) for item in items)
         waiting: deque[tuple[Item, Future[Scan]]] = deque()
         ahead = 0
