@@ -36,13 +36,14 @@ def pack(seeds: Tensor, exponents: Tensor, coefficients: Tensor, format: BlockFo
     _check_range("exponent", exponents, format.exponent_range)
     _check_range("coefficient", coefficients, format.coefficient_range)
 
-    codes = seeds.to(torch.int64)
-    shift = format.seed_bits
-    codes = codes | (exponents.to(torch.int64) & ((1 << format.exponent_bits) - 1)) << shift
-    shift += format.exponent_bits
-    for p in range(format.num_coefficients):
-        codes = codes | (coefficients[..., p].to(torch.int64) & ((1 << format.coefficient_bits) - 1)) << shift
-        shift += format.coefficient_bits
+    # Two's complement is the value plus half its range with the highest bit flipped: so fields add up, and one XOR flips.
+    codes, flips, shift = seeds.to(torch.int64, copy=True), 0, format.seed_bits
+    fields = [(exponents, format.exponent_bits)] + [(q, format.coefficient_bits) for q in coefficients.unbind(-1)]
+    for values, bits in fields:
+        codes.add_(values, alpha=1 << shift)
+        shift += bits
+        flips |= 1 << (shift - 1)
+    codes.add_(flips).bitwise_xor_(flips)
 
     rows, blocks = codes.shape
     groups = -(-blocks // format.blocks_per_group)
