@@ -168,7 +168,8 @@ print(len(threads), torch.cuda.max_memory_reserved())
 def test_a_card_of_8_gb_is_enough_for_a_7b_and_leaves_the_same_bytes(tmp_path, bits):
     """All threads at once. Of 8 GB, 1.5 are left to CUDA itself and the desktop."""
     limit = 6_500_000_000
-    tensors = {f"model.layers.{n}.a.weight": (torch.randn(4096, 11008) * 0.02).bfloat16() for n in range(5)}
+    names = [f"model.layers.{n}.a.weight" for n in range(5)]
+    tensors = {name: (torch.randn(4096, 11008, device="cuda") * 0.02).bfloat16().cpu() for name in names}
     source = save_tensors(tmp_path / "m", tensors)
     script = [sys.executable, "-c", SMALL_CARD, source, tmp_path / "small", str(limit), bits]
     result = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from seedlm import search_torch
+from seedlm.basis import basis
 from seedlm.codec import BlockCodes, choose_exponent_bias
 from seedlm.format import PRESETS, parse_format
 from seedlm.search import encode, reason_unavailable
@@ -64,6 +65,29 @@ def test_hard_blocks_equal_brute_force(spec, kind):
     blocks = hard_blocks(format.block_size)[kind]
     for bias in {choose_exponent_bias(blocks, format), 0}:
         assert_same(gpu_search(blocks, bias, format), search_torch.brute_force(blocks.cuda(), bias, format))
+
+
+@pytest.mark.parametrize("spec", FORMATS)
+def test_no_tile_seems_worse_than_its_margin_allows(spec):
+    """What the proof says of the bound, for every tile: its best seed would be found if it were what has to be reached."""
+    from seedlm.search_triton_round import Rounds
+
+    format = parse_format(spec)
+    blocks = torch.cat(
+        [torch.randn(412, format.block_size), torch.distributions.StudentT(2.0).sample((100, format.block_size))]
+    )
+    rounds = Rounds(format, "best", torch.device("cuda", torch.cuda.current_device()))
+    _, _, least = rounds.bounds(blocks.cuda())
+    unit = torch.nn.functional.normalize(blocks.cuda().double(), dim=1)
+    residual = 1 - sum((unit @ columns).square() for columns in basis(format).span.cuda())
+    margins = rounds.tables.margins
+    for kind in rounds.tables.kinds:
+        found, least = least.split([len(kind), len(least) - len(kind)])
+        true = torch.stack([residual[:, tile].amin(1) for tile in kind.position.flatten(1)])
+        limit = (true.clamp_min(0).sqrt() + margins.tile_root).square() + margins.tile_sum
+        limit = (limit * (1 + 2.0**-7) + 2.0**-24).half().view(torch.int16).bitwise_or(15).view(torch.float16)
+        assert bool((found <= limit).all())
+        assert float((true - found).median()) < 5e-3
 
 
 def test_open_blocks_are_redone_and_counted():

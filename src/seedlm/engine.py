@@ -31,8 +31,8 @@ from seedlm.source import Source
 from seedlm.units import Job, Unit, Worker
 
 _GPU_THREADS: Final = 4
-_THREAD_BYTES: Final = 5 << 29
-"""Units at once on a GPU, and memory that it should have free for each: a search reserves 2.5 GB. On an H100 1, 2, 3 and 4 gave
+_THREAD_BYTES: Final = 3 << 29
+"""Units at once on a GPU, and memory that it should have free for each. On an H100 1, 2, 3 and 4 gave
 299, 430, 454 and 512 million weights/s (LOG, "The pipeline"). A search on a CPU has threads of its own."""
 
 _CHILD: Final = (

@@ -27,27 +27,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seedlm import search_triton_bound
-from seedlm import search_triton_kernels as kernels
 from seedlm.codec import BlockCodes
 from seedlm.format import BlockFormat, Rounding
-from seedlm.search_triton_tables import Tiles, tables
+from seedlm.search_triton_round import SEGMENT, Rounds
 
 WORKING_SET = 2 << 30
 """Bytes of GPU memory that a search may use at once, beside the tables (8 MB at the 4-bit preset) and its result."""
 
-_SEGMENT = 256
-"""Blocks to a program where blocks are independent."""
-_FIRST_TILES, _SHARES = 3, 8
-"""Seeds scored for the threshold, and shares of the tiles with at most one of them. One is not enough: where its coefficients
-clamp, hundreds of seeds reach the threshold. Ill-conditioned seeds are no use: at 4.5 bits three of all kinds left 1.4 % of
-blocks open."""
-_LIST_TILES = 16
-"""Tiles to a program of `list`, of which it takes a segment of blocks."""
-_PARTS = 8
-"""Lists of a tile's blocks: with a single one, programs wait in line to add to it."""
-_RESCAN_SEEDS, _RESCAN_BLOCKS = 128, 64
-"""Seeds of a tile and blocks that listed it that go through the tensor cores together."""
 _BUDGETS = (24, 256)
 """Tiles and seeds that the lists have room for, per block, in the first and the second round."""
 _FEW_BLOCKS = 64
@@ -115,7 +101,8 @@ class _Plan(NamedTuple):
 
 
 _graphs = threading.Lock()
-"""Held where graphs are captured or destroyed: torch keeps one account of them for all threads, without a lock (2.11)."""
+"""Held where graphs are captured or destroyed: torch expects one capture at a time in a process (its issue 137844), and its
+account of graphs is one for all threads."""
 _idle: list["_Engine"] = []
 _own = threading.local()
 
@@ -171,31 +158,15 @@ class _Engine:
     def __init__(self, format: BlockFormat, rounding: Rounding, device: torch.device) -> None:
         self.wanted = format, rounding, device
         self.format, self.working_set = format, WORKING_SET
-        self.tables = tables(format, device)
-        self.wave = _WAVE * torch.cuda.get_device_properties(device).multi_processor_count * _SEGMENT
-        self.bias = torch.zeros((), dtype=torch.int32, device=device)
+        self.rounds = Rounds(format, rounding, device)
+        self.wave = _WAVE * torch.cuda.get_device_properties(device).multi_processor_count * SEGMENT
         self.plans: dict[int, _Plan] = {}
         self.last = torch.cuda.Event()
-        low, high = format.coefficient_range
-        self.evaluation = {
-            "K": format.seed_bits,
-            "C": format.block_size,
-            "P": format.num_coefficients,
-            "DIVISOR": format.divisor,
-            "Q_LOW": low,
-            "Q_HIGH": high,
-            "Q_BITS": format.coefficient_bits,
-            "E_LOW": format.exponent_range[0],
-            "E_HIGH": format.exponent_range[1],
-            "E_BITS": format.exponent_bits,
-            "NEAREST": rounding == "nearest",
-            "LANES": 128,
-        }
 
     def begin(self, exponent_bias: int, working_set: int) -> int:
         """Make ready for a tensor's blocks; returns how many to a chunk."""
         torch.cuda.current_stream().wait_event(self.last)
-        self.bias.fill_(exponent_bias)
+        self.rounds.bias.fill_(exponent_bias)
         self.working_set = working_set
         size = self.chunk_blocks(_BUDGETS[0])
         if max(self.plans, default=0) > size:
@@ -206,32 +177,30 @@ class _Engine:
 
     def chunk_blocks(self, budget: int) -> int:
         """Blocks, whole segments of them, whose lists and bounds fit half the working set: the other is for what is redone."""
-        tiles = sum(map(len, self.tables.kinds))
-        per_block = 2 * tiles + 4 * self.tables.width + 96 + 32 * _FIRST_TILES + 32 * budget
-        most = min(_MAX_CHUNK, self.working_set // 2 // per_block)
-        unit = self.wave if most >= self.wave else _SEGMENT
+        most = min(_MAX_CHUNK, self.working_set // 2 // self.rounds.bytes_per_block(budget))
+        unit = self.wave if most >= self.wave else SEGMENT
         return max(1, most // unit) * unit
 
     def plan(self, count: int) -> _Plan:
         """The plan for at least this many blocks, at most a quarter too long."""
-        step = max(_SEGMENT, (1 << (count - 1).bit_length()) // 8)
+        step = max(SEGMENT, (1 << (count - 1).bit_length()) // 8)
         size = min(-(-count // step) * step, self.chunk_blocks(_BUDGETS[0]))
         if size not in self.plans:
             self.plans[size] = self.capture(size)
         return self.plans[size]
 
     def capture(self, size: int) -> _Plan:
-        blocks = torch.zeros(size, self.format.block_size, device=self.bias.device)
+        blocks = torch.zeros(size, self.format.block_size, device=self.rounds.bias.device)
         if not self.plans:
-            self.fields(self.bounded(blocks[:_SEGMENT], _BUDGETS[0])[1])  # compiles and loads, which a capture cannot
+            self.rounds.fields(self.rounds.bounded(blocks[:SEGMENT], _BUDGETS[0])[1])  # compiles, which a capture cannot
         with _graphs, torch.cuda.stream(_capture_stream()):
             # Plans share their memory: they run one after the other. Other threads may go on with their own work.
             pool = next(iter(self.plans.values())).graph.pool() if self.plans else None
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                score, key, unsolved = self.bounded(blocks, _BUDGETS[0])
-                codes = self.fields(key)
+                score, key, unsolved = self.rounds.bounded(blocks, _BUDGETS[0])
+                codes = self.rounds.fields(key)
             finally:
                 graph.capture_end()
         return _Plan(graph, blocks, score, key, codes, unsolved)
@@ -255,7 +224,7 @@ class _Engine:
         codes, score, key = started.codes, started.score, started.key
         if int(started.still_open):
             self.redo(started.blocks, started.unsolved.nonzero()[:, 0], score, key, redone)
-            codes = self.fields(key)
+            codes = self.rounds.fields(key)
         return codes, score
 
     def redo(self, blocks: Tensor, rows: Tensor, score: Tensor, key: Tensor, redone: Counter[int | None]) -> None:
@@ -269,166 +238,7 @@ class _Engine:
                 budget = None
             redone[budget] += len(rows)
             size = self.chunk_blocks(budget) if budget else max(1, self.working_set // (48 * self.format.num_seeds))
-            pieces = [self.bounded(p, budget) if budget else self.exhaustive(p) for p in distinct.split(size)]
+            pieces = [self.rounds.bounded(p, budget) if budget else self.rounds.exhaustive(p) for p in distinct.split(size)]
             new_score, new_key, still = (torch.cat(parts)[copy] for parts in zip(*pieces, strict=True))
             score[rows], key[rows] = new_score, new_key
             rows = rows[still]
-
-    def bounded(self, blocks: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Winners' score [N] and key [N], and which blocks stay open (bool [N]; theirs mean nothing)."""
-        device, count = blocks.device, len(blocks)
-        blocks = torch.nn.functional.pad(blocks, (0, 0, 0, -count % _SEGMENT))
-        padded, segments, width = len(blocks), len(blocks) // _SEGMENT, self.tables.width
-        kinds, sizes = self.tables.kinds, [len(kind) for kind in self.tables.kinds]
-
-        parts = torch.empty(padded, 2, width, dtype=torch.float16, device=device)
-        norm = torch.empty(padded, dtype=torch.float64, device=device)
-        search_triton_bound.normalize[segments,](blocks, parts, norm, C=self.format.block_size, W=width, BN=_SEGMENT)
-        least = torch.empty(sum(sizes), padded, dtype=torch.float16, device=device)
-        for kind, part in zip(kinds, least.split(sizes), strict=True):
-            self.bound(parts, kind, part)
-
-        best = _Best(padded, device)
-        seeds = _pairs(segments, _FIRST_TILES * _SEGMENT, device, full=True)
-        self.first(parts, kinds[0], least, seeds)
-        self.evaluate(blocks, seeds, best, splits=2 * _FIRST_TILES)
-        threshold = torch.empty(padded, dtype=torch.float32, device=device)
-        limit = torch.empty(padded, dtype=torch.float16, device=device)
-        kernels.threshold[segments,](
-            norm, best.score, threshold, limit, best.open, *self.tables.margins, DIVISOR=self.format.divisor, BN=_SEGMENT
-        )
-
-        most = -(-segments // _PARTS) * _SEGMENT  # a list can have so many blocks
-        capacity = max(32, most * budget // sizes[0])
-        wanted = torch.empty(_PARTS * sum(sizes), min(capacity, most), dtype=torch.int32, device=device)
-        listed = torch.zeros(len(wanted), dtype=torch.int32, device=device)
-        kernels.list[sum(sizes) // _LIST_TILES, segments](
-            least, limit, best.open, best.listed, wanted, listed, padded, wanted.shape[1],
-            BN=_SEGMENT, TT=_LIST_TILES, PARTS=_PARTS, LIMIT=8 * budget, num_warps=1,
-        )  # fmt: skip
-        seeds = _pairs(len(wanted), capacity, device)
-        start = 0
-        for kind in kinds:
-            rows = slice(start, start + _PARTS * len(kind))
-            self.rescan(parts, kind, threshold, best.open, wanted[rows], listed[rows], _Pairs(*(x[rows] for x in seeds)))
-            start = rows.stop
-        self.select(seeds, *self.evaluate(blocks, seeds, best, splits=4), best, splits=1)
-        score, key = best.result()
-        return score[:count], key[:count], best.open[:count] != 0
-
-    def bound(self, parts: Tensor, kind: Tiles, least: Tensor) -> None:
-        """Fill least float16 [tiles, blocks] for unit blocks float16 [blocks, 2, W]."""
-        tile_blocks = kind.rows.shape[0]
-        seeds = kind.position.shape[2]
-        own = seeds if seeds % 2 == 0 else 0  # a single seed's own row counts like shared ones
-        shared = kind.shared.shape[1] + seeds - own
-        # Three programs fit a processor, though 14 to 22 registers are spilled. H100, 4-bit preset: 0.90 ms for 2^18 blocks,
-        # against 1.05 for two programs of 8 warps.
-        search_triton_bound.bound[len(parts) // _SEGMENT,](
-            parts, kind.rows, least, len(parts), tile_blocks, OWN=own, SHARED=shared, COMPLEMENT=kind.complement,
-            T=kind.position.shape[1], TM=len(kind) // tile_blocks, BN=_SEGMENT, W=self.tables.width, STAGES=3,
-            num_warps=4, maxnreg=168,
-        )  # fmt: skip
-
-    def first(self, parts: Tensor, kind: Tiles, least: Tensor, seeds: "_Pairs") -> None:
-        """Fill the list with good seeds, some of each block."""
-        tiles = torch.empty_like(seeds.block)
-        kernels.first[len(tiles),](
-            least, seeds.block, tiles, len(parts), BN=_SEGMENT, TILES=max(kind.sound // _SHARES, 1) * _SHARES, SHARES=_SHARES,
-            FIRST=_FIRST_TILES, num_warps=1,
-        )  # fmt: skip
-        # The bound takes groups with an odd number of rows in twos, which have one tag.
-        share = max(kind.position.shape[1] // 16, 1 + (kind.position.shape[2] + kind.shared.shape[1]) % 2)
-        kernels.best_seed[tiles.numel() // 64,](
-            parts, kind.own, kind.shared, kind.position, seeds.block, tiles, seeds.item, SHARE=share, BN=64, **self.shape(kind)
-        )
-
-    def rescan(
-        self, parts: Tensor, kind: Tiles, threshold: Tensor, still_open: Tensor, wanted: Tensor, listed: Tensor, seeds: "_Pairs"
-    ) -> None:
-        """List the seeds that may win, for blocks int32 [tiles * _PARTS, capacity] of which there are `listed`."""
-        size = kind.position[0].numel()
-        kernels.rescan[len(kind), _PARTS, -(-size // _RESCAN_SEEDS)](
-            parts, kind.own, kind.shared, kind.position, threshold, still_open, wanted, listed, *seeds, wanted.shape[1],
-            seeds.capacity, SEEDS=min(size, _RESCAN_SEEDS), BN=_RESCAN_BLOCKS, num_warps=4, **self.shape(kind),
-        )  # fmt: skip
-
-    def shape(self, kind: Tiles) -> dict[str, int]:
-        return {
-            "T": kind.position.shape[1],
-            "G": kind.position.shape[2],
-            "C": self.format.block_size,
-            "S": kind.shared.shape[1],
-            "W": self.tables.width,
-            "COMPLEMENT": kind.complement,
-        }
-
-    def exhaustive(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Winners' score [N] and key [N] over all seeds, and that no block stays open."""
-        count, device = len(blocks), blocks.device
-        seeds, best = _pairs(count, self.format.num_seeds, device, full=True), _Best(count, device)
-        seeds.block.copy_(torch.arange(count, dtype=torch.int32, device=device).unsqueeze(1).expand_as(seeds.block))
-        seeds.item.copy_(torch.arange(seeds.capacity, dtype=torch.int32, device=device).expand_as(seeds.item))
-        self.select(seeds, *self.evaluate(blocks, seeds, best, splits=64), best, splits=16)
-        return *best.result(), torch.zeros(count, dtype=torch.bool, device=device)
-
-    def evaluate(self, blocks: Tensor, seeds: "_Pairs", best: "_Best", splits: int) -> tuple[Tensor, Tensor]:
-        """Score and key int64 [segments, capacity] of every pair; lowers `best.score`."""
-        score, key = (torch.empty(seeds.block.shape, dtype=torch.int64, device=blocks.device) for _ in range(2))
-        # A fused multiply-add would round once where the definition rounds twice.
-        kernels.evaluate[len(seeds.filled), splits](
-            blocks, self.tables.pinv, self.tables.stream, self.bias, *seeds, score, key, best.score, seeds.capacity,
-            enable_fp_fusion=False, **self.evaluation,
-        )  # fmt: skip
-        return score, key
-
-    def fields(self, key: Tensor) -> BlockCodes:
-        """The fields that keys int64 [N] stand for."""
-        count, device = len(key), key.device
-        seeds = torch.empty(count, dtype=torch.int32, device=device)
-        exponents = torch.empty(count, dtype=torch.int8, device=device)
-        coefficients = torch.empty(count, self.format.num_coefficients, dtype=torch.int8, device=device)
-        kernels.fields[-(-count // 256),](
-            key, seeds, exponents, coefficients, count, P=self.format.num_coefficients, LANES=256,
-            **{name: self.evaluation[name] for name in ("Q_LOW", "Q_BITS", "E_LOW", "E_BITS")},
-        )  # fmt: skip
-        return BlockCodes(seeds, exponents, coefficients)
-
-    def select(self, seeds: "_Pairs", score: Tensor, key: Tensor, best: "_Best", splits: int) -> None:
-        kernels.select[len(seeds.filled), splits](*seeds, score, key, best.score, best.key, seeds.capacity, LANES=256)
-
-
-class _Pairs(NamedTuple):
-    """Lists of (block, item) in segments of one capacity; items are tiles (times 4, plus a tag) or positions in the cycle.
-
-    block, item   int32 [segments, capacity], in no particular order
-    filled        int32 [segments]; may exceed the capacity, what is beyond was not kept
-    """
-
-    block: Tensor
-    item: Tensor
-    filled: Tensor
-
-    @property
-    def capacity(self) -> int:
-        return self.block.shape[1]
-
-
-def _pairs(segments: int, capacity: int, device: torch.device, full: bool = False) -> _Pairs:
-    """Empty lists, or lists about to be filled to their capacity."""
-    capacity = max(16, capacity // 16 * 16) if not full else capacity
-    block, item = (torch.empty(segments, capacity, dtype=torch.int32, device=device) for _ in range(2))
-    return _Pairs(block, item, torch.full((segments,), capacity if full else 0, dtype=torch.int32, device=device))
-
-
-class _Best:
-    """The best of every block so far (a score as `evaluate` orders it, int64), tiles it has listed, whether it stays open."""
-
-    def __init__(self, blocks: int, device: torch.device) -> None:
-        self.score, self.key = torch.full((2, blocks), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
-        self.listed, self.open = torch.zeros(2, blocks, dtype=torch.int32, device=device)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Score float64 and key int64."""
-        ordered = self.score
-        return (ordered ^ ((ordered >> 63) & torch.iinfo(torch.int64).max)).view(torch.float64), self.key

@@ -92,7 +92,8 @@ def best_seed(
         for s in tl.static_range(S):
             y = tl.zeros([BN, SHARE], tl.float32)
             for c in tl.static_range(C):
-                y += w[c][:, None] * tl.load(shared + ((tile * S + s) * C + c)[:, None] * T + t).to(tl.float32)
+                row = shared + (((tile[:, None] * 16 + t // (T // 16)) * S + s) * C + c) * (T // 16)
+                y += w[c][:, None] * tl.load(row + t % (T // 16)).to(tl.float32)
             energy += (y * y)[:, :, None]
     energy = tl.reshape(energy, [BN, SHARE * G])
     winner = tl.argmin(energy, axis=1) if COMPLEMENT else tl.argmax(energy, axis=1)
@@ -137,12 +138,14 @@ def list(
             residual = tl.load(least + (tiles + half * 8 + row).to(tl.int64) * blocks + n)
             bits = _plus_if_reached(bits, residual, reach, 2.0**row)
         word |= bits.to(tl.int32) << (half * 8)
-    while tl.max(word, axis=0) > 0:
-        wanted = word != 0
+    count = _ones(word)
+    before = tl.atomic_add(listed + n, count, mask=word != 0, sem="relaxed")
+    for i in range(tl.max(count, axis=0)):
+        wanted = i < count
+        within = wanted & (before + i < LIMIT)
         segment = (tiles + _lowest_bit(word)) * PARTS + tl.program_id(1) % PARTS
-        before = tl.atomic_add(listed + n, 1, mask=wanted, sem="relaxed")
-        at = tl.atomic_add(tile_count + segment, 1, mask=wanted & (before < LIMIT), sem="relaxed")
-        fits = wanted & (before < LIMIT) & (at < capacity)
+        at = tl.atomic_add(tile_count + segment, 1, mask=within, sem="relaxed")
+        fits = within & (at < capacity)
         tl.store(tile_block + segment.to(tl.int64) * capacity + at, n, mask=fits)
         tl.store(open + n, 1, mask=wanted & (fits == 0))
         word = word & (word - 1)
@@ -169,8 +172,9 @@ def rescan(
     own_rows = tl.load(own + (tile * C + k % W)[:, None] * (T * G) + slot[None, :], mask=inside, other=0.0)
     shared_rows = ()
     for s in tl.static_range(S):
-        row = shared + ((tile * S + s) * C + k % W)[:, None] * T
-        shared_rows = shared_rows + (tl.load(row + slot[None, :] // G, mask=inside, other=0.0),)
+        row = ((tile * 16 + slot // G // (T // 16)) * S + s)[None, :] * C + (k % W)[:, None]
+        row = shared + row * (T // 16) + (slot // G % (T // 16))[None, :]
+        shared_rows = shared_rows + (tl.load(row, mask=inside, other=0.0),)
     # Of eight columns in a row the tensor cores give a thread two: bits of one word, so that no thread needs another's.
     lane = tl.arange(0, 4)[None, :]
     bit = (1 << (tl.arange(0, SEEDS // 8)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]))[None]
@@ -187,17 +191,25 @@ def rescan(
         reach = tl.where((entry < count) & (tl.load(open + n) == 0), tl.load(threshold + n), -1.0)
         hits = tl.reshape((residual <= reach[:, None]).to(tl.int32), [BN, SEEDS // 8, 4, 2])
         word = tl.sum(tl.sum(hits * bit, axis=3), axis=1)
-        while tl.max(tl.max((word != 0).to(tl.int32), axis=1), axis=0) > 0:
-            wanted = word != 0
+        ones = _ones(word)
+        first_at = tl.atomic_add(found_count + segment + tl.zeros([BN, 4], tl.int32), ones, mask=word != 0, sem="relaxed")
+        block = n[:, None] + tl.zeros([BN, 4], tl.int32)
+        for i in range(tl.max(tl.max(ones, axis=1), axis=0)):
+            wanted = i < ones
             lowest = _lowest_bit(word)
             seed = tile * (T * G) + tl.program_id(2) * SEEDS + (lowest // 2) * 8 + lane * 2 + lowest % 2
-            at = tl.atomic_add(found_count + segment + tl.zeros([BN, 4], tl.int32), 1, mask=wanted, sem="relaxed")
+            at = first_at + i
             fits = wanted & (at < found_capacity)
-            block = n[:, None] + tl.zeros([BN, 4], tl.int32)
             tl.store(found_block + found + at, block, mask=fits)
             tl.store(found_position + found + at, tl.load(position + seed, mask=fits, other=0), mask=fits)
             tl.store(open + block, 1, mask=wanted & (at >= found_capacity))
             word = word & (word - 1)
+
+
+@triton.jit
+def _ones(word):
+    """How many bits of an int32 are set."""
+    return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit

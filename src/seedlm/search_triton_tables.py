@@ -24,7 +24,7 @@ class Tiles:
 
     rows        float16 [tiles/32, T, rows/2, 4, 2, 8, 16]: pairs of rows, of eight tiles each, as `bound` reads them
     own         float16 [tiles, C, T, G]
-    shared      float16 [tiles, S, C, T]
+    shared      float16 [tiles, 16, S, C, T/16]
     position    int32 [tiles, T, G]
     sound       so many tiles have well-conditioned seeds only
     """
@@ -105,7 +105,7 @@ def _tiles(part: Groups, device: torch.device) -> Tiles:
     return Tiles(
         rows=rows.contiguous().to(device),
         own=own.permute(0, 3, 1, 2).contiguous().to(device),
-        shared=shared.permute(0, 2, 3, 1).contiguous().to(device),
+        shared=shared.unflatten(1, (_SHARES, -1)).permute(0, 1, 3, 4, 2).contiguous().to(device),
         position=part.position[places].contiguous().to(device),
         sound=part.sound // per_tile,
         complement=part.complement,
