@@ -33,7 +33,8 @@ def design(
     """Find the formats of least expected error under a budget: the paper's grid search, exponent bits included.
 
     Errors are ||W - W^|| / ||W|| with their standard errors. Unquantised is the error with real coefficients, contenders the
-    seeds of a block that an exact search must score: what a format costs to use. `seedlm compress --format` takes any of them.
+    seeds of a block that an exact search must score: what a format costs to use. `seedlm compress --format` takes any of them;
+    with 2 or 3 exponent bits (e2, e3) it does worse than shown, since it sets their range by the largest weight.
     """
     from rich.console import Console
     from rich.progress import Progress
