@@ -34,7 +34,7 @@ def design(
 
     Errors are ||W - W^|| / ||W|| with their standard errors. Unquantised is the error with real coefficients, contenders the
     seeds of a block that an exact search must score: what a format costs to use. `seedlm compress --format` takes any of them;
-    with 2 or 3 exponent bits (e2, e3) it does worse than shown, since it sets their range by the largest weight.
+    with 2 exponent bits (e2) it does worse than shown, since it sets their range by the largest weight.
     """
     from rich.console import Console
     from rich.progress import Progress
