@@ -180,6 +180,7 @@ def main() -> None:
         written = not source.exists()
         if written:
             write_model(source, model, layers)
+            os.sync()  # or the disk is still at it while the first runs write
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         how = f"written in {time.monotonic() - start:.1f} s" if written else "there already"
         print(f"source: {layers} of {model['layers']} layers, {size / 1e9:.2f} GB {how}", flush=True)

@@ -128,7 +128,7 @@ class TestResume:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"format": "block-k8-c8-p2-q4-e4"}, "arguments format num_coefficients was 3, is now 2"),
+            ({"format": "block-k8-c8-p2-q4-e4"}, "arguments format was .block-k8-c8-p3-q4-e4., is now .block-k8-c8-p2-q4-e4"),
             ({"rounding": "nearest"}, 'arguments rounding was "best", is now "nearest"'),
             ({"exclude": ["*.0.mlp.*"]}, "arguments exclude was"),
             ({"include": ["lm_head"]}, "arguments include was"),

@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seedlm import evaluate, inspect_checkpoint, measure
+from seedlm import evaluate, inspect_checkpoint, measure, models
 from seedlm.errors import BackendError, EvaluationError, OutputError, SourceError
 from seedlm.evaluate import Settings, Text
 from straightforward import straightforward
@@ -251,3 +252,28 @@ class TestRefusals:
             evaluate.evaluate(
                 str(folders[0]), Text.from_file(tmp_path / "text"), Settings(context=8), reference=str(tmp_path / "m.gguf")
             )
+
+
+def test_bits_of_another_librarys_folder_are_counted_from_its_architecture(tmp_path):
+    """Codes of 4 bits, a float32 for every 32 of them, and a table: 5 bits a weight and the table."""
+    model = tiny_llama(tmp_path, layers=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    packed = [name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    weights = sum(tensors[f"model.{name}.weight"].numel() for name in packed)
+    for name in packed:
+        count = tensors[f"model.{name}.weight"].numel()
+        tensors[f"model.{name}.weight"] = torch.zeros(count // 2, 1, dtype=torch.uint8)
+        tensors[f"model.{name}.weight.absmax"] = torch.zeros(count // 32)
+    tensors[f"model.{packed[0]}.weight.quant_map"] = torch.zeros(16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+
+    info = models.describe("theirs", tmp_path)
+    assert (info.format, info.weights) == ("bitsandbytes", model.num_parameters())
+    assert info.bits_per_weight == pytest.approx(5 + 16 * 32 / weights)
+    assert info.model_bits_per_weight == 8 * info.bytes / model.num_parameters()
+
+    tensors["somewhere.else.codes"] = tensors.pop(f"model.{packed[0]}.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert models.describe("theirs", tmp_path).bits_per_weight is None

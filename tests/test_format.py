@@ -74,3 +74,14 @@ def test_unknown_specifications_are_refused(text):
 def test_json_forms_are_checked(data, message):
     with pytest.raises(FormatError, match=message):
         format_from_dict(data)
+
+
+@pytest.mark.parametrize("bits", ["3.5", 3.5, PRESETS["3.5"], PRESETS["3.5"].spec], ids=["text", "number", "format", "spec"])
+def test_a_format_is_told_in_any_of_its_forms(bits):
+    assert parse_format(bits) == PRESETS["3.5"]
+
+
+@pytest.mark.parametrize("wrong", [6, 3.7, float("nan"), None, ["4"], True], ids=str)
+def test_what_is_no_format_is_refused(wrong):
+    with pytest.raises(FormatError, match="unknown format"):
+        parse_format(wrong)

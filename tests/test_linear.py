@@ -8,6 +8,7 @@ from seedlm.checkpoint import stored_name
 from seedlm.errors import CheckpointError, TensorError
 from seedlm.format import parse_format
 from seedlm.linear import SeedLinear, compress_module
+from seedlm.search import encode
 from seedlm.walk import choose_modules, compress_model, expand_model
 
 SPEC = "block-k8-c8-p3-q4-e4"
@@ -157,3 +158,9 @@ def test_invalid_codes_are_found(damage, message):
     damage(*layer.codes)
     with pytest.raises(CheckpointError, match=message):
         layer.check_codes("m")
+
+
+def test_a_number_of_bits_is_a_format_and_one_pattern_needs_no_list():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(16, 8))
+    assert compress_model(model, 4, exclude="1", include="*", backend="torch").keys() == {"0"}
+    assert "tensor(" not in repr(encode(torch.zeros(4, 16), 4, backend="torch")[0])

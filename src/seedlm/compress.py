@@ -29,7 +29,7 @@ from seedlm.format import ROUNDINGS, Format, Rounding, parse_format
 from seedlm.report import RunReport, inspect_checkpoint
 from seedlm.scan import Scan, scan
 from seedlm.search import Backend
-from seedlm.selection import dense_linears, matrices_of, select, stack_of
+from seedlm.selection import as_patterns, dense_linears, matrices_of, select, stack_of
 from seedlm.source import Source, locate, open_source
 from seedlm.tensorfile import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout
 from seedlm.units import Item, Job, Place, Unit
@@ -48,11 +48,11 @@ def compress_checkpoint(
     source: str | Path,
     out: str | Path,
     *,
-    format: str | Format | Mixture = "4",
+    format: str | float | Format | Mixture = "4",
     rounding: Rounding = "best",
     dtype: str | None = None,
-    include: tuple[str, ...] | list[str] = (),
-    exclude: tuple[str, ...] | list[str] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     max_shard_size: int | str = "5GB",
     device: str = "auto",
     backend: Backend = "auto",
@@ -77,7 +77,7 @@ def compress_checkpoint(
     """
     clock = _Clock()
     out = Path(out).absolute()
-    format = parse_format(format) if isinstance(format, str) else format
+    format = format if isinstance(format, Mixture) else parse_format(format)
     if rounding not in ROUNDINGS:
         raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if dtype is not None and dtype not in _DTYPES:
@@ -87,6 +87,7 @@ def compress_checkpoint(
     for where, candidate in itertools.product(devices, candidates):
         if backend != "auto" and (reason := search.reason_unavailable(backend, where, candidate)):
             raise BackendError(reason)
+    include, exclude = as_patterns(include), as_patterns(exclude)
     shard_bytes = parse_size(max_shard_size)
     progress = on_progress or (lambda phase, done, total: None)
     path = locate(source, revision=revision).absolute()
@@ -103,7 +104,7 @@ def compress_checkpoint(
     plan = {
         "seedlm": __version__,
         "arguments": {
-            "format": format.to_dict(),
+            "format": format.spec,
             "overrides": {module: other.spec for module, other in overrides.items()},
             "rounding": rounding,
             "dtype": dtype,

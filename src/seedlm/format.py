@@ -167,11 +167,14 @@ least error among formats that every search takes and that leave few seeds a blo
 _SPEC = re.compile(r"block-k(\d{1,2})-c(\d{1,2})-p(\d{1,2})-q(\d{1,2})-e(\d{1,2})", re.ASCII)
 
 
-def parse_format(text: str) -> Format:
-    """A format from a preset's name (``"4"``) or a specification (``"block-k16-c8-p3-q4-e4"``).
+def parse_format(format: str | float | Format) -> Format:
+    """A format from a preset's bits (``"4"`` or 4) or a specification (``"block-k16-c8-p3-q4-e4"``); one that is there stays.
 
-    Raises FormatError if it is neither.
+    Raises FormatError for anything else.
     """
+    if isinstance(format, Format):
+        return format
+    text = format if isinstance(format, str) else f"{format:g}" if isinstance(format, int | float) else repr(format)
     if text in PRESETS:
         return PRESETS[text]
     match = _SPEC.fullmatch(text)

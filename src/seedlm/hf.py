@@ -70,7 +70,7 @@ class SeedLMConfig(QuantizationConfigMixin):
             parsed = format_from_dict(format)
         else:
             bits = 4 if bits is None else bits
-            parsed = parse_format(format if format is not None else bits if isinstance(bits, str) else f"{bits:g}")
+            parsed = parse_format(format if format is not None else bits)
         self.quant_method: Any = quant_method
         self.format_version = format_version
         self.format = parsed.to_dict()

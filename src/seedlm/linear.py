@@ -93,7 +93,7 @@ class SeedLinear(nn.Module):
 
 def compress_module(
     module: nn.Linear,
-    format: Format | str = "4",
+    format: Format | str | float = "4",
     *,
     rounding: Rounding = "best",
     backend: Backend = "auto",
@@ -104,7 +104,7 @@ def compress_module(
     format    a format, or anything `parse_format` reads; the other options are those of `search.encode`
     returns   the packed layer, which shares the bias, and ||W - W^||_F / ||W||_F (0 for a weight of zeros)
     """
-    parsed = parse_format(format) if isinstance(format, str) else format
+    parsed = parse_format(format)
     weight = module.weight.detach()
     encoded, squared_error = encode(weight, parsed, rounding=rounding, backend=backend, on_progress=on_progress)
     norm = float(weight.double().square().sum())

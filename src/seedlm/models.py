@@ -6,6 +6,7 @@ anything large is loaded.
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -19,11 +20,12 @@ from seedlm.checkpoint import QUANT_METHOD
 from seedlm.errors import SourceError
 from seedlm.report import inspect_checkpoint
 from seedlm.source import FolderSource
-from seedlm.tensorfile import DTYPE_BITS, TORCH_NAMES, read_json
+from seedlm.tensorfile import DTYPE_BITS, TORCH_NAMES, TensorInfo, read_json
 from seedlm.walk import expand_model, seed_linears
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
+_FLOATS: Final = ("F64", "F32", "F16", "BF16")
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 12
 
 
@@ -34,7 +36,7 @@ class ModelInfo:
     name                    as it was given
     format                  our format, a GGUF type, another library's method, or the dtype: of most of its weights
     bits_per_weight         of the weights in that format, all overhead counted; None where another library's files do not
-                            tell how many weights they hold
+                            tell (`_foreign_size`)
     model_bits_per_weight   of the whole model, every byte of its weight files counted
     weights                 numbers that the files stand for
     bytes                   its weight files
@@ -61,7 +63,8 @@ def describe(name: str, path: Path) -> ModelInfo:
     if section is not None:
         method = str(section.get("quant_method")) if isinstance(section, dict) else "unknown"
         if method != QUANT_METHOD:
-            return _info(name, method, None, None, files.nbytes, fingerprint)
+            bits, count = _foreign_size(path, files.tensors)
+            return _info(name, method, bits, count, files.nbytes, fingerprint)
         report = inspect_checkpoint(path)
         formats = ", ".join(sorted({tensor.format for tensor in report.tensors}))
         weights = report.compressed_weights + report.dense_weights
@@ -112,6 +115,30 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto", packed:
 def _arguments(path: Path) -> tuple[Path, dict[str, Any]]:
     """How transformers is told of a folder, and of a GGUF file."""
     return (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+
+
+def _foreign_size(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float | None, int | None]:
+    """Bits of a weight that another library has quantised, all that it stores for them counted, and all of a model's weights.
+
+    Files do not tell how many weights a code stands for; the architecture does. What stands in the files as the architecture
+    has it, in a dtype of floats, is dense; all other bytes stand for all other weights.
+    returns   None for bits if the files' names are not the architecture's; None for both if it cannot be built
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except Exception:  # code of its own, a class that is not known: transformers raises whatever it led to
+        return None, None
+    parameters = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    dense = {name for name, info in tensors.items() if info.dtype in _FLOATS and parameters.get(name) == info.shape}
+    codes = {name: info for name, info in tensors.items() if name not in dense and name != "lm_head.weight"}
+    quantized = {name: prod(shape) for name, shape in parameters.items() if name not in dense}
+    owners = {name.rpartition(".")[0] + "." for name in quantized}
+    ours = all(any(name.startswith(owner) for owner in owners) for name in codes)
+    nbytes, weights = sum(info.nbytes for info in codes.values()), sum(quantized.values())
+    return (8 * nbytes / weights if weights and ours else None), sum(map(prod, parameters.values()))
 
 
 def _describe_gguf(name: str, path: Path) -> ModelInfo:

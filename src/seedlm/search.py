@@ -8,7 +8,7 @@ ran is never recorded. `reason_unavailable` is the one place that knows where ea
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import torch
@@ -39,7 +39,7 @@ class EncodedTensor:
 
     format: Format
     shape: tuple[int, int]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] = field(repr=False)
 
     def __post_init__(self) -> None:
         specs = self.format.tensor_specs(*self.shape)
@@ -64,7 +64,7 @@ def decode(words: Tensor, exponent_bias: int, in_features: int, format: BlockFor
 
 def encode(
     weight: Tensor,
-    format: Format | str,
+    format: Format | str | float,
     *,
     rounding: Rounding = "best",
     exponent_bias: int | None = None,
@@ -81,7 +81,7 @@ def encode(
     Raises TensorError for a weight that cannot be encoded, BackendError for a backend that cannot run here.
     """
     check_weight(weight)
-    format = parse_format(format) if isinstance(format, str) else format
+    format = parse_format(format)
     if rounding not in ROUNDINGS:
         raise TensorError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     low, high = EXPONENT_BIAS_RANGE

@@ -64,7 +64,7 @@ def select(
     stores its matrices transposed, a stack of experts whose rows cannot be told from its columns, experts of one layer that
     are not all treated alike, and if nothing is left to compress.
     """
-    include, exclude = tuple(include), tuple(exclude)
+    include, exclude = as_patterns(include), as_patterns(exclude)
     _refuse_transposed(tensors, config)
     modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") or _is_stack(name, tensors[name])]
     for option, patterns in (("include", include), ("exclude", exclude)):
@@ -89,6 +89,11 @@ def select(
             f"nothing to compress: none of the {len(tensors)} tensors is the weight of a linear layer to be packed"
         )
     return chosen, left
+
+
+def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """Some patterns, or a single one."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def stack_of(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Stack | None:

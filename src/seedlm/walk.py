@@ -17,12 +17,12 @@ from seedlm.experts import SeedExperts, compress_experts, projections_of
 from seedlm.format import Format, Rounding, parse_format
 from seedlm.linear import SeedLinear, compress_module, is_linear
 from seedlm.search import Backend, Progress
-from seedlm.selection import gets_smaller, left_by_default
+from seedlm.selection import as_patterns, gets_smaller, left_by_default
 
 
 def compress_model(
     model: nn.Module,
-    format: Format | str = "4",
+    format: Format | str | float = "4",
     *,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
@@ -36,7 +36,7 @@ def compress_model(
     returns            module name -> relative error, of every matrix compressed; experts of a stack by their number
     Raises TensorError if a weight cannot be encoded or is shared with another module, naming it.
     """
-    parsed = parse_format(format) if isinstance(format, str) else format
+    parsed = parse_format(format)
     errors: dict[str, float] = {}
     stacks: dict[str, list[str]] = {}
     for name in choose_modules(model, parsed, include, exclude):
@@ -70,7 +70,7 @@ def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = ()
     returns   names of linear layers, and of the parameters that are stacks (``layers.0.mlp.experts.down_proj``)
     Raises TensorError for a pattern without a match and for a chosen weight that another module shares (a tied head).
     """
-    include, exclude = tuple(include), tuple(exclude)
+    include, exclude = as_patterns(include), as_patterns(exclude)
     shapes = dict(_weights(model))
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in shapes):

@@ -64,7 +64,11 @@ class WorkFolder:
         try:
             yield
         except OSError as reason:
-            kept = f"; what is done is kept in {self.path}, the same command goes on from there" if self.done else ""
+            kept = (
+                f"; what is done is kept in {self.path}, the same command goes on from there"
+                if self.done and self.path.exists()
+                else ""
+            )
             raise OutputError(f"{reason.filename or self.path}: {reason.strerror or reason}{kept}") from reason
 
     @contextmanager

@@ -21,7 +21,10 @@ def design(
     ] = None,
     blocks: Annotated[int, typer.Option(help="Blocks to measure on: the standard error falls with their root.", min=2)] = 64,
     rounding: Annotated[str, typer.Option(help="How coefficients are chosen: best, or the paper's own nearest.")] = "best",
-    max_block: Annotated[int, typer.Option(help="Longest block to consider, in weights.", min=2, max=64)] = 64,
+    max_block: Annotated[
+        int,
+        typer.Option(help="Longest block to consider, in weights; on a CPU 8 takes seconds, 64 many minutes.", min=2, max=64),
+    ] = 64,
     top: Annotated[int, typer.Option(help="Formats to list.", min=1)] = 12,
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
     device: Annotated[str, typer.Option(help="Where to work: auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
@@ -30,7 +33,8 @@ def design(
     """Find the formats of least expected error under a budget: the paper's grid search, exponent bits included.
 
     Errors are ||W - W^|| / ||W|| with their standard errors. Unquantised is the error with real coefficients, contenders the
-    seeds of a block that an exact search must score: what a format costs to use. `seedlm compress --format` takes any of them.
+    seeds of a block that an exact search must score: what a format costs to use. `seedlm compress --format` takes any of them;
+    with 2 exponent bits (e2) it does worse than shown, since it sets their range by the largest weight.
     """
     from rich.console import Console
     from rich.progress import Progress

@@ -21,9 +21,13 @@ def generate(
     ] = False,
 ) -> None:
     """Generate text, printed as it comes; then, on stderr, the speed."""
+    from transformers.utils import logging
+
     from seedlm.generate import Timing
     from seedlm.generate import generate as pieces
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     timing = Timing()
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "chat": chat}
     for piece in pieces(model, prompt, **options, device=device, dtype=dtype, expand=expand, timing=timing):  # type: ignore[arg-type]
