@@ -112,6 +112,7 @@ def test_samples_of_stacked_experts_lie_along_their_input(tmp_path):
 
 
 def test_the_command_prints_a_table_and_json(tmp_path):
+    torch.manual_seed(0)
     save_tensors(tmp_path / "model", {"model.layers.0.mlp.up_proj.weight": torch.randn(8, 40)})
     options = ["design", "--bits", "2.5", "--blocks", "8", "--max-block", "4", "--model", str(tmp_path / "model")]
     table = CliRunner().invoke(app, [*options, "--top", "3"])
