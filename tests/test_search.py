@@ -201,3 +201,18 @@ def test_more_seed_bits_are_exact_or_refused():
 def test_an_explicit_backend_that_cannot_run_says_why():
     with pytest.raises(BackendError, match="unknown backend 'abacus', known: auto"):
         encode(torch.ones(1, 8), PRESETS["4"], backend="abacus")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_bound_is_as_exact_as_its_proof_wherever_torch_may_be_less(precision, monkeypatch):
+    """TF32 and bfloat16, which other precisions allow on some devices, lose more than the margin."""
+    seen, real = set(), search_torch._energies
+    monkeypatch.setattr(search_torch, "_energies", lambda unit, span: seen.add(span.dtype) or real(unit, span))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = [scores for _, scores in search_torch.search(torch.randn(9, 8), 0, parse_format("block-k8-c8-p3-q4-e4"))]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(found) == 1
+    assert seen == {torch.float32 if precision == "highest" else torch.float64}

@@ -52,11 +52,11 @@ def search(
     blocks: Tensor, exponent_bias: int, format: BlockFormat, rounding: Rounding = "best"
 ) -> Iterator[tuple[BlockCodes, Tensor]]:
     """The same answer as `brute_force`, in pieces of consecutive blocks, each as soon as it is proved."""
-    span = basis(format).span.to(blocks.device, torch.float32)
+    span = basis(format).span.to(blocks.device, _bound_dtype())
     for chunk in blocks.split(_CHUNK_BLOCKS):
         exponents = torch.frexp(chunk.abs().amax(1).double())[1].long()
         unit = chunk.double() * power_of_two(-exponents).unsqueeze(1)
-        unit = (unit / unit.norm(dim=1, keepdim=True)).nan_to_num().float()
+        unit = (unit / unit.norm(dim=1, keepdim=True)).nan_to_num().to(span.dtype)
 
         peaks, positions = [], []
         for first, energies in _energies(unit, span):
@@ -68,7 +68,7 @@ def search(
         rows = torch.arange(len(chunk), device=chunk.device).repeat_interleave(highest.shape[1])
         winners.consider(rows, torch.stack(positions, 1).gather(1, highest).flatten())
 
-        bar = (winners.achieved() - _MARGIN).float().unsqueeze(1)
+        bar = (winners.achieved() - _MARGIN).to(span.dtype).unsqueeze(1)
         reaching = []
         for first, energies in _energies(unit, span):
             rows, index = (energies >= bar).nonzero(as_tuple=True)
@@ -79,7 +79,7 @@ def search(
 
 
 def _energies(unit: Tensor, span: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Energies of unit blocks float32 [N, C] on every seed's span, some seeds at a time: (first position, float32 [N, seeds]).
+    """Energies of unit blocks [N, C] on every seed's span, some seeds at a time: (first position, [N, seeds]).
 
     They are computed anew for each of the two passes: on a CPU that is cheaper than to write and read them.
     """
@@ -90,6 +90,15 @@ def _energies(unit: Tensor, span: Tensor) -> Iterator[tuple[int, Tensor]]:
             dot = unit @ columns
             energies.addcmul_(dot, dot)
         yield first, energies
+
+
+def _bound_dtype() -> torch.dtype:
+    """float32, unless torch has been told to take its products less seriously: TF32 and bfloat16 exceed the margin."""
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was told for one kind of device
+        exact = False
+    return torch.float32 if exact else torch.float64
 
 
 def _pairs(blocks: Tensor) -> int:
