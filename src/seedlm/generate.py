@@ -11,6 +11,7 @@ import torch
 
 from seedlm.device import choose_device
 from seedlm.errors import SourceError
+from seedlm.source import is_repository, locate
 
 
 @dataclass
@@ -50,6 +51,8 @@ def generate(
     timing = timing if timing is not None else Timing()
     start = time.perf_counter()
     where = choose_device(device)
+    if not is_repository(model):
+        locate(model)  # transformers would ask the Hub, several times, for a path that was mistyped
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
         network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)

@@ -106,8 +106,8 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """
     path = Path(source)
     if not path.exists():
-        if isinstance(source, str) and _HUB_ID.fullmatch(source):
-            return _download(source, revision)
+        if is_repository(source):
+            return _download(str(source), revision)
         raise SourceError(f"{path}: no such file or folder (a Hub repository is written owner/name)")
     if revision is not None:
         raise SourceError(f"{path}: a revision belongs to a Hub repository, this is a local path")
@@ -123,6 +123,11 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
             raise SourceError(f"{path}: has {len(ggufs)} GGUF files, name one of them: {', '.join(p.name for p in ggufs)}")
         return ggufs[0]
     return path
+
+
+def is_repository(source: str | Path) -> bool:
+    """Whether this may name a Hub repository, ``owner/name``."""
+    return isinstance(source, str) and _HUB_ID.fullmatch(source) is not None
 
 
 def _check(source: FolderSource, name: str) -> Source:
