@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from seedlm import engine, search
+from seedlm.allocate import Mixture
 from seedlm.compress import compress_checkpoint
 from seedlm.errors import BackendError, OutputError, SourceError
 from seedlm.format import PRESETS, parse_format
@@ -181,6 +182,24 @@ def test_a_card_of_8_gb_is_enough_for_a_7b_and_leaves_the_same_bytes(tmp_path, b
     assert reserved <= limit
     compress_checkpoint(source, tmp_path / "large", format=bits, device="cuda:0")
     assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "large")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_mixtures_one_after_the_other_leave_the_same_bytes(tmp_path):
+    """Threads that change their formats, and with them their graphs, while others capture and replay."""
+    torch.manual_seed(0)
+    names = [f"model.layers.{n}.{kind}" for n in range(12) for kind in "abc"]
+    source = save_tensors(tmp_path / "m", {f"{name}.weight": torch.randn(96, 64).bfloat16() for name in names})
+    sensitivity = dict(zip(names, (10 ** torch.randn(len(names))).tolist(), strict=True))
+    mixtures = [Mixture(bits=bits, sensitivity=sensitivity) for bits in (3.5, 2.75, 4.25)]
+    assert all(len(set(mixture.assign(dict.fromkeys(names, (96, 64))).values())) > 4 for mixture in mixtures)
+    for place, mixture in enumerate(mixtures):
+        compress_checkpoint(source, tmp_path / f"cpu{place}", format=mixture, device="cpu")
+    for turn in range(9):
+        place, out = turn % 3, tmp_path / f"gpu{turn}"
+        compress_checkpoint(source, out, format=mixtures[place], device="cuda:0")
+        assert folder_bytes(out) == folder_bytes(tmp_path / f"cpu{place}")
 
 
 @pytest.fixture(scope="module")
