@@ -166,3 +166,13 @@ def test_the_majority_of_modules_need_no_override(packed):
     config = json.loads((packed / "config.json").read_text())["quantization_config"]
     assert len(config["overrides"]) < 14
     assert config["format"] not in config["overrides"].values()
+
+
+def test_a_weight_that_counted_for_nothing_counts_as_the_least_of_the_others():
+    shapes = dict.fromkeys("abcd", (12, 24))
+    named = {"a": 9.0, "b": 3.0, "c": 1.0}
+    for bits in (3, 3.5, 4, 4.5):
+        with_zero = Mixture(bits=bits, sensitivity={**named, "d": 0.0}, formats=FORMATS).assign(shapes)
+        assert with_zero == Mixture(bits=bits, sensitivity={**named, "d": 1.0}, formats=FORMATS).assign(shapes)
+    nothing = Mixture(bits=5, sensitivity=dict.fromkeys("abcd", 0.0), formats=FORMATS).assign(shapes)
+    assert LOW not in nothing.values()  # bits that are there are spent

@@ -41,7 +41,8 @@ class Mixture:
     """A format for every weight: more bits where they matter, `bits` on average.
 
     bits          stored bits of all compressed weights, all overhead counted, over their number: at most that
-    sensitivity   module -> KL per unit of relative squared error (`sensitivity.measure_sensitivity`)
+    sensitivity   module -> KL per unit of relative squared error (`sensitivity.measure_sensitivity`); 0, of an expert that no
+                  token reached, counts as the least of the others: another text may reach it
     formats       format -> its expected relative squared error
     """
 
@@ -65,8 +66,9 @@ class Mixture:
         low, high = (bound(sizes.values()) / weights for bound in (min, max))
         if not low <= self.bits <= high:
             raise FormatError(f"a mixture for this model has {low:.4f} to {high:.4f} bits a weight, got {self.bits:g}")
+        least = min((value for value in self.sensitivity.values() if value > 0), default=1.0)
         choices = [
-            [(format.stored_bits(*shape), self.sensitivity[module] * nmse) for format, nmse in self.formats.items()]
+            [(format.stored_bits(*shape), (self.sensitivity[module] or least) * nmse) for format, nmse in self.formats.items()]
             for module, shape in shapes.items()
         ]
         formats = list(self.formats)

@@ -9,7 +9,7 @@ nats a token. The gradient is that of -log p(token | text before it), the token 
 text is the model's own, too: after a random first token, each is drawn as the model predicts it. Gradients of tokens drawn
 like this are uncorrelated, as each has mean zero given the text before it. The expected square of their sum is the sum of
 their expected squares: one backward pass over a sequence counts all its tokens, and gives every weight its share. Each matrix
-of a stack of experts is a weight; one to which no token went counts 0.
+of a stack of experts is a weight; one to which no token went counts 0 (and `allocate` takes it as the least of the others).
 
 LOG.md has what else was tried, and how well each agrees with the true KL of a real model on real text: this as well as one
 compression and evaluation per weight, and nothing that can be read off the weights alone, norms and gains included, nearly.

@@ -41,4 +41,8 @@ def sensitivity(
     most = max(found, key=lambda name: found[name])
     print(f"{output}: {len(found)} weights; the most sensitive is {most}", file=sys.stderr)
     if unused := sum(not value for value in found.values()):
-        print(f"{unused} of them were not used: experts to which no token went. More --sequences reach more", file=sys.stderr)
+        print(
+            f"{unused} of them were not used: experts to which no token went, taken as the least of the others. "
+            "More --sequences reach more",
+            file=sys.stderr,
+        )
