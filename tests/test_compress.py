@@ -137,6 +137,11 @@ class TestResult:
         run(llama, tmp_path / "out")
         assert folder_bytes(tmp_path / "out") == folder_bytes(finished[0])  # the errors in the report too
 
+    def test_however_little_is_read_ahead_the_bytes_are_the_same(self, llama, finished, tmp_path, monkeypatch):
+        monkeypatch.setattr("seedlm.scan._AHEAD_BYTES", 1)
+        run(llama, tmp_path / "out")
+        assert folder_bytes(tmp_path / "out") == folder_bytes(finished[0])
+
     def test_a_source_in_other_shards_gives_the_same_tensors(self, llama, finished, tmp_path):
         tiny_llama(tmp_path / "m", shard="10KB")
         run(tmp_path / "m", tmp_path / "out")
@@ -209,6 +214,14 @@ class TestRefusals:
         assert [p.name for p in tmp_path.iterdir()] == ["m"]
         run(folder, tmp_path / "out", exclude=["*.b", "*.c"])
         assert torch.equal(Checkpoint.open(tmp_path / "out").dense_tensor("layers.0.b.weight").isnan(), bad.isnan())
+
+    def test_however_little_is_read_ahead_the_rest_is_read_to_count_them(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("seedlm.scan._AHEAD_BYTES", 1)
+        bad = torch.full((4, 8), float("nan"))
+        tensors = {f"layers.{n}.a.weight": torch.randn(4, 8) if n < 3 else bad.clone() for n in range(8)}
+        with pytest.raises(TensorError, match=r"^layers.3.a.weight: .* 32 NaN and 0 Inf values; and 4 more tensors like it"):
+            run(save_tensors(tmp_path / "m", tensors), tmp_path / "out")
+        assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
     def test_a_disk_too_small_is_refused_at_the_start(self, llama, tmp_path, monkeypatch):
         monkeypatch.setattr(

@@ -23,8 +23,8 @@ from seedlm.units import Item, as_bytes, converted, pieces
 
 _PIECE_WEIGHTS: Final = 1 << 22
 _THREADS: Final = 16
-"""Weights that a thread has in memory at a time, and threads at most. SHA-256 lets each do 1 to 2 GB/s; half of the processors
-are left to what feeds the search."""
+"""Weights that a thread has in memory at a time, and threads at most. What limits them is SHA-256; half of the processors are
+left to what feeds the search."""
 _AHEAD_BYTES: Final = 16 << 30
 """How far to read ahead: what a machine of that size still has in memory when it is read again."""
 
