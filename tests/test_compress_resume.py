@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from seedlm import workfolder
+from seedlm import units, workfolder
 from seedlm.checkpoint import Checkpoint
 from seedlm.errors import CheckpointError, OutputError, SourceError
 from seedlm.tensorfile import TensorFiles
@@ -42,7 +42,8 @@ class TestResume:
             return wrapped
 
         for owner, name in (
-            (workfolder, "_sync"),
+            (workfolder, "sync"),
+            (units, "sync"),
             (workfolder, "_sync_folder"),
             (workfolder.Writer, "write"),
             (workfolder.os, "replace"),

@@ -1,17 +1,19 @@
 """Any number of workers leave the same bytes, and one that dies loses nothing: processes, GPUs, a Ray cluster."""
 
+import errno
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from seedlm import engine, search
+from seedlm import engine, search, units
 from seedlm.allocate import Mixture
 from seedlm.compress import compress_checkpoint
 from seedlm.errors import BackendError, OutputError, SourceError
@@ -57,6 +59,39 @@ class TestSums:
         pieces = [search.encode_rows(part, 4, format, backend="torch")[1] for part in weight.split(5)]
         assert search.totals(reversed(pieces), format) == search.totals(pieces, format)
         assert search.totals(pieces, format)[0] == error
+
+
+class TestDisk:
+    """A unit is finished when its bytes have reached the disk, and nobody but one thread waits for that."""
+
+    def test_one_that_fails_to_write_finishes_nothing(self, llama, finished, tmp_path, monkeypatch):
+        def fail(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(units, "sync", fail)
+        with pytest.raises(OutputError, match="No space left on device"):
+            run(llama, tmp_path / "out")
+        assert not (tmp_path / "out.partial" / "journal.jsonl").exists()
+        monkeypatch.undo()
+        run(llama, tmp_path / "out")
+        assert folder_bytes(tmp_path / "out") == finished
+
+    def test_a_slow_one_keeps_no_search_waiting(self, llama, finished, tmp_path, monkeypatch):
+        """The first wait ends when every weight is encoded."""
+        encoded, waits = threading.Event(), []
+
+        def wait(file, real=units.sync):
+            waits.append(encoded.wait(60))
+            real(file)
+
+        def look(phase, done, total):
+            if (phase, done) == ("compress", total):
+                encoded.set()
+
+        monkeypatch.setattr(units, "sync", wait)
+        run(llama, tmp_path / "out", on_progress=look)
+        assert all(waits)
+        assert folder_bytes(tmp_path / "out") == finished
 
 
 class TestProcesses:

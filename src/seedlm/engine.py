@@ -5,9 +5,10 @@
                          its standard input and events come from its standard output
     ray                  a task for each unit (`engine_ray`)
 
-A worker tells what happens as events; `run` hands a unit to each thread that is free, and yields the events. A worker that
-dies takes no more with it than the units it was at, which are not in the journal: the run ends with one line that says so, and
-the next one does them again.
+A worker tells what happens as events; `run` hands a unit to each thread that is free, and yields the events. No thread waits
+for the disk: in each process one more does, once for all units written meanwhile, and then they are finished. A worker that
+dies takes no more with it than the units that were not, which are not in the journal: the run ends with one line that says so,
+and the next one does them again.
 """
 
 import os
@@ -42,7 +43,7 @@ _CHILD: Final = (
 
 
 class Ready(NamedTuple):
-    """A thread waits for its first unit."""
+    """A thread waits for a unit."""
 
 
 class Progress(NamedTuple):
@@ -69,7 +70,7 @@ Post = Callable[["Workers", Event], None]
 
 
 class Workers(Protocol):
-    """Some threads that take units, each after it has said that it is ready or has finished one."""
+    """Some threads that take units, each after it has said that it is ready."""
 
     def submit(self, unit: Unit) -> None: ...
 
@@ -89,11 +90,12 @@ class _Stopped(Exception):
 
 
 class Threads:
-    """Threads of this process, on one device. The first thing they do is to warm up, at once."""
+    """Threads of this process, on one device, and one that waits for the disk. The first thing they do is to warm up."""
 
     def __init__(self, job: Job, device: torch.device, source: Source | None, post: Post) -> None:
         self._job, self._device, self._source, self._post = job, device, source, post
         self._units: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[tuple[Unit, dict[str, float]] | None] = queue.SimpleQueue()
         self._stopping = False
         self._ready = threading.Lock()
         self._worker: Worker | None = None
@@ -101,7 +103,8 @@ class Threads:
         if device.type == "cuda":
             count = max(1, min(_GPU_THREADS, torch.cuda.mem_get_info(device)[0] // _THREAD_BYTES))
         self._threads = [threading.Thread(target=self._work, name=f"seedlm {device}") for _ in range(count)]
-        for thread in self._threads:
+        self._settler = threading.Thread(target=self._settle, name=f"seedlm {device} disk")
+        for thread in (*self._threads, self._settler):
             thread.start()
 
     def submit(self, unit: Unit) -> None:
@@ -113,6 +116,10 @@ class Threads:
             self._units.put(None)
         for thread in self._threads:
             thread.join()
+        self._written.put(None)
+        self._settler.join()
+        if self._worker is not None:
+            self._worker.close()
 
     def _work(self) -> None:
         try:
@@ -122,14 +129,30 @@ class Threads:
                     self._worker.warm_up()
             self._post(self, Ready())
             while (unit := self._units.get()) is not None:
-                facts = self._worker.run(unit, self._tell)
-                self._post(self, Finished(unit, facts, str(self._device), *peak_memory(self._device)))
+                self._written.put((unit, self._worker.run(unit, self._tell)))
+                self._post(self, Ready())
         except _Stopped:
             pass
         except torch.OutOfMemoryError:
             free, total = torch.cuda.mem_get_info(self._device)
             self._post(self, BackendError(f"{self._device}: {free:,} of its {total:,} bytes are free, not enough; {KEPT}"))
         except BaseException as error:  # raised where the events are read
+            self._post(self, error)
+
+    def _settle(self) -> None:
+        try:
+            while True:
+                batch = [self._written.get()]
+                while not self._written.empty():
+                    batch.append(self._written.get())
+                units = [written for written in batch if written is not None]
+                if len(units) < len(batch):  # nobody waits any more
+                    return
+                assert self._worker is not None
+                self._worker.settle({unit.place.file for unit, _ in units})
+                for unit, facts in units:
+                    self._post(self, Finished(unit, facts, str(self._device), *peak_memory(self._device)))
+        except BaseException as error:
             self._post(self, error)
 
     def _tell(self, weights: int) -> None:
@@ -231,7 +254,7 @@ class Engine:
                 raise event
             if isinstance(event, Finished):
                 running -= 1
-            if isinstance(event, Ready | Finished) and waiting:
+            if isinstance(event, Ready) and waiting:
                 workers.submit(waiting)
                 running += 1
                 waiting = next(units, None)

@@ -101,7 +101,9 @@ def _run(job: Job, unit: Unit) -> Finished:
     node = ray.util.get_node_ip_address()
     device = torch.device("cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu")
     try:
-        facts = _worker(job, device).run(unit, lambda weights: None)
+        worker = _worker(job, device)
+        facts = worker.run(unit, lambda weights: None)
+        worker.settle([unit.place.file])
     except SeedLMError as reason:
         raise type(reason)(f"on node {node}: {reason}") from None
     return Finished(unit, facts, f"{node} {device}", *peak_memory(device))

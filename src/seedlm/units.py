@@ -9,8 +9,9 @@ A tensor passes through in pieces of rows, so memory does not grow with the mode
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from seedlm.format import Format, Rounding
 from seedlm.search import Backend
 from seedlm.source import Source, open_source
 from seedlm.tensorfile import TensorInfo, torch_dtype
-from seedlm.workfolder import Writer, writing
+from seedlm.workfolder import Writer, sync, writing
 
 PIECE_WEIGHTS: Final = {"cpu": 1 << 22, "cuda": 1 << 23}
 """Weights of a tensor that are in memory at a time. 2^22 are 16 MiB in float32 and 32 MiB while their squares are added up."""
@@ -110,6 +111,8 @@ class Worker:
                 raise SourceError(f"{job.source}: changed while it was being compressed")
         self.source = source
         self._own = threading.local()
+        self._opening = threading.Lock()
+        self._files: dict[str, FileIO] = {}
 
     def warm_up(self) -> None:
         """Build the tables and compile the search, which takes seconds, on one block."""
@@ -117,18 +120,36 @@ class Worker:
             self._encode(torch.ones(1, format.block_size), 0, format, lambda weights: None)
 
     def run(self, unit: Unit, tell: Tell) -> dict[str, float]:
-        """Put one tensor into its place; when this returns, its bytes have reached the disk.
+        """Put one tensor into its place; its bytes have reached the disk once `settle` was called after this.
 
         tell      told the weights that are encoded, as they are
         returns   what the report wants to know: squared_error and squared_norm of a compressed weight
         Raises SourceError, TensorError, BackendError, OSError; whatever `tell` raises ends the unit.
         """
         item = unit.item
+        self._open(unit.place.file)
         with writing(self.job.folder / unit.place.file, unit.place.offsets) as writer:
             if item.packed is None:
                 self._copy(item, writer)
                 return {}
             return self._compress(item, item.packed, unit.exponent_bias, writer, tell)
+
+    def settle(self, files: Iterable[str]) -> None:
+        """Wait until all that was written to these files of the output has reached the disk. Raises OSError if it could not."""
+        for name in files:
+            sync(self._open(name))
+
+    def _open(self, name: str) -> FileIO:
+        """A file of the output, open from before its first byte is written: who has it open is told if a later write fails."""
+        with self._opening:
+            if name not in self._files:
+                self._files[name] = FileIO(self.job.folder / name, "r+")
+            return self._files[name]
+
+    def close(self) -> None:
+        """Close the output's files."""
+        for file in self._files.values():
+            file.close()
 
     def _copy(self, item: Item, writer: Writer) -> None:
         start = 0

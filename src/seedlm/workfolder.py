@@ -112,7 +112,7 @@ class WorkFolder:
                 with open(self.model / name, "wb") as file:
                     file.write(layout.header)
                     file.truncate(layout.nbytes)
-                    _sync(file)
+                    sync(file)
         _sync_folder(self.model)
         return False
 
@@ -145,7 +145,7 @@ class WorkFolder:
         if whole != text:
             with open(path, "r+b") as file:
                 file.truncate(len(whole))
-                _sync(file)
+                sync(file)
         try:
             self.done = {line["tensor"]: line for line in map(json.loads, whole.splitlines())}
         except (ValueError, KeyError, TypeError):
@@ -182,7 +182,7 @@ class WorkFolder:
         for path in self.model.rglob("*"):
             if path.is_file():
                 with open(path, "r+b") as file:
-                    _sync(file)
+                    sync(file)
         _sync_folder(self.model)
         os.rename(self.model, self.out)
         _sync_folder(self.out.parent)
@@ -197,17 +197,16 @@ class WorkFolder:
         temporary = path.with_name(path.name + ".new")
         with open(temporary, "wb") as file:
             file.write(data)
-            _sync(file)
+            sync(file)
         os.replace(temporary, path)
         _sync_folder(path.parent)
 
 
 @contextmanager
 def writing(path: Path, offsets: Mapping[str, int]) -> Iterator["Writer"]:
-    """Write tensors to their places in a file that is there; on leaving, their bytes have reached the disk."""
+    """Write tensors to their places in a file that is there."""
     with open(path, "r+b", buffering=0) as file:
         yield Writer(file, offsets)
-        _sync(file)
 
 
 class Writer:
@@ -246,7 +245,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:36] + "..."
 
 
-def _sync(file: BinaryIO | Any) -> None:
+def sync(file: BinaryIO | Any) -> None:
+    """Wait until what was written to a file, by anybody, has reached the disk."""
     file.flush()
     os.fsync(file.fileno())
 
