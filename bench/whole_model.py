@@ -56,24 +56,29 @@ def shards(model: dict[str, int], layers: int) -> dict[str, dict[str, tuple[int,
 
 
 def write_model(folder: Path, model: dict[str, int], layers: int) -> None:
-    """Write the source."""
+    """Write the source, on all GPUs."""
     folder.mkdir(parents=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
     files = shards(model, layers)
+    own = threading.local()
 
     def write(seed: int, name: str) -> None:
         infos = {tensor: TensorInfo("BF16", shape) for tensor, shape in files[name].items()}
         place = layout(infos, {"format": "pt"})
+        device = torch.device("cuda", seed % gpus) if gpus else torch.device("cpu")
         generator = torch.Generator(device).manual_seed(seed)
+        if not hasattr(own, "buffer"):
+            own.buffer = torch.empty(_CHUNK, dtype=torch.bfloat16, pin_memory=gpus > 0)
         with open(folder / name, "wb", buffering=0) as file:
             file.write(place.header)
             for info in infos.values():
                 count = info.nbytes // 2
                 for start in range(0, count, _CHUNK):
-                    piece = torch.randn(min(_CHUNK, count - start), generator=generator, device=device).mul_(0.02).bfloat16()
-                    file.write(piece.cpu().view(torch.uint8).numpy().data)
+                    piece = own.buffer[: min(_CHUNK, count - start)]
+                    piece.copy_(torch.randn(len(piece), generator=generator, device=device).mul_(0.02))
+                    file.write(piece.view(torch.uint8).numpy().data)
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8 * max(1, gpus)) as pool:
         list(pool.map(write, range(len(files)), files))
     weight_map = {tensor: name for name, shapes in files.items() for tensor in shapes}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -115,6 +115,7 @@ def compress_checkpoint(
         "source": model.fingerprint,
     }
     done: list[engine.Finished] = []
+    readers = torch.get_num_threads() // 2  # the other half feeds the search
 
     with WorkFolder.claim(out) as work:
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
@@ -124,7 +125,7 @@ def compress_checkpoint(
                 published = work.begin(plan, layouts)
                 if not published:
                     clock.phase("compress")
-                    done = _run(work, runner, model, _places(shards, layouts), progress)
+                    done = _run(work, runner, model, _places(shards, layouts), readers, progress)
         except TensorError:
             if not work.resumed:  # these arguments cannot come to an end
                 work.remove()
@@ -235,7 +236,12 @@ def _places(shards: Mapping[str, list[Item]], layouts: Mapping[str, Layout]) -> 
 
 
 def _run(
-    work: WorkFolder, runner: engine.Runner, source: Source, places: Mapping[Item, Place], progress: Progress
+    work: WorkFolder,
+    runner: engine.Runner,
+    source: Source,
+    places: Mapping[Item, Place],
+    readers: int,
+    progress: Progress,
 ) -> list[engine.Finished]:
     """Read everything, and run every unit that the journal does not name; each is noted as its bytes have reached the disk."""
     lock = threading.Lock()
@@ -264,7 +270,7 @@ def _run(
     read = counter("read", 0, sum(source.tensors[name].nbytes for name in {item.name for item in places}))
     done = sum(item.weights for item in places if item.key in work.done)
     compressed = counter("compress", done, sum(item.weights for item in places))
-    with closing(scan(source, places, read)) as scanned:
+    with closing(scan(source, places, read, readers)) as scanned:
         for event in runner.run(units(scanned)):
             if isinstance(event, engine.Finished):
                 key = event.unit.item.key

@@ -36,6 +36,10 @@ _THREAD_BYTES: Final = 3 << 29
 """Units at once on a GPU, and memory that it should have free for each. On an H100 1, 2, 3 and 4 gave
 299, 430, 454 and 512 million weights/s (LOG, "The pipeline"). A search on a CPU has threads of its own."""
 
+_TABLE_THREADS: Final = 4
+"""Torch's threads on the processor beside a GPU, which make tables by thousands of small operations: spread over all
+processors by a process for each GPU, they wait for each other (LOG, "What several GPUs waited for")."""
+
 _CHILD: Final = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path!r}; "
     "from seedlm.engine import serve; serve()"
@@ -267,11 +271,17 @@ def start(job: Job, devices: list[torch.device], source: Source) -> Iterator[Eng
     """Start the workers; on leaving they have stopped. `source` is the job's, open."""
     engine = Engine()
     everything = torch.get_num_threads()
-    threads = max(1, everything // max(1, sum(device.type == "cpu" for device in devices)))
+    cpus = sum(device.type == "cpu" for device in devices)
+
+    def threads(device: torch.device) -> int:
+        if device.type == "cpu":
+            return max(1, everything // cpus)
+        return max(1, min(_TABLE_THREADS, everything // (2 * len(devices))))  # half of them read ahead
+
     with ExitStack() as stack:
         for device in devices[1:]:
-            stack.callback(Child(job, device, threads, engine.post).close)
+            stack.callback(Child(job, device, threads(device), engine.post).close)
         stack.callback(torch.set_num_threads, everything)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads(devices[0]))
         stack.callback(Threads(job, devices[0], source, engine.post).close)
         yield engine

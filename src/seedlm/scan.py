@@ -23,8 +23,7 @@ from seedlm.units import Item, as_bytes, converted, pieces
 
 _PIECE_WEIGHTS: Final = 1 << 22
 _THREADS: Final = 16
-"""Weights that a thread has in memory at a time, and threads at most. What limits them is SHA-256; half of the processors are
-left to what feeds the search."""
+"""Weights that a thread has in memory at a time, and threads at most. What limits them is SHA-256."""
 _AHEAD_BYTES: Final = 16 << 30
 """How far to read ahead: what a machine of that size still has in memory when it is read again."""
 
@@ -50,10 +49,13 @@ class Scan:
     reason: str | None = None
 
 
-def scan(source: Source, items: Iterable[Item], tell: Callable[[int], None]) -> Generator[tuple[Item, Scan]]:
+def scan(
+    source: Source, items: Iterable[Item], tell: Callable[[int], None], threads: int = _THREADS
+) -> Generator[tuple[Item, Scan]]:
     """Read the items' tensors; yields in their order, as each is asked for. Closed early, it stops reading.
 
-    tell   told the bytes just read, any number of times, from one thread at a time
+    tell      told the bytes just read, any number of times, from one thread at a time
+    threads   that read side by side, at most 16
     Raises SourceError; TensorError for a number too large for the dtype that it gets, and for a weight with NaN or Inf values:
     the first is named, and all others are read to say how many more there are.
     """
@@ -65,7 +67,7 @@ def scan(source: Source, items: Iterable[Item], tell: Callable[[int], None]) -> 
                 raise InterruptedError
             tell(count)
 
-    with ThreadPoolExecutor(min(_THREADS, max(1, torch.get_num_threads() // 2))) as pool:
+    with ThreadPoolExecutor(max(1, min(_THREADS, threads))) as pool:
         started = ((item, pool.submit(_scan, source, item, told)) for item in items)
         waiting: deque[tuple[Item, Future[Scan]]] = deque()
         ahead = 0
