@@ -176,7 +176,7 @@ def _compress(name: str, source: str, work: Path) -> str:
             if not sensitivity.exists():
                 network = models.load_model(Path(source), device=choose_device("auto"), dtype="float32")
                 write_sensitivity(sensitivity, source, OwnText(), measure_sensitivity(network, OwnText()))
-            format = Mixture(bits=_bits(name), sensitivity=read_sensitivity(sensitivity))
+            format = Mixture(bits=_bits(name), sensitivity=read_sensitivity(sensitivity)[1])
         compress_checkpoint(source, folder, format=format)
         torch.cuda.empty_cache()  # the GPU is shared
         (work / f"{name}.report.json").write_text(json.dumps(inspect_checkpoint(folder).to_dict()))

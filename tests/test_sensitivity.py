@@ -146,7 +146,7 @@ def test_a_text_of_nothing_is_refused(change):
 def test_the_file_gives_back_what_was_measured(measured, tmp_path):
     path = tmp_path / "sensitivity.json"
     write_sensitivity(path, "stories", TEXT, measured)
-    assert read_sensitivity(path) == measured
+    assert read_sensitivity(path) == ("stories", measured)
     with pytest.raises(EvaluationError, match="File exists"):
         write_sensitivity(path, "stories", TEXT, measured)
 
@@ -155,12 +155,16 @@ def test_the_file_gives_back_what_was_measured(measured, tmp_path):
     ("content", "message"),
     [
         ({"sensitivity": {}}, "must have sensitivity_version 1"),
-        ({"sensitivity_version": 1}, "must have sensitivity_version 1"),
-        ({"sensitivity_version": 1, "sensitivity": {"a": -1.0}}, "of a must be a finite number, 0 or more, got -1.0"),
-        ({"sensitivity_version": 1, "sensitivity": {"a": True}}, "of a must be a finite number"),
-        ({"sensitivity_version": 1, "sensitivity": {"a": float("inf")}}, "Infinity|finite"),
+        ({"sensitivity_version": 1, "model": "m"}, "must have sensitivity_version 1"),
+        ({"sensitivity_version": 1, "model": 1, "sensitivity": {}}, "must have sensitivity_version 1, model"),
+        (
+            {"sensitivity_version": 1, "model": "m", "sensitivity": {"a": -1.0}},
+            "a finite number, 0 or more, got -1.0",
+        ),
+        ({"sensitivity_version": 1, "model": "m", "sensitivity": {"a": True}}, "of a must be a finite number"),
+        ({"sensitivity_version": 1, "model": "m", "sensitivity": {"a": float("inf")}}, "Infinity|finite"),
     ],
-    ids=["no version", "no values", "negative", "no number", "infinite"],
+    ids=["no version", "no values", "no model", "negative", "no number", "infinite"],
 )
 def test_a_file_that_is_none_is_refused(content, message, tmp_path):
     path = tmp_path / "sensitivity.json"
@@ -180,7 +184,7 @@ def test_the_commands_measure_and_mix(tmp_path, monkeypatch):
     file = tmp_path / "sensitivity.json"
     result = run("sensitivity", tmp_path / "dense", "-o", file, "--sequences", 2, "--length", 8)
     assert result.exit_code == 0, result.output
-    assert len(read_sensitivity(file)) == 15
+    assert len(read_sensitivity(file)[1]) == 15
 
     out = tmp_path / "out"
     options = ("compress", tmp_path / "dense", out, "--backend", "torch")
@@ -189,6 +193,12 @@ def test_the_commands_measure_and_mix(tmp_path, monkeypatch):
     assert "a format of your own is not mixed" in str(run(*options, "--format", "4", "--sensitivity", file).exception)
     result = run(*options, "--bits", "3.7", "--sensitivity", file)
     assert result.exit_code == 0, result.output
+    assert "was measured on" not in result.output
     report = inspect_checkpoint(out)
     assert 3.2 < report.bits_per_weight <= 3.7
     assert Counter(tensor.format for tensor in report.tensors).keys() == {format.spec for format in formats}
+
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": "another"}))
+    result = run("compress", tmp_path / "dense", tmp_path / "again", "--bits", "3.7", "--sensitivity", file)
+    assert result.exit_code == 0, result.output
+    assert "was measured on 'another', and says little of any other model" in result.output

@@ -188,15 +188,18 @@ def write_sensitivity(path: Path, model: str, text: OwnText, sensitivity: Mappin
         raise EvaluationError(f"{path}: {reason.strerror}") from None
 
 
-def read_sensitivity(path: Path) -> dict[str, float]:
-    """Module name -> sensitivity, from such a file. Raises EvaluationError if it is not one."""
+def read_sensitivity(path: Path) -> tuple[str, dict[str, float]]:
+    """From such a file: the model, as it was named to be measured, and module name -> sensitivity.
+
+    Raises EvaluationError if it is not one.
+    """
     data = read_json(path, EvaluationError)
-    values = data.get("sensitivity")
-    if data.get("sensitivity_version") != SENSITIVITY_VERSION or not isinstance(values, dict):
+    model, values = data.get("model"), data.get("sensitivity")
+    if data.get("sensitivity_version") != SENSITIVITY_VERSION or not isinstance(model, str) or not isinstance(values, dict):
         raise EvaluationError(
-            f"{path}: must have sensitivity_version {SENSITIVITY_VERSION} and sensitivity: seedlm sensitivity writes it"
+            f"{path}: must have sensitivity_version {SENSITIVITY_VERSION}, model and sensitivity: seedlm sensitivity writes it"
         )
     for name, value in values.items():
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise EvaluationError(f"{path}: the sensitivity of {name} must be a finite number, 0 or more, got {value!r}")
-    return values
+    return model, values

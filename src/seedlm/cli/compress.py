@@ -60,7 +60,7 @@ def compress(
     from seedlm.source import locate
 
     start = time.monotonic()
-    wanted = _format(bits, format, sensitivity)
+    wanted = _format(source, bits, format, sensitivity)
     try:
         path = locate(source, revision=revision)
         from seedlm.compress import compress_checkpoint  # torch: what was mistyped has been answered without it
@@ -93,7 +93,7 @@ def compress(
     print(f"memory            {in_bytes(report.peak_host_bytes)}{on_gpu}; on {', '.join(report.devices)}")
 
 
-def _format(bits: str, format: str | None, sensitivity: Path | None) -> "Format | Mixture":
+def _format(source: str, bits: str, format: str | None, sensitivity: Path | None) -> "Format | Mixture":
     """What is asked for: one format, or a mixture."""
     number = float(bits) if re.fullmatch(r"\d+(\.\d+)?", bits, re.ASCII) else None
     if sensitivity is None:
@@ -109,7 +109,10 @@ def _format(bits: str, format: str | None, sensitivity: Path | None) -> "Format 
     from seedlm.allocate import Mixture
     from seedlm.sensitivity import read_sensitivity
 
-    return Mixture(bits=number, sensitivity=read_sensitivity(sensitivity))
+    model, values = read_sensitivity(sensitivity)
+    if model != source:  # rightly so for a fine-tuned model, or for another form of the same
+        print(f"seedlm: {sensitivity} was measured on {model!r}, and says little of any other model", file=sys.stderr)
+    return Mixture(bits=number, sensitivity=values)
 
 
 def inspect(
