@@ -61,6 +61,29 @@ class TestSums:
         assert search.totals(pieces, format)[0] == error
 
 
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        (["cuda:0", "cuda:1", "cuda:2", "cuda:3"], [4, 4, 4, 4]),
+        (["cuda:0"] * 16, [2] * 16),
+        (["cpu", "cpu"], [32, 32]),
+        (["cuda:0", "cpu"], [4, 64]),
+    ],
+    ids=["four GPUs", "sixteen", "two CPUs", "both"],
+)
+def test_processes_share_the_processors(monkeypatch, devices, expected):
+    """Of 64: a process on a GPU needs few, and waits for them where others take them all."""
+    given, own = [], []
+    workers = type("Workers", (), {"close": lambda self: None})()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", own.append)
+    monkeypatch.setattr(engine, "Child", lambda job, device, threads, post: given.append(threads) or workers)
+    monkeypatch.setattr(engine, "Threads", lambda *arguments: workers)
+    with engine.start(None, [torch.device(device) for device in devices], None):
+        assert [*own, *given] == expected
+    assert own[1:] == [64]
+
+
 class TestDisk:
     """A unit is finished when its bytes have reached the disk, and nobody but one thread waits for that."""
 
