@@ -259,12 +259,33 @@ def model_table(found: dict[str, Any]) -> str:
         "",
         *_markdown([*head, *(["mean"] if tasks else [])], [_cells(row, tasks) for row in rows]),
     ]
+    lines += ["", _agreement(rows, tasks)] if tasks else []
     for device in sorted({row["device_name"] for row in whole if "device_name" in row}):
         names = ", ".join(row["name"] for row in whole if row.get("device_name") == device)
         lines += ["", f"On another device ({device}): {names}."]
     failed = [row for row in found["rows"] if "error" in row]
     lines += ["", *(f"- `{row['name']}` did not run: {row['error']}" for row in failed)] if failed else []
     return "\n".join(lines)
+
+
+def _agreement(rows: list[dict[str, Any]], tasks: list[str]) -> str:
+    """How well each set, and the two that are not at chance for a small model, put the compressed rows in the order of KL."""
+    from scipy.stats import spearmanr
+
+    asked = [row for row in rows if row["name"] != "original" and row["tasks"]]
+    scores = {SHORT[task]: [_score(row, task)["mean"] for row in asked] for task in tasks}
+    if {"ARC-e", "HellaSwag"} <= scores.keys():
+        scores["ARC-e and HellaSwag together"] = [sum(pair) for pair in zip(scores["ARC-e"], scores["HellaSwag"], strict=True)]
+    found = {name: spearmanr([row["kl"]["mean"] for row in asked], values)[0] for name, values in scores.items()}
+    return (
+        f"Rank correlation with KL, {len(asked)} rows: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        + "."
+    )
+
+
+def _score(row: dict[str, Any], task: str) -> dict[str, float]:
+    return row["tasks"][task].get("acc_norm", row["tasks"][task]["acc"])
 
 
 def _cells(row: dict[str, Any], tasks: list[str]) -> list[str]:
@@ -281,7 +302,7 @@ def _cells(row: dict[str, Any], tasks: list[str]) -> list[str]:
     cells += [pair(row["kl"], 3), pair(row["top1_agreement"], 1, 100)] if row["name"] != "original" else ["", ""]
     if not row["tasks"]:
         return cells + [""] * (len(tasks) + bool(tasks))
-    scores = [row["tasks"][task].get("acc_norm", row["tasks"][task]["acc"]) for task in tasks]
+    scores = [_score(row, task) for task in tasks]
     cells += [pair(score, 1, 100) for score in scores]
     if scores:  # the sets are independent, so their errors add in squares
         mean = sum(score["mean"] for score in scores) / len(scores)

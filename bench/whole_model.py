@@ -194,19 +194,20 @@ def main() -> None:
         for place, count in enumerate(counts):
             device = ",".join(f"cuda:{n}" for n in range(count)) if kind == "cuda" else ",".join(["cpu"] * count)
             run = compress(source, folder / f"out{place}", device, options)
-            run["differs"] = differing(folder / "out0", folder / f"out{place}") if place else []
+            run["differs"] = []
             runs.append(run)
+            print_run(device, run, size, model["layers"] / layers)
             if place:
+                run["differs"] = differing(folder / "out0", folder / f"out{place}")
+                print("    DIFFERS: " + ", ".join(run["differs"]) if run["differs"] else "    the same bytes", flush=True)
                 shutil.rmtree(folder / f"out{place}")
-            same = place and ("DIFFERS: " + ", ".join(run["differs"]) if run["differs"] else "same bytes")
-            print_run(device, run, size, model["layers"] / layers, f"; {same}" if same else "")
     gpu = torch.cuda.get_device_name() if kind == "cuda" else "none"
     print(json.dumps({"model": arguments.model, "layers": layers, "gpu": gpu, "torch": torch.__version__, "runs": runs}))
     if any(run["differs"] for run in runs):
         sys.exit("the outputs differ")
 
 
-def print_run(device: str, run: dict, source_bytes: int, times: float, same: str) -> None:
+def print_run(device: str, run: dict, source_bytes: int, times: float) -> None:
     phases, wall, written = run["phase_seconds"], run["wall_seconds"], run["bytes"]
     weights, seconds = run["compressed_weights"], phases["compress"]
     parts = {"start": wall - run["seconds"], **phases}
@@ -218,7 +219,7 @@ def print_run(device: str, run: dict, source_bytes: int, times: float, same: str
     )
     print(
         f"    host {run['host_bytes'] / 1e9:.2f} GB, GPU {run['gpu_bytes'] / 1e9:.2f} GB, of which tensors and caches "
-        f"{run['peak_device_bytes'] / 1e9:.2f}{same}"
+        f"{run['peak_device_bytes'] / 1e9:.2f}"
     )
     if times > 1:
         print(f"    the whole model, extrapolated by its layers: {wall + (times - 1) * seconds:.0f} s")

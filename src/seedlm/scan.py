@@ -49,13 +49,11 @@ class Scan:
     reason: str | None = None
 
 
-def scan(
-    source: Source, items: Iterable[Item], tell: Callable[[int], None], threads: int = _THREADS
-) -> Generator[tuple[Item, Scan]]:
+def scan(source: Source, items: Iterable[Item], tell: Callable[[int], None], threads: int) -> Generator[tuple[Item, Scan]]:
     """Read the items' tensors; yields in their order, as each is asked for. Closed early, it stops reading.
 
     tell      told the bytes just read, any number of times, from one thread at a time
-    threads   that read side by side, at most 16
+    threads   to read with: at least 1 and at most 16 are started
     Raises SourceError; TensorError for a number too large for the dtype that it gets, and for a weight with NaN or Inf values:
     the first is named, and all others are read to say how many more there are.
     """
