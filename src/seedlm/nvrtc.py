@@ -101,8 +101,8 @@ class Kernel:
     def __call__(self, grid: tuple[int, ...], block: int, *arguments: Tensor | int | float | None, shared: int = 0) -> None:
         """Put the kernel on torch's current stream of its device.
 
-        grid: one to three numbers of blocks; block: threads along x; shared: bytes of dynamic shared memory. Tensors go in as pointers and must outlive the
-        work as any tensor used by torch itself (same stream, or record_stream); None is a null pointer.
+        grid: one to three numbers of blocks; block: threads along x; shared: bytes of dynamic shared memory. Tensors
+        go in as pointers and must outlive the work as any tensor used by torch itself (same stream, or record_stream); None is a null pointer.
         Raises BackendError with the driver's reason.
         """
         if torch.cuda.current_device() != self.device:
@@ -121,7 +121,7 @@ class Kernel:
         return None
 
     def _first_call_of_thread(self) -> tuple[Any, int]:
-        """A buffer for arguments and the address of the pointers into it, both this thread's; makes the device's context current."""
+        """A buffer for arguments and the address of the pointers into it, both the thread's; the device's context is current."""
         driver = _bindings()[0]
         if not int(_checked(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")):
             _checked(driver.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")
@@ -143,8 +143,8 @@ def load(
     """The kernel `name` (declared extern "C") of CUDA C++ text, ready to run on a device.
 
     signature: a letter for each parameter (see the module); options: further flags for the compiler; shared: the most
-    dynamic shared memory, in bytes, that a call will ask for. Compiled once for each architecture and loaded once for each device.
-    Raises BackendError with the compiler's or the driver's reason.
+    dynamic shared memory, in bytes, that a call will ask for. Compiled once for each architecture and loaded once for
+    each device. Raises BackendError with the compiler's or the driver's reason.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     key = (source, name, signature, index, *options, shared)
