@@ -102,8 +102,8 @@ class Kernel:
         """Put the kernel on torch's current stream of its device.
 
         grid: one to three numbers of blocks; block: threads along x; shared: bytes of dynamic shared memory. Tensors
-        go in as pointers and must outlive the work as any tensor used by torch itself (same stream, or record_stream); None is a null pointer.
-        Raises BackendError with the driver's reason.
+        go in as pointers (None is a null one) and must outlive the work, as for torch's own kernels: same stream, or
+        record_stream. Raises BackendError with the driver's reason.
         """
         if torch.cuda.current_device() != self.device:
             with torch.cuda.device(self.device):
@@ -121,7 +121,7 @@ class Kernel:
         return None
 
     def _first_call_of_thread(self) -> tuple[Any, int]:
-        """A buffer for arguments and the address of the pointers into it, both the thread's; the device's context is current."""
+        """A buffer for arguments and the address of the pointers into it, for this thread; it gets a context if it has none."""
         driver = _bindings()[0]
         if not int(_checked(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")):
             _checked(driver.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")
