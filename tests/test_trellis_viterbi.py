@@ -89,7 +89,7 @@ def test_rows_that_do_not_count_help_the_others(rate):
 
 @pytest.mark.parametrize("format", FAST_PRESETS.values(), ids=str)
 def test_normal_weights_are_coded_near_the_bound(format):
-    targets = normal(16, 128)
+    targets = normal(16, 128) / 1.1
     _, values = viterbi(targets, 128, format)
     error = float(((values - targets) ** 2).mean() / targets.square().mean())
     assert 4.0**-format.rate < error < 1.6 * 4.0**-format.rate + 6e-4

@@ -31,7 +31,7 @@ VALUE_STD = 147.80
 def state_values(states: Tensor, multiplier: int) -> Tensor:
     """Values of states: integer of any shape -> int16 of that shape, in -510 .. 510."""
     mixed = (states.long() * multiplier) & 0xFFFFFFFF
-    total = sum((mixed >> shift) & 255 for shift in (0, 8, 16, 24))
+    total = (mixed & 255) + (mixed >> 8 & 255) + (mixed >> 16 & 255) + (mixed >> 24)
     return (total - VALUE_CENTER).to(torch.int16)
 
 

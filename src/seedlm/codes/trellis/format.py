@@ -27,7 +27,7 @@ STATE_BITS: Final = (12, 16)
 MULTIPLIERS: Final[Mapping[int, int]] = {12: 0x83DCD12D, 16: 0x83DCD12D}
 """By state bits: the factor that spreads a state over 32 bits before its bytes are added."""
 
-COST_SHIFTS: Final[Mapping[int, int]] = {1: 4, 2: 3, 3: 2, 4: 1, 5: 0, 6: -1, 7: -2, 8: -2}
+COST_SHIFTS: Final[Mapping[int, int]] = {1: 3, 2: 3, 3: 2, 4: 1, 5: 1, 6: 0, 7: -1, 8: -1}
 """By rate: how far squared errors are scaled down (by 4^shift) before they are rounded to the encoder's 16-bit costs."""
 
 _DTYPE_BITS: Final = {"int32": 32, "float32": 32, "float16": 16}

@@ -9,13 +9,13 @@ from torch import Tensor
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.viterbi import reference
+from seedlm.codes.trellis.viterbi.cost import Seam
 from seedlm.errors import TensorError
 
-OVERLAP = 16
-"""Rows on each side of a stream's seam that decide which state it closes with."""
+DEFAULT_SEAM = Seam()
 
 
-def viterbi(targets: Tensor, valid: int, format: TrellisFormat, overlap: int = OVERLAP) -> tuple[Tensor, Tensor]:
+def viterbi(targets: Tensor, valid: int, format: TrellisFormat, seam: Seam = DEFAULT_SEAM) -> tuple[Tensor, Tensor]:
     """Encode sequences: one per column and strip of a matrix.
 
     targets     float32 [N, T'], finite: transformed weights over their row's scale, in units of the state values
@@ -29,5 +29,5 @@ def viterbi(targets: Tensor, valid: int, format: TrellisFormat, overlap: int = O
         )
     if not 1 <= valid <= targets.shape[1]:
         raise TensorError(f"valid rows must be 1 .. {targets.shape[1]}, got {valid}")
-    words = codec.pack(reference.search(targets, valid, format.trellis, overlap), format.rate)
+    words = codec.pack(reference.search(targets, valid, format.trellis, seam), format.rate)
     return words, codec.decode_streams(words, format.trellis)
