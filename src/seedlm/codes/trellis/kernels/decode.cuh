@@ -1,7 +1,8 @@
 // What every kernel of this family shares: windows of the stream, their hashes, asynchronous copies, number formats.
 //
-// Compile-time: RATE (R, bits a weight), STATE_BITS (L), MULTIPLIER. One column of one segment is R words = 32 rows; the
-// state of row t is the L bits from bit R*t on, and the last rows run into the first word of the strip's next segment.
+// Compile-time: RATE (R, bits a weight), STATE_BITS (L), MULTIPLIER, MASKS_BY_DOT (every how many rows; 0: none). One
+// column of one segment is R words = 32 rows; the state of row t is the L bits from bit R*t on, and the last rows run into
+// the first word of the strip's next segment.
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
@@ -42,6 +43,13 @@ DEVICE u32 stream_bits(const u32 (&q)[R + 1], int start) {
   return shift ? __funnelshift_r(q[word], q[word + 1], shift) : q[word];
 }
 
+// The lower 16 bits, by the multiplying pipe, where the shifting one is the busier: bits.low * 1 + bits.high * 0.
+DEVICE u32 low_half(u32 bits) {
+  u32 d;
+  asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(bits), "r"(1u), "r"(0u));
+  return d;
+}
+
 // The state of a row. A 16-bit window at a whole byte of a 32-bit register is one PRMT. Where R divides 8, rows whose
 // windows start at the same bit of a byte follow each other 8 bits apart, so three of them share one shifted register.
 DEVICE u32 window(const u32 (&q)[R + 1], int row) {
@@ -54,7 +62,8 @@ DEVICE u32 window(const u32 (&q)[R + 1], int row) {
       return __byte_perm(stream_bits(q, start), 0, 0x4410 + 0x11 * byte);
     }
   }
-  return (shift + L <= 32 ? q[at >> 5] >> shift : stream_bits(q, at)) & STATE_MASK;
+  const u32 bits = shift + L <= 32 ? q[at >> 5] >> shift : stream_bits(q, at);
+  return MASKS_BY_DOT && L == 16 && row % MASKS_BY_DOT == 0 ? low_half(bits) : bits & STATE_MASK;
 }
 
 // Four bytes whose sum is the weight plus 510.
