@@ -5,8 +5,9 @@
 stages, blocks) is a function of rate, parts and device alone; nothing is tried at run time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -74,22 +75,27 @@ def stage_bytes(format: TrellisFormat) -> int:
 
 
 def shared_bytes(format: TrellisFormat, variant: Variant, parts: int) -> int:
-    """Dynamic shared memory of a product: the ring of stages, and the place where a block's warps add up."""
+    """Dynamic shared memory of a product: the ring of stages, and two places for a panel's sums."""
     totals = variant.tiles * 8192 if variant.tiles else variant.warps * parts * 8 * 36 * 4
-    return variant.warps * variant.stages * stage_bytes(format) + totals
+    return variant.warps * variant.stages * stage_bytes(format) + 2 * totals
+
+
+def most_shared(arch: int) -> int:
+    """Bytes of dynamic shared memory that a block may ask for, a little left for what kernels declare themselves."""
+    return _MOST_SHARED.get(arch, 99) * 1024 - 2048
 
 
 def choose(format: TrellisFormat, parts: int, arch: int) -> Variant:
     """The product's variant for a format, a number of int8 parts and an architecture. Measured on an H100."""
     tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
-    warps = {0: 16, 1: 12, 2: 8}[tiles]
+    warps = {0: 12, 1: 12, 2: 4}[tiles]
     wanted = {1: 6, 2: 6, 3: 5, 4: 4}.get(format.rate, 3)
     masks = 3 if format.rate in (3, 5, 6, 7) or format.state_bits != 16 else 0
     for stages in range(wanted, 1, -1):
         variant = Variant(tiles=tiles, warps=warps, stages=stages, masks_by_dot=masks)
-        if shared_bytes(format, variant, 4 if tiles == 0 else parts) <= _MOST_SHARED.get(arch, 99) * 1024:
+        if shared_bytes(format, variant, 4 if tiles == 0 else parts) <= most_shared(arch):
             return variant
-    return Variant(tiles=tiles, warps=8, stages=2, masks_by_dot=masks)
+    return Variant(tiles=tiles, warps=4, stages=2, masks_by_dot=masks)
 
 
 @cache
@@ -133,7 +139,7 @@ def product_source(format: TrellisFormat, variant: Variant) -> str:
     return source("product", ("decode.cuh",), defines)
 
 
-def rotate_source(format: TrellisFormat, in_features: int, arch: int) -> tuple[str, int, int]:
+def rotate_source(format: TrellisFormat, in_features: int, arch: int, halves: bool = False) -> tuple[str, int, int]:
     """Text, blocks of a token, and warps of a block of the input transform."""
     cluster = 8 if arch >= 90 else 1
     lane = 16 if format.transform > 256 else 8
@@ -141,7 +147,7 @@ def rotate_source(format: TrellisFormat, in_features: int, arch: int) -> tuple[s
     warps = min(16 if cluster > 1 else 32, -(-pieces // cluster))
     rounds = -(-pieces // (cluster * warps))
     defines = (*_decoding(TrellisFormat(rate=1)), *_transforming(format.transform))
-    defines += (("WARPS", warps), ("CLUSTER", cluster), ("ROUNDS", rounds))
+    defines += (("WARPS", warps), ("CLUSTER", cluster), ("ROUNDS", rounds), ("HALVES", int(halves)))
     return source("rotate", ("decode.cuh", "hadamard.cuh"), defines), cluster, warps
 
 
@@ -156,103 +162,120 @@ def padded(words: Tensor, format: TrellisFormat, in_features: int) -> Tensor:
     return torch.nn.functional.pad(words, (0, missing * format.rate)) if missing else words
 
 
-@dataclass(frozen=True)
-class Workspace:
-    """Where the parts of a product's int32 workspace start, in elements, and how many there are.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a product of some shape on some device needs, worked out once, so that a call only launches.
 
-    x_parts [steps, parts, 16] as int8, x_scale float [tokens], x_sum [parts], sums [parts, panels * 256], arrived [panels];
-    the last two have to be zero before a product and are zero again after it.
+    The int32 workspace of a call holds, from these elements on: int8 x_parts [steps, parts, 16] at 0, float x_scale [tokens],
+    int32 x_sum [parts], int64 sums [tokens, slots * 256]; the last are zero before a product and after it.
     """
 
+    rotate: nvrtc.Kernel
+    rotate_grid: tuple[int]
+    rotate_block: int
+    rotate_numbers: tuple[int, ...]
+    product: nvrtc.Kernel
+    product_grid: tuple[int]
+    product_block: int
+    product_numbers: tuple[int, ...]
+    product_shared: int
     x_scale: int
     x_sum: int
     sums: int
-    arrived: int
     size: int
 
-    @staticmethod
-    @cache
-    def of(out_features: int, in_features: int, tokens: int, parts: int) -> "Workspace":
-        x_scale = steps(in_features) * parts * STEP // 4
-        x_sum = x_scale + tokens
-        sums = x_sum + parts
-        arrived = sums + parts * panels(out_features) * 256
-        return Workspace(x_scale, x_sum, sums, arrived, arrived + panels(out_features))
 
-
-def rotate(x: Tensor, format: TrellisFormat, work: Tensor, where: Workspace, exact: bool) -> None:
-    """Fill a workspace from x [tokens, in]: its int8 parts in the transformed basis, their scales and sums, and zeros."""
-    tokens, in_features = x.shape
-    text, cluster, warps = rotate_source(format, in_features, nvrtc.architecture(x.device))
-    kernel = nvrtc.load(text, "rotate", "PPPPPiiiiii", device=x.device)
-    limit = levels(in_features)
-    base = work.data_ptr()
-    kernel(
-        (tokens * cluster,),
-        warps * 32,
-        x,
-        base,
-        base + 4 * where.x_scale,
-        base + 4 * where.x_sum,
-        base + 4 * where.sums,
-        in_features,
-        steps(in_features),
-        2 * limit + 1 if exact else 0,
-        limit,
-        TYPES[x.dtype],
-        where.size - where.sums,
-    )
-
-
-def product(
-    y: Tensor,
-    parts: list[Tensor],
+@lru_cache(maxsize=4096)
+def plan(
     format: TrellisFormat,
-    in_features: int,
-    work: Tensor,
-    where: Workspace,
+    shape: tuple[int, int],
+    tokens: int,
     exact: bool,
-    bias: Tensor | None,
+    dtype: torch.dtype,
+    index: int,
     variant: Variant | None = None,
-) -> None:
-    """Y [tokens, out] = x W^T + bias from a filled workspace. parts: words [S, steps * 16 * R], scales, scale."""
-    words, scales, scale = parts
-    tokens, out_features = y.shape
-    count = tokens * (2 if exact else 1)
-    arch = nvrtc.architecture(y.device)
-    variant = variant or choose(format, count, arch)
-    shared = shared_bytes(format, variant, count)
-    kernel = nvrtc.load(
-        product_source(format, variant),
-        "product",
-        "PPPPPPPPPPiiiiiii",
-        device=y.device,
-        shared=_MOST_SHARED.get(arch, 99) * 1024,
+    overlap: bool = True,
+) -> Plan:
+    """The plan for y = x W^T with x [tokens, in] of `dtype` on a device. variant, overlap: for benchmarks."""
+    out_features, in_features = shape
+    device = torch.device("cuda", index)
+    arch = nvrtc.architecture(device)
+    parts = tokens * (2 if exact else 1)
+    variant = variant or choose(format, parts, arch)
+    limit = levels(in_features)
+    half_base = 2 * limit + 1 if exact else 0
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    grid = blocks_of_product(panels(out_features), steps(in_features), processors * variant.blocks, variant)
+    x_scale = steps(in_features) * parts * STEP // 4
+    x_sum = x_scale + tokens
+    sums = (x_sum + parts + 1) // 2 * 2
+    size = sums + tokens * min(panels(out_features), grid) * 256 * 2
+    text, cluster, warps = rotate_source(format, in_features, arch)
+    numbers = (in_features, steps(in_features) * STEP, half_base, limit, TYPES[dtype], size - sums, 0)
+    strip = format.sequence_rows // SEGMENT_ROWS
+    return Plan(
+        rotate=nvrtc.load(text, "rotate", "PPPPPiiiiiii", device=device, overlap=overlap),
+        rotate_grid=(tokens * cluster,),
+        rotate_block=warps * 32,
+        rotate_numbers=numbers,
+        product=nvrtc.load(
+            product_source(format, variant),
+            "product",
+            "PPPPPPPPPiiiiiii",
+            device=device,
+            shared=most_shared(arch),
+            overlap=overlap,
+        ),
+        product_grid=(grid,),
+        product_block=variant.warps * 32 + 128,
+        product_numbers=(
+            out_features,
+            steps(in_features),
+            format.segments(out_features),
+            strip,
+            tokens,
+            half_base,
+            TYPES[dtype],
+        ),
+        product_shared=shared_bytes(format, variant, parts),
+        x_scale=4 * x_scale,
+        x_sum=4 * x_sum,
+        sums=4 * sums,
+        size=size,
     )
-    base = work.data_ptr()
-    processors = torch.cuda.get_device_properties(y.device).multi_processor_count
-    grid = min(processors * variant.blocks, -(-panels(out_features) * steps(in_features) // (variant.warps // 4)))
-    kernel(
-        (grid,),
-        variant.warps * 32,
+
+
+def blocks_of_product(panels: int, steps: int, most: int, variant: Variant) -> int:
+    """Blocks of a product's grid: all that run at once, but no more than have a step for a quarter of their warps."""
+    return min(most, -(-panels * steps // (variant.warps // 4)))
+
+
+def rotate(x: Tensor, plan: Plan, work: Tensor) -> None:
+    """Fill a workspace from x [tokens, in], contiguous: int8 parts in the transformed basis, their scales, sums, and zeros."""
+    at = work.data_ptr()
+    plan.rotate(
+        plan.rotate_grid, plan.rotate_block, x, at, at + plan.x_scale, at + plan.x_sum, at + plan.sums, *plan.rotate_numbers
+    )
+
+
+def product(y: Tensor, parts: Sequence[Tensor], plan: Plan, work: Tensor, bias: Tensor | None) -> None:
+    """Write x W^T + bias to y [tokens, out] from a filled workspace. parts: words [S, steps * 16 * R], scales, scale."""
+    words, scales, scale = parts
+    at = work.data_ptr()
+    plan.product(
+        plan.product_grid,
+        plan.product_block,
         words,
-        base,
-        base + 4 * where.x_scale,
-        base + 4 * where.x_sum,
+        at,
+        at + plan.x_scale,
+        at + plan.x_sum,
         scales,
         scale,
         bias,
         y,
-        base + 4 * where.sums,
-        base + 4 * where.arrived,
-        out_features,
-        steps(in_features),
-        words.shape[0],
-        format.sequence_rows // SEGMENT_ROWS,
-        tokens,
-        2 * levels(in_features) + 1 if exact else 0,
-        TYPES[y.dtype],
-        shared=shared,
+        at + plan.sums,
+        *plan.product_numbers,
+        shared=plan.product_shared,
     )
 
 
@@ -277,4 +300,82 @@ def dequantize(weight: Tensor, parts: list[Tensor], format: TrellisFormat, origi
         words.shape[0],
         strip,
         TYPES[weight.dtype],
+    )
+
+
+def gemm_tokens(tokens: int) -> int:
+    """Tokens of a tile."""
+    return 64 if tokens <= 64 else 128 if tokens <= 128 else 256
+
+
+def gemm_source(format: TrellisFormat, width: int, stages: int) -> str:
+    count = width // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(c[{i}])' for i in range(count))
+    instruction = (
+        f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.f16.f16 {{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
+    )
+    multiply = f"""
+__device__ __forceinline__ void multiply_tile(float (&c)[{count}], unsigned long long a, unsigned long long b) {{
+  asm volatile("{instruction}" : {outputs} : "l"(a), "l"(b));
+}}
+__device__ __forceinline__ void wait_for_multiplies(float (&c)[{count}]) {{
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : {outputs} :: "memory");
+}}
+"""
+    return multiply + source("gemm", ("decode.cuh",), (*_decoding(format), ("TOKENS", width), ("STAGES", stages)))
+
+
+def gemm(y: Tensor, x: Tensor, parts: list[Tensor], format: TrellisFormat, bias: Tensor | None) -> None:
+    """Fill y [tokens, out] with x W^T + bias, for many tokens."""
+    words, scales, scale = parts
+    (tokens, out_features), in_features = y.shape, x.shape[1]
+    width = gemm_tokens(tokens)
+    padded_tokens = -(-tokens // width) * width
+    depths = -(-in_features // 64)
+    work = torch.empty(depths * padded_tokens * 32 + tokens, dtype=torch.int32, device=y.device)
+    base, x_scale = work.data_ptr(), work.data_ptr() + depths * padded_tokens * 128
+    arch = nvrtc.architecture(y.device)
+    text, cluster, warps = rotate_source(format, in_features, arch, halves=True)
+    kernel = nvrtc.load(text, "rotate", "PPPPPiiiiiii", device=x.device)
+    kernel(
+        (tokens * cluster,),
+        warps * 32,
+        x,
+        base,
+        x_scale,
+        0,
+        0,
+        in_features,
+        depths * 64,
+        0,
+        0,
+        TYPES[x.dtype],
+        0,
+        padded_tokens,
+    )
+    stage = (128 + width) * 128
+    stages = min(6, (most_shared(arch) - 1024) // stage)
+    kernel = nvrtc.load(
+        gemm_source(format, width, stages), "gemm", "PPPPPPPiiiiii", device=y.device, shared=most_shared(arch), specific=True
+    )
+    tiles = -(-words.shape[0] // 4) * (padded_tokens // width)
+    strip = format.sequence_rows // SEGMENT_ROWS
+    kernel(
+        (min(tiles, torch.cuda.get_device_properties(y.device).multi_processor_count),),
+        384,
+        words,
+        base,
+        x_scale,
+        scales,
+        scale,
+        bias,
+        y,
+        out_features,
+        steps(in_features),
+        words.shape[0],
+        strip,
+        tokens,
+        TYPES[y.dtype],
+        shared=stages * stage + 1024,
     )
