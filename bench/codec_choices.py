@@ -8,9 +8,10 @@ import sys
 
 import torch
 
-from seedlm import codec, search_torch
-from seedlm.format import PRESETS, BlockFormat
-from seedlm.search import encode
+from seedlm.codes.block import codec
+from seedlm.codes.block.encode import encode
+from seedlm.codes.block.format import PRESETS, BlockFormat
+from seedlm.codes.block.search import torch_search
 
 BIAS = -4
 
@@ -18,7 +19,7 @@ FORMATS = {name: PRESETS[name] for name in ("4", "3")}
 
 
 def relative_error(blocks: torch.Tensor, format: BlockFormat, rounding: str) -> float:
-    scores = torch.cat([scores for _, scores in search_torch.search(blocks, BIAS, format, rounding)])
+    scores = torch.cat([scores for _, scores in torch_search.search(blocks, BIAS, format, rounding)])
     energy = blocks.double().square().sum()
     return float((1 + scores.sum() / format.divisor**2 / energy).sqrt())
 

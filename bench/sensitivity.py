@@ -22,15 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seedlm import measure, models, sensitivity
-from seedlm.allocate import NMSE, Mixture
-from seedlm.codec import choose_exponent_bias
+from seedlm.calibration import sensitivity
+from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, own_text
+from seedlm.codes.block.codec import choose_exponent_bias
+from seedlm.codes.block.encode import encode
+from seedlm.codes.block.format import PRESETS, Format, parse_format
+from seedlm.compress.allocate import NMSE, Mixture
 from seedlm.device import choose_device
-from seedlm.evaluate import Text
-from seedlm.format import PRESETS, Format, parse_format
-from seedlm.search import encode
-from seedlm.sensitivity import OwnText, measure_sensitivity, own_text
-from seedlm.walk import choose_modules
+from seedlm.evaluation import measure, models
+from seedlm.evaluation.run import Text
+from seedlm.modeling.quantize import choose_modules
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 START = time.monotonic()

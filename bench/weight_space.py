@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seedlm import encode, models
-from seedlm.baselines import METHODS, baseline_names, rebuild
+from seedlm import encode
+from seedlm.codes.block.format import PRESETS
 from seedlm.device import choose_device
-from seedlm.format import PRESETS
-from seedlm.walk import choose_modules
+from seedlm.evaluation import models
+from seedlm.evaluation.baselines import METHODS, baseline_names, rebuild
+from seedlm.modeling.quantize import choose_modules
 
 SHAPE = (512, 4096)
 

@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def story(tmp_path):
     """A short text for a model of stories."""
-    from seedlm.evaluate import Text
+    from seedlm.evaluation.run import Text
     from tiny_models import STORY
 
     path = tmp_path / "story.txt"

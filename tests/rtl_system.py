@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from seedlm.format import BlockFormat
+from seedlm.codes.block.encode import encode
+from seedlm.codes.block.format import BlockFormat
 from seedlm.rtl import report, twin
 from seedlm.rtl.design import SeedDesign
 from seedlm.rtl.simulate import Product, Simulator
-from seedlm.search import encode
 
 BUILD = Path("build/rtl")
 DATA = Path(__file__).parent / "data"

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from seedlm.allocate import Mixture, allocate
-from seedlm.checkpoint import Checkpoint
-from seedlm.compress import compress_checkpoint
+from seedlm.codes.block.format import parse_format
+from seedlm.compress.allocate import Mixture, allocate
+from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import FormatError, OutputError
-from seedlm.format import parse_format
-from seedlm.report import inspect_checkpoint
-from seedlm.walk import seed_linears
+from seedlm.modeling.quantize import seed_linears
+from seedlm.storage.checkpoint import Checkpoint
+from seedlm.storage.inspect import inspect_checkpoint
 from tiny_models import folder_bytes, tiny_llama
 
 LOW, MIDDLE, HIGH = map(parse_format, ("block-k8-c12-p3-q4-e4", "block-k8-c8-p3-q4-e4", "block-k8-c4-p2-q4-e4"))

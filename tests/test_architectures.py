@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import seedlm
-from seedlm.checkpoint import Checkpoint
 from seedlm.errors import CheckpointError, SourceError
-from seedlm.experts import SeedExperts, projections_of
-from seedlm.selection import stack_of
-from seedlm.tensorfile import TensorInfo
-from seedlm.walk import seed_linears
+from seedlm.modeling.experts import SeedExperts, projections_of
+from seedlm.modeling.quantize import seed_linears
+from seedlm.storage.checkpoint import Checkpoint
+from seedlm.storage.safetensors import TensorInfo
+from seedlm.storage.selection import stack_of
 from tiny_models import SMALL, tiny_model
 
 EXPERTS_CASES = ["mixtral", "gpt_oss", "llama4_text", "granitemoe"]

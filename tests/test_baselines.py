@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from seedlm import baselines, models
-from seedlm.baselines import METHODS, apply_baseline, baseline_names, divisor, parse_baseline, rebuild
+from seedlm.codes.block.format import PRESETS
 from seedlm.errors import EvaluationError
-from seedlm.evaluate import Settings, Text, evaluate
-from seedlm.format import PRESETS
-from seedlm.measure import perplexity
-from seedlm.walk import choose_modules
+from seedlm.evaluation import baselines, models
+from seedlm.evaluation.baselines import METHODS, apply_baseline, baseline_names, divisor, parse_baseline, rebuild
+from seedlm.evaluation.measure import perplexity
+from seedlm.evaluation.run import Settings, Text, evaluate
+from seedlm.modeling.quantize import choose_modules
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 NORMAL_ERRORS = {

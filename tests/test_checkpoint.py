@@ -7,12 +7,12 @@ import shutil
 import pytest
 import torch
 
-from seedlm import packing
-from seedlm.checkpoint import Checkpoint, stored_name
-from seedlm.compress import compress_checkpoint
+from seedlm.codes.block import packing
+from seedlm.codes.block.format import parse_format
+from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import CheckpointError, SourceError, TensorError
-from seedlm.format import parse_format
-from seedlm.source import open_source
+from seedlm.storage.checkpoint import Checkpoint, stored_name
+from seedlm.storage.source import open_source
 from tiny_models import SMALL, join, save_tensors, split, tiny_llama
 
 # FORMAT.md, "The checkpoint", spelled out: model.safetensors of a model with one compressed layer, in both presets.
@@ -372,7 +372,7 @@ def test_a_wrong_code_is_not_read(folder, module, part, position, value, message
 
 
 def test_codes_are_checked_in_every_piece_of_rows(folder, monkeypatch):
-    monkeypatch.setattr("seedlm.checkpoint._CHECK_WORDS", 6)  # two rows at a time
+    monkeypatch.setattr("seedlm.storage.checkpoint._CHECK_WORDS", 6)  # two rows at a time
     edit_data(folder, WORDS, 3 * 43, 0)
     with pytest.raises(CheckpointError, match="at row 1, block 0; seeds start at 1, rows counted from row 42"):
         Checkpoint.open(folder).tensor(UP)

@@ -159,7 +159,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(llama, compressed, tmp_path
 
 def test_ctrl_c_says_how_to_go_on(llama, compressed, tmp_path):
     slow = (
-        "import time; from seedlm import workfolder; real = workfolder.WorkFolder.finish_tensor\n"
+        "import time; from seedlm.compress import workfolder; real = workfolder.WorkFolder.finish_tensor\n"
         "def finish(*a, **k): real(*a, **k); time.sleep(0.2)\n"
         "workfolder.WorkFolder.finish_tensor = finish\nfrom seedlm.cli import main; main()"
     )

@@ -6,12 +6,20 @@ import math
 import pytest
 import torch
 
-from seedlm import lfsr
-from seedlm.basis import basis, generator
-from seedlm.codec import BlockCodes, best_exponent, block_scale, choose_exponent_bias, decode, evaluate, power_of_two
+from seedlm.codes.block import lfsr
+from seedlm.codes.block.basis import basis, generator
+from seedlm.codes.block.codec import (
+    BlockCodes,
+    best_exponent,
+    block_scale,
+    choose_exponent_bias,
+    decode,
+    evaluate,
+    power_of_two,
+)
+from seedlm.codes.block.format import PRESETS, parse_format
+from seedlm.codes.block.packing import pack, unpack
 from seedlm.errors import TensorError
-from seedlm.format import PRESETS, parse_format
-from seedlm.packing import pack, unpack
 
 FORMATS = ["4", "3", "block-k5-c3-p2-q3-e3", "block-k24-c20-p5-q3-e6", "block-k11-c7-p1-q8-e2"]
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seedlm import search, units, workfolder
-from seedlm.checkpoint import GUARD, Checkpoint
-from seedlm.codec import choose_exponent_bias
-from seedlm.compress import parse_size
+from seedlm.codes.block import encode as search
+from seedlm.codes.block.codec import choose_exponent_bias
+from seedlm.codes.block.format import parse_format
+from seedlm.compress import worker, workfolder
+from seedlm.compress.run import parse_size
+from seedlm.compress.workfolder import WorkFolder
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
-from seedlm.format import parse_format
-from seedlm.workfolder import WorkFolder
+from seedlm.storage.checkpoint import GUARD, Checkpoint
 from tiny_models import SMALL, folder_bytes, run, save_tensors, tiny_llama
 
 
@@ -133,12 +134,12 @@ class TestResult:
 
     @pytest.mark.parametrize("rows", [7, 100], ids=str)
     def test_pieces_of_any_size_give_the_same_bytes(self, llama, finished, tmp_path, monkeypatch, rows):
-        monkeypatch.setitem(units.PIECE_WEIGHTS, "cpu", rows * 32)
+        monkeypatch.setitem(worker.PIECE_WEIGHTS, "cpu", rows * 32)
         run(llama, tmp_path / "out")
         assert folder_bytes(tmp_path / "out") == folder_bytes(finished[0])  # the errors in the report too
 
     def test_however_little_is_read_ahead_the_bytes_are_the_same(self, llama, finished, tmp_path, monkeypatch):
-        monkeypatch.setattr("seedlm.scan._AHEAD_BYTES", 1)
+        monkeypatch.setattr("seedlm.compress.scan._AHEAD_BYTES", 1)
         run(llama, tmp_path / "out")
         assert folder_bytes(tmp_path / "out") == folder_bytes(finished[0])
 
@@ -216,7 +217,7 @@ class TestRefusals:
         assert torch.equal(Checkpoint.open(tmp_path / "out").dense_tensor("layers.0.b.weight").isnan(), bad.isnan())
 
     def test_however_little_is_read_ahead_the_rest_is_read_to_count_them(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("seedlm.scan._AHEAD_BYTES", 1)
+        monkeypatch.setattr("seedlm.compress.scan._AHEAD_BYTES", 1)
         bad = torch.full((4, 8), float("nan"))
         tensors = {f"layers.{n}.a.weight": torch.randn(4, 8) if n < 3 else bad.clone() for n in range(8)}
         with pytest.raises(TensorError, match=r"^layers.3.a.weight: .* 32 NaN and 0 Inf values; and 4 more tensors like it"):
@@ -292,7 +293,8 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path):
         file.truncate(8 + len(text) + 2 * size)
     (folder / "config.json").write_text("{}")
     script = (
-        "import resource, sys, torch\nfrom seedlm import search\nfrom seedlm.compress import compress_checkpoint\n"
+        "import resource, sys, torch\nfrom seedlm.codes.block import encode as search\n"
+        "from seedlm.compress.run import compress_checkpoint\n"
         "def find(blocks, bias, format, rounding):\n"
         "    n = len(blocks)\n"
         "    codes = search.BlockCodes(torch.ones(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int8),"

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from seedlm import units, workfolder
-from seedlm.checkpoint import Checkpoint
+from seedlm.compress import worker, workfolder
+from seedlm.compress.workfolder import WorkFolder
 from seedlm.errors import CheckpointError, OutputError, SourceError
-from seedlm.tensorfile import TensorFiles
-from seedlm.workfolder import WorkFolder
+from seedlm.storage.checkpoint import Checkpoint
+from seedlm.storage.safetensors import TensorFiles
 from tiny_models import SMALL, folder_bytes, run, tiny_llama
 
 
@@ -43,7 +43,7 @@ class TestResume:
 
         for owner, name in (
             (workfolder, "sync"),
-            (units, "sync"),
+            (worker, "sync"),
             (workfolder, "_sync_folder"),
             (workfolder.Writer, "write"),
             (workfolder.os, "replace"),
@@ -76,7 +76,7 @@ class TestResume:
     def test_a_killed_process_is_gone_on_from(self, llama, finished, tmp_path):
         out = tmp_path / "out"
         script = (
-            "import sys, time\nfrom seedlm.compress import compress_checkpoint\n"
+            "import sys, time\nfrom seedlm.compress.run import compress_checkpoint\n"
             f"slow = lambda phase, done, total: time.sleep(0.05 * (phase == 'compress'))\n"
             f"compress_checkpoint(sys.argv[1], sys.argv[2], format={SMALL!r}, backend='torch', on_progress=slow)\n"
         )

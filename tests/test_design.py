@@ -6,12 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from seedlm import search_torch
 from seedlm.cli import app
-from seedlm.design import candidates, measure, model_blocks, normal_blocks
+from seedlm.codes.block.format import PRESETS, BlockFormat, parse_format
+from seedlm.codes.block.search import torch_search
+from seedlm.compress.design import candidates, measure, model_blocks, normal_blocks
 from seedlm.errors import FormatError, TensorError
-from seedlm.format import PRESETS, BlockFormat, parse_format
-from seedlm.source import open_source
+from seedlm.storage.source import open_source
 from tiny_models import save_tensors
 
 
@@ -19,7 +19,7 @@ def searched_error(format: BlockFormat, samples: torch.Tensor, rounding: str) ->
     """NMSE of scoring every seed, at the best exponent bias about that of unit weights."""
     blocks = samples[:, : format.block_size].contiguous()
     energy = blocks.double().square().sum()
-    scores = [search_torch.brute_force(blocks, bias, format, rounding)[1].sum() for bias in (-1, 0, 1)]
+    scores = [torch_search.brute_force(blocks, bias, format, rounding)[1].sum() for bias in (-1, 0, 1)]
     return float(min(scores) / format.divisor**2 / energy + 1)
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from seedlm import engine, search, units
-from seedlm.allocate import Mixture
-from seedlm.compress import compress_checkpoint
+from seedlm.codes.block import encode as search
+from seedlm.codes.block.format import PRESETS, parse_format
+from seedlm.compress import worker
+from seedlm.compress import workers as engine
+from seedlm.compress.allocate import Mixture
+from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import BackendError, OutputError, SourceError
-from seedlm.format import PRESETS, parse_format
 from tiny_models import SMALL, folder_bytes, run, save_tensors, tiny_llama
 
 
@@ -91,7 +93,7 @@ class TestDisk:
         def fail(file):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(units, "sync", fail)
+        monkeypatch.setattr(worker, "sync", fail)
         with pytest.raises(OutputError, match="No space left on device"):
             run(llama, tmp_path / "out")
         assert not (tmp_path / "out.partial" / "journal.jsonl").exists()
@@ -103,7 +105,7 @@ class TestDisk:
         """The first wait ends when every weight is encoded."""
         encoded, waits = threading.Event(), []
 
-        def wait(file, real=units.sync):
+        def wait(file, real=worker.sync):
             waits.append(encoded.wait(60))
             real(file)
 
@@ -111,7 +113,7 @@ class TestDisk:
             if (phase, done) == ("compress", total):
                 encoded.set()
 
-        monkeypatch.setattr(units, "sync", wait)
+        monkeypatch.setattr(worker, "sync", wait)
         run(llama, tmp_path / "out", on_progress=look)
         assert all(waits)
         assert folder_bytes(tmp_path / "out") == finished
@@ -152,7 +154,7 @@ class TestProcesses:
     @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
     def test_none_outlives_the_run(self, llama, finished, tmp_path, how):
         script = (
-            "import subprocess, sys, time\nfrom seedlm import engine, workfolder\n"
+            "import subprocess, sys, time\nfrom seedlm.compress import workers as engine, workfolder\n"
             "class Popen(subprocess.Popen):\n"
             "    def __init__(self, *a, **k): super().__init__(*a, **k); print(self.pid, flush=True)\n"
             "engine.subprocess.Popen = Popen\n"
@@ -213,7 +215,7 @@ def test_one_gpu_two_and_the_cpu_leave_the_same_bytes(tmp_path, request, bits):
 
 SMALL_CARD = """
 import sys, threading, torch
-from seedlm.compress import compress_checkpoint
+from seedlm.compress.run import compress_checkpoint
 torch.cuda.set_per_process_memory_fraction(float(sys.argv[3]) / torch.cuda.get_device_properties(0).total_memory)
 threads = set()
 def look(*progress):
@@ -309,7 +311,7 @@ class TestRay:
         assert folder_bytes(out) == finished
 
     def test_a_node_that_does_not_see_the_output_says_so(self, cluster, llama, tmp_path, monkeypatch):
-        from seedlm import compress
+        from seedlm.compress import run as compress
 
         real = compress.Job
         monkeypatch.setattr(compress, "Job", lambda *fields: real(*fields[:3], "another run", *fields[4:]))

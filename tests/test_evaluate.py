@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seedlm import evaluate, inspect_checkpoint, measure, models
+from seedlm import inspect_checkpoint
 from seedlm.errors import BackendError, EvaluationError, OutputError, SourceError
-from seedlm.evaluate import Settings, Text
+from seedlm.evaluation import measure, models
+from seedlm.evaluation import run as evaluate
+from seedlm.evaluation.run import Settings, Text
 from straightforward import straightforward
 from tiny_models import SMALL, STORY, tiny_gguf, tiny_llama
 
@@ -81,8 +83,8 @@ class TestRun:
         assert results["environment"]["device"] == "cpu"
 
     def test_packed_layers_give_the_same_and_stay_packed(self, folders, story, monkeypatch):
-        from seedlm import models
-        from seedlm.walk import seed_linears
+        from seedlm.evaluation import models
+        from seedlm.modeling.quantize import seed_linears
 
         kept = []
         load = models.load_model

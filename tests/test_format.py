@@ -2,8 +2,8 @@
 
 import pytest
 
+from seedlm.codes.block.format import PRESETS, BlockFormat, format_from_dict, parse_format
 from seedlm.errors import FormatError
-from seedlm.format import PRESETS, BlockFormat, format_from_dict, parse_format
 
 
 def test_presets_4_and_3_are_the_papers_configurations():

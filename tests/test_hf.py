@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from seedlm import hf
-from seedlm.checkpoint import GUARD, stored_name
+from seedlm.codes.block.encode import encode
+from seedlm.codes.block.format import PRESETS, parse_format
 from seedlm.errors import CheckpointError, FormatError
-from seedlm.format import PRESETS, parse_format
-from seedlm.linear import SeedLinear
-from seedlm.search import encode
-from seedlm.walk import seed_linears
+from seedlm.integrations.transformers import quantizer as hf
+from seedlm.modeling.linear import SeedLinear
+from seedlm.modeling.quantize import seed_linears
+from seedlm.storage.checkpoint import GUARD, stored_name
 
 FORMAT = parse_format("block-k8-c8-p3-q4-e4")
 IDS = torch.arange(1, 13).view(2, 6)
@@ -144,7 +144,7 @@ def test_a_dequantized_model_is_an_ordinary_one(packed, tmp_path):
 
 
 def test_a_dense_folder_is_compressed_while_it_loads(dense, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("seedlm.search.BACKENDS", ("torch",))
+    monkeypatch.setattr("seedlm.codes.block.encode.BACKENDS", ("torch",))
     model = load(dense, quantization_config=hf.SeedLMConfig(format=FORMAT.spec))
     assert torch.equal(model(IDS).logits, load(packed)(IDS).logits)
     model.save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from seedlm import lfsr
+from seedlm.codes.block import lfsr
 
 
 def test_worked_example_of_the_paper():

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from seedlm.checkpoint import stored_name
+from seedlm.codes.block.encode import encode
+from seedlm.codes.block.format import parse_format
 from seedlm.errors import CheckpointError, TensorError
-from seedlm.format import parse_format
-from seedlm.linear import SeedLinear, compress_module
-from seedlm.search import encode
-from seedlm.walk import choose_modules, compress_model, expand_model
+from seedlm.modeling.linear import SeedLinear, compress_module
+from seedlm.modeling.quantize import choose_modules, compress_model, expand_model
+from seedlm.storage.checkpoint import stored_name
 
 SPEC = "block-k8-c8-p3-q4-e4"
 FORMAT = parse_format(SPEC)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from seedlm import layers, measure
 from seedlm.errors import EvaluationError
+from seedlm.evaluation import layer_errors as layers
+from seedlm.evaluation import measure
 from straightforward import straightforward
 from tiny_models import tiny_llama
 

@@ -6,9 +6,11 @@ import signal
 import pytest
 import torch
 
-from seedlm import ops, packing, search
+from seedlm.codes.block import encode as search
+from seedlm.codes.block import packing
+from seedlm.codes.block.format import parse_format
 from seedlm.errors import BackendError, TensorError
-from seedlm.format import parse_format
+from seedlm.inference import ops
 
 SMALL = parse_format("block-k8-c8-p3-q4-e4")
 FORMATS = [
@@ -64,7 +66,7 @@ def test_numba_follows_the_reference_into_denormals_and_infinity(bias):
 
 
 def test_numba_gives_the_same_bits_for_any_number_of_threads():
-    ops_numba = pytest.importorskip("seedlm.ops_numba")
+    ops_numba = pytest.importorskip("seedlm.codes.block.kernels.numba_decode")
     format = parse_format("4")
     codes = random_codes(format, 257, 2048)  # 4 tasks of at least 2^17 weights
     threads = torch.get_num_threads()
@@ -82,7 +84,7 @@ def test_numba_gives_the_same_bits_for_any_number_of_threads():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_numba_survives_a_fork():
-    ops_numba = pytest.importorskip("seedlm.ops_numba")
+    ops_numba = pytest.importorskip("seedlm.codes.block.kernels.numba_decode")
     format = parse_format("4")
     codes = random_codes(format, 257, 2048)
     threads = torch.get_num_threads()
@@ -101,7 +103,7 @@ def test_numba_survives_a_fork():
 
 def test_a_zero_seed_reads_inside_the_tables():
     """Codes are checked when they are loaded; the kernel must be safe where they are not."""
-    ops_numba = pytest.importorskip("seedlm.ops_numba")
+    ops_numba = pytest.importorskip("seedlm.codes.block.kernels.numba_decode")
     words = torch.zeros(3, 4, dtype=torch.int32) | 1 << 20
     assert torch.equal(ops_numba.decode(words, 0, 32, parse_format("4")), search.decode(words, 0, 32, parse_format("4")))
 

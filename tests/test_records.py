@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from seedlm import evaluate, inspect_checkpoint, prompts, records
+from seedlm import inspect_checkpoint
 from seedlm.errors import EvaluationError
-from seedlm.evaluate import Settings, Text
+from seedlm.evaluation import prompts, records
+from seedlm.evaluation import run as evaluate
+from seedlm.evaluation.run import Settings, Text
 from tiny_models import STORY
 
 CPU = {"device": "cpu"}

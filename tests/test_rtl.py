@@ -12,10 +12,10 @@ pytest.importorskip("amaranth", reason="the hardware needs amaranth: pip install
 
 from amaranth.sim import Simulator
 
-from seedlm import codec, lfsr, packing
-from seedlm.codec import BlockCodes
+from seedlm.codes.block import codec, lfsr, packing
+from seedlm.codes.block.codec import BlockCodes
+from seedlm.codes.block.format import PRESETS, parse_format
 from seedlm.errors import FormatError
-from seedlm.format import PRESETS, parse_format
 from seedlm.rtl import twin
 from seedlm.rtl.activations import Activations
 from seedlm.rtl.aligner import Aligner
@@ -315,7 +315,7 @@ def test_whole_product_is_the_twin_s_bit_for_bit(name, stall):
 
 
 def test_products_of_an_encoded_matrix_stay_within_the_stated_bound():
-    from seedlm.search_torch import search
+    from seedlm.codes.block.search.torch_search import search
 
     format = PRESETS["4"]
     design = SeedDesign(format=format)

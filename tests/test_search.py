@@ -5,12 +5,12 @@ from functools import cache
 import pytest
 import torch
 
-from seedlm import search_torch
-from seedlm.basis import basis
-from seedlm.codec import BlockCodes, decode
+from seedlm.codes.block.basis import basis
+from seedlm.codes.block.codec import BlockCodes, decode
+from seedlm.codes.block.encode import BACKENDS, encode, reason_unavailable
+from seedlm.codes.block.format import PRESETS, parse_format
+from seedlm.codes.block.search import torch_search
 from seedlm.errors import BackendError, TensorError
-from seedlm.format import PRESETS, parse_format
-from seedlm.search import BACKENDS, encode, reason_unavailable
 
 SMALL = [
     "block-k3-c4-p2-q4-e4",
@@ -35,9 +35,9 @@ BACKEND_PARAMS = list(_backend_params())
 
 def search_with(backend, *args):
     if backend == "numba":
-        from seedlm import search_numba as module
+        from seedlm.codes.block.search import numba_search as module
     else:
-        module = search_torch
+        module = torch_search
     pieces = list(module.search(*args))
     codes = BlockCodes(*(torch.cat(field) for field in zip(*(codes for codes, _ in pieces), strict=True)))
     return codes, torch.cat([scores for _, scores in pieces])
@@ -66,7 +66,7 @@ def test_equals_brute_force_for_small_formats(spec, rounding, backend):
     format = parse_format(spec)
     for bias in (-7, 0, -30):
         blocks = hard_blocks(format.block_size)
-        expected_codes, expected_scores = search_torch.brute_force(blocks, bias, format, rounding)
+        expected_codes, expected_scores = torch_search.brute_force(blocks, bias, format, rounding)
         codes, scores = search_with(backend, blocks, bias, format, rounding)
         torch.testing.assert_close(scores, expected_scores, rtol=0, atol=0)
         for found, expected in zip(codes, expected_codes, strict=True):
@@ -78,7 +78,7 @@ def preset_blocks(name, rounding):
     """Blocks for a preset, and the brute force's answer, which takes seconds a block: the paper's presets get the most."""
     blocks = hard_blocks(PRESETS[name].block_size)[:: 3 if name in ("4", "3") else 13]
     blocks = blocks[:: 4 if name in ("4", "3") else 3] if rounding == "best" else blocks
-    return blocks, search_torch.brute_force(blocks, -7, PRESETS[name], rounding)
+    return blocks, torch_search.brute_force(blocks, -7, PRESETS[name], rounding)
 
 
 @pytest.mark.parametrize("backend", BACKEND_PARAMS)
@@ -169,7 +169,7 @@ def test_ties_go_to_the_smallest_seed():
     tables = basis(format)
     states = tables.cycle[40 : 40 + 12].view(4, 3) - format.center
     block = states[:, 1].double().mul(4 / format.divisor).float().unsqueeze(0)
-    codes, _ = search_torch.brute_force(block, 0, format)
+    codes, _ = torch_search.brute_force(block, 0, format)
     neighbours = tables.cycle[[38, 39, 40]]
     assert int(codes.seeds) == int(neighbours.min())
 
@@ -191,7 +191,7 @@ def test_refuses_weights_it_cannot_encode(weight, message):
 def test_more_seed_bits_are_exact_or_refused():
     format = parse_format("block-k17-c2-p1-q2-e2")
     blocks = torch.randn(3, 2, generator=torch.Generator().manual_seed(9))
-    expected, _ = search_torch.brute_force(blocks, -1, format)
+    expected, _ = torch_search.brute_force(blocks, -1, format)
     encoded, _ = encode(blocks, format, exponent_bias=-1)
     assert torch.equal(encoded.tensors["words"][:, 0] & 0x1FFFF, expected.seeds)
     with pytest.raises(BackendError, match="'torch' takes at most 20 seed bits, not 24"):
@@ -206,12 +206,12 @@ def test_an_explicit_backend_that_cannot_run_says_why():
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_the_bound_is_as_exact_as_its_proof_wherever_torch_may_be_less(precision, monkeypatch):
     """TF32 and bfloat16, which other precisions allow on some devices, lose more than the margin."""
-    seen, real = set(), search_torch._energies
-    monkeypatch.setattr(search_torch, "_energies", lambda unit, span: seen.add(span.dtype) or real(unit, span))
+    seen, real = set(), torch_search._energies
+    monkeypatch.setattr(torch_search, "_energies", lambda unit, span: seen.add(span.dtype) or real(unit, span))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        found = [scores for _, scores in search_torch.search(torch.randn(9, 8), 0, parse_format("block-k8-c8-p3-q4-e4"))]
+        found = [scores for _, scores in torch_search.search(torch.randn(9, 8), 0, parse_format("block-k8-c8-p3-q4-e4"))]
     finally:
         torch.set_float32_matmul_precision(before)
     assert len(found) == 1

@@ -5,11 +5,11 @@ from collections import Counter
 import pytest
 import torch
 
-from seedlm import search_torch
-from seedlm.basis import basis
-from seedlm.codec import BlockCodes, choose_exponent_bias
-from seedlm.format import PRESETS, parse_format
-from seedlm.search import encode, reason_unavailable
+from seedlm.codes.block.basis import basis
+from seedlm.codes.block.codec import BlockCodes, choose_exponent_bias
+from seedlm.codes.block.encode import encode, reason_unavailable
+from seedlm.codes.block.format import PRESETS, parse_format
+from seedlm.codes.block.search import torch_search
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -36,9 +36,9 @@ def hard_blocks(size: int) -> dict[str, torch.Tensor]:
 
 
 def gpu_search(blocks: torch.Tensor, bias: int, format, rounding="best", **options):
-    from seedlm import search_triton
+    from seedlm.codes.block.search import triton_search
 
-    codes, scores = zip(*search_triton.search(blocks.cuda(), bias, format, rounding, **options), strict=True)
+    codes, scores = zip(*triton_search.search(blocks.cuda(), bias, format, rounding, **options), strict=True)
     return BlockCodes(*(torch.cat(field) for field in zip(*codes, strict=True))), torch.cat(scores)
 
 
@@ -55,7 +55,7 @@ def test_random_blocks_equal_brute_force(spec, rounding):
     format = parse_format(spec)
     blocks = torch.randn(301, format.block_size) * 0.02
     bias = choose_exponent_bias(blocks, format)
-    assert_same(gpu_search(blocks, bias, format, rounding), search_torch.brute_force(blocks.cuda(), bias, format, rounding))
+    assert_same(gpu_search(blocks, bias, format, rounding), torch_search.brute_force(blocks.cuda(), bias, format, rounding))
 
 
 @pytest.mark.parametrize("kind", hard_blocks(8))
@@ -64,13 +64,13 @@ def test_hard_blocks_equal_brute_force(spec, kind):
     format = parse_format(spec)
     blocks = hard_blocks(format.block_size)[kind]
     for bias in {choose_exponent_bias(blocks, format), 0}:
-        assert_same(gpu_search(blocks, bias, format), search_torch.brute_force(blocks.cuda(), bias, format))
+        assert_same(gpu_search(blocks, bias, format), torch_search.brute_force(blocks.cuda(), bias, format))
 
 
 @pytest.mark.parametrize("spec", FORMATS)
 def test_no_tile_seems_worse_than_its_margin_allows(spec):
     """What the proof says of the bound, for every tile: its best seed would be found if it were what has to be reached."""
-    from seedlm.search_triton_round import Rounds
+    from seedlm.codes.block.search.triton_round import Rounds
 
     format = parse_format(spec)
     blocks = torch.cat(
@@ -95,7 +95,7 @@ def test_open_blocks_are_redone_and_counted():
     blocks = torch.cat([torch.randn(300, 8), torch.zeros(70, 8), torch.randn(50, 8) * 1e-6])
     redone = Counter()
     found = gpu_search(blocks, 0, format, redone=redone)
-    assert_same(found, search_torch.brute_force(blocks.cuda(), 0, format))
+    assert_same(found, torch_search.brute_force(blocks.cuda(), 0, format))
     assert redone[None] >= 70
 
 

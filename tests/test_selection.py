@@ -2,11 +2,11 @@
 
 import pytest
 
-from seedlm.checkpoint import Checkpoint
+from seedlm.codes.block.format import parse_format
 from seedlm.errors import SourceError
-from seedlm.format import parse_format
-from seedlm.selection import select
-from seedlm.tensorfile import TensorInfo
+from seedlm.storage.checkpoint import Checkpoint
+from seedlm.storage.safetensors import TensorInfo
+from seedlm.storage.selection import select
 from tiny_models import SMALL, run, tiny_llama
 
 FORMAT = parse_format(SMALL)

@@ -10,13 +10,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
-from seedlm import allocate, models
+from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, own_text, read_sensitivity, write_sensitivity
 from seedlm.cli import app
-from seedlm.compress import compress_checkpoint
+from seedlm.codes.block.format import parse_format
+from seedlm.compress import allocate
+from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import EvaluationError
-from seedlm.format import parse_format
-from seedlm.report import inspect_checkpoint
-from seedlm.sensitivity import OwnText, measure_sensitivity, own_text, read_sensitivity, write_sensitivity
+from seedlm.evaluation import models
+from seedlm.storage.inspect import inspect_checkpoint
 from tiny_models import SMALL, tiny_llama, tiny_model
 
 STORIES = Path(__file__).parent / "data" / "stories260k"

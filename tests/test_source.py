@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from seedlm.errors import SourceError
-from seedlm.source import open_source
+from seedlm.storage.source import open_source
 from tiny_models import folder_bytes, save_tensors, tiny_gguf, tiny_llama
 
 

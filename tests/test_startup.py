@@ -70,7 +70,9 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp
 """
 
 
-@pytest.mark.parametrize("imports", ["from transformers import LlamaForCausalLM; import seedlm", "import seedlm.hf"])
+@pytest.mark.parametrize(
+    "imports", ["from transformers import LlamaForCausalLM; import seedlm", "import seedlm.integrations.transformers.quantizer"]
+)
 def test_packed_folders_load_whatever_is_imported_first(packed, imports):
     assert python(f"import sys; {imports}{LOAD}", packed) == "SeedLinear\n"
 
@@ -92,7 +94,7 @@ import importlib
 from transformers.quantizers import auto
 importlib.reload(seedlm)
 importlib.reload(auto)
-print(sum(type(finder).__module__ == "seedlm.hf_hook" for finder in sys.meta_path))
+print(sum(type(finder).__module__ == "seedlm.integrations.transformers.hook" for finder in sys.meta_path))
 print(type(auto.__loader__).__name__, auto.__spec__.loader is auto.__loader__)
 """
     printed = python(f"import seedlm, sys, transformers{LOAD}{again}{LOAD}", packed)

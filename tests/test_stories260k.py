@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seedlm.generate import Timing, generate
-from seedlm.hf import SeedLMConfig
-from seedlm.walk import seed_linears
+from seedlm.integrations.transformers.generate import Timing, generate
+from seedlm.integrations.transformers.quantizer import SeedLMConfig
+from seedlm.modeling.quantize import seed_linears
 
 FOLDER = Path(__file__).parent / "data" / "stories260k"
 STORY = (
@@ -43,7 +43,7 @@ def test_the_original_tells_the_reference_story(tokenizer):
 @pytest.fixture(scope="module", params=["4", "3"])
 def packed(request, tokenizer, tmp_path_factory):
     """(bits, folder) of the model packed at the paper's settings while it loads, and saved."""
-    pytest.importorskip("seedlm.search_numba", reason="the plain torch search takes minutes")
+    pytest.importorskip("seedlm.codes.block.search.numba_search", reason="the plain torch search takes minutes")
     folder = tmp_path_factory.mktemp("packed")
     config = SeedLMConfig(bits=int(request.param))
     AutoModelForCausalLM.from_pretrained(FOLDER, quantization_config=config).save_pretrained(folder)

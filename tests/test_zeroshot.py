@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlm.errors import EvaluationError
-from seedlm.evaluate import Settings, Text, evaluate
-from seedlm.records import read_records
-from seedlm.zeroshot import TASKS, read_local, score_answers, zero_shot
+from seedlm.evaluation.records import read_records
+from seedlm.evaluation.run import Settings, Text, evaluate
+from seedlm.evaluation.zeroshot import TASKS, read_local, score_answers, zero_shot
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 ENDINGS = ["a red ball.", "her mom and dad were very happy.", "the big dog", "ran and ran in the park."]
@@ -144,7 +144,7 @@ def test_a_stopped_run_goes_on_after_the_last_whole_task(data, tmp_path, monkeyp
             if asked == list(TASKS[:3]):
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("seedlm.evaluate.zero_shot", ask)
+    monkeypatch.setattr("seedlm.evaluation.run.zero_shot", ask)
     with pytest.raises(KeyboardInterrupt):
         evaluate(str(STORIES), text, settings, out=out)
     journal = tmp_path / "run.json.partial"

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seedlm.cli.console import in_bytes, number, show_progress
+from seedlm.codes.block.format import PRESETS, Format, parse_format
 from seedlm.errors import FormatError
-from seedlm.format import PRESETS, Format, parse_format
 
 if TYPE_CHECKING:
-    from seedlm.allocate import Mixture
-    from seedlm.report import Report
+    from seedlm.compress.allocate import Mixture
+    from seedlm.storage.inspect import Report
 
 
 def compress(
@@ -57,13 +57,13 @@ def compress(
     The linear layers inside numbered layers are compressed; embeddings, head, norms, biases and routers stay as they are.
     Stopped at any moment, the same command goes on where it was.
     """
-    from seedlm.source import locate
+    from seedlm.storage.source import locate
 
     start = time.monotonic()
     wanted = _format(source, bits, format, sensitivity)
     try:
         path = locate(source, revision=revision)
-        from seedlm.compress import compress_checkpoint  # torch: what was mistyped has been answered without it
+        from seedlm.compress.run import compress_checkpoint  # torch: what was mistyped has been answered without it
 
         with show_progress() as (on_progress, rate):
             report = compress_checkpoint(
@@ -106,8 +106,8 @@ def _format(source: str, bits: str, format: str | None, sensitivity: Path | None
         return parse_format(format or bits)
     if format is not None or number is None:
         raise FormatError("--sensitivity mixes formats to a number of --bits, such as 3.5; a format of your own is not mixed")
-    from seedlm.allocate import Mixture
-    from seedlm.sensitivity import read_sensitivity
+    from seedlm.calibration.sensitivity import read_sensitivity
+    from seedlm.compress.allocate import Mixture
 
     model, values = read_sensitivity(sensitivity)
     if model != source:  # rightly so for a fine-tuned model, or for another form of the same
@@ -121,8 +121,8 @@ def inspect(
     check: Annotated[bool, typer.Option("--check", help="Also read and check every code.")] = False,
 ) -> None:
     """Show the compressed tensors of a model: shape, format, bits per weight, error; then the totals."""
-    from seedlm.checkpoint import Checkpoint
-    from seedlm.report import inspect_checkpoint
+    from seedlm.storage.checkpoint import Checkpoint
+    from seedlm.storage.inspect import inspect_checkpoint
 
     report = inspect_checkpoint(folder)
     if check:

@@ -23,8 +23,8 @@ def generate(
     """Generate text, printed as it comes; then, on stderr, the speed."""
     from transformers.utils import logging
 
-    from seedlm.generate import Timing
-    from seedlm.generate import generate as pieces
+    from seedlm.integrations.transformers.generate import Timing
+    from seedlm.integrations.transformers.generate import generate as pieces
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

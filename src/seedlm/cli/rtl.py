@@ -16,7 +16,7 @@ def rtl(
     max_features: Annotated[int, typer.Option(help="Activations held on chip.")] = 32768,
 ) -> None:
     """Write the matrix-vector product of a format as synthesisable Verilog."""
-    from seedlm.format import parse_format
+    from seedlm.codes.block.format import parse_format
     from seedlm.rtl.design import HalfDesign, SeedDesign
 
     try:
