@@ -1,4 +1,4 @@
-"""What a family of codes is to the rest of the package. Whoever writes a second family implements this file, and nothing else changes.
+"""What a family of codes is to the rest of the package: a further family implements this file, and nothing else changes.
 
     Format          which code a matrix is stored in: one frozen value, without torch, passed whole
     Part            one tensor that a matrix is stored as, and how it lies along the matrix's rows
@@ -163,7 +163,7 @@ class LinearBackend(Protocol):
     def linear(
         self, x: "Tensor", prepared: "Sequence[Tensor]", format: Format, shape: tuple[int, int], bias: "Tensor | None"
     ) -> "Tensor":
-        """x [..., in_features] times the weight's transpose, plus bias [out_features]; in x's dtype."""
+        """X [..., in_features] times the weight's transpose, plus bias [out_features]; in x's dtype."""
         ...
 
     def dequantize(

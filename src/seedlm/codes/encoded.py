@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def encode(
     backend: str = "auto",
     hessian: Tensor | None = None,
     on_progress: Callable[[int], None] | None = None,
-    **settings: str,
+    **settings: Any,
 ) -> tuple[EncodedTensor, float]:
     """Compress one matrix.
 

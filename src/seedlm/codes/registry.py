@@ -57,10 +57,10 @@ def parse_format(format: "str | float | Format", code: str | None = None) -> For
     head = text.partition("-")[0]
     parsed = family(head).parse(text) if head in names() else None
     if parsed is None:
-        examples = next(iter(chosen.presets.values())).spec
+        example = chosen.presets.get("4") or next(iter(chosen.presets.values()))
         raise FormatError(
             f"unknown format {text!r:.80}; presets are {', '.join(chosen.presets)} (bits per weight), "
-            f"a specification looks like {chosen.presets.get('4', chosen.parse(examples)).spec!r}"
+            f"a specification looks like {example.spec!r}"
         )
     return parsed
 

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, Literal, get_args
 
-from seedlm.codes.block.lfsr import TAPS, period
 from seedlm.codes.base import CODES, Part, reason_no_smaller
+from seedlm.codes.block.lfsr import TAPS, period
 from seedlm.errors import FormatError
 
 Rounding = Literal["best", "nearest"]
@@ -174,7 +174,7 @@ _SPEC = re.compile(r"block-k(\d{1,2})-c(\d{1,2})-p(\d{1,2})-q(\d{1,2})-e(\d{1,2}
 
 
 def parse_spec(text: str) -> BlockFormat | None:
-    """The format of a specification (``"block-k16-c8-p3-q4-e4"``); None for any other text. Raises FormatError if impossible."""
+    """The format of a text such as ``"block-k16-c8-p3-q4-e4"``; None for any other. Raises FormatError if it cannot exist."""
     match = _SPEC.fullmatch(text)
     if match is None:
         return None
