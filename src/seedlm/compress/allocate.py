@@ -5,10 +5,11 @@ The loss of a compressed model is, to first order, a sum over its weights (HIGGS
     KL  ~  sum_i  sensitivity_i * nmse_i        nmse_i = ||W_i - W^_i||^2 / ||W_i||^2
 
 The sensitivities are the model's (`sensitivity`), the errors the formats', as on normal weights (`Family.mixture`).
-Choosing a format for every weight under a budget of bits is then a multiple-choice knapsack, and its greedy solution needs no solver: start with
-the fewest bits everywhere, and buy upgrades in the order of what they save per bit. As long as nothing is passed over, each
-state on the way is the best of its size, since one weight's upgrades save less and less per bit (on the convex hull). What
-the first one that no longer fits would have saved bounds what any other choice could; among hundreds of weights that is little.
+Choosing a format for every weight under a budget of bits is then a multiple-choice knapsack, and its greedy solution needs
+no solver: start with the fewest bits everywhere, and buy upgrades in the order of what they save per bit. As long as nothing
+is passed over, each state on the way is the best of its size, since one weight's upgrades save less and less per bit (on the
+convex hull). What the first one that no longer fits would have saved bounds what any other choice could; among hundreds of
+weights that is little. Weights that must share a format count as one.
 """
 
 import itertools
