@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,8 @@ from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import EvaluationError
 from seedlm.evaluation import models
 from seedlm.storage.inspect import inspect_checkpoint
-from tiny_models import SMALL, tiny_llama, tiny_model
+from tiny_models import SMALL, STORIES, tiny_llama, tiny_model
 
-STORIES = Path(__file__).parent / "data" / "stories260k"
 TEXT = OwnText(sequences=8, length=128)
 FINE = "block-k8-c4-p3-q4-e4"
 

@@ -19,7 +19,7 @@ from seedlm.rtl.design import SeedDesign
 from seedlm.rtl.simulate import Product, Simulator
 
 BUILD = Path("build/rtl")
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 
 
 @pytest.fixture(scope="module", params=list(report.DESIGNS))

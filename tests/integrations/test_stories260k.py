@@ -1,7 +1,6 @@
 """A real model, 260 thousand float32 parameters: packed, saved, loaded through transformers, generating."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from seedlm.integrations.transformers.generate import Timing, generate
 from seedlm.integrations.transformers.quantizer import SeedLMConfig
 from seedlm.modeling.quantize import seed_linears
+from tiny_models import STORIES
 
-FOLDER = Path(__file__).parent / "data" / "stories260k"
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, "
     "red ball. She wanted to play with it, but it was too high.\nLily"
@@ -20,7 +19,7 @@ STORY = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(FOLDER)
+    return AutoTokenizer.from_pretrained(STORIES)
 
 
 def greedy(model, tokenizer, text):
@@ -37,7 +36,7 @@ def perplexity(model, tokenizer):
 
 def test_the_original_tells_the_reference_story(tokenizer):
     """The text is that of an independent float64 implementation."""
-    assert greedy(AutoModelForCausalLM.from_pretrained(FOLDER), tokenizer, "Once upon a time") == STORY
+    assert greedy(AutoModelForCausalLM.from_pretrained(STORIES), tokenizer, "Once upon a time") == STORY
 
 
 @pytest.fixture(scope="module", params=["4", "3"])
@@ -46,7 +45,7 @@ def packed(request, tokenizer, tmp_path_factory):
     pytest.importorskip("seedlm.codes.block.search.numba_search", reason="the plain torch search takes minutes")
     folder = tmp_path_factory.mktemp("packed")
     config = SeedLMConfig(bits=int(request.param))
-    AutoModelForCausalLM.from_pretrained(FOLDER, quantization_config=config).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(STORIES, quantization_config=config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return request.param, folder
 
@@ -55,7 +54,7 @@ def test_packed_and_loaded_again_it_is_nearly_as_good(packed, tokenizer):
     bits, folder = packed
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert len(list(seed_linears(model))) == 35
-    ratio = perplexity(model, tokenizer) / perplexity(AutoModelForCausalLM.from_pretrained(FOLDER), tokenizer)
+    ratio = perplexity(model, tokenizer) / perplexity(AutoModelForCausalLM.from_pretrained(STORIES), tokenizer)
     assert 1.0 < ratio < {"4": 1.35, "3": 2.8}[bits]  # 1.22 and 2.23: harsh, as it is the original's own most likely text
 
 

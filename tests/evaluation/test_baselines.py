@@ -5,7 +5,6 @@ The reference errors are squared errors of N(0,1) measured by independent code f
 
 import importlib.util
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ from seedlm.evaluation.baselines import METHODS, apply_baseline, baseline_names,
 from seedlm.evaluation.measure import perplexity
 from seedlm.evaluation.run import Settings, Text, evaluate
 from seedlm.modeling.quantize import choose_modules
+from tiny_models import STORIES
 
-STORIES = Path(__file__).parent / "data" / "stories260k"
 NORMAL_ERRORS = {
     "rtn-4": 0.0101,
     "rtn-3": 0.0464,

@@ -3,7 +3,6 @@
 import bz2
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,8 @@ from seedlm.errors import EvaluationError
 from seedlm.evaluation.records import read_records
 from seedlm.evaluation.run import Settings, Text, evaluate
 from seedlm.evaluation.zeroshot import TASKS, read_local, score_answers, zero_shot
+from tiny_models import STORIES
 
-STORIES = Path(__file__).parent / "data" / "stories260k"
 ENDINGS = ["a red ball.", "her mom and dad were very happy.", "the big dog", "ran and ran in the park."]
 ARC = [("Who plays?", ENDINGS, 0), ("What is big?", ENDINGS[::-1], 1), ("Where?", ENDINGS[1:], 2), ("Why?", ENDINGS[:3], 1)]
 BOOLQ = [("Lily has a ball.", "does lily have a ball", 1), ("Tom is sad.", "is tom happy", 0)]
