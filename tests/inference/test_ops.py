@@ -8,7 +8,7 @@ import torch
 
 from seedlm.codes.block import encode as search
 from seedlm.codes.block import packing
-from seedlm.codes.block.format import parse_format
+from seedlm.codes.registry import parse_format
 from seedlm.errors import BackendError, TensorError
 from seedlm.inference import ops
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seedlm.codes.block import packing
-from seedlm.codes.block.format import parse_format
+from seedlm.codes.registry import parse_format
 from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import CheckpointError, SourceError, TensorError
 from seedlm.storage.checkpoint import Checkpoint, stored_name
@@ -83,7 +83,7 @@ class TestGolden:
         source, weight = golden_source(bits, tmp_path / "m")
         compress_checkpoint(source, tmp_path / "out", format=bits, backend="torch")
         (tmp_path / "out" / "model.safetensors").write_bytes(golden_bytes(bits))
-        found = Checkpoint.open(tmp_path / "out").tensor("layers.0.up").decode()
+        found = Checkpoint.open(tmp_path / "out").tensor("layers.0.up").dequantize()
         expected = torch.tensor(rows_by_the_book(bits), dtype=torch.float64)
         torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=0)
         assert (found - weight).norm() < 0.25 * weight.float().norm()
@@ -372,7 +372,7 @@ def test_a_wrong_code_is_not_read(folder, module, part, position, value, message
 
 
 def test_codes_are_checked_in_every_piece_of_rows(folder, monkeypatch):
-    monkeypatch.setattr("seedlm.storage.checkpoint._CHECK_WORDS", 6)  # two rows at a time
+    monkeypatch.setattr("seedlm.codes.block.family._CHECK_WORDS", 6)  # two rows at a time
     edit_data(folder, WORDS, 3 * 43, 0)
     with pytest.raises(CheckpointError, match="at row 1, block 0; seeds start at 1, rows counted from row 42"):
         Checkpoint.open(folder).tensor(UP)

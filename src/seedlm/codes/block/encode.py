@@ -42,8 +42,8 @@ class BlockEncoder:
         return {"exponent_bias": torch.tensor([self._bias], dtype=torch.int32)}
 
 
-def decode(words: Tensor, exponent_bias: int, in_features: int, format: BlockFormat) -> Tensor:
-    """Rebuild rows from packed words: the reference that every kernel is held against.
+def dequantize_rows(words: Tensor, exponent_bias: int, in_features: int, format: BlockFormat) -> Tensor:
+    """Rows from packed words: the definition that every kernel is held against.
 
     words      int32 [out, words]
     returns    float32 [out, in_features]

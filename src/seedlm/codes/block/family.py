@@ -72,7 +72,7 @@ class BlockFamily:
         from seedlm.codes.block import encode
 
         assert isinstance(format, BlockFormat)
-        return encode.decode(parts[CODES], int(parts["exponent_bias"]), shape[1], format)
+        return encode.dequantize_rows(parts[CODES], int(parts["exponent_bias"]), shape[1], format)
 
     def encoder(
         self, format: Format, shape: tuple[int, int], facts: Facts, options: EncodeOptions, device: "torch.device"
