@@ -24,7 +24,7 @@ from seedlm.errors import FormatError
 
 Rounding = Literal["best", "nearest"]
 """How coefficients are chosen for a seed. ``nearest``: the paper's one rounding of the least-squares solution.
-``best``: the best of all floor/ceil roundings at that exponent and its two neighbours, 5 % less NMSE (FORMAT.md)."""
+``best``: the best of all floor/ceil roundings at that exponent and its two neighbours, 5 % less NMSE (docs/format-rationale.md)."""
 
 ROUNDINGS: Final = get_args(Rounding)
 
@@ -32,7 +32,7 @@ WORD_BITS: Final = 32
 """Packed codes are stored as int32 words."""
 
 EXPONENT_BIAS_RANGE: Final = (-192, 192)
-"""Allowed exponent bias, both ends included: wide enough for any finite float32 tensor (FORMAT.md, "Exponent bias")."""
+"""Allowed exponent bias, both ends included: wide enough for any finite float32 tensor (docs/format-rationale.md)."""
 
 MAX_BLOCK_BITS: Final = 63
 """Bits of a block: decoders hold one in a signed 64-bit integer."""
