@@ -152,7 +152,7 @@ class LinearBackend(Protocol):
     Layers that read the same tensor (q, k, v; gate, up) should not each rotate and quantise it. What a backend does to x that
     depends on nothing but x, the format and `in_features` is its `transform`: where layers are known to share their input, it
     runs once, as an operator of its own, and each layer's `linear` is given the result besides x. Tables that it needs are
-    made by `prepare` and kept by device. A backend that reads x as it is inherits `dequantizing.Dequantizing` or returns [].
+    made by `prepare` and kept by device. A backend that reads x as it is inherits `dequantizing.DequantizingBackend` or returns [].
     """
 
     name: ClassVar[str]
@@ -188,7 +188,7 @@ class LinearBackend(Protocol):
         bias: "Tensor | None",
         transformed: "Sequence[Tensor]" = (),
     ) -> "Tensor":
-        """x [..., in_features] times the weight's transpose, plus bias [out_features]; contiguous, in x's dtype.
+        """The product x W^T of x [..., in_features], plus bias [out_features]; contiguous, in x's dtype.
 
         transformed   `transform` of the same x, or empty: then the backend does it itself, as part of the product
         """

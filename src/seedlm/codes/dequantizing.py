@@ -8,7 +8,7 @@ from torch import Tensor
 from seedlm.codes.base import Format
 
 
-class Dequantizing:
+class DequantizingBackend:
     """The rest of a `base.LinearBackend` whose `prepare` and `dequantize` are there."""
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -40,7 +40,7 @@ def choose(name: str, device: torch.device, format: Format, shape: tuple[int, in
 
 
 def by_name(name: str, format: Format) -> LinearBackend:
-    """A backend of the format's family, whether or not it can run here. Raises BackendError for a name that it does not have."""
+    """A backend of the format's family, whether or not it can run here. Raises BackendError if it has none of that name."""
     for backend in family_of(format).backends():
         if backend.name == name:
             return backend

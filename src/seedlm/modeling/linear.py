@@ -113,7 +113,7 @@ class SeedLinear(nn.Module):
         plan, prepared = self.prepare()
         transformed = [] if self._shared is None else self._shared[0].transform(x, plan, self._shared[1])
         parameters = self._parameters
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # not there in nn.DataParallel's replicas; 1 us faster
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (self.bias takes 1 us)
         return ops.linear(x, transformed, prepared, plan, bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -122,7 +122,7 @@ class SeedLinear(nn.Module):
         return ops.dequantize(prepared, plan, dtype)
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """An ordinary layer with the same weight, and this layer's bias. Raises TensorError where the codes are not in memory."""
+        """An ordinary layer with the same weight, and this layer's bias. Raises TensorError if the codes are not in memory."""
         if any(tensor.is_meta for tensor in self.parts.values()):
             raise TensorError("the codes of this layer are not in memory (offloaded, or not loaded yet)")
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")

@@ -1,4 +1,4 @@
-"""The block code's backends that dequantize: numba on the CPU, plain torch everywhere. Kernels of theirs are beside this file."""
+"""The block code's backends that dequantize: numba on the CPU, plain torch everywhere. Their code is beside this file."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from seedlm.codes.base import CODES, Format
 from seedlm.codes.block.format import BlockFormat
-from seedlm.codes.dequantizing import Dequantizing
+from seedlm.codes.dequantizing import DequantizingBackend
 
 
-class NumbaBackend(Dequantizing):
+class NumbaBackend(DequantizingBackend):
     """On the CPU (`numba_dequantize`). Prepared: the words as they are stored, the scale of every exponent."""
 
     name: ClassVar[str] = "numba"
@@ -38,7 +38,7 @@ class NumbaBackend(Dequantizing):
         return numba_dequantize.dequantize(words, scales, shape[1], format).to(dtype)
 
 
-class TorchBackend(Dequantizing):
+class TorchBackend(DequantizingBackend):
     """Anywhere (`torch_dequantize`). Prepared: both parts as they are stored, and the register's tables on their device."""
 
     name: ClassVar[str] = "torch"

@@ -17,7 +17,7 @@ from seedlm.codes.block.basis import cycle_states, seed_positions
 from seedlm.codes.block.codec import power_of_two
 from seedlm.codes.block.format import BlockFormat
 
-_PIECE = {"cpu": 1 << 20}
+PIECE = {"cpu": 1 << 20}
 _PIECE_ELSEWHERE = 1 << 23
 """Weights formed at a time: 60 MB of intermediate values on the CPU, 0.5 GB on other devices, where launches count."""
 
@@ -48,7 +48,7 @@ def dequantize(
     returns            [out, in_features] in `dtype`: float32, rounded once
     """
     weight = words.new_empty(words.shape[0], in_features, dtype=dtype)
-    rows = max(1, _PIECE.get(words.device.type, _PIECE_ELSEWHERE) // in_features)
+    rows = max(1, PIECE.get(words.device.type, _PIECE_ELSEWHERE) // in_features)
     for first in range(0, words.shape[0], rows):
         piece = words[first : first + rows]
         weight[first : first + rows] = _rows(piece, exponent_bias, cycle, positions, in_features, format)
