@@ -21,7 +21,6 @@ import torch
 
 from seedlm.errors import SourceError
 from seedlm.modeling.experts import experts_traits
-from seedlm.modeling.places import Names
 from seedlm.storage.checkpoint import Stack
 from seedlm.storage.safetensors import TensorInfo
 from seedlm.storage.selection import Survey
@@ -88,6 +87,8 @@ class _Surveyor:
     """One model, and what a source has for it."""
 
     def __init__(self, model: Any) -> None:
+        from seedlm.modeling.places import Names
+
         self._model, self._kind, self._names = model, type(model).__name__, Names(model)
         self._prefix = getattr(model, "base_model_prefix", "")
         self._state: dict[str, torch.Tensor] = model.state_dict()

@@ -2,57 +2,28 @@
 
 On loading, transformers first renames tensors, then joins some: Mixtral's ``block_sparse_moe.experts.7.w1.weight`` becomes
 ``mlp.experts.7.w1.weight`` and then a part of ``mlp.experts.gate_up_proj``. Codes follow the renaming, and stop before the
-joining: in `SeedExperts` every matrix has a place of its own. `ExpertNames` is the renaming that leads there, after all
-others and before any joining; saving reverses it like the others, so a saved folder has the names of the loaded one.
+joining: in `SeedExperts` every matrix has a place of its own. `ExpertNames` (integrations/transformers/loading.py) is the
+renaming that leads there, after all others and before any joining; saving reverses it like the others, so that a saved folder
+has the names of the loaded one. transformers is imported inside: it may be what imports this package (its hook).
 
     mlp.experts.7.w1             <->   mlp.experts.packed.w1.7
     mlp.experts.gate_up_proj.7   <->   mlp.experts.packed.gate_up_proj.7
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
-
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from seedlm.modeling.experts import PACKED, projections_of
 from seedlm.modeling.linear import is_linear
 from seedlm.storage.checkpoint import Stack
 
-_LAST_NUMBER: Final = re.compile(r"(.*)\.(\d+)((?:\.[^.\d][^.]*)*)")
+LAST_NUMBER: Final = re.compile(r"(.*)\.(\d+)((?:\.[^.\d][^.]*)*)")
 _JOINED_MATRICES: Final = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 """What transformers may do to matrices, one for each expert, so that rows stay rows."""
 _JOINED_STACKS: Final = ([], [("Transpose", None)], [("Concatenate", 1)])
 """And to stacks of them. How a stack lies on the disk is in its description, whatever its parameter is like."""
-
-
-class ExpertNames(WeightRenaming):
-    """Renames the tensors of packed experts, and nothing else.
-
-    templates   name of a matrix with its expert's number as ``*`` -> the new name with the number as ``*``
-    """
-
-    def __init__(self, templates: Mapping[str, str]) -> None:
-        super().__init__("experts.*", f"experts.{PACKED}.*")
-        self.templates = dict(templates)
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        module, _, leaf = source_key.rpartition(".")
-        renamed = self.module(module)
-        if renamed == module:
-            return source_key, None
-        self._was_used = True
-        return f"{renamed}.{leaf}", self.source_patterns[0]
-
-    def module(self, name: str) -> str:
-        match = _LAST_NUMBER.fullmatch(name)
-        template = self.templates.get(f"{match[1]}.*{match[3]}") if match else None
-        return name if match is None or template is None else template.replace("*", match[2])
-
-    def reverse_transform(self) -> "ExpertNames":
-        return ExpertNames({new: old for old, new in self.templates.items()})
 
 
 @dataclass(frozen=True)
@@ -84,9 +55,12 @@ class Names:
     """Finds the places in one model of transformers, which may be without weights."""
 
     def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
         transforms = get_model_conversion_mapping(model)
-        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self._linears = {name for name, module in model.named_modules() if is_linear(module)}
         self._experts = {name: found for name, module in model.named_modules() if (found := projections_of(module))}
@@ -96,7 +70,7 @@ class Names:
         renamed = self.renamed(f"{module}.weight").removesuffix(".weight")
         if linear := self._find(renamed, self._linears):
             return Place(linear)
-        match = _LAST_NUMBER.fullmatch(module if stack else renamed)
+        match = LAST_NUMBER.fullmatch(module if stack else renamed)
         if match is None:
             return None
         key = self.renamed(stack.tensor) if stack else f"{renamed}.weight"
@@ -119,22 +93,22 @@ class Names:
 
     def template(self, place: Place) -> dict[str, str]:
         """The entries of `ExpertNames` for a place in experts: with and without the base model's prefix, as files have it."""
-        match = _LAST_NUMBER.fullmatch(place.stored)
+        match = LAST_NUMBER.fullmatch(place.stored)
         assert match is not None
         old, new = f"{match[1]}.*{match[3]}", f"{place.name}.{PACKED}.{place.part}.*"
         bare = (old.removeprefix(self._prefix), new.removeprefix(self._prefix))
         return {bare[0]: bare[1], self._prefix + bare[0]: self._prefix + bare[1]}
 
-    def converter(self, key: str) -> tuple[WeightConverter | None, int]:
+    def converter(self, key: str) -> tuple[Any, int]:
         """What would convert a renamed tensor, and which of its sources the tensor is."""
-        for converter in self.converters:
+        for converter in self._converters:
             _, pattern = converter.rename_source_key(key)
             if pattern is not None:
                 return converter, converter.source_patterns.index(pattern)
         return None, 0
 
     def renamed(self, key: str) -> str:
-        for renaming in self.renamings:
+        for renaming in self._renamings:
             key, _ = renaming.rename_source_key(key)
         return key
 
@@ -143,5 +117,5 @@ class Names:
         return next((n for n in (name, self._prefix + name, name.removeprefix(self._prefix)) if n in names), None)
 
 
-def _steps(converter: WeightConverter) -> list[tuple[str, Any]]:
+def _steps(converter: Any) -> list[tuple[str, Any]]:
     return [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]

@@ -16,6 +16,7 @@ Patterns are shell globs over the whole module name (a stack's is its tensor's),
 that matches no module of the model is an error: it is nearly always a typing mistake.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -58,6 +59,10 @@ _SAME_INPUT: Final = (
     frozenset({"wi_0", "wi_1"}),
 )
 """Leaves of module names whose layers get the same tensor, in transformers' architectures."""
+_MEANT: Final = frozenset({"excluded", "an embedding", "a router"})
+_WORTH_A_WORD: Final = 0.02
+"""Share of a model's weights that may stay dense inside of layers without a line about it."""
+_SHOWN: Final = 3
 _EXPERT: Final = re.compile(r"(.*experts)\.\d+\.(.+)")
 
 
@@ -231,6 +236,22 @@ def _check_experts(chosen: Iterable[str], left: Mapping[str, str]) -> None:
                 f"{found[other]}: stays dense ({other}) while {found[None]} is compressed; "
                 f"the same matrix of all experts of a layer must be treated alike"
             )
+
+
+def largest_left(tensors: Mapping[str, TensorInfo], left: Mapping[str, str]) -> list[str]:
+    """A line on what is left dense against expectation: weights in numbered layers, the largest first, if they weigh much."""
+    sizes = {name: math.prod(tensors[name].shape) for name in left if len(tensors[name].shape) > 1}
+    inside = {name: size for name, size in sizes.items() if any(part.isdigit() for part in name.split("."))}
+    inside = {name: size for name, size in inside.items() if left[name] not in _MEANT}
+    total = sum(math.prod(info.shape) for info in tensors.values())
+    if not inside or sum(inside.values()) < _WORTH_A_WORD * total:
+        return []
+    kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for name, size in inside.items():
+        kinds[re.sub(r"(?<=\.)\d+(?=\.)", "*", name), left[name]].append(size)
+    largest = sorted(kinds.items(), key=lambda item: -sum(item[1]))[:_SHOWN]
+    shown = "; ".join(f"{name} ({sum(sizes) / total:.0%}: {reason})" for (name, reason), sizes in largest)
+    return [f"{sum(inside.values()) / total:.0%} of the weights are left dense inside of layers, the largest {shown}"]
 
 
 def groups_of(modules: Iterable[str]) -> list[list[str]]:

@@ -14,11 +14,38 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from seedlm.codes.base import Format
 from seedlm.errors import CheckpointError
-from seedlm.modeling.experts import SeedExperts, projections_of
+from seedlm.modeling.experts import PACKED, SeedExperts, projections_of
 from seedlm.modeling.linear import SeedLinear
-from seedlm.modeling.places import ExpertNames, Names, Place
+from seedlm.modeling.places import LAST_NUMBER, Names, Place
 from seedlm.storage.checkpoint import QUANT_METHOD, PackedInfo, Stack, read_metadata, stored_name
 from seedlm.storage.safetensors import TensorInfo
+
+class ExpertNames(WeightRenaming):
+    """Renames the tensors of packed experts, and nothing else.
+
+    templates   name of a matrix with its expert's number as ``*`` -> the new name with the number as ``*``
+    """
+
+    def __init__(self, templates: Mapping[str, str]) -> None:
+        super().__init__("experts.*", f"experts.{PACKED}.*")
+        self.templates = dict(templates)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        module, _, leaf = source_key.rpartition(".")
+        renamed = self.module(module)
+        if renamed == module:
+            return source_key, None
+        self._was_used = True
+        return f"{renamed}.{leaf}", self.source_patterns[0]
+
+    def module(self, name: str) -> str:
+        match = LAST_NUMBER.fullmatch(name)
+        template = self.templates.get(f"{match[1]}.*{match[3]}") if match else None
+        return name if match is None or template is None else template.replace("*", match[2])
+
+    def reverse_transform(self) -> "ExpertNames":
+        return ExpertNames({new: old for old, new in self.templates.items()})
+
 
 class Places:
     """The packed layers of a model that is being loaded, and which modules of its files fill them."""

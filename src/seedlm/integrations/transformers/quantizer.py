@@ -26,9 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from seedlm.codes.base import Format
 from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
 from seedlm.errors import CheckpointError, FormatError
-from seedlm.integrations.transformers.loading import Places, saved_names
+from seedlm.integrations.transformers.loading import ExpertNames, Places, saved_names
 from seedlm.modeling.experts import PACKED, SeedExperts
-from seedlm.modeling.places import ExpertNames
 from seedlm.modeling.quantize import choose_modules, compress_model, dense_names, dequantize_model, seed_linears, weights_of
 from seedlm.storage.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, version_of
 
