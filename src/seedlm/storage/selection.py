@@ -103,7 +103,8 @@ def select(
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     _refuse_transposed(tensors, config)
-    modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") or _is_stack(name, tensors[name], survey)]
+    named = (name for name, info in tensors.items() if name.endswith(".weight") or _is_stack(name, info, survey))
+    modules = [name.removesuffix(".weight") for name in named]
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(module, pattern) for module in modules):
