@@ -189,7 +189,8 @@ class _Surveyor:
                 missing.append(name)
         for name, counts in self._found.items():
             if "" not in counts and name in self._parameters and self._parameters[name].dim() == 3:
-                experts = self._parameters[name].shape[0]
+                module = self._model.get_submodule(name.rpartition(".")[0])
+                experts = min(stack.shape[0] for stack in module._parameters.values() if stack is not None and stack.dim() == 3)
                 missing += [f"{name} ({n} of {experts} from {pattern})" for pattern, n in _fewer(counts, experts)]
         if missing:
             raise SourceError(

@@ -60,7 +60,7 @@ _SAME_INPUT: Final = (
 )
 """Leaves of module names whose layers get the same tensor, in transformers' architectures."""
 _MEANT: Final = frozenset({"excluded", "an embedding", "a router"})
-_WORTH_A_WORD: Final = 0.02
+_WORTH_A_WORD: Final = 0.1
 """Share of a model's weights that may stay dense inside of layers without a line about it."""
 _SHOWN: Final = 3
 _EXPERT: Final = re.compile(r"(.*experts)\.\d+\.(.+)")
