@@ -10,7 +10,6 @@ Traceback needs the path costs of every row. With 12 state bits they are kept; w
 the rows in between the costs of the few groups that the path can come from are computed again.
 """
 
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
