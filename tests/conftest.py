@@ -4,6 +4,8 @@ What takes seconds is imported inside: tests that need none of it do not wait fo
 """
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -42,6 +44,23 @@ def folders(tmp_path_factory):
     packed = tmp_path_factory.mktemp("models") / "packed"
     run(STORIES, packed)
     return STORIES, packed
+
+
+@pytest.fixture
+def here(capfd):
+    """The command line without a process of its own, which spends seconds on imports: arguments to a finished process."""
+    from seedlm.cli import main
+
+    def call(*arguments):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([*map(str, arguments)])
+        return subprocess.CompletedProcess(arguments, stopped.value.code or 0, *capfd.readouterr())
+
+    yield call
+    if (transformers := sys.modules.get("transformers")) is not None:  # commands quieten it for their process
+        transformers.logging.set_verbosity_warning()
+        transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from seedlm.codes.block import packing
 from seedlm.codes.block.format import parse_format
 from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import CheckpointError, SourceError, TensorError
-from seedlm.storage.checkpoint import Checkpoint, stored_name
+from seedlm.storage.checkpoint import Checkpoint, check_codes, stored_name
 from seedlm.storage.source import open_source
 from tiny_models import SMALL, join, save_tensors, split, tiny_llama
 
@@ -371,11 +371,13 @@ def test_a_wrong_code_is_not_read(folder, module, part, position, value, message
         checkpoint.tensor(module)
 
 
-def test_codes_are_checked_in_every_piece_of_rows(folder, monkeypatch):
-    monkeypatch.setattr("seedlm.storage.checkpoint._CHECK_WORDS", 6)  # two rows at a time
-    edit_data(folder, WORDS, 3 * 43, 0)
+def test_codes_are_checked_in_every_piece_of_rows(folder):
+    checkpoint = Checkpoint.open(folder)
+    parts = dict(checkpoint.tensor(UP).tensors)
+    check_codes(UP, checkpoint.packed[UP], parts, words_at_once=6)  # two rows at a time
+    parts["words"][43] = 0
     with pytest.raises(CheckpointError, match="at row 1, block 0; seeds start at 1, rows counted from row 42"):
-        Checkpoint.open(folder).tensor(UP)
+        check_codes(UP, checkpoint.packed[UP], parts, words_at_once=6)
 
 
 @pytest.mark.parametrize("call", ["tensor", "dense_tensor"])

@@ -147,10 +147,11 @@ def metadata(packed: Mapping[str, PackedInfo]) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: text}
 
 
-def check_codes(module: str, info: PackedInfo, parts: "Mapping[str, Tensor]") -> None:
+def check_codes(module: str, info: PackedInfo, parts: "Mapping[str, Tensor]", words_at_once: int = _CHECK_WORDS) -> None:
     """Raise CheckpointError if a stored field is out of its range: exponent bias, a zero seed, a padding bit that is set.
 
-    parts   the tensors of `info.stored`, shapes and dtypes already checked
+    parts           the tensors of `info.stored`, shapes and dtypes already checked
+    words_at_once   so many are unpacked at a time
     """
     from seedlm.codes.block import packing
 
@@ -159,7 +160,7 @@ def check_codes(module: str, info: PackedInfo, parts: "Mapping[str, Tensor]") ->
     if not low <= bias <= high:
         raise CheckpointError(f"{module}: exponent bias must be {low} .. {high}, got {bias}")
     words, blocks = parts["words"], info.format.blocks_per_row(info.shape[1])
-    rows = max(1, _CHECK_WORDS // words.shape[1])
+    rows = max(1, words_at_once // words.shape[1])
     for start in range(0, len(words), rows):
         try:
             packing.check_codes(words[start : start + rows], blocks, info.format)
