@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, own_text, read_sensitivity, write_sensitivity
 from seedlm.cli import app
-from seedlm.codes.block.format import parse_format
+from seedlm.codes.block.family import FAMILY
+from seedlm.codes.registry import parse_format
 from seedlm.compress import allocate
 from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import EvaluationError
@@ -178,7 +179,7 @@ def run(*arguments):
 
 def test_the_commands_measure_and_mix(tmp_path, monkeypatch):
     formats = {parse_format("block-k8-c12-p3-q4-e4"): 0.4, parse_format("block-k8-c4-p2-q4-e4"): 0.05}
-    monkeypatch.setattr(allocate, "NMSE", formats)
+    monkeypatch.setattr(FAMILY, "mixture", formats)
     tiny_llama(tmp_path / "dense", hidden_size=48, intermediate_size=96)
     file = tmp_path / "sensitivity.json"
     result = run("sensitivity", tmp_path / "dense", "-o", file, "--sequences", 2, "--length", 8)

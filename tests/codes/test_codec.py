@@ -18,8 +18,9 @@ from seedlm.codes.block.codec import (
     evaluate,
     power_of_two,
 )
-from seedlm.codes.block.format import PRESETS, parse_format
+from seedlm.codes.block.format import PRESETS
 from seedlm.codes.block.packing import pack, unpack
+from seedlm.codes.registry import parse_format
 from seedlm.errors import TensorError
 
 FORMATS = ["4", "3", "block-k5-c3-p2-q3-e3", "block-k24-c20-p5-q3-e6", "block-k11-c7-p1-q8-e2"]

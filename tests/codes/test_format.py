@@ -2,7 +2,9 @@
 
 import pytest
 
-from seedlm.codes.block.format import PRESETS, BlockFormat, format_from_dict, parse_format
+from seedlm.codes.base import stored_bits
+from seedlm.codes.block.format import PRESETS, BlockFormat
+from seedlm.codes.registry import format_from_dict, parse_format
 from seedlm.errors import FormatError
 
 
@@ -26,7 +28,7 @@ def test_stored_bits_count_tails_padding_and_bias():
     three = PRESETS["3"]
     assert three.blocks_per_row(100) == 9
     assert three.words_per_row(100) == 11  # 324 bits
-    assert three.stored_bits(7, 100) == 7 * 11 * 32 + 32
+    assert stored_bits(three, 7, 100) == 7 * 11 * 32 + 32
     assert three.blocks_per_group == 8
 
 
@@ -64,7 +66,7 @@ def test_unknown_specifications_are_refused(text):
     ("data", "message"),
     [
         ([], "must be a JSON object, got list"),
-        ({"family": "trellis"}, "unknown format family 'trellis', known: 'block'"),
+        ({"family": "lattice"}, "unknown format family 'lattice', known: 'block'"),
         ({"family": "block", "seed_bits": 16}, "has the keys .* got"),
         ({**PRESETS["4"].to_dict(), "extra": 1}, "has the keys .* got"),
         ({**PRESETS["4"].to_dict(), "seed_bits": 16.0}, "seed_bits must be an integer"),

@@ -5,8 +5,9 @@ import torch
 
 from seedlm.codes.block.basis import basis
 from seedlm.codes.block.encode import reason_unavailable
-from seedlm.codes.block.format import PRESETS, parse_format
+from seedlm.codes.block.format import PRESETS
 from seedlm.codes.block.search.groups import groups
+from seedlm.codes.registry import parse_format
 
 SPECS = ["4", "5", "block-k5-c4-p2-q3-e3", "block-k12-c8-p1-q2-e4", "block-k12-c8-p3-q4-e4", "block-k3-c8-p4-q4-e4"]
 SPECS += ["block-k6-c4-p4-q4-e2", "block-k9-c5-p4-q4-e2"]

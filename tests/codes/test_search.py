@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from seedlm.codes.base import totals
 from seedlm.codes.block.basis import basis
 from seedlm.codes.block.codec import BlockCodes, decode
-from seedlm.codes.block.encode import BACKENDS, encode, reason_unavailable
-from seedlm.codes.block.format import PRESETS, parse_format
+from seedlm.codes.block.encode import BACKENDS, dequantize_rows, encode_rows, reason_unavailable
+from seedlm.codes.block.format import PRESETS
 from seedlm.codes.block.search import torch_search
+from seedlm.codes.encoded import encode
+from seedlm.codes.registry import parse_format
 from seedlm.errors import BackendError, TensorError
 
 SMALL = [
@@ -111,7 +114,7 @@ def test_thread_count_does_not_change_a_bit(threads):
     finally:
         torch.set_num_threads(before)
     expected, expected_error = encode(weight, encoded.format, backend="torch")
-    assert torch.equal(encoded.tensors["words"], expected.tensors["words"])
+    assert torch.equal(encoded.parts["words"], expected.parts["words"])
     assert error == pytest.approx(expected_error, rel=1e-12)
 
 
@@ -132,9 +135,10 @@ def test_a_valid_code_encodes_to_an_exact_reconstruction():
         torch.randint(-8, 8, (1000, 3), generator=torch.Generator().manual_seed(4), dtype=torch.int8),
     )
     weight = decode(codes, -3, format)
-    encoded, error = encode(weight, format, exponent_bias=-3)
+    words, errors = encode_rows(weight, -3, format)
+    error, found = totals([errors])[0], dequantize_rows(words, -3, 8, format)
     assert error <= 1e-7 * float(weight.double().square().sum())  # not 0: the weights were rounded to float32
-    assert float((encoded.decode() - weight).square().sum()) == pytest.approx(error, rel=1e-3)
+    assert float((found - weight).square().sum()) == pytest.approx(error, rel=1e-3)
 
 
 @pytest.mark.parametrize("sigma", [1e-8, 1e-4, 1e-3, 0.02, 1.0, 1e4])
@@ -145,7 +149,7 @@ def test_relative_error_at_any_scale(name, expected, sigma):
     encoded, error = encode(weight, PRESETS[name])
     relative = error**0.5 / float(weight.double().norm())
     assert relative == pytest.approx(expected, rel=0.02)
-    assert relative == pytest.approx(float((encoded.decode().double() - weight).norm() / weight.double().norm()), rel=1e-6)
+    assert relative == pytest.approx(float((encoded.dequantize().double() - weight).norm() / weight.double().norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_absolute_exponents_collapse_small_tensors():
     """What the exponent bias is for: the paper's range alone loses tensors of sigma 1e-3 and below."""
     pytest.importorskip("numba")
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(8)) * 1e-4
-    _, error = encode(weight, PRESETS["4"], exponent_bias=0, rounding="nearest")
+    error, _ = totals([encode_rows(weight, 0, PRESETS["4"], "nearest")[1]])
     assert error**0.5 / float(weight.norm()) == pytest.approx(0.59, abs=0.05)
 
 
@@ -200,8 +204,8 @@ def test_more_seed_bits_are_exact_or_refused():
     format = parse_format("block-k17-c2-p1-q2-e2")
     blocks = torch.randn(3, 2, generator=torch.Generator().manual_seed(9))
     expected, _ = torch_search.brute_force(blocks, -1, format)
-    encoded, _ = encode(blocks, format, exponent_bias=-1)
-    assert torch.equal(encoded.tensors["words"][:, 0] & 0x1FFFF, expected.seeds)
+    words, _ = encode_rows(blocks, -1, format)
+    assert torch.equal(words[:, 0] & 0x1FFFF, expected.seeds)
     with pytest.raises(BackendError, match="'torch' takes at most 20 seed bits, not 24"):
         encode(blocks, parse_format("block-k24-c8-p3-q4-e4"))
 

@@ -7,9 +7,11 @@ import torch
 
 from seedlm.codes.block.basis import basis
 from seedlm.codes.block.codec import BlockCodes, choose_exponent_bias
-from seedlm.codes.block.encode import encode, reason_unavailable
-from seedlm.codes.block.format import PRESETS, parse_format
+from seedlm.codes.block.encode import reason_unavailable
+from seedlm.codes.block.format import PRESETS
 from seedlm.codes.block.search import torch_search
+from seedlm.codes.encoded import encode
+from seedlm.codes.registry import parse_format
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -7,8 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from seedlm.cli import app
-from seedlm.codes.block.format import PRESETS, BlockFormat, parse_format
+from seedlm.codes.block.format import PRESETS, BlockFormat
 from seedlm.codes.block.search import torch_search
+from seedlm.codes.registry import parse_format
 from seedlm.compress.design import candidates, measure, model_blocks, normal_blocks
 from seedlm.errors import FormatError, TensorError
 from seedlm.storage.source import open_source

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seedlm.codes.block import encode as search
 from seedlm.codes.block.codec import choose_exponent_bias
-from seedlm.codes.block.format import parse_format
+from seedlm.codes.encoded import encode
+from seedlm.codes.registry import parse_format
 from seedlm.compress import worker
 from seedlm.compress.run import parse_size
 from seedlm.compress.workfolder import WorkFolder
@@ -30,7 +30,7 @@ class TestResult:
         for name in original.dense:
             assert torch.equal(checkpoint.dense_tensor(name), original.dense_tensor(name).float())
         for module in original.packed:
-            assert torch.equal(checkpoint.tensor(module).tensors["words"], original.tensor(module).tensors["words"])
+            assert torch.equal(checkpoint.tensor(module).parts["words"], original.tensor(module).parts["words"])
 
     def test_dtype_too_small_for_a_number_is_refused(self, tmp_path):
         weights = {"model.layers.0.a.weight": torch.randn(8, 32), "model.norm.weight": torch.tensor([1.0, -7e4])}
@@ -46,10 +46,10 @@ class TestResult:
         checkpoint = Checkpoint.open(finished[0])
         assert len(checkpoint.packed) == 14
         for module in checkpoint.packed:
-            expected, _ = search.encode(state[f"{module}.weight"], parse_format(SMALL), backend="torch")
+            expected, _ = encode(state[f"{module}.weight"], parse_format(SMALL), backend="torch")
             found = checkpoint.tensor(module)
             assert found.shape == expected.shape
-            for part, tensor in expected.tensors.items():
+            for part, tensor in expected.parts.items():
                 assert torch.equal(found.tensors[part], tensor)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -61,7 +61,7 @@ class TestResult:
         run(save_tensors(tmp_path / "m", tensors), tmp_path / "out")
         checkpoint = Checkpoint.open(tmp_path / "out")
         for name, weight in tensors.items():
-            found = checkpoint.tensor(name.removesuffix(".weight")).tensors["exponent_bias"]
+            found = checkpoint.tensor(name.removesuffix(".weight")).parts["exponent_bias"]
             assert int(found) == choose_exponent_bias(weight, parse_format(SMALL))
 
     def test_everything_else_is_bit_for_bit_the_source(self, llama, finished):
@@ -119,7 +119,7 @@ class TestResult:
         sharded, single = Checkpoint.open(tmp_path / "out"), Checkpoint.open(finished[0])
         assert (sharded.packed, sharded.dense) == (single.packed, single.dense)
         for module in single.packed:
-            assert torch.equal(sharded.tensor(module).tensors["words"], single.tensor(module).tensors["words"])
+            assert torch.equal(sharded.tensor(module).parts["words"], single.tensor(module).parts["words"])
         for name in names:
             held = [e.info.nbytes for e in sharded.files.entries.values() if e.path.name == name]
             assert sum(held) <= 8000 or len(held) == 1
@@ -144,7 +144,7 @@ class TestResult:
         one, other = Checkpoint.open(finished[0]), Checkpoint.open(tmp_path / "out")
         assert set(one.packed) == set(other.packed)
         for module in one.packed:
-            assert torch.equal(one.tensor(module).tensors["words"], other.tensor(module).tensors["words"])
+            assert torch.equal(one.tensor(module).parts["words"], other.tensor(module).parts["words"])
 
     def test_biases_integers_and_odd_dtypes_survive(self, tmp_path):
         tensors = {
@@ -286,7 +286,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path):
         "    codes = search.BlockCodes(torch.ones(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int8),"
         " torch.zeros(n, 1, dtype=torch.int8))\n"
         "    yield codes, torch.zeros(n, dtype=torch.float64)\n"
-        "search._load = lambda *_: find\n"
+        "search.load_search = lambda *_: find\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "compress_checkpoint(sys.argv[1], sys.argv[2], format='block-k8-c64-p1-q8-e8')\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"

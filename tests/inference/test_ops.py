@@ -8,7 +8,7 @@ import torch
 
 from random_codes import random_words
 from seedlm.codes.block import encode as search
-from seedlm.codes.block.format import parse_format
+from seedlm.codes.registry import parse_format
 from seedlm.errors import BackendError, TensorError
 from seedlm.inference import ops
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from seedlm.codes.block.encode import encode
-from seedlm.codes.block.format import PRESETS, parse_format
+from seedlm.codes.block.format import PRESETS
+from seedlm.codes.encoded import encode
+from seedlm.codes.registry import parse_format
 from seedlm.errors import CheckpointError, FormatError
 from seedlm.integrations.transformers import quantizer as hf
 from seedlm.modeling.linear import SeedLinear
@@ -59,7 +60,7 @@ def packed(dense, tmp_path_factory):
         if name.endswith("proj.weight"):
             encoded, _ = encode(tensor, FORMAT, backend="torch")
             module = name.removesuffix(".weight")
-            tensors |= {stored_name(module, part): codes for part, codes in encoded.tensors.items()}
+            tensors |= {stored_name(module, part): codes for part, codes in encoded.parts.items()}
         else:
             tensors[name] = tensor
     config = json.loads((dense / "config.json").read_text())

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from seedlm.codes.block.encode import encode
-from seedlm.codes.block.format import parse_format
+from seedlm.codes.encoded import encode
+from seedlm.codes.registry import parse_format
 from seedlm.errors import CheckpointError, TensorError
 from seedlm.modeling.linear import SeedLinear, compress_module
-from seedlm.modeling.quantize import choose_modules, compress_model, expand_model
+from seedlm.modeling.quantize import choose_modules, compress_model, dequantize_model
 from seedlm.storage.checkpoint import stored_name
 
 SPEC = "block-k8-c8-p3-q4-e4"
@@ -52,13 +52,13 @@ def test_a_packed_layer_computes_with_its_decoded_weight(shape, bias):
     dense = nn.Linear(shape[1], shape[0], bias=bias)
     layer, error = compress_module(dense, SPEC, backend="torch")
     x = torch.randn(4, shape[1])
-    weight = layer.decode()
+    weight = layer.dequantize()
     assert torch.equal(layer(x), nn.functional.linear(x, weight, dense.bias))
     assert layer.bias is dense.bias
     measured = float((dense.weight - weight).norm().detach() / dense.weight.norm().detach())
     assert error == pytest.approx(measured, rel=1e-5)
     assert 0.05 < error < 0.5
-    assert torch.equal(layer.expand()(x), layer(x))
+    assert torch.equal(layer.to_dense()(x), layer(x))
 
 
 def test_the_state_dict_is_what_a_checkpoint_stores():
@@ -86,7 +86,7 @@ def test_casting_moves_the_bias_and_leaves_the_codes(cast):
     assert all(torch.equal(a, b) and a.dtype == torch.int32 for a, b in zip(layer.codes, before, strict=True))
     x = torch.randn(2, 20).to(layer.bias.dtype)
     assert layer(x).dtype == layer.bias.dtype
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.decode(x.dtype), layer.bias))
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.dequantize(x.dtype), layer.bias))
 
 
 def test_it_says_what_it_is():
@@ -101,7 +101,7 @@ def test_it_compiles_whole_and_trains_what_is_around_it():
     compiled(x).square().sum().backward()
     found = model[0].weight.grad.clone()
     model.zero_grad()
-    nn.Sequential(model[0], layer.expand())(x).square().sum().backward()
+    nn.Sequential(model[0], layer.to_dense())(x).square().sum().backward()
     torch.testing.assert_close(found, model[0].weight.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -117,7 +117,7 @@ def test_an_expanded_model_computes_the_same(toy):
     pack(toy)
     ids = torch.arange(12).view(2, 6)
     packed = toy(ids)
-    expand_model(toy)
+    dequantize_model(toy)
     assert torch.equal(toy(ids), packed)
     assert not any(isinstance(m, SeedLinear) for m in toy.modules())
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from seedlm.codes.block.encode import encode
 from seedlm.codes.block.format import BlockFormat
+from seedlm.codes.encoded import encode
 from seedlm.rtl import report, twin
 from seedlm.rtl.design import SeedDesign
 from seedlm.rtl.simulate import Product, Simulator
@@ -80,8 +80,8 @@ def test_a_real_layer_gives_the_software_s_result(simulator, layer):
     x = np.random.default_rng(0).standard_normal(weight.shape[1]).astype(np.float16)
     if isinstance(design, SeedDesign):
         encoded, _ = encode(weight, design.format)
-        decoded, bias = encoded.decode(), int(encoded.tensors["exponent_bias"])
-        product = Product(encoded.tensors["words"], x, bias)
+        decoded, bias = encoded.dequantize(), int(encoded.parts["exponent_bias"])
+        product = Product(encoded.parts["words"], x, bias)
     else:
         decoded = weight.half().float()
         product = Product(weight.half(), x)

@@ -15,7 +15,8 @@ from amaranth.sim import Simulator
 from random_codes import random_codes, random_words
 from seedlm.codes.block import codec, lfsr, packing
 from seedlm.codes.block.codec import BlockCodes
-from seedlm.codes.block.format import PRESETS, parse_format
+from seedlm.codes.block.format import PRESETS
+from seedlm.codes.registry import parse_format
 from seedlm.errors import FormatError
 from seedlm.rtl import twin
 from seedlm.rtl.activations import Activations

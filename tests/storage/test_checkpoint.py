@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from seedlm.codes.block import packing
-from seedlm.codes.block.format import parse_format
+from seedlm.codes.registry import parse_format
 from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import CheckpointError, SourceError, TensorError
-from seedlm.storage.checkpoint import Checkpoint, check_codes, stored_name
+from seedlm.storage.checkpoint import Checkpoint, PackedInfo, check_codes, stored_name
 from seedlm.storage.source import open_source
 from tiny_models import SMALL, join, save_tensors, split, tiny_llama
 
@@ -83,7 +83,7 @@ class TestGolden:
         source, weight = golden_source(bits, tmp_path / "m")
         compress_checkpoint(source, tmp_path / "out", format=bits, backend="torch")
         (tmp_path / "out" / "model.safetensors").write_bytes(golden_bytes(bits))
-        found = Checkpoint.open(tmp_path / "out").tensor("layers.0.up").decode()
+        found = Checkpoint.open(tmp_path / "out").tensor("layers.0.up").dequantize()
         expected = torch.tensor(rows_by_the_book(bits), dtype=torch.float64)
         torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=0)
         assert (found - weight).norm() < 0.25 * weight.float().norm()
@@ -371,13 +371,15 @@ def test_a_wrong_code_is_not_read(folder, module, part, position, value, message
         checkpoint.tensor(module)
 
 
-def test_codes_are_checked_in_every_piece_of_rows(folder):
-    checkpoint = Checkpoint.open(folder)
-    parts = dict(checkpoint.tensor(UP).tensors)
-    check_codes(UP, checkpoint.packed[UP], parts, words_at_once=6)  # two rows at a time
-    parts["words"][43] = 0
-    with pytest.raises(CheckpointError, match="at row 1, block 0; seeds start at 1, rows counted from row 42"):
-        check_codes(UP, checkpoint.packed[UP], parts, words_at_once=6)
+def test_codes_are_checked_in_every_piece_of_rows():
+    """2^20 words are looked at together."""
+    rows = (1 << 20) + 3
+    parts = {"words": torch.ones(rows, 1, dtype=torch.int32), "exponent_bias": torch.zeros(1, dtype=torch.int32)}
+    info = PackedInfo(parse_format(SMALL), (rows, 8))
+    check_codes("m", info, parts)
+    parts["words"][-2] = 0
+    with pytest.raises(CheckpointError, match=r"m: .* at row 1, block 0; seeds start at 1, rows counted from row 1048576"):
+        check_codes("m", info, parts)
 
 
 @pytest.mark.parametrize("call", ["tensor", "dense_tensor"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from seedlm.codes.block.format import parse_format
+from seedlm.codes.registry import parse_format
 from seedlm.errors import SourceError
 from seedlm.storage.checkpoint import Checkpoint
 from seedlm.storage.safetensors import TensorInfo

@@ -34,11 +34,11 @@ from seedlm.storage.source import Source
 _GPU_THREADS: Final = 4
 _THREAD_BYTES: Final = 3 << 29
 """Units at once on a GPU, and memory that it should have free for each. On an H100 1, 2, 3 and 4 gave
-299, 430, 454 and 512 million weights/s (LOG, "The pipeline"). A search on a CPU has threads of its own."""
+299, 430, 454 and 512 million weights/s (docs/log/pipeline.md). A search on a CPU has threads of its own."""
 
 _TABLE_THREADS: Final = 4
 """Torch's threads on the processor beside a GPU, which make tables by thousands of small operations: spread over all
-processors by a process for each GPU, they wait for each other (LOG, "What several GPUs waited for")."""
+processors by a process for each GPU, they wait for each other (docs/log/pipeline.md)."""
 
 _CHILD: Final = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path!r}; "

@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from seedlm.errors import SourceError
-from seedlm.modeling.quantize import expand_model, seed_linears
+from seedlm.modeling.quantize import dequantize_model, seed_linears
 from seedlm.storage.checkpoint import QUANT_METHOD
 from seedlm.storage.inspect import inspect_checkpoint
 from seedlm.storage.safetensors import DTYPE_BITS, TORCH_NAMES, TensorInfo, read_json
@@ -104,7 +104,7 @@ def load_model(path: Path, *, device: torch.device, dtype: str = "auto", packed:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         model = model.to(device)
         if not packed and any(seed_linears(model)):
-            expand_model(model, model.dtype)
+            dequantize_model(model, model.dtype)
     except torch.OutOfMemoryError:
         raise SourceError(f"{path}: does not fit into the memory of {device}") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as reason:

@@ -2,7 +2,7 @@
 
 transformers holds the experts of a layer as stacks, one parameter [experts, ...] for each projection. `SeedExperts` takes the
 place of such a module. Each matrix in it is a `SeedLinear` of its own, `packed.PART.EXPERT`, and only those of experts that
-some token goes to are regrown. A part is a stack, or one of several that checkpoints hold apart and transformers joins:
+some token goes to are dequantized. A part is a stack, or one of several that checkpoints hold apart and transformers joins:
 
     projection        parts when stacked on disk      parts when held expert by expert (Mixtral)
     gate_up_proj      gate_up_proj                    w1, w3: their outputs are concatenated
@@ -18,8 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from seedlm.codes.block.encode import Backend, Progress, encode
-from seedlm.codes.block.format import Format, Rounding
+from seedlm.codes.base import Format, Tell, relative_error
+from seedlm.codes.encoded import encode
 from seedlm.errors import TensorError
 from seedlm.modeling.linear import SeedLinear
 from seedlm.storage.checkpoint import Stack
@@ -132,7 +132,7 @@ class SeedExperts(nn.Module):
         packed: Any = getattr(self, PACKED)
         return [packed[part] for part in self.parts[projection]]
 
-    def expand(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The dense module again, with the same weights."""
         dense = self.kind.__new__(self.kind)
         mine = ("kind", "parts", "stacks")
@@ -140,7 +140,8 @@ class SeedExperts(nn.Module):
         del dense._modules[PACKED]
         for projection in self.parts:
             matrices = [
-                torch.cat([layer.decode(dtype) for layer in expert]) for expert in zip(*self._layers(projection), strict=True)
+                torch.cat([layer.dequantize(dtype) for layer in expert])
+                for expert in zip(*self._layers(projection), strict=True)
             ]
             stack = torch.stack([matrix.T if self.is_transposed else matrix for matrix in matrices])
             dense.register_parameter(projection, nn.Parameter(stack, requires_grad=False))
@@ -155,9 +156,9 @@ def compress_experts(
     projections: Sequence[str],
     format: Format,
     *,
-    rounding: Rounding = "best",
-    backend: Backend = "auto",
-    on_progress: Progress | None = None,
+    backend: str = "auto",
+    on_progress: Tell | None = None,
+    **settings: Any,
 ) -> tuple[SeedExperts, dict[str, float]]:
     """Compress the experts of one layer, matrix by matrix.
 
@@ -175,12 +176,12 @@ def compress_experts(
         for expert, matrix in enumerate(module.get_parameter(projection).detach()):
             weight = matrix.T.contiguous() if traits["is_transposed"] else matrix
             try:
-                encoded, squared_error = encode(weight, format, rounding=rounding, backend=backend, on_progress=on_progress)
+                encoded, squared_error = encode(weight, format, backend=backend, on_progress=on_progress, **settings)
             except TensorError as reason:
                 raise TensorError(f"{projection}.{expert}: {reason}") from None
             layers[projection].append(SeedLinear.from_encoded(encoded))
             norm = float(weight.double().square().sum())
-            errors[f"{projection}.{expert}"] = (squared_error / norm) ** 0.5 if norm else 0.0
+            errors[f"{projection}.{expert}"] = relative_error(squared_error, norm)
     parts = {projection: (projection,) for projection in projections}
     return SeedExperts(module, parts, layers, stacks).train(module.training), errors
 

@@ -3,7 +3,7 @@
 On disk it is an ordinary Hugging Face folder. Three things make it a packed one (FORMAT.md, "The checkpoint"):
 
 - ``config.json`` has a ``quantization_config`` with the method, version and format;
-- each compressed module M stores `Format.tensor_specs` under the names that `stored_name` gives;
+- each compressed module M stores its `Format.parts` under the names that `stored_name` gives;
 - the safetensors metadata key ``seedlm`` tells, for each such module, the shape and format of the weight it stands for.
 
 Experts that the original holds as one stack [experts, ...] are stored as what they are, one matrix for each expert, under the
@@ -14,12 +14,13 @@ files before it allocates anything; `Checkpoint.tensor` reads one weight's codes
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from seedlm.codes.block.format import EXPONENT_BIAS_RANGE, ROUNDINGS, Format, format_from_dict, parse_format
+from seedlm.codes.base import CODES, Format
+from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
 from seedlm.errors import CheckpointError, FormatError, TensorError
 from seedlm.storage.safetensors import TensorFiles, TensorInfo, parse_json, read_json
 
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from seedlm.codes.block.encode import EncodedTensor
+    from seedlm.codes.encoded import EncodedTensor
 
 QUANT_METHOD: Final = "seedlm"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""The newest version that is read. A folder is written with the lowest that holds its families (`Family.since_version`)."""
 METADATA_KEY: Final = "seedlm"
 GUARD: Final = "none. This model's weights are packed by seedlm: `pip install seedlm`, then `import seedlm` before loading it"
 """The key in config.json's ``fusion_config`` that transformers quotes when it refuses a folder (`hf`)."""
 
 _MAX_FEATURES: Final = 1 << 31
 _MAX_EXPERTS: Final = 1 << 16
-_CHECK_WORDS: Final = 1 << 20
-_STORED_DTYPES: Final = {"int32": "I32"}
+_STORED_DTYPES: Final = {"int32": "I32", "float32": "F32", "float16": "F16", "int16": "I16", "int8": "I8", "uint8": "U8"}
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,7 @@ class PackedInfo:
     def stored(self) -> dict[str, TensorInfo]:
         """Its parts as they are stored: part -> dtype and shape."""
         return {
-            part: TensorInfo(_STORED_DTYPES[dtype], shape)
-            for part, (dtype, shape) in self.format.tensor_specs(*self.shape).items()
+            name: TensorInfo(_STORED_DTYPES[part.dtype], part.shape) for name, part in self.format.parts(*self.shape).items()
         }
 
     @property
@@ -105,28 +105,33 @@ def stored_name(module: str, part: str) -> str:
     The codes take the weight's own name: a reader that does not know this format then finds a tensor of the wrong
     shape and fails, where under a new name it would find nothing and start from random weights.
     """
-    return f"{module}.weight" if part == "words" else f"{module}.weight_{part}"
+    return f"{module}.weight" if part == CODES else f"{module}.weight_{part}"
 
 
 def quantization_config(
-    format: Format, rounding: str, dense: list[str], overrides: Mapping[str, Format] | None = None
+    format: Format, settings: Mapping[str, str], dense: list[str], overrides: Mapping[str, Format] | None = None
 ) -> dict[str, Any]:
     """The ``quantization_config`` of a packed checkpoint.
 
-    rounding    how coefficients were chosen, for the record: decoding does not depend on it
+    settings    how it was encoded (`Family.defaults`), for the record: decoding does not depend on it
     dense       linear modules that are not compressed
     overrides   module -> format, where it is not `format`
     """
     config = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of([format, *(overrides or {}).values()]),
         "format": format.to_dict(),
-        "rounding": rounding,
+        **settings,
         "modules_to_not_convert": sorted(dense),
     }
     if overrides:
         config["overrides"] = {module: overrides[module].to_dict() for module in sorted(overrides)}
     return config
+
+
+def version_of(formats: "Iterable[Format]") -> int:
+    """The version that a checkpoint with these formats is written as."""
+    return max((family_of(format).since_version for format in formats), default=1)
 
 
 def guarded(fusions: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -137,7 +142,7 @@ def guarded(fusions: Mapping[str, Any] | None) -> dict[str, Any]:
 def metadata(packed: Mapping[str, PackedInfo]) -> dict[str, str]:
     """The safetensors metadata of a file that holds these compressed modules."""
     table: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of(info.format for info in packed.values()),
         "tensors": {name: {"shape": list(info.shape), "format": info.format.spec} for name, info in packed.items()},
     }
     stacks = {info.stack.tensor: info.stack for info in packed.values() if info.stack}
@@ -147,26 +152,15 @@ def metadata(packed: Mapping[str, PackedInfo]) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: text}
 
 
-def check_codes(module: str, info: PackedInfo, parts: "Mapping[str, Tensor]", words_at_once: int = _CHECK_WORDS) -> None:
-    """Raise CheckpointError if a stored field is out of its range: exponent bias, a zero seed, a padding bit that is set.
+def check_codes(module: str, info: PackedInfo, parts: "Mapping[str, Tensor]") -> None:
+    """Raise CheckpointError if a stored value is out of its range (`Family.check`).
 
-    parts           the tensors of `info.stored`, shapes and dtypes already checked
-    words_at_once   so many are unpacked at a time
+    parts   the tensors of `info.stored`, shapes and dtypes already checked
     """
-    from seedlm.codes.block import packing
-
-    low, high = EXPONENT_BIAS_RANGE
-    bias = int(parts["exponent_bias"])
-    if not low <= bias <= high:
-        raise CheckpointError(f"{module}: exponent bias must be {low} .. {high}, got {bias}")
-    words, blocks = parts["words"], info.format.blocks_per_row(info.shape[1])
-    rows = max(1, words_at_once // words.shape[1])
-    for start in range(0, len(words), rows):
-        try:
-            packing.check_codes(words[start : start + rows], blocks, info.format)
-        except TensorError as reason:
-            place = f", rows counted from row {start}" if start else ""
-            raise CheckpointError(f"{module}: {reason}{place}") from None
+    try:
+        family_of(info.format).check(parts, info.format, info.shape)
+    except TensorError as reason:
+        raise CheckpointError(f"{module}: {reason}") from None
 
 
 @dataclass(frozen=True)
@@ -221,17 +215,17 @@ class Checkpoint:
         for module in overrides:
             if module not in packed:
                 raise CheckpointError(f"{folder}: config.json gives {module} a format, but it is not a compressed module")
+        kinds = {format, *overrides.values()}
+        side_parts = tuple(stored_name("", part) for kind in kinds for part in kind.parts(1, 1) if part != CODES)
         for name, dense in found.items():
             module = name.rpartition(".weight")[0]
-            if name.endswith(stored_name("", "exponent_bias")) or (
-                dense.dtype == "I32" and name == stored_name(module, "words")
-            ):
+            if name.endswith(side_parts) or (dense.dtype == "I32" and name == stored_name(module, CODES)):
                 raise CheckpointError(f"{folder}: {name} looks like part of a compressed weight that no metadata describes")
         return cls(folder, config, format, packed, found, files)
 
     def tensor(self, module: str) -> "EncodedTensor":
         """A module's compressed weight, every code checked. Raises CheckpointError."""
-        from seedlm.codes.block.encode import EncodedTensor
+        from seedlm.codes.encoded import EncodedTensor
 
         if module not in self.packed:
             raise CheckpointError(f"{self.folder}: has no compressed module {module!r}")
@@ -247,7 +241,7 @@ class Checkpoint:
         return self.files.read(name)
 
     def weights(self, dtype: "torch.dtype | None" = None) -> "Iterator[tuple[str, Tensor]]":
-        """All tensors under their original names, compressed ones rebuilt in `dtype`, float32 if None.
+        """All tensors under their original names, compressed ones dequantized to `dtype`, float32 if None.
 
         Together they are the ordinary checkpoint that this one stands for.
         """
@@ -256,9 +250,9 @@ class Checkpoint:
         dtype = dtype or torch.float32
         for module, info in self.packed.items():
             if info.stack is None:
-                yield f"{module}.weight", self.tensor(module).decode(dtype)
+                yield f"{module}.weight", self.tensor(module).dequantize(dtype)
             elif module == info.stack.modules[0]:
-                matrices = torch.stack([self.tensor(expert).decode(dtype) for expert in info.stack.modules])
+                matrices = torch.stack([self.tensor(expert).dequantize(dtype) for expert in info.stack.modules])
                 yield info.stack.tensor, matrices.mT.contiguous() if info.stack.transposed else matrices
         for name in self.dense:
             yield name, self.files.read(name)
@@ -283,8 +277,6 @@ def _read_config(config: Mapping[str, Any], where: str) -> tuple[Format, dict[st
     if section.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{where}: quant_method must be {QUANT_METHOD!r}, got {section.get('quant_method')!r}")
     _check_version(section.get("format_version"), where)
-    if section.get("rounding") not in ROUNDINGS:
-        raise CheckpointError(f"{where}: rounding must be one of {', '.join(ROUNDINGS)}, got {section.get('rounding')!r}")
     dense = section.get("modules_to_not_convert")
     if not isinstance(dense, list) or not all(isinstance(name, str) for name in dense):
         raise CheckpointError(f"{where}: modules_to_not_convert must be a list of names")
@@ -292,9 +284,17 @@ def _read_config(config: Mapping[str, Any], where: str) -> tuple[Format, dict[st
     if not isinstance(overrides, dict):
         raise CheckpointError(f"{where}: overrides must map modules to formats")
     try:
-        return format_from_dict(section.get("format")), {name: format_from_dict(data) for name, data in overrides.items()}
+        format = format_from_dict(section.get("format"))
+        others = {name: format_from_dict(data) for name, data in overrides.items()}
+        formats = list({format, *others.values()})
+        check_settings(formats, {name: section.get(name) for name in family_of(format).defaults})
     except FormatError as reason:
         raise CheckpointError(f"{where}: {reason}") from None
+    if section["format_version"] < version_of(formats):
+        raise CheckpointError(
+            f"{where}: format_version must be {version_of(formats)} for {format.spec}, got {section['format_version']}"
+        )
+    return format, others
 
 
 def read_metadata(strings: Mapping[str, str], where: str) -> dict[str, PackedInfo]:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from seedlm.codes.block.format import Format
+from seedlm.codes.base import Format
 from seedlm.errors import SourceError
 from seedlm.storage.checkpoint import Stack
 from seedlm.storage.safetensors import TensorInfo
@@ -46,6 +46,14 @@ _STACK_TRANSPOSED: Final = {
     **dict.fromkeys(("granitemoe", "granitemoehybrid", "granitemoeshared", "qwen3_5_moe", "qwen3_5_moe_text"), False),
 }
 """Whether an architecture's stacks are [experts, in_features, out_features]: asked only where the shapes do not tell."""
+_SAME_INPUT: Final = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"query", "key", "value"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"w1", "w3"}),
+    frozenset({"wi_0", "wi_1"}),
+)
+"""Leaves of module names whose layers get the same tensor, in transformers' architectures."""
 _EXPERT: Final = re.compile(r"(.*experts)\.\d+\.(.+)")
 
 
@@ -172,7 +180,7 @@ def _why_not(
     if left := left_by_default(module):
         return left
     stack = stack_of(name, tensors, config)
-    return None if gets_smaller(format, *(stack.matrix if stack else tensors[name].shape)) else "no smaller as codes"
+    return format.reason_unfit(*(stack.matrix if stack else tensors[name].shape))
 
 
 def _check_experts(chosen: Iterable[str], left: Mapping[str, str]) -> None:
@@ -190,9 +198,18 @@ def _check_experts(chosen: Iterable[str], left: Mapping[str, str]) -> None:
             )
 
 
-def gets_smaller(format: Format, out_features: int, in_features: int) -> bool:
-    """Whether a weight takes fewer bits as codes than as 16-bit numbers; tails of short rows may eat up the gain."""
-    return format.stored_bits(out_features, in_features) < 16 * out_features * in_features
+def groups_of(modules: Iterable[str]) -> list[list[str]]:
+    """Modules that read the same input and may be multiplied as one: q, k and v of a layer, gate and up of an MLP.
+
+    Only groups of two and more are returned, each in the order of `modules`.
+    """
+    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        for number, names in enumerate(_SAME_INPUT):
+            if leaf in names:
+                groups[parent, number].append(module)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def left_by_default(module: str) -> str | None:

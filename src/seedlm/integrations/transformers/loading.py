@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from seedlm.codes.block.format import Format
+from seedlm.codes.base import Format
 from seedlm.errors import CheckpointError
 from seedlm.modeling.experts import PACKED, SeedExperts, projections_of
 from seedlm.modeling.linear import SeedLinear, is_linear
 from seedlm.storage.checkpoint import QUANT_METHOD, PackedInfo, Stack, read_metadata, stored_name
+from seedlm.storage.safetensors import TensorInfo
 
 _LAST_NUMBER: Final = re.compile(r"(.*)\.(\d+)((?:\.[^.\d][^.]*)*)")
 
@@ -158,28 +159,27 @@ class Places:
         format_of   tells the format of a stored module
         Raises CheckpointError unless the files hold every part of them, in the right shapes, and no other codes.
         """
-        stored, stacks = _read_headers(files)
-        suffix = stored_name("", "exponent_bias")
-        modules = [name.removesuffix(suffix) for name in stored if name.endswith(suffix)]
-        if not modules:
+        stored, described = _read_headers(files)
+        if not described:
             raise CheckpointError(
                 f"{', '.join(files) or 'a state dict'}: quant_method is {QUANT_METHOD!r} but no weight is packed"
             )
 
         def empty(module: str, shape: tuple[int, int], like: Tensor, bias: bool = False) -> SeedLinear:
             format = format_of(module)
-            for part, expected in format.tensor_specs(*shape).items():
+            for part, expected in PackedInfo(format, shape).stored.items():
                 found = stored.get(stored_name(module, part))
                 if found != expected:
                     raise CheckpointError(
-                        f"{stored_name(module, part)} must be {expected} for a {format} weight {[*shape]}, got {found}"
+                        f"{stored_name(module, part)} must be {expected} for a {format.spec} weight {[*shape]}, got {found}"
                     )
             return SeedLinear(shape[1], shape[0], format, bias=bias, dtype=like.dtype, device=like.device)
 
         names = _Names(model)
         filled: dict[str, str] = {}
         experts: dict[str, dict[str, Place]] = defaultdict(dict)
-        for module in modules:
+        stacks = {module: info.stack for module, info in described.items() if info.stack}
+        for module in described:
             stack = stacks.get(module)
             place = names.place(module, stack)
             if place is None:
@@ -235,13 +235,15 @@ class Places:
         for layer, module in self._modules.items():
             packed = model.get_submodule(layer)
             assert isinstance(packed, SeedLinear)
-            hook: Any = getattr(packed, "_hf_hook", None) if packed.codes[0].is_meta else None
+            hook: Any = getattr(packed, "_hf_hook", None) if any(part.is_meta for part in packed.parts.values()) else None
             if hook is not None:
                 hook.pre_forward(packed)
                 stored = [self._read(stored_name(module, part)) for part in _parts(model, layer)]
-                if not all(torch.equal(code.cpu(), original) for code, original in zip(packed.codes, stored, strict=True)):
+                if not all(
+                    torch.equal(code.cpu(), original) for code, original in zip(packed.parts.values(), stored, strict=True)
+                ):
                     raise CheckpointError(f"{layer}: this transformers changes codes that it leaves on the disk; update it")
-            packed.check_codes(layer)
+            packed.check(layer)
             if hook is not None:
                 hook.post_forward(packed, None)
 
@@ -256,7 +258,7 @@ class Places:
 def _parts(model: nn.Module, layer: str) -> Iterable[str]:
     packed = model.get_submodule(layer)
     assert isinstance(packed, SeedLinear)
-    return packed.format.tensor_specs(packed.out_features, packed.in_features)
+    return packed.format.parts(packed.out_features, packed.in_features)
 
 
 def saved_names(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
@@ -313,12 +315,9 @@ def _empty_experts(
     return SeedExperts(dense, parts, layers, whole).train(dense.training)
 
 
-def _read_headers(files: list[str]) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Stack]]:
-    """What some safetensors files hold.
-
-    returns   name -> (dtype, shape) of every tensor, the dtype by torch's name if it is int32; and module -> its stack
-    """
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+def _read_headers(files: list[str]) -> tuple[dict[str, TensorInfo], dict[str, PackedInfo]]:
+    """What some safetensors files hold: every tensor by name, and every compressed module that their metadata describes."""
+    found: dict[str, TensorInfo] = {}
     described: dict[str, PackedInfo] = {}
     for file in files:
         if not file.endswith(".safetensors"):
@@ -327,9 +326,9 @@ def _read_headers(files: list[str]) -> tuple[dict[str, tuple[str, tuple[int, ...
             described |= read_metadata(tensors.metadata() or {}, f"{file}, metadata")
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 part = tensors.get_slice(name)
-                dtype = part.get_dtype()
-                found[name] = ("int32" if dtype == "I32" else dtype, tuple(part.get_shape()))
-    for module in described:
-        if stored_name(module, "exponent_bias") not in found:
-            raise CheckpointError(f"{stored_name(module, 'exponent_bias')} is missing, the metadata describes {module}")
-    return found, {module: info.stack for module, info in described.items() if info.stack}
+                found[name] = TensorInfo(part.get_dtype(), tuple(part.get_shape()))
+    for module, info in described.items():
+        for part in info.stored:
+            if stored_name(module, part) not in found:
+                raise CheckpointError(f"{stored_name(module, part)} is missing, the metadata describes {module}")
+    return found, described
