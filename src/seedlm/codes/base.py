@@ -148,6 +148,11 @@ class LinearBackend(Protocol):
 
     A backend's tensors are made once after loading by `prepare`; from then on no call waits for the device, reads a value of it
     on the host or parses a text, so that CUDA graphs and compilers can hold the calls.
+
+    Layers that read the same tensor (q, k, v; gate, up) should not each rotate and quantise it. What a backend does to x that
+    depends on nothing but x, the format and `in_features` is its `transform`: where layers are known to share their input, it
+    runs once, as an operator of its own, and each layer's `linear` is given the result besides x. Tables that it needs are
+    made by `prepare` and kept by device. A backend that reads x as it is inherits `dequantizing.DequantizingBackend` or returns [].
     """
 
     name: ClassVar[str]
@@ -157,19 +162,42 @@ class LinearBackend(Protocol):
         ...
 
     def prepare(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int]) -> "list[Tensor]":
-        """What `linear` and `dequantize` want: the parts themselves where they are read as stored, tables, repacked codes."""
+        """What `linear` and `dequantize` want: the parts themselves where they are read as stored, tables, repacked codes.
+
+        Parts are to be returned as the same objects, not as views of them: then they are not held twice and move with a layer.
+        """
+        ...
+
+    def empty_transform(self, x: "Tensor", format: Format, in_features: int) -> "list[Tensor]":
+        """Tensors without contents of the shapes and dtypes that `transform` returns; [] if x is read as it is.
+
+        x may have no contents itself (a fake, in a compiler): its shape, dtype and device are all that counts.
+        """
+        ...
+
+    def transform(self, x: "Tensor", format: Format, in_features: int) -> "list[Tensor]":
+        """What `linear` wants of x [..., in_features] that every layer with this format and `in_features` can share."""
         ...
 
     def linear(
-        self, x: "Tensor", prepared: "Sequence[Tensor]", format: Format, shape: tuple[int, int], bias: "Tensor | None"
+        self,
+        x: "Tensor",
+        prepared: "Sequence[Tensor]",
+        format: Format,
+        shape: tuple[int, int],
+        bias: "Tensor | None",
+        transformed: "Sequence[Tensor]" = (),
     ) -> "Tensor":
-        """X [..., in_features] times the weight's transpose, plus bias [out_features]; in x's dtype."""
+        """The product x W^T of x [..., in_features], plus bias [out_features]; contiguous, in x's dtype.
+
+        transformed   `transform` of the same x, or empty: then the backend does it itself, as part of the product
+        """
         ...
 
     def dequantize(
         self, prepared: "Sequence[Tensor]", format: Format, shape: tuple[int, int], dtype: "torch.dtype"
     ) -> "Tensor":
-        """The weight [out_features, in_features], formed in float32 and rounded to `dtype` once."""
+        """The weight [out_features, in_features], formed in float32 and rounded to `dtype` once. A new tensor."""
         ...
 
 

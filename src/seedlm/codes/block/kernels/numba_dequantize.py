@@ -1,4 +1,4 @@
-"""Fast CPU kernel: packed words to weights, a twin of `search.decode` bit for bit.
+"""Fast CPU kernel: packed words to weights, a twin of `codec.decode` bit for bit.
 
 The states of a block are one contiguous window of the register's cycle. Split by index modulo P, the C states of coefficient
 p are contiguous too, so a block costs P vector loads, P multiply-adds and one scaling, with no gather::
@@ -39,22 +39,29 @@ _WEIGHTS_PER_TASK = 1 << 17
 """A task shorter than this (0.3 ms) is not worth handing to a thread."""
 
 
-def decode(words: Tensor, exponent_bias: int, in_features: int, format: BlockFormat) -> Tensor:
-    """Rebuild rows from packed words.
+def dequantize(words: Tensor, scales: Tensor, in_features: int, format: BlockFormat) -> Tensor:
+    """Weights from packed words.
 
     words      int32 [out, words], on the CPU
+    scales     of `scales`
     returns    float32 [out, in_features]
     """
     kernel = _kernel(format)
-    scales = _scales(exponent_bias, format)
     weight = torch.empty(len(words), in_features, dtype=torch.float32)
-    source, target = words.contiguous().numpy(), weight.numpy()
+    source, factors, target = words.contiguous().numpy(), scales.numpy(), weight.numpy()
 
     def rows(first: int, last: int) -> None:
-        kernel.decode(source[first:last], kernel.start, kernel.table, scales, target[first:last])
+        kernel.run(source[first:last], kernel.start, kernel.table, factors, target[first:last])
 
     _share_rows(rows, *weight.shape)
     return weight
+
+
+def scales(exponent_bias: int, format: BlockFormat) -> Tensor:
+    """float32 [2^exponent_bits]: the scale of every exponent, indexed by its bits read as unsigned."""
+    codes = torch.arange(1 << format.exponent_bits)
+    half = 1 << (format.exponent_bits - 1)
+    return block_scale((codes ^ half) - half, exponent_bias, format)
 
 
 class _Kernel(NamedTuple):
@@ -66,7 +73,7 @@ class _Kernel(NamedTuple):
 
     table: np.ndarray
     start: np.ndarray
-    decode: Any
+    run: Any
 
 
 @lru_cache(maxsize=8)
@@ -78,14 +85,6 @@ def _kernel(format: BlockFormat) -> _Kernel:
     table = centred.ravel().astype(np.int16 if format.seed_bits <= 16 else np.int32)
     start = (seed_positions(format.seed_bits).numpy() + 1).astype(np.uint32)
     return _Kernel(table, start, _compile(format, length))
-
-
-@lru_cache(maxsize=64)
-def _scales(exponent_bias: int, format: BlockFormat) -> np.ndarray:
-    """float32 scale of every exponent, indexed by its bits read as unsigned."""
-    codes = torch.arange(1 << format.exponent_bits)
-    half = 1 << (format.exponent_bits - 1)
-    return block_scale((codes ^ half) - half, exponent_bias, format).numpy()
 
 
 def _compile(format: BlockFormat, length: int) -> Any:
@@ -106,7 +105,7 @@ def _compile(format: BlockFormat, length: int) -> Any:
     sums_zero, weights_zero = (integer(0),) * lanes, (np.float32(0),) * lanes
 
     @njit(nogil=True, cache=True, error_model="numpy")
-    def decode_rows(words, start, table, scales, weight):
+    def dequantize_rows(words, start, table, scales, weight):
         in_features = weight.shape[1]
         for r in range(len(words)):
             for block in range(-(-in_features // size)):
@@ -141,7 +140,7 @@ def _compile(format: BlockFormat, length: int) -> Any:
                         for i in range(in_features - column):
                             weight[r, column + i] = weights[i]
 
-    return decode_rows
+    return dequantize_rows
 
 
 def _share_rows(work: Callable[[int, int], None], rows: int, weights_per_row: int) -> None:
