@@ -31,8 +31,8 @@ from seedlm.errors import BackendError, FormatError, OutputError, SourceError, T
 from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.checkpoint import PackedInfo, stored_name
-from seedlm.storage.metadata import UNKNOWN_DIGEST
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
+from seedlm.storage.metadata import UNKNOWN_DIGEST
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout
 from seedlm.storage.selection import as_patterns, dense_linears, groups_of, matrices_of, select, stack_of
 from seedlm.storage.source import Source, locate, open_source

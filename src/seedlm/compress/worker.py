@@ -127,7 +127,7 @@ class Worker:
         """Put one tensor into its place; its bytes have reached the disk once `settle` was called after this.
 
         tell      told the weights that are encoded, as they are
-        returns   what the journal keeps: sha256, the digests by stored name; squared_error and squared_norm of a compressed weight
+        returns   what the journal keeps: sha256, by stored name; squared_error and squared_norm of a compressed weight
         Raises SourceError, TensorError, BackendError, OSError; whatever `tell` raises ends the unit.
         """
         item = unit.item

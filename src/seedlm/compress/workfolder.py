@@ -2,16 +2,16 @@
 
     lock            held while a run is at work; its content is a random number by which other machines know the folder
     plan.json       everything that the result depends on but the weights; a run goes on only if its own plan is equal
-    journal.jsonl   one line per finished tensor, written after the tensor's bytes have reached the disk: the SHA-256 of what was
-                    read, and those of what was written
+    journal.jsonl   one line per finished tensor, written after its bytes have reached the disk: the SHA-256 of what was read,
+                    and of what was written
     finishing       there from when every tensor is done: what else lies in ``model/`` is ours
     model/          the folder that becomes OUT, by one rename at the end
 
 Every size is known from the plan, so each file under ``model/`` has a header of the right length and its full length before the
-first tensor is written, and a tensor goes straight to its place. Nothing is moved or assembled, and going on after a kill at any
-moment means writing the tensors that the journal does not name, or whose bytes are not those that it names. Digests come into
-the headers at the end, where zeros kept their place. ``config.json`` is written last: until then no reader takes ``model/`` for
-a model.
+first tensor is written, and a tensor goes straight to its place. Nothing is moved or assembled, and going on after a kill at
+any moment means writing the tensors that the journal does not name, or whose bytes are not those that it names. Digests come
+into the headers at the end, where zeros kept their place. ``config.json`` is written last: until then no reader takes
+``model/`` for a model.
 """
 
 import contextlib

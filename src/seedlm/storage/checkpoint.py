@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from seedlm.codes.base import Format
 from seedlm.codes.registry import family_of
-from seedlm.errors import CheckpointError, SeedLMError, TensorError
+from seedlm.errors import CheckpointError, TensorError
 from seedlm.storage.metadata import (
     FORMAT_VERSION,
     GUARD,
@@ -42,7 +42,7 @@ from seedlm.storage.metadata import (
     version_of,
 )
 from seedlm.storage.safetensors import TensorFiles, TensorInfo, digest
-from seedlm.storage.untrusted import read_json
+from seedlm.storage.untrusted import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -61,27 +61,11 @@ __all__ = [
     "guarded",
     "metadata",
     "quantization_config",
-    "read_config",
     "stored_name",
     "version_of",
 ]
 
 _VERIFYING_THREADS: Final = 16
-
-
-def read_config(folder: Path, error: type[SeedLMError]) -> dict[str, Any]:
-    """A model folder's config.json. Raises `error` for one that transformers could not take, or that could not be written."""
-    path = folder / "config.json"
-    config = read_json(path, error, infinite=True)
-    for key, kind, what in (
-        ("model_type", str, "a text"),
-        ("architectures", list, "a list of names"),
-        ("fusion_config", dict, "an object"),
-    ):
-        value = config.get(key)
-        if value is not None and (not isinstance(value, kind) or not all(isinstance(item, str) for item in value)):
-            raise error(f"{path}: {key} must be {what}, got {value!r:.80}")
-    return config
 
 
 def check_codes(module: str, info: PackedInfo, parts: "Mapping[str, Tensor]") -> None:

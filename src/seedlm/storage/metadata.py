@@ -28,8 +28,7 @@ FORMAT_VERSION: Final = 2
 METADATA_KEY: Final = "seedlm"
 GUARD: Final = "none. This model's weights are packed by seedlm: `pip install seedlm`, then `import seedlm` before loading it"
 """The key in config.json's ``fusion_config`` that transformers quotes when it refuses a folder (`hf`)."""
-UNKNOWN_EXPERT: Final = re.compile(r"0|[1-9][0-9]{0,4}")
-_DIGEST: Final = "0" * 64
+UNKNOWN_DIGEST: Final = "0" * 64
 """Stands where a digest will, while a file is being written."""
 
 _MAX_FEATURES: Final = 1 << 31

@@ -199,9 +199,7 @@ def read_header(path: Path, error: type[SeedLMError]) -> tuple[dict[str, Entry],
         if length > MAX_JSON_BYTES:
             raise error(f"{path}: not a safetensors file, it claims a header of {length} bytes, at most {MAX_JSON_BYTES}")
         if length > size - 8:
-            raise error(
-                f"{path}: truncated, a header of {length} bytes does not fit a file of {size}{_CUT_SHORT}"
-            )
+            raise error(f"{path}: truncated, a header of {length} bytes does not fit a file of {size}{_CUT_SHORT}")
         text = file.read(length)
     header = parse_json(text, f"{path}, header", error)
     if not isinstance(header, dict):

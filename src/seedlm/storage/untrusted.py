@@ -92,6 +92,21 @@ def read_json(path: Path, error: type[SeedLMError], *, infinite: bool = False) -
     return data
 
 
+def read_config(folder: Path, error: type[SeedLMError]) -> dict[str, Any]:
+    """A model folder's config.json. Raises `error` for one that transformers could not take, or that could not be written."""
+    path = folder / "config.json"
+    config = read_json(path, error, infinite=True)
+    for key, kind, what in (
+        ("model_type", str, "a text"),
+        ("architectures", list, "a list of names"),
+        ("fusion_config", dict, "an object"),
+    ):
+        value = config.get(key)
+        if value is not None and (not isinstance(value, kind) or not all(isinstance(item, str) for item in value)):
+            raise error(f"{path}: {key} must be {what}, got {value!r:.80}")
+    return config
+
+
 def stays_inside(path: Path, folder: Path) -> bool:
     """Whether a path, links followed, is in the folder, or among the Hub cache's blobs if the folder is a snapshot there."""
     try:
