@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 
+from random_codes import random_words
 from seedlm.codes.block import encode as search
-from seedlm.codes.block import packing
 from seedlm.codes.registry import parse_format
 from seedlm.errors import BackendError, TensorError
 from seedlm.inference import ops
@@ -26,21 +26,9 @@ FORMATS = [
 ]
 
 
-def random_codes(format, out, in_features, bias=-3):
-    """Codes with every field uniform over its range."""
-    generator = torch.Generator().manual_seed(out * in_features)
-    shape = (out, format.blocks_per_row(in_features))
-
-    def field(low, high, *more):
-        return torch.randint(low, high + 1, (*shape, *more), generator=generator)
-
-    words = packing.pack(
-        field(1, format.num_seeds),
-        field(*format.exponent_range),
-        field(*format.coefficient_range, format.num_coefficients),
-        format,
-    )
-    return [words, torch.tensor([bias], dtype=torch.int32)]
+def random_parts(format, out, in_features, bias=-3):
+    """What is stored of a weight, with every field uniform over its range."""
+    return [random_words(format, out, in_features, seed=out * in_features), torch.tensor([bias], dtype=torch.int32)]
 
 
 def reference(codes, in_features, format):
@@ -52,7 +40,7 @@ def reference(codes, in_features, format):
 def test_numba_decodes_to_the_bits_of_the_reference(spec, in_features):
     pytest.importorskip("numba")
     format = parse_format(spec)
-    codes = random_codes(format, 5, in_features)
+    codes = random_parts(format, 5, in_features)
     found = torch.ops.seedlm.decode(codes, in_features, format.spec, torch.float32, "numba")
     assert torch.equal(found, reference(codes, in_features, format))
 
@@ -60,7 +48,7 @@ def test_numba_decodes_to_the_bits_of_the_reference(spec, in_features):
 @pytest.mark.parametrize("bias", [-192, -140, 0, 100, 192])
 def test_numba_follows_the_reference_into_denormals_and_infinity(bias):
     pytest.importorskip("numba")
-    codes = random_codes(SMALL, 4, 64, bias)
+    codes = random_parts(SMALL, 4, 64, bias)
     found = torch.ops.seedlm.decode(codes, 64, SMALL.spec, torch.float32, "numba")
     assert torch.equal(found.view(torch.int32), reference(codes, 64, SMALL).view(torch.int32))
 
@@ -68,7 +56,7 @@ def test_numba_follows_the_reference_into_denormals_and_infinity(bias):
 def test_numba_gives_the_same_bits_for_any_number_of_threads():
     ops_numba = pytest.importorskip("seedlm.codes.block.kernels.numba_decode")
     format = parse_format("4")
-    codes = random_codes(format, 257, 2048)  # 4 tasks of at least 2^17 weights
+    codes = random_parts(format, 257, 2048)  # 4 tasks of at least 2^17 weights
     threads = torch.get_num_threads()
     try:
         results = []
@@ -86,7 +74,7 @@ def test_numba_gives_the_same_bits_for_any_number_of_threads():
 def test_numba_survives_a_fork():
     ops_numba = pytest.importorskip("seedlm.codes.block.kernels.numba_decode")
     format = parse_format("4")
-    codes = random_codes(format, 257, 2048)
+    codes = random_parts(format, 257, 2048)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -110,7 +98,7 @@ def test_a_zero_seed_reads_inside_the_tables():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_decode_rounds_once_to_the_dtype_asked_for(dtype):
-    codes = random_codes(SMALL, 6, 20)
+    codes = random_parts(SMALL, 6, 20)
     found = torch.ops.seedlm.decode(codes, 20, SMALL.spec, dtype, "auto")
     assert found.dtype == dtype
     assert torch.equal(found, reference(codes, 20, SMALL).to(dtype))
@@ -121,7 +109,7 @@ def test_decode_rounds_once_to_the_dtype_asked_for(dtype):
 def test_linear_is_a_product_with_the_regrown_weight(shape, backend):
     if backend == "numba":
         pytest.importorskip("numba")
-    codes, x, bias = random_codes(SMALL, 6, 20), torch.randn(shape), torch.randn(6)
+    codes, x, bias = random_parts(SMALL, 6, 20), torch.randn(shape), torch.randn(6)
     weight = reference(codes, 20, SMALL)
     for b in (None, bias):
         found = torch.ops.seedlm.linear(x, codes, 20, SMALL.spec, b, backend)
@@ -129,7 +117,7 @@ def test_linear_is_a_product_with_the_regrown_weight(shape, backend):
 
 
 def test_gradients_reach_the_input_and_the_bias():
-    codes, weight = random_codes(SMALL, 6, 20, bias=-8), None
+    codes, weight = random_parts(SMALL, 6, 20, bias=-8), None
     x = torch.randn(2, 3, 20, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
     weight = reference(codes, 20, SMALL).double()
@@ -141,7 +129,7 @@ def test_gradients_reach_the_input_and_the_bias():
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_operators_pass_torchs_own_checks(with_bias):
-    codes = random_codes(SMALL, 6, 20, bias=-8)
+    codes = random_parts(SMALL, 6, 20, bias=-8)
     x = torch.randn(3, 20, requires_grad=True)
     bias = torch.randn(6, requires_grad=True) if with_bias else None
     torch.library.opcheck(torch.ops.seedlm.linear.default, (x, codes, 20, SMALL.spec, bias, "auto"))
@@ -149,7 +137,7 @@ def test_operators_pass_torchs_own_checks(with_bias):
 
 
 def test_fakes_give_shape_and_dtype_without_decoding():
-    codes = [code.to("meta") for code in random_codes(SMALL, 6, 20)]
+    codes = [code.to("meta") for code in random_parts(SMALL, 6, 20)]
     x = torch.empty(2, 5, 20, dtype=torch.bfloat16, device="meta")
     assert torch.ops.seedlm.decode(codes, 20, SMALL.spec, torch.float16, "auto").shape == (6, 20)
     y = torch.ops.seedlm.linear(x, codes, 20, SMALL.spec, None, "auto")
@@ -157,7 +145,7 @@ def test_fakes_give_shape_and_dtype_without_decoding():
 
 
 def bad_codes(change):
-    codes = random_codes(SMALL, 6, 20)
+    codes = random_parts(SMALL, 6, 20)
     return change(codes)
 
 
@@ -190,11 +178,11 @@ def test_codes_that_do_not_fit_are_refused(codes, message):
 )
 def test_inputs_that_do_not_fit_are_refused(x, message):
     with pytest.raises(TensorError, match=message):
-        torch.ops.seedlm.linear(x, random_codes(SMALL, 6, 20), 20, SMALL.spec, None, "auto")
+        torch.ops.seedlm.linear(x, random_parts(SMALL, 6, 20), 20, SMALL.spec, None, "auto")
 
 
 def test_a_backend_asked_for_by_name_gives_its_reason(monkeypatch):
-    codes = random_codes(SMALL, 2, 8)
+    codes = random_parts(SMALL, 2, 8)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     ops._load.cache_clear()
     with pytest.raises(BackendError, match=r"pip install 'seedlm\[fast\]'"):
@@ -209,6 +197,6 @@ def test_a_backend_asked_for_by_name_gives_its_reason(monkeypatch):
 
 def test_the_reference_backend_decodes_large_weights_in_pieces(monkeypatch):
     monkeypatch.setattr(ops, "_REFERENCE_WEIGHTS", 50)
-    codes = random_codes(SMALL, 7, 20)
+    codes = random_parts(SMALL, 7, 20)
     found = torch.ops.seedlm.decode(codes, 20, SMALL.spec, torch.float32, "torch")
     assert torch.equal(found, reference(codes, 20, SMALL))

@@ -266,22 +266,23 @@ class Engine:
                 yield event
 
 
+def share_threads(devices: list[torch.device], threads: int) -> list[int]:
+    """How many of torch's threads on the processor the process of each device gets."""
+    cpus = sum(device.type == "cpu" for device in devices)
+    on_gpu = max(1, min(_TABLE_THREADS, threads // (2 * len(devices))))  # half of them read ahead
+    return [max(1, threads // cpus) if device.type == "cpu" else on_gpu for device in devices]
+
+
 @contextmanager
 def start(job: Job, devices: list[torch.device], source: Source) -> Iterator[Engine]:
     """Start the workers; on leaving they have stopped. `source` is the job's, open."""
     engine = Engine()
     everything = torch.get_num_threads()
-    cpus = sum(device.type == "cpu" for device in devices)
-
-    def threads(device: torch.device) -> int:
-        if device.type == "cpu":
-            return max(1, everything // cpus)
-        return max(1, min(_TABLE_THREADS, everything // (2 * len(devices))))  # half of them read ahead
-
+    own, *others = share_threads(devices, everything)
     with ExitStack() as stack:
-        for device in devices[1:]:
-            stack.callback(Child(job, device, threads(device), engine.post).close)
+        for device, threads in zip(devices[1:], others, strict=True):
+            stack.callback(Child(job, device, threads, engine.post).close)
         stack.callback(torch.set_num_threads, everything)
-        torch.set_num_threads(threads(devices[0]))
+        torch.set_num_threads(own)
         stack.callback(Threads(job, devices[0], source, engine.post).close)
         yield engine
