@@ -71,7 +71,7 @@ class TrellisFormat:
 
     rate: int
     state_bits: int = 16
-    sequence_rows: int = 128
+    sequence_rows: int = 256
     transform: int = 128
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class TrellisFormat:
 
     @property
     def spec(self) -> str:
-        """The format as a short string, read back by `parse_spec`: ``trellis-r4-l16-t128-h128``."""
+        """The format as a short string, read back by `parse_spec`: ``trellis-r4-l16-t256-h128``."""
         return f"{self.family}-r{self.rate}-l{self.state_bits}-t{self.sequence_rows}-h{self.transform}"
 
     def __str__(self) -> str:
@@ -165,7 +165,7 @@ _SPEC = re.compile(r"trellis-r(\d)-l(\d{1,2})-t(\d{1,4})-h(\d{1,4})", re.ASCII)
 
 
 def parse_spec(text: str) -> TrellisFormat | None:
-    """A format from its specification (``"trellis-r4-l16-t128-h128"``); None for a text that is none.
+    """A format from its specification (``"trellis-r4-l16-t256-h128"``); None for a text that is none.
 
     Raises FormatError for a specification with a parameter out of range.
     """
