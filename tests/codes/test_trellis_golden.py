@@ -28,7 +28,7 @@ def read(words, scales, scale, rate, state_bits, rows, block, shape):
             stream = [int(w) >> i & 1 for s in segments for w in s[c * rate : (c + 1) * rate] for i in range(32)]
             for t in range(min(32 * len(segments), out - 32 * first)):
                 state = sum(stream[(rate * t + i) % len(stream)] << i for i in range(state_bits))
-                h = state * 0x83DCD12D % 2**32
+                h = state * (0x83DCD12D if state_bits == 16 else 0x5BEBA253) % 2**32
                 value = sum(h >> k & 255 for k in (0, 8, 16, 24)) - 510
                 row = 32 * first + t
                 r[row, c] = np.float32(value) * (np.float32(scales[row]) * np.float32(scale[0]))
