@@ -199,6 +199,7 @@ def test_the_commands_measure_and_mix(tmp_path, monkeypatch):
     assert Counter(tensor.format for tensor in report.tensors).keys() == {format.spec for format in formats}
 
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model": "another"}))
-    result = run("compress", tmp_path / "dense", tmp_path / "again", "--bits", "3.7", "--sensitivity", file)
+    options = ("compress", tmp_path / "dense", tmp_path / "again", "--backend", "torch")
+    result = run(*options, "--bits", "3.7", "--sensitivity", file)
     assert result.exit_code == 0, result.output
     assert "was measured on 'another', and says little of any other model" in result.output

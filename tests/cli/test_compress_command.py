@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 import seedlm
-from seedlm.cli import main
 from tiny_models import SMALL, folder_bytes, save_tensors
 
 COMMAND = [sys.executable, "-c", "from seedlm.cli import main; main()"]
@@ -67,8 +67,8 @@ def test_compress_json_is_inspect_json_and_the_run(llama, compressed, tmp_path):
     assert set(report["tensors"][0]) == {"module", "shape", "format", "bits_per_weight", "relative_error"}
 
 
-def test_inspect_prints_a_row_per_tensor(compressed):
-    done = call("inspect", compressed[0], "--check")
+def test_inspect_prints_a_row_per_tensor(compressed, here):
+    done = here("inspect", compressed[0], "--check")
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["module", "shape", "format", "bits", "error"]
     row = next(line for line in lines if line.startswith("model.layers.1.mlp.down_proj"))
@@ -76,14 +76,12 @@ def test_inspect_prints_a_row_per_tensor(compressed):
     assert "14 tensors" in done.stdout
 
 
-def test_inspect_knows_no_errors_without_the_report(compressed, tmp_path):
-    import shutil
-
+def test_inspect_knows_no_errors_without_the_report(compressed, tmp_path, here):
     folder = shutil.copytree(compressed[0], tmp_path / "copy")
     (folder / "seedlm_report.json").unlink()
-    report = json.loads(call("inspect", folder, "--json").stdout)
+    report = json.loads(here("inspect", folder, "--json").stdout)
     assert (report["relative_error"], report["source_bytes"]) == (None, None)
-    assert "relative error" not in call("inspect", folder).stdout
+    assert "relative error" not in here("inspect", folder).stdout
 
 
 @pytest.mark.parametrize(
@@ -94,12 +92,10 @@ def test_inspect_knows_no_errors_without_the_report(compressed, tmp_path):
     ],
     ids=["keys", "module"],
 )
-def test_a_wrong_report_is_refused(compressed, tmp_path, content, message):
-    import shutil
-
+def test_a_wrong_report_is_refused(compressed, tmp_path, content, message, here):
     folder = shutil.copytree(compressed[0], tmp_path / "copy")
     (folder / "seedlm_report.json").write_text(content)
-    done = call("inspect", folder)
+    done = here("inspect", folder)
     assert done.returncode == 2
     assert message in done.stderr
 
@@ -110,19 +106,6 @@ def one_line(done, message):
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("seedlm: ")
     assert message in done.stderr
-
-
-@pytest.fixture
-def here(monkeypatch, capfd):
-    """`call` without a process of its own, which spends seconds on imports."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["seedlm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return subprocess.CompletedProcess(arguments, stopped.value.code, *capfd.readouterr())
-
-    return call
 
 
 def test_errors_are_one_line(llama, compressed, tmp_path, here):
@@ -150,9 +133,8 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(llama, compressed, tmp_path
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000)); from seedlm.cli import main; main()"
     arguments = ["compress", str(llama), str(tmp_path / "out"), *FAST]
-    one_line(
-        subprocess.run([sys.executable, "-c", limit, *arguments], capture_output=True, text=True, timeout=120), "File too large"
-    )
+    done = subprocess.run([sys.executable, "-c", limit, *arguments], capture_output=True, text=True, timeout=120)
+    one_line(done, "File too large")
     assert call(*arguments).returncode == 0
     assert folder_bytes(tmp_path / "out") == folder_bytes(compressed[0])
 

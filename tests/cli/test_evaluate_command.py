@@ -63,10 +63,9 @@ class TestCommand:
         assert partial.exists()
         assert not out.exists()
 
-    def test_json(self, folders, story, tmp_path):
-        done = self.call(
-            folders[0], "--wikitext", story.path, "--context", 32, "--limit", 2, "--out", tmp_path / "r.json", "--json"
-        )
+    def test_json(self, folders, story, tmp_path, here):
+        options = ["--context", 32, "--limit", 2, "--out", tmp_path / "r.json", "--json"]
+        done = here("evaluate", folders[0], "--wikitext", story.path, *options)
         assert done.returncode == 0
         assert json.loads(done.stdout) == json.loads((tmp_path / "r.json").read_text())
 
@@ -79,8 +78,8 @@ class TestCommand:
         ],
         ids=["no-text", "missing-text", "dtype"],
     )
-    def test_errors_are_one_line(self, arguments, message):
-        done = self.call(STORIES, *arguments)
+    def test_errors_are_one_line(self, arguments, message, here):
+        done = here("evaluate", STORIES, *arguments)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert done.stderr.startswith("seedlm: ")
         assert message in done.stderr

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from random_codes import random_codes
 from seedlm.codes.block import lfsr
 from seedlm.codes.block.basis import basis, generator
 from seedlm.codes.block.codec import (
@@ -23,16 +24,6 @@ from seedlm.codes.registry import parse_format
 from seedlm.errors import TensorError
 
 FORMATS = ["4", "3", "block-k5-c3-p2-q3-e3", "block-k24-c20-p5-q3-e6", "block-k11-c7-p1-q8-e2"]
-
-
-def random_codes(format, *shape):
-    g = torch.Generator().manual_seed(format.block_bits)
-    low, high = format.coefficient_range
-    return BlockCodes(
-        torch.randint(1, format.num_seeds + 1, shape, generator=g, dtype=torch.int32),
-        torch.randint(format.exponent_range[0], format.exponent_range[1] + 1, shape, generator=g).to(torch.int8),
-        torch.randint(low, high + 1, (*shape, format.num_coefficients), generator=g).to(torch.int8),
-    )
 
 
 @pytest.mark.parametrize("spec", [f for f in FORMATS if "k24" not in f])

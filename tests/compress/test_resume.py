@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from seedlm.compress import worker, workfolder
-from seedlm.compress.workfolder import WorkFolder
+from seedlm.compress.workfolder import WorkFolder, Writer
 from seedlm.errors import CheckpointError, OutputError, SourceError
 from seedlm.storage.checkpoint import Checkpoint
 from seedlm.storage.safetensors import TensorFiles
@@ -28,7 +27,7 @@ class TestResume:
         options = {"max_shard_size": "1KB", "exclude": ["*.[kvo]_proj", "*.up_proj", "*.gate_proj"]}
         run(tmp_path / "m", tmp_path / "whole", **options)
         expected = folder_bytes(tmp_path / "whole")
-        monkeypatch.setattr(workfolder.os, "fsync", lambda fd: None)  # half of this test's time
+        monkeypatch.setattr(os, "fsync", lambda fd: None)  # half of this test's time
         left = -1
 
         def step(real):
@@ -42,13 +41,11 @@ class TestResume:
             return wrapped
 
         for owner, name in (
-            (workfolder, "sync"),
-            (worker, "sync"),
-            (workfolder, "_sync_folder"),
-            (workfolder.Writer, "write"),
-            (workfolder.os, "replace"),
-            (workfolder.os, "rename"),
-            (workfolder.WorkFolder, "remove"),
+            (os, "fsync"),
+            (Writer, "write"),
+            (os, "replace"),
+            (os, "rename"),
+            (WorkFolder, "remove"),
         ):
             monkeypatch.setattr(owner, name, step(getattr(owner, name)))
 
@@ -98,21 +95,17 @@ class TestResume:
         assert folder_bytes(out) == folder_bytes(finished[0])
 
     @pytest.fixture
-    def halfway(self, llama, tmp_path, monkeypatch):
-        """A run that died after its fifth tensor."""
-        out, real, count = tmp_path / "out", WorkFolder.finish_tensor, 0
+    def halfway(self, llama, tmp_path):
+        """A run that died when some of its tensors were finished, and others not."""
+        out, journal = tmp_path / "out", tmp_path / "out.partial" / "journal.jsonl"
 
-        def finish_tensor(*args, **facts):
-            nonlocal count
-            real(*args, **facts)
-            count += 1
-            if count == 5:
+        def look(phase, done, total):
+            time.sleep(0.005)
+            if journal.exists() and journal.read_bytes().count(b"\n") > 4:
                 raise Crash
 
-        with monkeypatch.context() as patch:
-            patch.setattr(WorkFolder, "finish_tensor", finish_tensor)
-            with pytest.raises(Crash):
-                run(llama, out)
+        with pytest.raises(Crash):
+            run(llama, out, on_progress=look)
         return out
 
     def test_a_torn_journal_line_does_not_count(self, llama, finished, halfway):

@@ -17,7 +17,6 @@ from seedlm.codes.base import totals
 from seedlm.codes.block.encode import encode_rows
 from seedlm.codes.block.format import PRESETS
 from seedlm.codes.registry import parse_format
-from seedlm.compress import worker
 from seedlm.compress import workers as engine
 from seedlm.compress.allocate import Mixture
 from seedlm.compress.run import compress_checkpoint
@@ -74,27 +73,33 @@ class TestSums:
     ],
     ids=["four GPUs", "sixteen", "two CPUs", "both"],
 )
-def test_processes_share_the_processors(monkeypatch, devices, expected):
+def test_processes_share_the_processors(devices, expected):
     """Of 64: a process on a GPU needs few, and waits for them where others take them all."""
-    given, own = [], []
-    workers = type("Workers", (), {"close": lambda self: None})()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr(torch, "set_num_threads", own.append)
-    monkeypatch.setattr(engine, "Child", lambda job, device, threads, post: given.append(threads) or workers)
-    monkeypatch.setattr(engine, "Threads", lambda *arguments: workers)
-    with engine.start(None, [torch.device(device) for device in devices], None):
-        assert [*own, *given] == expected
-    assert own[1:] == [64]
+    assert engine.share_threads([torch.device(device) for device in devices], 64) == expected
+
+
+def test_torch_has_its_threads_again_after_a_run(llama, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(6)
+        shares = set()
+        run(llama, tmp_path / "out", device="cpu,cpu", on_progress=lambda *_: shares.add(torch.get_num_threads()))
+        assert 3 in shares
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)
 
 
 class TestDisk:
     """A unit is finished when its bytes have reached the disk, and nobody but one thread waits for that."""
 
     def test_one_that_fails_to_write_finishes_nothing(self, llama, finished, tmp_path, monkeypatch):
-        def fail(file):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        def fail(fd, real=os.fsync):
+            if threading.current_thread() is not threading.main_thread():  # which writes the plan
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(fd)
 
-        monkeypatch.setattr(worker, "sync", fail)
+        monkeypatch.setattr(os, "fsync", fail)
         with pytest.raises(OutputError, match="No space left on device"):
             run(llama, tmp_path / "out")
         assert not (tmp_path / "out.partial" / "journal.jsonl").exists()
@@ -106,16 +111,18 @@ class TestDisk:
         """The first wait ends when every weight is encoded."""
         encoded, waits = threading.Event(), []
 
-        def wait(file, real=worker.sync):
-            waits.append(encoded.wait(60))
-            real(file)
+        def wait(fd, real=os.fsync):
+            if threading.current_thread() is not threading.main_thread():
+                waits.append(encoded.wait(60))
+            real(fd)
 
         def look(phase, done, total):
             if (phase, done) == ("compress", total):
                 encoded.set()
 
-        monkeypatch.setattr(worker, "sync", wait)
+        monkeypatch.setattr(os, "fsync", wait)
         run(llama, tmp_path / "out", on_progress=look)
+        assert waits
         assert all(waits)
         assert folder_bytes(tmp_path / "out") == finished
 

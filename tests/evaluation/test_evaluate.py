@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlm import inspect_checkpoint
@@ -14,6 +15,7 @@ from seedlm.errors import BackendError, EvaluationError, OutputError, SourceErro
 from seedlm.evaluation import measure, models
 from seedlm.evaluation import run as evaluate
 from seedlm.evaluation.run import Settings, Text
+from seedlm.modeling.linear import SeedLinear
 from straightforward import straightforward
 from tiny_models import SMALL, STORY, tiny_gguf, tiny_llama
 
@@ -82,18 +84,20 @@ class TestRun:
         assert results["run"]["peak_memory_bytes"] > 1e7
         assert results["environment"]["device"] == "cpu"
 
-    def test_packed_layers_give_the_same_and_stay_packed(self, folders, story, monkeypatch):
-        from seedlm.evaluation import models
-        from seedlm.modeling.quantize import seed_linears
+    def test_packed_layers_give_the_same_and_stay_packed(self, folders, story):
+        runs, layers = [], []
+        for packed in (False, True):
+            called = set()
 
-        kept = []
-        load = models.load_model
-        monkeypatch.setattr(models, "load_model", lambda *a, **k: kept.append(load(*a, **k)) or kept[-1])
-        runs = [
-            evaluate.evaluate(str(folders[1]), story, Settings(context=64, limit=2, packed=packed, **CPU))
-            for packed in (False, True)
-        ]
-        assert [len(list(seed_linears(model))) for model in kept] == [0, 35]
+            def note(module, inputs, output, called=called):
+                if isinstance(module, SeedLinear):
+                    called.add(module)
+
+            with register_module_forward_hook(note):
+                settings = Settings(context=64, limit=2, packed=packed, **CPU)
+                runs.append(evaluate.evaluate(str(folders[1]), story, settings))
+            layers.append(len(called))
+        assert layers == [0, 35]
         assert runs[0]["metrics"]["nll"]["mean"] == pytest.approx(runs[1]["metrics"]["nll"]["mean"], rel=1e-6)
 
     def test_dtype_and_limit(self, folders, story):

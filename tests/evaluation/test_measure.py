@@ -23,12 +23,11 @@ def pair(tmp_path_factory):
 
 
 class TestMeasure:
-    @pytest.mark.parametrize("chunk", [measure._CHUNK, 1, 64 * 3], ids=["one-chunk", "row-by-row", "three-rows"])
+    @pytest.mark.parametrize("chunk", [{}, {"chunk": 1}, {"chunk": 64 * 3}], ids=["one-chunk", "row-by-row", "three-rows"])
     @pytest.mark.parametrize(("context", "batch_size"), [(7, 1), (7, 3), (2, 9), (30, 2)])
-    def test_records_are_those_of_float64(self, pair, context, batch_size, chunk, monkeypatch):
-        monkeypatch.setattr(measure, "_CHUNK", chunk)
+    def test_records_are_those_of_float64(self, pair, context, batch_size, chunk):
         windows = measure.cut_windows(torch.randint(64, (61,), generator=torch.Generator().manual_seed(2)), context)
-        scored = measure.score_windows(pair[0], windows, reference=pair[1], batch_size=batch_size)
+        scored = measure.score_windows(pair[0], windows, reference=pair[1], batch_size=batch_size, **chunk)
         records = np.concatenate([records for records, _ in scored])
         expected = straightforward(pair[0], windows, pair[1])
         assert records.shape == expected.shape[:2] == (61 // context, context - 1)
@@ -128,8 +127,7 @@ class Foreign(torch.nn.Module):
 class TestLayers:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
     @pytest.mark.parametrize("foreign", [False, True], ids=["linear", "foreign"])
-    def test_errors_are_those_of_the_definition(self, tmp_path, monkeypatch, foreign, dtype):
-        monkeypatch.setattr(layers, "_PROBE", 44 * 7)
+    def test_errors_are_those_of_the_definition(self, tmp_path, foreign, dtype):
         reference = tiny_llama(tmp_path / "m", dtype=dtype, attention_bias=True).eval()
         for name, parameter in reference.named_parameters():
             if name.endswith("bias"):
@@ -153,7 +151,7 @@ class TestLayers:
             with torch.no_grad():
                 found = [network(w[None], output_hidden_states=True).hidden_states[1:] for w in windows]
             states.append([torch.cat(layer)[:, 1:].double() for layer in zip(*found, strict=True)])
-        result = layers.compare_layers(model, reference, windows)
+        result = layers.compare_layers(model, reference, windows, probe=44 * 7)
         rows = {row.pop("module"): row for row in result["linears"]}
         assert len(rows) == 15  # the head too
         assert rows["model.layers.0.mlp.down_proj"]["shape"] == [32, 44]

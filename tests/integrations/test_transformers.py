@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -144,8 +143,7 @@ def test_a_dequantized_model_is_an_ordinary_one(packed, tmp_path):
     assert torch.equal(plain(IDS).logits, logits)
 
 
-def test_a_dense_folder_is_compressed_while_it_loads(dense, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("seedlm.codes.block.encode.BACKENDS", ("torch",))
+def test_a_dense_folder_is_compressed_while_it_loads(dense, packed, tmp_path):
     model = load(dense, quantization_config=hf.SeedLMConfig(format=FORMAT.spec))
     assert torch.equal(model(IDS).logits, load(packed)(IDS).logits)
     model.save_pretrained(tmp_path)
@@ -195,40 +193,45 @@ def test_an_option_that_transformers_would_ignore_says_what_to_do():
 PLAIN = """
 import sys
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, pipeline
-folder = sys.argv[1]
 ways = {
-    "auto": lambda: AutoModelForCausalLM.from_pretrained(folder),
-    "class": lambda: LlamaForCausalLM.from_pretrained(folder),
-    "base": lambda: AutoModel.from_pretrained(folder),
-    "dtype": lambda: AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16"),
-    "mismatched": lambda: LlamaForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True),
-    "pipeline": lambda: pipeline("text-generation", model=folder),
+    "auto": lambda folder: AutoModelForCausalLM.from_pretrained(folder),
+    "class": lambda folder: LlamaForCausalLM.from_pretrained(folder),
+    "base": lambda folder: AutoModel.from_pretrained(folder),
+    "dtype": lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16"),
+    "mismatched": lambda folder: LlamaForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True),
+    "pipeline": lambda folder: pipeline("text-generation", model=folder),
 }
-for name, way in ways.items():
-    try:
-        way()
-        print("LOADED", name)
-    except Exception as error:
-        print("FAILED", name, " ".join(str(error).split()))
+for folder in sys.argv[1:]:
+    for name, way in ways.items():
+        try:
+            way(folder)
+            print(folder, "LOADED", name)
+        except Exception as error:
+            print(folder, "FAILED", name, " ".join(str(error).split()))
 assert "seedlm" not in sys.modules
 """
 
 
-def plain_transformers(folder):
-    """What transformers prints when it opens a folder every way without this package."""
+@pytest.fixture(scope="module")
+def plain(packed, tmp_path_factory):
+    """What transformers says when it opens the packed folder, and it without its guard, every way without this package."""
+    config, tensors = read(packed)
+    del config["fusion_config"]
+    bare = write(tmp_path_factory.mktemp("bare"), config, tensors)
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PLAIN), str(folder)],
+        [sys.executable, "-c", PLAIN, packed, bare],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         timeout=120,
     )
-    return [line for line in run.stdout.splitlines() if line.startswith(("LOADED", "FAILED"))]
+    said = [line.partition(" ") for line in run.stdout.splitlines()]
+    return [[text for place, _, text in said if place == str(folder)] for folder in (packed, bare)]
 
 
-def test_without_the_import_every_way_of_loading_fails_and_says_what_to_install(packed):
-    lines = plain_transformers(packed)
+def test_without_the_import_every_way_of_loading_fails_and_says_what_to_install(plain):
+    lines = plain[0]
     assert len(lines) == 6
     for line in lines:
         assert line.startswith("FAILED")
@@ -236,10 +239,9 @@ def test_without_the_import_every_way_of_loading_fails_and_says_what_to_install(
         assert "import seedlm" in line
 
 
-def test_without_the_guard_the_shapes_still_keep_random_weights_out(packed, tmp_path):
-    config, tensors = read(packed)
-    del config["fusion_config"]
-    lines = plain_transformers(write(tmp_path, config, tensors))
+def test_without_the_guard_the_shapes_still_keep_random_weights_out(plain):
+    lines = plain[1]
+    assert len(lines) == 6
     assert [line.split()[:2] for line in lines if line.startswith("LOADED")] == [["LOADED", "mismatched"]]
 
 

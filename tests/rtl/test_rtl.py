@@ -12,6 +12,7 @@ pytest.importorskip("amaranth", reason="the hardware needs amaranth: pip install
 
 from amaranth.sim import Simulator
 
+from random_codes import random_codes, random_words
 from seedlm.codes.block import codec, lfsr, packing
 from seedlm.codes.block.codec import BlockCodes
 from seedlm.codes.block.format import PRESETS
@@ -58,19 +59,6 @@ def fields(value, width, count, signed=True):
     mask, half = (1 << width) - 1, 1 << (width - 1)
     parts = [value >> i * width & mask for i in range(count)]
     return [(p ^ half) - half for p in parts] if signed else parts
-
-
-def random_codes(format, *shape, generator=None):
-    (low, high), (least, most) = format.coefficient_range, format.exponent_range
-    return BlockCodes(
-        torch.randint(1, format.num_seeds + 1, shape, generator=generator),
-        torch.randint(least, most + 1, shape, generator=generator),
-        torch.randint(low, high + 1, (*shape, format.num_coefficients), generator=generator),
-    )
-
-
-def random_words(format, rows, columns):
-    return packing.pack(*random_codes(format, rows, format.blocks_per_row(columns)), format)
 
 
 def test_network_gives_every_seed_its_states():

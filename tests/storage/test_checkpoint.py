@@ -11,7 +11,7 @@ from seedlm.codes.block import packing
 from seedlm.codes.registry import parse_format
 from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import CheckpointError, SourceError, TensorError
-from seedlm.storage.checkpoint import Checkpoint, stored_name
+from seedlm.storage.checkpoint import Checkpoint, PackedInfo, check_codes, stored_name
 from seedlm.storage.source import open_source
 from tiny_models import SMALL, join, save_tensors, split, tiny_llama
 
@@ -371,11 +371,15 @@ def test_a_wrong_code_is_not_read(folder, module, part, position, value, message
         checkpoint.tensor(module)
 
 
-def test_codes_are_checked_in_every_piece_of_rows(folder, monkeypatch):
-    monkeypatch.setattr("seedlm.codes.block.family._CHECK_WORDS", 6)  # two rows at a time
-    edit_data(folder, WORDS, 3 * 43, 0)
-    with pytest.raises(CheckpointError, match="at row 1, block 0; seeds start at 1, rows counted from row 42"):
-        Checkpoint.open(folder).tensor(UP)
+def test_codes_are_checked_in_every_piece_of_rows():
+    """2^20 words are looked at together."""
+    rows = (1 << 20) + 3
+    parts = {"words": torch.ones(rows, 1, dtype=torch.int32), "exponent_bias": torch.zeros(1, dtype=torch.int32)}
+    info = PackedInfo(parse_format(SMALL), (rows, 8))
+    check_codes("m", info, parts)
+    parts["words"][-2] = 0
+    with pytest.raises(CheckpointError, match=r"m: .* at row 1, block 0; seeds start at 1, rows counted from row 1048576"):
+        check_codes("m", info, parts)
 
 
 @pytest.mark.parametrize("call", ["tensor", "dense_tensor"])

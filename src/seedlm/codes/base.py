@@ -119,6 +119,18 @@ def totals(pieces: Sequence[RowErrors]) -> tuple[float, float]:
     return max(error, 0.0), math.fsum(x for piece in pieces for x in piece.squares.tolist())
 
 
+def row_sums(x: "Tensor") -> "Tensor":
+    """Sums of the rows of float64 [rows, n], which is overwritten: halves are added until one column is left.
+
+    An order of additions that is written out is the same everywhere, which `Tensor.sum` does not promise of any two devices.
+    """
+    while x.shape[1] > 1:
+        few = x.shape[1] // 2
+        x[:, :few] += x[:, -few:]
+        x = x[:, : x.shape[1] - few]
+    return x.sum(1)
+
+
 def relative_error(error: float, norm: float) -> float:
     """||W - W^||_F / ||W||_F from the squares of both; 0 for a weight of zeros."""
     return (error / norm) ** 0.5 if norm else 0.0
@@ -152,7 +164,7 @@ class LinearBackend(Protocol):
     Layers that read the same tensor (q, k, v; gate, up) should not each rotate and quantise it. What a backend does to x that
     depends on nothing but x, the format and `in_features` is its `transform`: where layers are known to share their input, it
     runs once, as an operator of its own, and each layer's `linear` is given the result besides x. Tables that it needs are
-    made by `prepare` and kept by device. A backend that reads x as it is inherits `dequantizing.DequantizingBackend` or returns [].
+    made by `prepare` and kept by device. A backend that reads x as it is returns [] (`dequantizing.DequantizingBackend`).
     """
 
     name: ClassVar[str]

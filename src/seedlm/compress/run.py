@@ -33,6 +33,7 @@ from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.checkpoint import PackedInfo, stored_name
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
+from seedlm.storage.metadata import UNKNOWN_DIGEST
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout
 from seedlm.storage.selection import (
     Survey,
@@ -149,7 +150,8 @@ def compress_checkpoint(
         )
         try:
             with workers.start(job, devices, model) if devices else workers_ray.start(job, device) as runner:
-                published = work.begin(plan, layouts)
+                headings = {name: line for item in items for name, line in item.headings.items()}
+                published = work.begin(plan, layouts, headings)
                 if not published:
                     clock.phase("compress")
                     done = _run(work, runner, model, _places(shards, layouts), readers, progress)
@@ -164,6 +166,8 @@ def compress_checkpoint(
                 config["dtype"] = dtype
             dense = dense_linears(model.tensors, left, found)
             config["quantization_config"] = checkpoint.quantization_config(format, recorded, dense, overrides)
+            digests = {name: known for item in items for name, known in work.done[item.key]["sha256"].items()}
+            work.finish({name: _layout(shard, digests) for name, shard in shards.items()})
             _write_rest(work, model, shards, config)
             work.publish()
         work.remove()
@@ -247,9 +251,11 @@ def _shards(items: list[Item], max_bytes: int) -> dict[str, list[Item]]:
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
-def _layout(items: list[Item]) -> Layout:
+def _layout(items: list[Item], digests: Mapping[str, str] | None = None) -> Layout:
+    """A file that holds these; the same with zeros for digests that are not known yet."""
     stored = {name: info for item in items for name, info in item.stored.items()}
-    return layout(stored, checkpoint.metadata({item.module: item.packed for item in items if item.module and item.packed}))
+    packed = {item.module: item.packed for item in items if item.module and item.packed}
+    return layout(stored, checkpoint.metadata(packed, {name: (digests or {}).get(name, UNKNOWN_DIGEST) for name in stored}))
 
 
 def _places(shards: Mapping[str, list[Item]], layouts: Mapping[str, Layout]) -> dict[Item, Place]:

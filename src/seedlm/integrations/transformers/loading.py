@@ -14,18 +14,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from seedlm.codes.base import CODES, Format
+from seedlm.codes.base import CODES
 from seedlm.errors import CheckpointError
+from seedlm.integrations.transformers.files import Verification
 from seedlm.modeling.experts import PACKED, SeedExperts, projections_of
 from seedlm.modeling.linear import SeedLinear, own_name
 from seedlm.modeling.places import LAST_NUMBER, Names, Place
 from seedlm.modeling.quantize import seed_linears
-from seedlm.storage.checkpoint import QUANT_METHOD, PackedInfo, Stack, read_metadata, stored_name
-from seedlm.storage.safetensors import TensorInfo
+from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint, Stack, stored_name
 
 
 class ExpertNames(WeightRenaming):
@@ -89,30 +88,24 @@ class CodeNames(WeightRenaming):
 class Places:
     """The packed layers of a model that is being loaded, and which modules of its files fill them."""
 
-    def __init__(self, model: nn.Module, files: list[str], modules: dict[str, str], names: list[WeightRenaming]) -> None:
-        self._model, self._files, self._modules, self._names = weakref.ref(model), files, modules, names
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, modules: dict[str, str], names: list[WeightRenaming]) -> None:
+        self._model, self._checkpoint, self._modules, self._names = weakref.ref(model), checkpoint, modules, names
+        self._verification = Verification(checkpoint)
 
     @classmethod
-    def fill(cls, model: nn.Module, files: list[str], format_of: Callable[[str], Format]) -> "Places":
-        """Swap every linear layer and all experts that are packed in these files for empty packed ones on the same device.
+    def fill(cls, model: nn.Module, checkpoint: Checkpoint) -> "Places":
+        """Swap every linear layer and all experts that are packed in a folder for empty packed ones on the same device.
 
-        format_of   tells the format of a stored module
-        Raises CheckpointError unless the files hold every part of them, in the right shapes, and no other codes.
+        Raises CheckpointError unless the codes are those of weights in the right shapes, and no other codes are there.
         """
-        stored, described = _read_headers(files)
+        described = checkpoint.packed
         if not described:
-            raise CheckpointError(
-                f"{', '.join(files) or 'a state dict'}: quant_method is {QUANT_METHOD!r} but no weight is packed"
-            )
+            raise CheckpointError(f"{checkpoint.folder}: quant_method is {QUANT_METHOD!r} but no weight is packed")
 
         def empty(module: str, shape: tuple[int, int], like: Tensor, bias: bool = False) -> SeedLinear:
-            format = format_of(module)
-            for part, expected in PackedInfo(format, shape).stored.items():
-                found = stored.get(stored_name(module, part))
-                if found != expected:
-                    raise CheckpointError(
-                        f"{stored_name(module, part)} must be {expected} for a {format.spec} weight {[*shape]}, got {found}"
-                    )
+            format, found = described[module].format, described[module].shape
+            if found != shape:
+                raise CheckpointError(f"{module} must be {[*shape]} in this model, {checkpoint.folder} has {[*found]}")
             dtype = torch.float32 if kept.search(f"{module}.weight") else like.dtype
             layer = SeedLinear(shape[1], shape[0], format, bias=bias, dtype=dtype, device=like.device)
             layer.own_names = True
@@ -153,7 +146,7 @@ class Places:
             for place in places.values():
                 templates |= names.template(place)
             model.set_submodule(name, _empty_experts(model.get_submodule(name), places, stacks, empty))
-        return cls(model, files, filled, [*([ExpertNames(templates)] if templates else []), CodeNames.of(model)])
+        return cls(model, checkpoint, filled, [*([ExpertNames(templates)] if templates else []), CodeNames.of(model)])
 
     def conversions(self, others: Iterable[Any]) -> list[Any]:
         """All conversions that transformers is to make, from its own.
@@ -175,10 +168,11 @@ class Places:
         return conversions
 
     def check_codes(self) -> None:
-        """Raise CheckpointError for codes that are not valid, once all are loaded.
+        """Raise CheckpointError for codes that are not valid or not what was written, once all are loaded.
 
         Those that were left on the disk are held against the files: transformers 5.10 rounds them to floats on their way back.
         """
+        self._verification.finish()
         model = self._model()
         assert model is not None
         for layer, module in self._modules.items():
@@ -187,7 +181,7 @@ class Places:
             hook: Any = getattr(packed, "_hf_hook", None) if any(part.is_meta for part in packed.parts.values()) else None
             if hook is not None:
                 hook.pre_forward(packed)
-                stored = [self._read(stored_name(module, part)) for part in _parts(model, layer)]
+                stored = [self._checkpoint.files.read(stored_name(module, part)) for part in _parts(model, layer)]
                 if not all(
                     torch.equal(code.cpu(), original) for code, original in zip(packed.parts.values(), stored, strict=True)
                 ):
@@ -196,13 +190,6 @@ class Places:
             packed.check(layer)
             if hook is not None:
                 hook.post_forward(packed, None)
-
-    def _read(self, name: str) -> Tensor:
-        for file in self._files:
-            with safe_open(file, framework="pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    return tensors.get_tensor(name)
-        raise CheckpointError(f"{name} is no longer in {', '.join(self._files)}")
 
 
 def _kept_in_float32(model: Any) -> re.Pattern[str]:
@@ -269,22 +256,3 @@ def _empty_experts(
             if (stack := stacks.get(f"{modules[0]}")) is not None:
                 whole[part] = stack
     return SeedExperts(dense, parts, layers, whole).train(dense.training)
-
-
-def _read_headers(files: list[str]) -> tuple[dict[str, TensorInfo], dict[str, PackedInfo]]:
-    """What some safetensors files hold: every tensor by name, and every compressed module that their metadata describes."""
-    found: dict[str, TensorInfo] = {}
-    described: dict[str, PackedInfo] = {}
-    for file in files:
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: packed weights are stored as safetensors")
-        with safe_open(file, framework="pt") as tensors:
-            described |= read_metadata(tensors.metadata() or {}, f"{file}, metadata")
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                part = tensors.get_slice(name)
-                found[name] = TensorInfo(part.get_dtype(), tuple(part.get_shape()))
-    for module, info in described.items():
-        for part in info.stored:
-            if stored_name(module, part) not in found:
-                raise CheckpointError(f"{stored_name(module, part)} is missing, the metadata describes {module}")
-    return found, described
