@@ -1,13 +1,5 @@
-"""Where the codes of a file belong in a model of transformers, whose names and layout differ from the files', and empty packed
-layers in these places.
-
-On loading, transformers first renames tensors, then joins some: Mixtral's ``block_sparse_moe.experts.7.w1.weight`` becomes
-``mlp.experts.7.w1.weight`` and then a part of ``mlp.experts.gate_up_proj``. Codes follow the renaming, and stop before the
-joining: in `SeedExperts` every matrix has a place of its own. `ExpertNames` is the renaming that leads there, after all
-others and before any joining; saving reverses it like the others, so a saved folder has the names of the loaded one.
-
-    mlp.experts.7.w1             <->   mlp.experts.packed.w1.7
-    mlp.experts.gate_up_proj.7   <->   mlp.experts.packed.gate_up_proj.7
+"""Empty packed layers in a model that is being loaded, wherever codes of its files belong (`modeling.places`), and checks
+that exactly these codes came to fill them.
 
 Last, `CodeNames` leads codes, which in files have the weight's name, to the buffer that holds them. transformers and accelerate
 go by names of buffers, so the layers of a model that they manage have those in its state dict (`SeedLinear.own_names`).
@@ -19,23 +11,20 @@ import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from seedlm.codes.base import CODES
 from seedlm.errors import CheckpointError
 from seedlm.integrations.transformers.files import Verification
 from seedlm.modeling.experts import PACKED, SeedExperts, projections_of
-from seedlm.modeling.linear import SeedLinear, is_linear, own_name
+from seedlm.modeling.linear import SeedLinear, own_name
+from seedlm.modeling.places import LAST_NUMBER, Names, Place
 from seedlm.modeling.quantize import seed_linears
 from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint, Stack, stored_name
-
-_LAST_NUMBER: Final = re.compile(r"(.*)\.(\d+)((?:\.[^.\d][^.]*)*)")
 
 
 class ExpertNames(WeightRenaming):
@@ -57,7 +46,7 @@ class ExpertNames(WeightRenaming):
         return f"{renamed}.{leaf}", self.source_patterns[0]
 
     def module(self, name: str) -> str:
-        match = _LAST_NUMBER.fullmatch(name)
+        match = LAST_NUMBER.fullmatch(name)
         template = self.templates.get(f"{match[1]}.*{match[3]}") if match else None
         return name if match is None or template is None else template.replace("*", match[2])
 
@@ -96,92 +85,6 @@ class CodeNames(WeightRenaming):
         return CodeNames(self.layers, self.new, self.old)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a packed module belongs: a linear layer of the model, or one matrix of an experts module.
-
-    name         the linear layer, or the experts module
-    projection   of the experts, "" for a linear layer
-    part         the part of that projection's outputs, which is number `order` of `count`
-    expert       number of the expert
-    stored       the module's name after renaming, as `ExpertNames` finds it
-    """
-
-    name: str
-    projection: str = ""
-    part: str = ""
-    order: int = 0
-    count: int = 1
-    expert: int = 0
-    stored: str = ""
-
-    @property
-    def layer(self) -> str:
-        """The name of the packed layer in the model."""
-        return f"{self.name}.{PACKED}.{self.part}.{self.expert}" if self.projection else self.name
-
-
-class _Names:
-    """Finds the places in one model of transformers."""
-
-    def __init__(self, model: Any) -> None:
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        self._linears = {name for name, module in model.named_modules() if is_linear(module)}
-        self._experts = {name: found for name, module in model.named_modules() if (found := projections_of(module))}
-
-    def place(self, module: str, stack: Stack | None) -> Place | None:
-        """Where a module of a file belongs; None if the model has no such place."""
-        renamed = self._renamed(f"{module}.weight").removesuffix(".weight")
-        if linear := self._find(renamed, self._linears):
-            return Place(linear)
-        match = _LAST_NUMBER.fullmatch(module if stack else renamed)
-        if match is None:
-            return None
-        if stack is not None:
-            name, _, projection = self._renamed(stack.tensor).rpartition(".")
-            part, order, count = projection, 0, 1
-        else:
-            converter, order = self._converter(f"{renamed}.weight")
-            if converter is None:
-                return None
-            name, _, projection = converter.rename_source_key(f"{renamed}.weight")[0].rpartition(".")
-            part, count = match[3].lstrip(".").replace(".", "_"), len(converter.source_patterns)
-        experts = self._find(name, self._experts)
-        if experts is None or projection not in self._experts[experts]:
-            return None
-        return Place(experts, projection, part, order, count, int(match[2]), renamed)
-
-    def template(self, place: Place) -> dict[str, str]:
-        """The entries of `ExpertNames` for a place in experts: with and without the base model's prefix, as files have it."""
-        match = _LAST_NUMBER.fullmatch(place.stored)
-        assert match is not None
-        old, new = f"{match[1]}.*{match[3]}", f"{place.name}.{PACKED}.{place.part}.*"
-        bare = (old.removeprefix(self._prefix), new.removeprefix(self._prefix))
-        return {bare[0]: bare[1], self._prefix + bare[0]: self._prefix + bare[1]}
-
-    def _converter(self, key: str) -> tuple[WeightConverter | None, int]:
-        """What would join this tensor with others into a stack of experts, if rows stay rows, and its position there."""
-        for converter in self._converters:
-            _, pattern = converter.rename_source_key(key)
-            if pattern is not None:
-                steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
-                joins = steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
-                return (converter, converter.source_patterns.index(pattern)) if joins else (None, 0)
-        return None, 0
-
-    def _renamed(self, key: str) -> str:
-        for renaming in self._renamings:
-            key, _ = renaming.rename_source_key(key)
-        return key
-
-    def _find(self, name: str, names: Iterable[str]) -> str | None:
-        """A name in the model, which may have the base model's prefix more or less."""
-        return next((n for n in (name, self._prefix + name, name.removeprefix(self._prefix)) if n in names), None)
-
-
 class Places:
     """The packed layers of a model that is being loaded, and which modules of its files fill them."""
 
@@ -208,7 +111,7 @@ class Places:
             layer.own_names = True
             return layer
 
-        names, kept = _Names(model), _kept_in_float32(model)
+        names, kept = Names(model), _kept_in_float32(model)
         filled: dict[str, str] = {}
         experts: dict[str, dict[str, Place]] = defaultdict(dict)
         stacks = {module: info.stack for module, info in described.items() if info.stack}
