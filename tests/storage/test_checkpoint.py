@@ -16,8 +16,8 @@ from seedlm.storage.checkpoint import Checkpoint, PackedInfo, check_codes, store
 from seedlm.storage.source import open_source
 from tiny_models import SMALL, join, save_tensors, split, tiny_llama
 
-# FORMAT.md, "The checkpoint", spelled out: model.safetensors of a model with one compressed layer, in both presets, as version 1
-# was written.
+# FORMAT.md, "The checkpoint", spelled out: model.safetensors of a model with one compressed layer, in both presets. These are
+# version 1.
 GOLDEN = {
     "4": (
         '{"__metadata__":{"format":"pt","seedlm":"{\\"format_version\\":1,\\"tensors\\":{\\"layers.0.up\\":'
@@ -208,7 +208,7 @@ CONFIG = {
     "newer-version": (config(lambda q: q.update(format_version=3)), "format_version 3 is newer than this package reads"),
     "no-version": (config(lambda q: q.pop("format_version")), "format_version must be a positive integer, got None"),
     "bool-version": (config(lambda q: q.update(format_version=True)), "format_version must be a positive integer, got True"),
-    "family": (config(lambda q: q["format"].update(family="trellis")), "unknown format family 'trellis'"),
+    "family": (config(lambda q: q["format"].update(family="nix")), "unknown format family 'nix'"),
     "format-range": (config(lambda q: q["format"].update(seed_bits=99)), "seed_bits must be an integer from 2 to 24, got 99"),
     "format-keys": (config(lambda q: q["format"].update(extra=1)), "a block format has the keys"),
     "format-type": (config(lambda q: q.update(format=7)), "a format must be a JSON object, got int"),
