@@ -26,13 +26,14 @@ from torch import Tensor
 
 from seedlm.device import choose_device
 from seedlm.errors import EvaluationError
-from seedlm.evaluation import measure, models
+from seedlm.evaluation import measure
 from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
 from seedlm.evaluation.journal import Journal, check_free, replacing
 from seedlm.evaluation.layer_errors import compare_layers
 from seedlm.evaluation.prompts import continue_prompts
 from seedlm.evaluation.records import EVALUATION_VERSION, pack_records, records_path, token_records
 from seedlm.evaluation.zeroshot import check_tasks, zero_shot
+from seedlm.integrations.transformers import models
 from seedlm.storage.source import locate
 from seedlm.version import __version__
 
