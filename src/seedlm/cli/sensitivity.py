@@ -18,23 +18,26 @@ def sensitivity(
     device: Annotated[str, typer.Option(help="auto, or a torch device such as cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
+    ] = False,
 ) -> None:
     """Measure where a model's bits matter, for `compress --bits 3.5 --sensitivity FILE`.
 
     Needs no data: the model writes a text itself, whose gradients tell. All of the model has to fit the device.
     """
-    from seedlm.source import locate
+    from seedlm.storage.source import locate
 
     path = locate(model, revision=revision)
     from transformers.utils import logging  # and torch: what was mistyped has been answered without them
 
+    from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, write_sensitivity
     from seedlm.device import choose_device
-    from seedlm.models import load_model
-    from seedlm.sensitivity import OwnText, measure_sensitivity, write_sensitivity
+    from seedlm.integrations.transformers.models import load_model
 
     logging.disable_progress_bar()
     text = OwnText(sequences=sequences, length=length, seed=seed)
-    network = load_model(path, device=choose_device(device), dtype=dtype)
+    network = load_model(path, device=choose_device(device), dtype=dtype, trust_remote_code=trust_remote_code)
     with show_progress() as (on_progress, _):
         found = measure_sensitivity(network, text, on_progress)
     write_sensitivity(output, model, text, found)

@@ -18,8 +18,6 @@ cost is the same whether computed in float16 with one rounding (fused), or in fl
 Path costs lie in 0 .. 32767 and stay there: larger sums become 32767, and every `period` rows the least is subtracted.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -29,17 +27,6 @@ HIGHEST_PATH_COST = 0x7FFF
 HIGHEST_BRANCH_COST = 0x7C00 - 0x6400
 _OFFSET, _OFFSET_BITS = 1024.0, 0x6400
 _CLAMP = 510.0
-
-
-class Seam(NamedTuple):
-    """Rows on each side of a cyclic stream's seam that decide which group is there (`reference`); multiples of 8."""
-
-    behind: int = 32
-    ahead: int = 64
-
-    def within(self, rows: int) -> tuple[int, int]:
-        """Both for a sequence of so many rows."""
-        return min(self.behind, rows), min(self.ahead, rows)
 
 
 def scaled_targets(targets: Tensor, trellis: Trellis) -> Tensor:

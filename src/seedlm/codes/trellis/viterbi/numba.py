@@ -10,7 +10,6 @@ Traceback needs the path costs of every row. With 12 state bits they are kept; w
 the rows in between the costs of the few groups that the path can come from are computed again.
 """
 
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -19,11 +18,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from seedlm import simd
+from seedlm.codes import simd
+from seedlm.codes.simd import LANES
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import Trellis
-from seedlm.codes.trellis.viterbi.cost import HIGHEST_PATH_COST, Seam, branch_costs, checkpoint_rows, period, scaled_targets
-from seedlm.simd import LANES
+from seedlm.codes.trellis.viterbi.cost import HIGHEST_PATH_COST, branch_costs, checkpoint_rows, period, scaled_targets
 
 _TOP = HIGHEST_PATH_COST
 _KEPT_GROUPS = 1 << 11
@@ -46,7 +45,12 @@ def _tables(trellis: Trellis) -> tuple[np.ndarray, ...]:
     return costs.to(torch.int16).numpy(), (values.int() * scale).numpy(), level_of.to(torch.int32).numpy().astype(np.uint16)
 
 
-def search(targets: Tensor, valid: int, trellis: Trellis, seam: Seam) -> Tensor:
+def reason_unavailable(device: torch.device) -> str | None:
+    """Why this search cannot take tensors of a device, or None."""
+    return None if device.type == "cpu" else f"it runs on the CPU, and the targets are on {device}"
+
+
+def search(targets: Tensor, valid: int, trellis: Trellis, overlap: int) -> Tensor:
     """`reference.search` on `torch.get_num_threads()` threads; arguments and result as there, on the CPU."""
     count, rows = targets.shape
     eighths = (scaled_targets(targets, trellis).float() * 8).to(torch.int32).numpy()
@@ -59,7 +63,7 @@ def search(targets: Tensor, valid: int, trellis: Trellis, seam: Seam) -> Tensor:
         block = np.zeros((rows, LANES), np.int32)
         part = eighths[first : first + LANES]
         block[:, : len(part)] = part.T
-        _encode(machine, block, valid, seam.within(rows), tables, symbols[first : first + LANES])
+        _encode(machine, block, valid, overlap, tables, symbols[first : first + LANES])
 
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         for _ in pool.map(piece, range(0, count, LANES)):
@@ -122,10 +126,10 @@ def _subtract_least(costs):
 
 
 @njit(nogil=True, cache=True)
-def _run(machine, targets, first, steps, valid, tables, kept, pause, best):
-    """Path costs of `steps` rows from row `first` on, around the end. kept int16 [slots, G * 32]; the first slot is given.
+def _run(machine, targets, first, steps, valid, tables, kept):
+    """Path costs of `steps` rows from row `first` on, around the end; those after the last row, int16 [G * 32].
 
-    best int64 [32] becomes each lane's best group after `pause` rows.
+    kept int16 [slots, G * 32]: the costs before every `step`-th row; the first slot is given.
     """
     rate, state_bits, _, _, period, step = machine
     costs, levels, level_of = tables
@@ -135,6 +139,8 @@ def _run(machine, targets, first, steps, valid, tables, kept, pause, best):
     after = np.empty_like(before)
     for k in range(steps):
         row = (first + k) % rows
+        if k % step == 0:
+            kept[k // step] = before
         if row < valid:
             _level_costs(targets[row], levels, costs, level_costs)
             _row(rate, state_bits, before, level_costs, level_of, after)
@@ -142,14 +148,8 @@ def _run(machine, targets, first, steps, valid, tables, kept, pause, best):
             _row_free(rate, state_bits, before, after)
         if (k + 1) % period == 0:
             _subtract_least(after)
-        if (k + 1) % step == 0:
-            kept[(k + 1) // step] = after
         before, after = after, before
-        if k + 1 == pause:
-            for group in range(len(before) // LANES):
-                for lane in range(LANES):
-                    if before[group * LANES + lane] > before[best[lane] * LANES + lane]:
-                        best[lane] = group
+    return before
 
 
 @njit(nogil=True, cache=True)
@@ -164,19 +164,20 @@ def _cost(machine, target, state, costs):
 
 
 @njit(nogil=True, cache=True)
-def _trace(machine, targets, first, last, stop, valid, costs, kept, lane, group, closing, symbols):
-    """Trace one lane's path that ends in `group` after step `last` back to before step `stop`; the group there.
+def _trace(machine, targets, first, steps, stop, valid, costs, kept, lane, group, start, symbols):
+    """Trace one lane's path that ends in `group` after `steps` rows back to before step `stop`; the group there.
 
-    Step 0 is row `first`; `closing` is the group to arrive at, or -1 for any; symbols uint8 [T].
+    Step 0 is row `first`; `start` is the group before it, or -1 for any; symbols uint8 [T].
     """
     rate, state_bits, _, _, _, step = machine
     rows = len(targets)
     branches = 1 << rate
     groups = 1 << (state_bits - rate)
     reached = np.empty((step, 1 << (rate * step)), np.int64)
-    while last >= stop:
-        begin = max(last // step * step, stop)
-        count = last - begin + 1
+    end = steps
+    while end > stop:
+        begin = (end - 1) // step * step
+        count = end - begin
         for k in range(count):
             row = (first + begin + k) % rows
             for index in range(1 << (rate * (count - k))):
@@ -193,35 +194,44 @@ def _trace(machine, targets, first, last, stop, valid, costs, kept, lane, group,
         index = 0
         for k in range(count - 1, -1, -1):
             now = begin + k
-            fixed = max(0, state_bits - rate - rate * (now - stop)) if closing >= 0 else 0
+            if now < stop:
+                break
+            shared = max(0, state_bits - rate - rate * now) if start >= 0 else 0
             choice = 0
             least = np.int64(1 << 20)
             for j in range(branches):
-                right = fixed == 0 or (((group << rate | j) ^ (closing >> (rate * (now - stop)))) & ((1 << fixed) - 1)) == 0
+                right = shared == 0 or ((group << rate | j) ^ (start >> (rate * now))) & ((1 << shared) - 1) == 0
                 if right and reached[k, index * branches + j] < least:
                     least = reached[k, index * branches + j]
                     choice = j
             symbols[(first + now) % rows] = choice
             index = index * branches + choice
             group = (group << rate | choice) % groups
-        last = begin - 1
+        end = begin
     return group
 
 
 @njit(nogil=True, cache=True)
-def _encode(machine, targets, valid, seam, tables, symbols):
+def _encode(machine, targets, valid, overlap, tables, symbols):
     """Encode up to 32 sequences: targets int32 [T, 32] in eighths; the rows' bits go to symbols uint8 [lanes, T]."""
     rate, state_bits, _, _, _, step = machine
-    behind, ahead = seam
-    rows = len(targets)
-    first, steps = rows - behind, rows + behind
+    rows, lanes, costs = len(targets), len(symbols), tables[0]
     groups = 1 << (state_bits - rate)
-    kept = np.empty((steps // step + 1, groups * LANES), np.int16)
+    kept = np.empty(((max(rows, 2 * overlap) - 1) // step + 1, groups * LANES), np.int16)
+    seam = np.empty(LANES, np.int64)
     kept[0] = _TOP
-    best = np.zeros(LANES, np.int64)
-    _run(machine, targets, first, steps, valid, tables, kept, behind + ahead, best)
-    for lane in range(len(symbols)):
-        closing = _trace(
-            machine, targets, first, behind + ahead - 1, behind, valid, tables[0], kept, lane, best[lane], -1, symbols[lane]
+    end = _run(machine, targets, rows - overlap, 2 * overlap, valid, tables, kept)
+    for lane in range(lanes):
+        best = 0
+        for group in range(groups):
+            if end[group * LANES + lane] > end[best * LANES + lane]:
+                best = group
+        seam[lane] = _trace(
+            machine, targets, rows - overlap, 2 * overlap, overlap, valid, costs, kept, lane, best, -1, symbols[lane]
         )  # fmt: skip
-        _trace(machine, targets, first, steps - 1, behind, valid, tables[0], kept, lane, closing, closing, symbols[lane])
+    kept[0] = 0
+    for lane in range(lanes):
+        kept[0, seam[lane] * LANES + lane] = _TOP
+    _run(machine, targets, 0, rows, valid, tables, kept)
+    for lane in range(lanes):
+        _trace(machine, targets, 0, rows, 0, valid, costs, kept, lane, seam[lane], seam[lane], symbols[lane])

@@ -7,14 +7,13 @@ Path costs are kept for groups of states with the same successors. With P = 2^R,
 because state g*P + j's predecessors are the states of group (g*P + j) mod G. A path through group g after the last row is
 traced back by asking, row by row, which j attains the minimum; the smallest does. The j's are the rows' stored bits.
 
-A stream is cyclic: the group before row 0, at the *seam*, must be the group after the last row. One run does:
+A stream is cyclic: the group before row 0, at the *seam*, must be the group after the last row. Which one, is found first:
 
-    1. costs run over the last W rows, from all groups alike, and on over all rows from the first
-    2. the best path after the first `ahead` rows is traced back to the seam; the group that it has there is kept
-    3. the path that ends in this group after the last row is traced back to the seam
+    1. a run over the last W rows and on over the first W, both ends free; the group at the seam of its best path is kept
+    2. a run over all rows that starts in this group, traced back from the same group
 
-Survivors merge within a few times L / R rows, so step 3 arrives at the group that it started from; then no path that closes
-there is better. To be sure, near the seam it may only take groups that lead there.
+A path that ends in the group near the start of the second run may only come from groups that lead back to the seam, however
+high costs are, so a stream always closes. W trades work, (T + 2 W) / T, against error (docs/log/encoder.md).
 """
 
 import torch
@@ -22,25 +21,24 @@ from torch import Tensor
 
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import Trellis
-from seedlm.codes.trellis.viterbi.cost import HIGHEST_PATH_COST, Seam, branch_costs, period, scaled_targets
+from seedlm.codes.trellis.viterbi.cost import HIGHEST_PATH_COST, branch_costs, period, scaled_targets
 
 
-def search(targets: Tensor, valid: int, trellis: Trellis, seam: Seam) -> Tensor:
+def search(targets: Tensor, valid: int, trellis: Trellis, overlap: int) -> Tensor:
     """The rows' bits of the best cyclic streams that the procedure above finds.
 
     targets     float32 [N, T], in units of the values
     valid       rows from here on cost nothing, whatever their value
-    seam        how many rows around the seam decide which group is there
+    overlap     W, 1 .. T
     returns     int64 [N, T], each in 0 .. 2^R - 1
     """
     rows = targets.shape[1]
-    behind, ahead = seam.within(rows)
-    order = [*range(rows - behind, rows), *range(rows)]
     scaled = scaled_targets(targets, trellis)
-    costs = _run(scaled, order, valid, trellis)
-    best = _first_min(costs[behind + ahead])
-    _, closing = _trace(scaled, order[: behind + ahead], valid, trellis, costs, best, behind)
-    return _trace(scaled, order, valid, trellis, costs, closing, behind, closing)[0]
+    around = [*range(rows - overlap, rows), *range(overlap)]
+    costs = _run(scaled, around, valid, trellis)
+    _, seam = _trace(scaled, around, valid, trellis, costs, _first_min(costs[-1]), stop=overlap)
+    costs = _run(scaled, list(range(rows)), valid, trellis, seam)
+    return _trace(scaled, list(range(rows)), valid, trellis, costs, seam, stop=0, start=seam)[0]
 
 
 def _first_min(costs: Tensor) -> Tensor:
@@ -55,14 +53,17 @@ def _row_costs(scaled: Tensor, row: int, valid: int, values: Tensor, trellis: Tr
     return costs if row < valid else torch.zeros_like(costs)
 
 
-def _run(scaled: Tensor, order: list[int], valid: int, trellis: Trellis) -> list[Tensor]:
-    """Path costs int32 [N, G] before the first row of `order` and after each."""
+def _run(scaled: Tensor, order: list[int], valid: int, trellis: Trellis, start: Tensor | None = None) -> list[Tensor]:
+    """Path costs int32 [N, G] before the first row of `order` and after each; from group `start` [N] or from any."""
     values = codec.value_table(trellis, scaled.device).unsqueeze(0)
     groups, branches = trellis.groups, trellis.branches
     before = torch.arange(trellis.states, device=scaled.device) % groups
-    costs = [torch.zeros(len(scaled), groups, dtype=torch.int32, device=scaled.device)]
+    cost = torch.zeros(len(scaled), groups, dtype=torch.int32, device=scaled.device)
+    if start is not None:
+        cost.fill_(HIGHEST_PATH_COST).scatter_(1, start.unsqueeze(1), 0)
+    costs = [cost]
     for step, row in enumerate(order):
-        reached = costs[-1][:, before] + _row_costs(scaled, row, valid, values, trellis)
+        reached = cost[:, before] + _row_costs(scaled, row, valid, values, trellis)
         cost = reached.unflatten(1, (groups, branches)).amin(2).clamp(max=HIGHEST_PATH_COST)
         if (step + 1) % period(trellis) == 0:
             cost = cost - cost.amin(1, keepdim=True)
@@ -78,11 +79,11 @@ def _trace(
     costs: list[Tensor],
     group: Tensor,
     stop: int,
-    closing: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Trace the paths that end in `group` after the last row of `order` back to before its row `stop`.
 
-    returns     their bits int64 [N, rows traced], and the groups that they come from int64 [N]: `closing` if it is given
+    returns     their bits int64 [N, rows traced], and the groups that they come from int64 [N]: `start` if it is given
     """
     rate, groups = trellis.rate, trellis.groups
     choices = torch.arange(trellis.branches, device=scaled.device)
@@ -91,9 +92,9 @@ def _trace(
         states = group.unsqueeze(1) * trellis.branches + choices
         values = codec.state_values(states, trellis.multiplier)
         total = costs[step].gather(1, states % groups) + _row_costs(scaled, order[step], valid, values, trellis)
-        fixed = trellis.state_bits - rate - rate * (step - stop)  # bits of this group that are bits of the one at the seam
-        if closing is not None and fixed > 0:
-            wrong = (states % groups - (closing >> rate * (step - stop)).unsqueeze(1)) % (1 << fixed) != 0
+        shared = trellis.state_bits - rate - rate * step  # bits that the group before this step shares with `start`
+        if start is not None and shared > 0:
+            wrong = (states - (start >> rate * step).unsqueeze(1)) % (1 << shared) != 0
             total = total.masked_fill(wrong, 1 << 20)
         choice = _first_min(total)
         symbols.append(choice)
