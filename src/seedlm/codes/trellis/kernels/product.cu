@@ -25,7 +25,7 @@
 // for each panel, or for each block (a block begins at most one shared panel), whichever are fewer.
 // x_scale: float [tokens]; x_sum: int32 [parts]; y: [tokens, out].
 //
-// Compile-time beside RATE, STATE_BITS, MULTIPLIER: WARPS, STAGES, BLOCKS (a multiprocessor), TILES (0 is narrow),
+// Compile-time beside RATE, STATE_BITS, MULTIPLIER: WARPS (that decode), STAGES, TILES (0 is narrow),
 // NEIGHBOURS (1: the strip's next segment is not always in the same panel, so its first words are fetched too).
 
 constexpr int STEP = 16;
@@ -336,7 +336,7 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 product(const u32* words, const u32* x_parts, const float* x_scale, const int* x_sum, const u16* row_scales,
         const float* scale, const void* bias, void* y, u64* sums,
         int out, int steps, int segments, int strip, int tokens, int half_base, int type) {
