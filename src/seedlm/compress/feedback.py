@@ -194,7 +194,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
     size, rest = matrix.shape[-1], matrix.clone()
     for start in range(0, size, _PANEL):
         stop = min(start + _PANEL, size)
-        _factor_panel(rest[..., start:, start:stop])
+        rest[..., start:, start:stop] = _factor_panel(rest[..., start:, start:stop].mT.contiguous()).mT
         high, low = _split(rest[..., stop:, start:stop])
         ahead, astern = torch.cat([high, low], -1), torch.cat([low, high], -1)
         for left in range(0, size - stop, _STRIPE):
@@ -205,16 +205,17 @@ def _cholesky(matrix: Tensor) -> Tensor:
     return rest.tril()
 
 
-def _factor_panel(panel: Tensor) -> None:
-    """Cholesky of some columns in place, one by one; rows below the square come along. Elementwise only."""
-    width = panel.shape[-1]
+def _factor_panel(columns: Tensor) -> Tensor:
+    """Cholesky of the first columns of a matrix, given and returned as rows [..., panel, rest], in place; elementwise only."""
+    width = columns.shape[-2]
     for i in range(width):
-        pivot = panel[..., i, i, None]
+        pivot = columns[..., i, i, None]
         root = pivot.clamp_min(_LEAST_PIVOT).sqrt()
-        column = torch.where(pivot < _LEAST_PIVOT, 0.0, panel[..., i + 1 :, i] / root)
-        panel[..., i, i, None] = root
-        panel[..., i + 1 :, i] = column
-        panel[..., i + 1 :, i + 1 :] -= column[..., :, None] * column[..., None, : width - i - 1]
+        column = torch.where(pivot < _LEAST_PIVOT, 0.0, columns[..., i, i + 1 :] / root)
+        columns[..., i, i, None] = root
+        columns[..., i, i + 1 :] = column
+        columns[..., i + 1 :, i + 1 :] -= column[..., : width - i - 1, None] * column[..., None, :]
+    return columns
 
 
 def _split(values: Tensor) -> tuple[Tensor, Tensor]:
