@@ -9,9 +9,9 @@ import sys
 import torch
 
 from seedlm.codes.block import codec
-from seedlm.codes.block.encode import encode
 from seedlm.codes.block.format import PRESETS, BlockFormat
 from seedlm.codes.block.search import torch_search
+from seedlm.codes.encoded import encode
 
 BIAS = -4
 
@@ -63,7 +63,7 @@ def main(count: int) -> None:
         weight = torch.randn(count, format.block_size * 3 // 2, generator=torch.Generator().manual_seed(2))
         encoded, _ = encode(weight, format)
         end = slice(format.block_size, None)
-        return float((encoded.decode()[:, end] - weight[:, end]).norm() / weight[:, end].norm())
+        return float((encoded.dequantize()[:, end] - weight[:, end]).norm() / weight[:, end].norm())
 
     line("the half block at a row's end, zero-padded", tail)
 

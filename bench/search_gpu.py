@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from seedlm.codes.block import codec
-from seedlm.codes.block import encode as search
-from seedlm.codes.block.format import Format, parse_format
+from seedlm.codes.block.format import Format
 from seedlm.codes.block.search import torch_search, triton_search
+from seedlm.codes.encoded import encode
+from seedlm.codes.registry import parse_format
 
 SHAPES = [[4096, 4096], [4096, 11008], [4096, 14336], [8192, 28672], [576, 576], [576, 1536]]
 """Layers of 7B, 8B and 70B models, and of SmolLM2-135M."""
@@ -59,7 +60,7 @@ def measure(format: Format, weight: Tensor, repeats: int) -> dict[str, float]:
     """Rates of this search and of plain torch on one weight, blocks that were redone, and GPU memory beside the weight."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    spent = seconds(lambda: search.encode(weight, format, backend="triton"), repeats)
+    spent = seconds(lambda: encode(weight, format, backend="triton"), repeats)
     peak = torch.cuda.max_memory_allocated() - before
     # Any length of float32 makes blocks: what does not fill one is left out.
     count = weight.numel() // format.block_size

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from seedlm import encode
+from seedlm.codes.base import stored_bits
 from seedlm.codes.block.format import PRESETS
 from seedlm.device import choose_device
 from seedlm.evaluation import models
@@ -56,7 +57,7 @@ def measure(name: str, weights: list[Tensor]) -> tuple[float, float]:
         if name.startswith("seedlm-"):
             format = PRESETS[name.removeprefix("seedlm-")]
             _, squared = encode(weight, format)
-            stored += format.stored_bits(*weight.shape)
+            stored += stored_bits(format, *weight.shape)
         else:
             found, bits = rebuild(weight, name)
             squared = float((weight.double() - found.double()).square().sum())

@@ -11,7 +11,8 @@ It imports neither torch nor transformers itself, which take seconds: a name tha
 import importlib
 import typing
 
-from seedlm.codes.block.format import PRESETS, BlockFormat, parse_format
+from seedlm.codes.block.format import PRESETS, BlockFormat
+from seedlm.codes.registry import parse_format
 from seedlm.compress.allocate import Mixture
 from seedlm.errors import SeedLMError
 from seedlm.integrations.transformers import hook
@@ -30,8 +31,8 @@ __all__ = [
     "compress_checkpoint",
     "compress_model",
     "compress_module",
+    "dequantize_model",
     "encode",
-    "expand_model",
     "inspect_checkpoint",
     "measure_sensitivity",
     "parse_format",
@@ -39,24 +40,24 @@ __all__ = [
 
 if typing.TYPE_CHECKING:
     from seedlm.calibration.sensitivity import measure_sensitivity
-    from seedlm.codes.block.encode import EncodedTensor, encode
+    from seedlm.codes.encoded import EncodedTensor, encode
     from seedlm.compress.run import compress_checkpoint
     from seedlm.integrations.transformers.quantizer import SeedLMConfig
     from seedlm.modeling.linear import SeedLinear, compress_module
-    from seedlm.modeling.quantize import compress_model, expand_model
+    from seedlm.modeling.quantize import compress_model, dequantize_model
     from seedlm.storage.checkpoint import Checkpoint
     from seedlm.storage.inspect import inspect_checkpoint
 else:  # the same names when they are asked for; type checkers do not see this, to them __getattr__ would allow any name
     _HOMES = {
         "Checkpoint": "storage.checkpoint",
-        "EncodedTensor": "codes.block.encode",
+        "EncodedTensor": "codes.encoded",
         "SeedLMConfig": "integrations.transformers.quantizer",
         "SeedLinear": "modeling.linear",
         "compress_checkpoint": "compress.run",
         "compress_model": "modeling.quantize",
         "compress_module": "modeling.linear",
-        "encode": "codes.block.encode",
-        "expand_model": "modeling.quantize",
+        "encode": "codes.encoded",
+        "dequantize_model": "modeling.quantize",
         "inspect_checkpoint": "storage.inspect",
         "measure_sensitivity": "calibration.sensitivity",
     }

@@ -11,8 +11,9 @@ like this are uncorrelated, as each has mean zero given the text before it. The 
 their expected squares: one backward pass over a sequence counts all its tokens, and gives every weight its share. Each matrix
 of a stack of experts is a weight; one to which no token went counts 0 (and `allocate` takes it as the least of the others).
 
-LOG.md has what else was tried, and how well each agrees with the true KL of a real model on real text: this as well as one
-compression and evaluation per weight, and nothing that can be read off the weights alone, norms and gains included, nearly.
+What else was tried, and how well each agrees with the true KL of a real model on real text, is in
+docs/log/mixed-precision.md: this as well as one compression and evaluation per weight, and nothing that can be read off the
+weights alone, norms and gains included, nearly.
 """
 
 import json
@@ -30,7 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import experts_traits, projections_of
-from seedlm.storage.safetensors import read_json
+from seedlm.storage.untrusted import read_json
 from seedlm.version import __version__
 
 SENSITIVITY_VERSION: Final = 1

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seedlm.cli.console import in_bytes, number, show_progress
-from seedlm.codes.block.format import PRESETS, Format, parse_format
+from seedlm.codes.registry import DEFAULT, family, parse_format
 from seedlm.errors import FormatError
 
 if TYPE_CHECKING:
+    from seedlm.codes.base import Format
     from seedlm.compress.allocate import Mixture
     from seedlm.storage.inspect import Report
 
@@ -31,7 +32,9 @@ def compress(
     format: Annotated[
         str | None, typer.Option(help="A format instead of --bits, such as block-k16-c8-p3-q4-e4.", metavar="SPEC")
     ] = None,
-    rounding: Annotated[str, typer.Option(help="How coefficients are chosen: best, or the paper's own nearest.")] = "best",
+    rounding: Annotated[
+        str | None, typer.Option(help="How the block code chooses coefficients: best (default), or the paper's own nearest.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Store what is not compressed as bfloat16, float16 or float32; default: as it is.")
     ] = None,
@@ -70,14 +73,15 @@ def compress(
                 path,
                 out,
                 format=wanted,
-                rounding=rounding,  # type: ignore[arg-type]  # checked inside, with the allowed values in the message
                 dtype=dtype,
                 include=include or (),
                 exclude=exclude or (),
                 max_shard_size=max_shard_size,
                 device=device,
-                backend=backend,  # type: ignore[arg-type]
+                backend=backend,
                 on_progress=on_progress,
+                on_note=lambda note: print(f"seedlm: {note}", file=sys.stderr),
+                **({"rounding": rounding} if rounding is not None else {}),
             )
     except KeyboardInterrupt:
         print(f"seedlm: stopped; run the same command again to go on ({out}.partial holds what is done)", file=sys.stderr)
@@ -97,10 +101,11 @@ def _format(source: str, bits: str, format: str | None, sensitivity: Path | None
     """What is asked for: one format, or a mixture."""
     number = float(bits) if re.fullmatch(r"\d+(\.\d+)?", bits, re.ASCII) else None
     if sensitivity is None:
-        alone = sorted(map(float, PRESETS))
+        presets = family(DEFAULT).presets
+        alone = sorted(map(float, presets))
         if format is None and number is not None and alone[0] < number < alone[-1] and number not in alone:
             raise FormatError(
-                f"{bits} bits a weight are a mixture of formats (one alone: {', '.join(PRESETS)}): measure the model first, "
+                f"{bits} bits a weight are a mixture of formats (one alone: {', '.join(presets)}): measure the model first, "
                 "seedlm sensitivity SOURCE -o FILE, and add --sensitivity FILE"
             )
         return parse_format(format or bits)

@@ -4,36 +4,23 @@ The loss of a compressed model is, to first order, a sum over its weights (HIGGS
 
     KL  ~  sum_i  sensitivity_i * nmse_i        nmse_i = ||W_i - W^_i||^2 / ||W_i||^2
 
-The sensitivities are the model's (`sensitivity`), the errors the formats', as on normal weights (`NMSE`). Choosing a format for
-every weight under a budget of bits is then a multiple-choice knapsack, and its greedy solution needs no solver: start with
-the fewest bits everywhere, and buy upgrades in the order of what they save per bit. As long as nothing is passed over, each
-state on the way is the best of its size, since one weight's upgrades save less and less per bit (on the convex hull). What
-the first one that no longer fits would have saved bounds what any other choice could; among hundreds of weights that is little.
+The sensitivities are the model's (`sensitivity`), the errors the formats', as on normal weights (`Family.mixture`).
+Choosing a format for every weight under a budget of bits is then a multiple-choice knapsack, and its greedy solution needs
+no solver: start with the fewest bits everywhere, and buy upgrades in the order of what they save per bit. As long as nothing
+is passed over, each state on the way is the best of its size, since one weight's upgrades save less and less per bit (on the
+convex hull). What the first one that no longer fits would have saved bounds what any other choice could; among hundreds of
+weights that is little. Weights that must share a format count as one.
 """
 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
-from seedlm.codes.block.format import PRESETS, Format
+from seedlm.codes.base import Format, stored_bits
+from seedlm.codes.registry import DEFAULT, family
 from seedlm.errors import FormatError
-
-NMSE: Final[Mapping[Format, float]] = {
-    PRESETS[bits]: nmse
-    for bits, nmse in {
-        "5": 0.00386,
-        "4.5": 0.00644,
-        "4": 0.01415,
-        "3.5": 0.02617,
-        "3": 0.04789,
-        "2.5": 0.08061,
-        "2": 0.13558,
-    }.items()
-}
-"""Expected ||W - W^||^2 / ||W||^2 of normal weights: of the formats to be mixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +35,12 @@ class Mixture:
 
     bits: float
     sensitivity: Mapping[str, float]
-    formats: Mapping[Format, float] = field(default_factory=lambda: NMSE)
+    formats: Mapping[Format, float] = field(default_factory=lambda: family(DEFAULT).mixture)
 
-    def assign(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Format]:
+    def assign(self, shapes: Mapping[str, tuple[int, int]], groups: Iterable[Sequence[str]] = ()) -> dict[str, Format]:
         """A format for each of the weights to be compressed, module -> (out_features, in_features).
 
+        groups    modules that must get the same format; one in no group stands alone
         Raises FormatError if a weight has no sensitivity, or if no mixture has so many bits.
         """
         missing = [module for module in shapes if module not in self.sensitivity]
@@ -62,18 +50,29 @@ class Mixture:
                 "or --exclude what its class has no layer for"
             )
         weights = sum(map(math.prod, shapes.values()))
-        sizes = {format: sum(format.stored_bits(*shape) for shape in shapes.values()) for format in self.formats}
+        sizes = {format: sum(stored_bits(format, *shape) for shape in shapes.values()) for format in self.formats}
         low, high = (bound(sizes.values()) / weights for bound in (min, max))
         if not low <= self.bits <= high:
             raise FormatError(f"a mixture for this model has {low:.4f} to {high:.4f} bits a weight, got {self.bits:g}")
         least = min((value for value in self.sensitivity.values() if value > 0), default=1.0)
+        first = {module: group[0] for group in groups for module in group}
+        together: dict[str, list[str]] = {}
+        for module in shapes:
+            together.setdefault(first.get(module, module), []).append(module)
         choices = [
-            [(format.stored_bits(*shape), (self.sensitivity[module] or least) * nmse) for format, nmse in self.formats.items()]
-            for module, shape in shapes.items()
+            [
+                (
+                    sum(stored_bits(format, *shapes[module]) for module in members),
+                    sum((self.sensitivity[module] or least) * nmse for module in members),
+                )
+                for format, nmse in self.formats.items()
+            ]
+            for members in together.values()
         ]
         formats = list(self.formats)
-        chosen = allocate(choices, math.floor(self.bits * weights))
-        return {module: formats[choice] for module, choice in zip(shapes, chosen, strict=True)}
+        chosen = dict(zip(together, allocate(choices, math.floor(self.bits * weights)), strict=True))
+        leader = {module: name for name, members in together.items() for module in members}
+        return {module: formats[chosen[leader[module]]] for module in shapes}
 
 
 def most_common(formats: Mapping[str, Format]) -> Format:

@@ -19,10 +19,8 @@ from typing import Any, Final
 
 import torch
 
-from seedlm.codes.block import encode as search
-from seedlm.codes.block.codec import choose_exponent_bias
-from seedlm.codes.block.encode import Backend
-from seedlm.codes.block.format import ROUNDINGS, Format, Rounding, parse_format
+from seedlm.codes.base import EncodeOptions, Format
+from seedlm.codes.registry import check_settings, family_of, parse_format
 from seedlm.compress import workers, workers_ray
 from seedlm.compress.allocate import Mixture, most_common
 from seedlm.compress.scan import Scan, scan
@@ -30,12 +28,23 @@ from seedlm.compress.worker import Item, Job, Place, Unit
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.device import choose_devices, peak_memory
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
+from seedlm.modeling.blueprint import survey
 from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.checkpoint import PackedInfo, stored_name
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
+from seedlm.storage.metadata import UNKNOWN_DIGEST
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout
-from seedlm.storage.selection import as_patterns, dense_linears, matrices_of, select, stack_of
+from seedlm.storage.selection import (
+    Survey,
+    as_patterns,
+    dense_linears,
+    groups_of,
+    largest_left,
+    matrices_of,
+    select,
+    stack_of,
+)
 from seedlm.storage.source import Source, locate, open_source
 from seedlm.version import __version__
 
@@ -52,28 +61,30 @@ def compress_checkpoint(
     out: str | Path,
     *,
     format: str | float | Format | Mixture = "4",
-    rounding: Rounding = "best",
     dtype: str | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     max_shard_size: int | str = "5GB",
     device: str = "auto",
-    backend: Backend = "auto",
+    backend: str = "auto",
     revision: str | None = None,
     on_progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> RunReport:
     """Compress a model into a new folder, or go on with a run that was stopped.
 
     source              local folder of safetensors, GGUF file or Hub repository (`source.open_source`)
     out                 folder to be created; ``OUT.partial`` beside it holds the unfinished run
     format              preset, specification or format object, or a mixture of formats
-    rounding            how coefficients are chosen (`format.Rounding`)
     dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;
                         None leaves every one as it is
     include, exclude    glob patterns over module names (`selection`)
     max_shard_size      bytes, or a text such as ``"5GB"``
     device              where seeds are searched (`device.choose_devices`): ``"auto"`` is every GPU, or the CPU if there is
                         none; ``"cuda:0,cuda:1"`` those two; ``"ray"`` a cluster (`engine_ray`). All find the same codes
+    on_note             told, before the search, what a user should know of the plan, a line each time
+    settings            of the format's family: ``rounding="nearest"`` is the paper's for the block code
     returns             sizes, bits and errors, read back from what was written, and how the run went
     Raises SourceError for a model that cannot be read, TensorError for NaN or Inf, OutputError if the output exists, belongs
     to another run or does not fit the disk, FormatError, BackendError, also for a worker that died.
@@ -81,27 +92,34 @@ def compress_checkpoint(
     clock = _Clock()
     out = Path(out).absolute()
     format = format if isinstance(format, Mixture) else parse_format(format)
-    if rounding not in ROUNDINGS:
-        raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if dtype is not None and dtype not in _DTYPES:
         raise FormatError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     devices = [] if workers_ray.is_ray(device) else choose_devices(device)
     candidates = list(format.formats) if isinstance(format, Mixture) else [format]
+    check_settings(candidates, settings)
     for where, candidate in itertools.product(devices, candidates):
-        if backend != "auto" and (reason := search.reason_unavailable(backend, where, candidate)):
+        if backend != "auto" and (reason := family_of(candidate).reason_no_encoder(backend, where, candidate)):
             raise BackendError(reason)
     include, exclude = as_patterns(include), as_patterns(exclude)
     shard_bytes = parse_size(max_shard_size)
     progress = on_progress or (lambda phase, done, total: None)
+    tell = on_note or (lambda note: None)
     path = locate(source, revision=revision).absolute()
     model = open_source(path)
     widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
-    modules, left = select(model.tensors, model.config, widest, include, exclude)
-    matrices = {module: shape for module, (_, shape, _) in matrices_of(modules, model.tensors, model.config).items()}
-    formats = format.assign(matrices) if isinstance(format, Mixture) else dict.fromkeys(matrices, widest)
+    found = survey(model.config, model.tensors)
+    modules, left = select(model.tensors, model.config, widest, include, exclude, found)
+    for note in (*found.notes, *largest_left(model.tensors, left)):
+        tell(note)
+    matrices = {module: shape for module, (_, shape, _) in matrices_of(modules, model.tensors, model.config, found).items()}
+    if isinstance(format, Mixture):
+        formats = format.assign(matrices, groups_of(matrices) if any(family_of(each).fused for each in candidates) else ())
+    else:
+        formats = dict.fromkeys(matrices, widest)
     format = most_common(formats)
     overrides = {module: other for module, other in formats.items() if other != format}
-    items = _items(model, formats, _DTYPES.get(dtype or ""))
+    recorded = {**family_of(format).defaults, **settings}
+    items = _items(model, formats, _DTYPES.get(dtype or ""), found)
     shards = _shards(items, shard_bytes)
     layouts = {name: _layout(shard) for name, shard in shards.items()}
     plan = {
@@ -109,7 +127,7 @@ def compress_checkpoint(
         "arguments": {
             "format": format.spec,
             "overrides": {module: other.spec for module, other in overrides.items()},
-            "rounding": rounding,
+            **recorded,
             "dtype": dtype,
             "include": sorted(include),
             "exclude": sorted(exclude),
@@ -122,10 +140,18 @@ def compress_checkpoint(
 
     with WorkFolder.claim(out) as work:
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
-        job = Job(str(path), fingerprint, work.model, work.token, tuple(dict.fromkeys(formats.values())), rounding, backend)
+        job = Job(
+            str(path),
+            fingerprint,
+            work.model,
+            work.token,
+            tuple(dict.fromkeys(formats.values())),
+            EncodeOptions(backend, settings),
+        )
         try:
             with workers.start(job, devices, model) if devices else workers_ray.start(job, device) as runner:
-                published = work.begin(plan, layouts)
+                headings = {name: line for item in items for name, line in item.headings.items()}
+                published = work.begin(plan, layouts, headings)
                 if not published:
                     clock.phase("compress")
                     done = _run(work, runner, model, _places(shards, layouts), readers, progress)
@@ -138,8 +164,10 @@ def compress_checkpoint(
             config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
             if dtype is not None:
                 config["dtype"] = dtype
-            dense = dense_linears(model.tensors, left)
-            config["quantization_config"] = checkpoint.quantization_config(format, rounding, dense, overrides)
+            dense = dense_linears(model.tensors, left, found)
+            config["quantization_config"] = checkpoint.quantization_config(format, recorded, dense, overrides)
+            digests = {name: known for item in items for name, known in work.done[item.key]["sha256"].items()}
+            work.finish({name: _layout(shard, digests) for name, shard in shards.items()})
             _write_rest(work, model, shards, config)
             work.publish()
         work.remove()
@@ -179,7 +207,7 @@ class _Clock:
         self._name, self._since = name, now
 
 
-def _items(source: Source, formats: Mapping[str, Format], dtype: str | None) -> list[Item]:
+def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, survey: Survey) -> list[Item]:
     """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight.
 
     formats   module -> how its weight is to be stored, of every matrix to be compressed
@@ -188,7 +216,7 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None) -> 
     taken: dict[str, str] = {}
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
-        experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config)
+        experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config, survey)
         if experts:
             found = [_packed(name, expert, PackedInfo(formats[expert], experts.matrix, experts)) for expert in experts.modules]
         elif module in formats and module != name:
@@ -223,9 +251,11 @@ def _shards(items: list[Item], max_bytes: int) -> dict[str, list[Item]]:
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
-def _layout(items: list[Item]) -> Layout:
+def _layout(items: list[Item], digests: Mapping[str, str] | None = None) -> Layout:
+    """A file that holds these; the same with zeros for digests that are not known yet."""
     stored = {name: info for item in items for name, info in item.stored.items()}
-    return layout(stored, checkpoint.metadata({item.module: item.packed for item in items if item.module and item.packed}))
+    packed = {item.module: item.packed for item in items if item.module and item.packed}
+    return layout(stored, checkpoint.metadata(packed, {name: (digests or {}).get(name, UNKNOWN_DIGEST) for name in stored}))
 
 
 def _places(shards: Mapping[str, list[Item]], layouts: Mapping[str, Layout]) -> dict[Item, Place]:
@@ -265,8 +295,7 @@ def _run(
             if item.key in work.done:
                 work.expect(item.key, content=found.digest)
                 continue
-            largest = torch.tensor([found.largest])
-            yield Unit(item, places[item], choose_exponent_bias(largest, item.packed.format) if item.packed else 0)
+            yield Unit(item, places[item], found.largest)
 
     finished: list[workers.Finished] = []
     digests: dict[str, str] = {}

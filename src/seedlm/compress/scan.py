@@ -25,7 +25,7 @@ _PIECE_WEIGHTS: Final = 1 << 22
 _THREADS: Final = 16
 """Weights that a thread has in memory at a time, and threads at most. What limits them is SHA-256."""
 _AHEAD_BYTES: Final = 16 << 30
-"""How far to read ahead: what a machine of that size still has in memory when it is read again."""
+"""What a machine of that size still has in memory when it is read again."""
 
 _BITS: Final[Mapping[str, tuple[Any, Any, int]]] = {
     "BF16": (np.int16, np.uint16, 0x7F80),
@@ -49,11 +49,14 @@ class Scan:
     reason: str | None = None
 
 
-def scan(source: Source, items: Iterable[Item], tell: Callable[[int], None], threads: int) -> Generator[tuple[Item, Scan]]:
+def scan(
+    source: Source, items: Iterable[Item], tell: Callable[[int], None], threads: int, ahead: int = _AHEAD_BYTES
+) -> Generator[tuple[Item, Scan]]:
     """Read the items' tensors; yields in their order, as each is asked for. Closed early, it stops reading.
 
     tell      told the bytes just read, any number of times, from one thread at a time
     threads   to read with: at least 1 and at most 16 are started
+    ahead     bytes to read beyond what was asked for
     Raises SourceError; TensorError for a number too large for the dtype that it gets, and for a weight with NaN or Inf values:
     the first is named, and all others are read to say how many more there are.
     """
@@ -68,7 +71,7 @@ def scan(source: Source, items: Iterable[Item], tell: Callable[[int], None], thr
     with ThreadPoolExecutor(max(1, min(_THREADS, threads))) as pool:
         started = ((item, pool.submit(_scan, source, item, told)) for item in items)
         waiting: deque[tuple[Item, Future[Scan]]] = deque()
-        ahead = 0
+        unasked = 0
 
         def first() -> tuple[Item, Scan]:
             item, future = waiting.popleft()
@@ -82,10 +85,10 @@ def scan(source: Source, items: Iterable[Item], tell: Callable[[int], None], thr
         try:
             for item, future in started:
                 waiting.append((item, future))
-                ahead += _nbytes(source, item)
-                while ahead > _AHEAD_BYTES:
+                unasked += _nbytes(source, item)
+                while unasked > ahead:
                     done, found = first()
-                    ahead -= _nbytes(source, done)
+                    unasked -= _nbytes(source, done)
                     yield done, found
             while waiting:
                 yield first()

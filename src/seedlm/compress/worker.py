@@ -9,7 +9,7 @@ A tensor passes through in pieces of rows, so memory does not grow with the mode
 import json
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -18,20 +18,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from seedlm.codes.block import encode as search
-from seedlm.codes.block.encode import Backend
-from seedlm.codes.block.format import Format, Rounding
+from seedlm.codes.base import EncodeOptions, Facts, Format, Tell, totals
+from seedlm.codes.registry import family_of
 from seedlm.compress.workfolder import Writer, sync, writing
 from seedlm.errors import SourceError, TensorError
-from seedlm.storage.checkpoint import PackedInfo, stored_name
+from seedlm.storage.metadata import PackedInfo, heading, stored_name
 from seedlm.storage.safetensors import TensorInfo, torch_dtype
 from seedlm.storage.source import Source, open_source
 
 PIECE_WEIGHTS: Final = {"cpu": 1 << 22, "cuda": 1 << 23}
 """Weights of a tensor that are in memory at a time. 2^22 are 16 MiB in float32 and 32 MiB while their squares are added up."""
-
-Tell = Callable[[int], None]
-"""Told the number of weights just finished, any number of times."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,8 @@ class Job:
     fingerprint   that it must have, JSON (`Source.fingerprint`)
     folder        where the files to be filled are
     token         by which the folder above is known (`workfolder.is_held`)
-    formats       that will be searched
+    formats       that will be encoded
+    options       how
     """
 
     source: str
@@ -50,8 +47,7 @@ class Job:
     folder: Path
     token: str
     formats: tuple[Format, ...]
-    rounding: Rounding
-    backend: Backend
+    options: EncodeOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +71,11 @@ class Item:
         return next(iter(self.stored))
 
     @property
+    def headings(self) -> dict[str, bytes]:
+        """Of what is stored: stored name -> what its digest begins with."""
+        return {name: heading(name, info, self.packed) for name, info in self.stored.items()}
+
+    @property
     def weights(self) -> int:
         """To be searched."""
         return self.packed.weights if self.packed else 0
@@ -90,11 +91,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Unit:
-    """What a worker is given: an item, its place, and the exponent bias of its code, if it gets one."""
+    """What a worker is given: an item, its place, and the largest magnitude in it, if it is to be encoded."""
 
     item: Item
     place: Place
-    exponent_bias: int
+    largest: float
 
 
 class Worker:
@@ -115,24 +116,28 @@ class Worker:
         self._files: dict[str, FileIO] = {}
 
     def warm_up(self) -> None:
-        """Build the tables and compile the search, which takes seconds, on one block."""
+        """Build the tables and compile what encoding needs, which takes seconds, on the least matrix."""
         for format in self.job.formats:
-            self._encode(torch.ones(1, format.block_size), 0, format, lambda weights: None)
+            shape = (format.row_step, format.column_step)
+            with torch.cuda.stream(self._stream()):
+                encoder = family_of(format).encoder(format, shape, Facts(1.0), self.job.options, self.device)
+                encoder.rows(torch.ones(shape, device=self.device), lambda weights: None)
 
-    def run(self, unit: Unit, tell: Tell) -> dict[str, float]:
+    def run(self, unit: Unit, tell: Tell) -> dict[str, Any]:
         """Put one tensor into its place; its bytes have reached the disk once `settle` was called after this.
 
         tell      told the weights that are encoded, as they are
-        returns   what the report wants to know: squared_error and squared_norm of a compressed weight
+        returns   what the journal keeps: sha256, by stored name; squared_error and squared_norm of a compressed weight
         Raises SourceError, TensorError, BackendError, OSError; whatever `tell` raises ends the unit.
         """
         item = unit.item
         self._open(unit.place.file)
-        with writing(self.job.folder / unit.place.file, unit.place.offsets) as writer:
+        with writing(self.job.folder / unit.place.file, unit.place.offsets, item.headings) as writer:
             if item.packed is None:
                 self._copy(item, writer)
-                return {}
-            return self._compress(item, item.packed, unit.exponent_bias, writer, tell)
+                return {"sha256": writer.digests}
+            facts = self._compress(item, item.packed, unit.largest, writer, tell)
+            return {"sha256": writer.digests, **facts}
 
     def settle(self, files: Iterable[str]) -> None:
         """Wait until all that was written to these files of the output has reached the disk. Raises OSError if it could not."""
@@ -158,45 +163,40 @@ class Worker:
             writer.write(item.name, start, data)
             start += len(data)
 
-    def _compress(self, item: Item, packed: PackedInfo, exponent_bias: int, writer: Writer, tell: Tell) -> dict[str, float]:
+    def _compress(self, item: Item, packed: PackedInfo, largest: float, writer: Writer, tell: Tell) -> dict[str, float]:
+        """Encode a matrix piece by piece. On a GPU each thread has its own stream."""
         rows, columns = packed.shape
-        row_bytes = packed.stored["words"].nbytes // rows
-        start, sums = 0, []
+        format, module = packed.format, f"{item.module}"
+        parts = format.parts(rows, columns)
+        start, errors = 0, []
         on_gpu = self.device.type == "cuda"
         weights = PIECE_WEIGHTS["cuda" if on_gpu else "cpu"]
-        for piece in pieces(self.source, item.name, f"{item.module}", packed, weights, pinned=on_gpu):
-            left = len(piece) * columns
+        with torch.cuda.stream(self._stream()):
+            encoder = family_of(format).encoder(format, packed.shape, Facts(largest), self.job.options, self.device)
+            for piece in pieces(self.source, item.name, module, packed, weights, pinned=on_gpu):
+                left = len(piece) * columns
 
-            def within(weights: int) -> None:
-                nonlocal left
-                weights = min(weights, left)  # a search counts the padding of row tails too
-                left -= weights
-                tell(weights)
+                def within(weights: int) -> None:
+                    nonlocal left
+                    weights = min(weights, left)  # an encoder counts the padding of rows too
+                    left -= weights
+                    tell(weights)
 
-            words, part = self._encode(piece, exponent_bias, packed.format, within)
-            writer.write(stored_name(f"{item.module}", "words"), start * row_bytes, as_bytes(words))
-            sums.append(part)
-            tell(left)
-            start += len(piece)
-        bias = torch.tensor([exponent_bias], dtype=torch.int32)
-        writer.write(stored_name(f"{item.module}", "exponent_bias"), 0, as_bytes(bias))
-        error, norm = search.totals(sums, packed.format)
+                codes, found = encoder.rows(piece.to(self.device, non_blocking=True), within)
+                for name, tensor in codes.items():
+                    part = parts[name]
+                    entry_bytes = part.nbytes // part.shape[0]
+                    first = start // part.rows_per_entry * entry_bytes
+                    writer.write(stored_name(module, name), first, as_bytes(tensor.cpu()))
+                errors.append(found)
+                tell(left)
+                start += len(piece)
+            for name, tensor in encoder.rest().items():
+                writer.write(stored_name(module, name), 0, as_bytes(tensor.cpu()))
+        error, norm = totals(errors)
         if not math.isfinite(norm):
             raise SourceError(f"{item.name}: has NaN or Inf values that it did not have before; it changed while being read")
         return {"squared_error": error, "squared_norm": norm}
-
-    def _encode(self, rows: Tensor, bias: int, format: Format, tell: Tell) -> tuple[Tensor, search.RowSums]:
-        """`search.encode_rows` on this worker's device: int32 words on the CPU. On a GPU each thread has its own stream."""
-        with torch.cuda.stream(self._stream()):
-            words, sums = search.encode_rows(
-                rows.to(self.device, non_blocking=True),
-                bias,
-                format,
-                self.job.rounding,
-                backend=self.job.backend,
-                on_progress=tell,
-            )
-            return words.cpu(), sums
 
     def _stream(self) -> torch.cuda.Stream | None:
         if self.device.type == "cuda" and not hasattr(self._own, "stream"):
@@ -207,13 +207,16 @@ class Worker:
 def pieces(source: Source, name: str, module: str, packed: PackedInfo, weights: int, pinned: bool = False) -> Iterator[Tensor]:
     """The matrix that becomes `module`, as rows, about so many weights at a time: [rows, columns] in its own dtype.
 
+    Every piece but the last is a multiple of the format's `row_step`.
+
     name     of the tensor that holds it, alone or in a stack; one of a stack is read as a whole
     pinned   read them into memory that a GPU copies from four times as fast
     Each piece is gone when the next is asked for.
     """
     info, stack = source.tensors[name], packed.stack
     rows, columns = packed.shape
-    step = min(rows, max(1, weights // columns))
+    row_step = packed.format.row_step
+    step = min(rows, max(1, weights // columns // row_step) * row_step)
     if stack is not None:
         into = torch.empty(info.nbytes // info.shape[0], dtype=torch.uint8, pin_memory=pinned)
         expert = stack.expert(module)

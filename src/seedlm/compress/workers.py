@@ -34,11 +34,11 @@ from seedlm.storage.source import Source
 _GPU_THREADS: Final = 4
 _THREAD_BYTES: Final = 3 << 29
 """Units at once on a GPU, and memory that it should have free for each. On an H100 1, 2, 3 and 4 gave
-299, 430, 454 and 512 million weights/s (LOG, "The pipeline"). A search on a CPU has threads of its own."""
+299, 430, 454 and 512 million weights/s (docs/log/pipeline.md). A search on a CPU has threads of its own."""
 
 _TABLE_THREADS: Final = 4
 """Torch's threads on the processor beside a GPU, which make tables by thousands of small operations: spread over all
-processors by a process for each GPU, they wait for each other (LOG, "What several GPUs waited for")."""
+processors by a process for each GPU, they wait for each other (docs/log/pipeline.md)."""
 
 _CHILD: Final = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path!r}; "
@@ -61,7 +61,7 @@ class Finished:
     """A unit's bytes are on disk. `device`, and the most memory so far of the process that did it, in bytes."""
 
     unit: Unit
-    facts: dict[str, float]
+    facts: dict[str, Any]
     device: str
     host_bytes: int
     device_bytes: int
@@ -99,7 +99,7 @@ class Threads:
     def __init__(self, job: Job, device: torch.device, source: Source | None, post: Post) -> None:
         self._job, self._device, self._source, self._post = job, device, source, post
         self._units: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
-        self._written: queue.SimpleQueue[tuple[Unit, dict[str, float]] | None] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[tuple[Unit, dict[str, Any]] | None] = queue.SimpleQueue()
         self._stopping = False
         self._ready = threading.Lock()
         self._worker: Worker | None = None
@@ -266,22 +266,23 @@ class Engine:
                 yield event
 
 
+def share_threads(devices: list[torch.device], threads: int) -> list[int]:
+    """How many of torch's threads on the processor the process of each device gets."""
+    cpus = sum(device.type == "cpu" for device in devices)
+    on_gpu = max(1, min(_TABLE_THREADS, threads // (2 * len(devices))))  # half of them read ahead
+    return [max(1, threads // cpus) if device.type == "cpu" else on_gpu for device in devices]
+
+
 @contextmanager
 def start(job: Job, devices: list[torch.device], source: Source) -> Iterator[Engine]:
     """Start the workers; on leaving they have stopped. `source` is the job's, open."""
     engine = Engine()
     everything = torch.get_num_threads()
-    cpus = sum(device.type == "cpu" for device in devices)
-
-    def threads(device: torch.device) -> int:
-        if device.type == "cpu":
-            return max(1, everything // cpus)
-        return max(1, min(_TABLE_THREADS, everything // (2 * len(devices))))  # half of them read ahead
-
+    own, *others = share_threads(devices, everything)
     with ExitStack() as stack:
-        for device in devices[1:]:
-            stack.callback(Child(job, device, threads(device), engine.post).close)
+        for device, threads in zip(devices[1:], others, strict=True):
+            stack.callback(Child(job, device, threads, engine.post).close)
         stack.callback(torch.set_num_threads, everything)
-        torch.set_num_threads(threads(devices[0]))
+        torch.set_num_threads(own)
         stack.callback(Threads(job, devices[0], source, engine.post).close)
         yield engine

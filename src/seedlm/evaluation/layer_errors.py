@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 _PROBE: Final = 1 << 24
-"""Outputs of unit vectors formed at a time: 64 MB."""
+"""64 MB of outputs."""
 
 _SCALE: Final = 1024.0
 """Length of the unit vectors: what a bias in 16 bits rounds away is divided by it again. Larger ones would overflow float16."""
 
 
 @torch.inference_mode()
-def compare_layers(model: Any, reference: Any, windows: Tensor) -> dict[str, Any]:
+def compare_layers(model: Any, reference: Any, windows: Tensor, *, probe: int = _PROBE) -> dict[str, Any]:
     """Relative errors of a model's layers.
 
     model, reference   causal language models as transformers makes them, in evaluation mode, of one architecture
     windows            int64 [windows, tokens], on the CPU
+    probe              outputs of unit vectors formed at a time
     returns            linears: of every linear layer of the reference that the model has too, its module, shape [out, in],
                        weight_error and output_error; hidden: the error after each decoder layer, the last one normed
     """
@@ -53,7 +54,7 @@ def compare_layers(model: Any, reference: Any, windows: Tensor) -> dict[str, Any
             {
                 "module": name,
                 "shape": [module.out_features, module.in_features],
-                "weight_error": _weight_error(partner, module, model, reference),
+                "weight_error": _weight_error(partner, module, model, reference, probe),
                 "output_error": outputs[name].value,
             }
             for name, (partner, module) in pairs.items()
@@ -94,9 +95,9 @@ def _hidden_states(model: Any, window: Tensor) -> list[Tensor]:
     return [state[0, 1:] for state in states[1:]]
 
 
-def _weight_error(partner: nn.Module, module: nn.Linear, model: Any, reference: Any) -> float | None:
+def _weight_error(partner: nn.Module, module: nn.Linear, model: Any, reference: Any, probe: int) -> float | None:
     ratio = _Ratio()
-    rows = max(1, _PROBE // max(module.in_features, module.out_features))
+    rows = max(1, probe // max(module.in_features, module.out_features))
     for start in range(0, module.in_features, rows):
         stop = min(start + rows, module.in_features)
         ratio.add(

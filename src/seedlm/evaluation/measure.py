@@ -32,7 +32,7 @@ PAIR_RECORD: Final = np.dtype(
 """The same of a model and a reference, and KL(reference || model) in nats."""
 
 _CHUNK = 1 << 23
-"""Logits turned to float32 at a time: 32 MB, and a handful of temporary copies of it."""
+"""32 MB of logits, and a handful of temporary copies of it."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,21 @@ def cut_windows(token_ids: Tensor, context: int, limit: int | None = None) -> Te
 
 
 def score_windows(
-    model: Any, windows: Tensor, *, reference: Any = None, batch_size: int = 1, start: int = 0
+    model: Any, windows: Tensor, *, reference: Any = None, batch_size: int = 1, start: int = 0, chunk: int = _CHUNK
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Score windows, a batch at a time.
 
     model, reference   causal language models as transformers makes them, in evaluation mode; each runs on its own device
     windows            int64 [windows, context], on the CPU
     start              windows before this one are passed over
+    chunk              logits turned to float32 at a time
     yields             RECORD or PAIR_RECORD [batch, context - 1], and the seconds that `model` took to give its logits
     Raises EvaluationError if predictions are not finite, if the vocabularies differ, or if the memory does not suffice.
     """
     for first in range(start, len(windows), batch_size):
         batch = windows[first : first + batch_size]
         try:
-            records, seconds = _score_batch(model, batch, reference)
+            records, seconds = _score_batch(model, batch, reference, chunk)
         except torch.OutOfMemoryError:
             raise EvaluationError(
                 f"the device has no memory left for {len(batch)} x {batch.shape[1]} tokens: choose a smaller batch or context"
@@ -144,7 +145,7 @@ def perplexity(
 
 
 @torch.inference_mode()
-def _score_batch(model: Any, windows: Tensor, reference: Any) -> tuple[np.ndarray, float]:
+def _score_batch(model: Any, windows: Tensor, reference: Any, chunk: int) -> tuple[np.ndarray, float]:
     """Records [windows, context - 1] of one batch int64 [windows, context], and the model's seconds."""
     _synchronize(model.device)
     begin = time.perf_counter()
@@ -160,28 +161,28 @@ def _score_batch(model: Any, windows: Tensor, reference: Any) -> tuple[np.ndarra
             )
     records = np.empty((len(windows), windows.shape[1] - 1), RECORD if reference is None else PAIR_RECORD)
     for row, window in enumerate(windows):
-        columns = _score(logits[row, :-1], window[1:], None if other is None else other[row, :-1])
+        columns = _score(logits[row, :-1], window[1:], None if other is None else other[row, :-1], chunk)
         for field, values in columns.items():
             records[row][field] = values.cpu().numpy()
     return records, seconds
 
 
-def _score(logits: Tensor, targets: Tensor, reference: Tensor | None) -> dict[str, Tensor]:
+def _score(logits: Tensor, targets: Tensor, reference: Tensor | None, chunk: int) -> dict[str, Tensor]:
     """The record fields of T predictions.
 
     logits, reference   floating point [T, vocabulary]
     targets             int64 [T], the tokens that came
     returns             field -> [T]
     """
-    rows = max(1, _CHUNK // logits.shape[1])
+    rows = max(1, chunk // logits.shape[1])
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(logits), rows):
-        chunk = slice(start, start + rows)
-        target = targets[chunk, None].to(logits.device)
-        ours = logits[chunk].float().log_softmax(-1)
+        these = slice(start, start + rows)
+        target = targets[these, None].to(logits.device)
+        ours = logits[these].float().log_softmax(-1)
         part = {"nll": -ours.gather(1, target)[:, 0], "top1": ours.argmax(-1)}
         if reference is not None:
-            theirs = reference[chunk].to(logits.device).float().log_softmax(-1)
+            theirs = reference[these].to(logits.device).float().log_softmax(-1)
             part["reference_nll"] = -theirs.gather(1, target)[:, 0]
             part["reference_top1"] = theirs.argmax(-1)
             part["kl"] = (theirs.exp() * (theirs - ours)).sum(-1)

@@ -1,23 +1,23 @@
 """The walks over a model: which of its layers are packed, packing them in place, and putting dense ones back.
 
 compress_model(model)   every chosen linear layer, and the experts of mixtures
-expand_model(model)     every packed layer back to a dense one
+dequantize_model(model)     every packed layer back to a dense one
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from seedlm.codes.block.encode import Backend, Progress
-from seedlm.codes.block.format import Format, Rounding, parse_format
+from seedlm.codes.base import Format, Tell
+from seedlm.codes.registry import parse_format
 from seedlm.errors import TensorError
 from seedlm.modeling.experts import SeedExperts, compress_experts, projections_of
 from seedlm.modeling.linear import SeedLinear, compress_module, is_linear
-from seedlm.storage.selection import as_patterns, gets_smaller, left_by_default
+from seedlm.storage.selection import as_patterns, left_by_default
 
 
 def compress_model(
@@ -26,13 +26,14 @@ def compress_model(
     *,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
-    rounding: Rounding = "best",
-    backend: Backend = "auto",
-    on_progress: Progress | None = None,
+    backend: str = "auto",
+    on_progress: Tell | None = None,
+    **settings: Any,
 ) -> dict[str, float]:
     """Replace linear layers and stacked experts of a model by packed ones, in place.
 
     include, exclude   glob patterns over module names, as in `choose_modules`
+    settings           of the format's family (`encoded.encode`)
     returns            module name -> relative error, of every matrix compressed; experts of a stack by their number
     Raises TensorError if a weight cannot be encoded or is shared with another module, naming it.
     """
@@ -46,14 +47,14 @@ def compress_model(
             continue
         try:
             linear = cast(nn.Linear, model.get_submodule(name))
-            layer, errors[name] = compress_module(linear, parsed, rounding=rounding, backend=backend, on_progress=on_progress)
+            layer, errors[name] = compress_module(linear, parsed, backend=backend, on_progress=on_progress, **settings)
         except TensorError as reason:
             raise TensorError(f"{name}.weight: {reason}") from None
         model.set_submodule(name, layer)
     for name, projections in stacks.items():
         try:
             experts, found = compress_experts(
-                model.get_submodule(name), projections, parsed, rounding=rounding, backend=backend, on_progress=on_progress
+                model.get_submodule(name), projections, parsed, backend=backend, on_progress=on_progress, **settings
             )
         except TensorError as reason:
             raise TensorError(f"{name}.{reason}") from None
@@ -68,7 +69,8 @@ def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = ()
     include   glob patterns of names to add whatever the default says
     exclude   glob patterns of names to leave out; they win
     returns   names of linear layers, and of the parameters that are stacks (``layers.0.mlp.experts.down_proj``)
-    Raises TensorError for a pattern without a match and for a chosen weight that another module shares (a tied head).
+    Weights that modules share stay dense. Raises TensorError for a pattern without a match, and for one that wants such a weight
+    (a tied head).
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     shapes = dict(_weights(model))
@@ -81,27 +83,29 @@ def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = ()
         owners.setdefault(id(parameter), []).append(name)
     chosen = []
     for name, shape in shapes.items():
-        default = gets_smaller(format, *shape) and left_by_default(name) is None
+        default = format.reason_unfit(*shape) is None and left_by_default(name) is None
         if _matches(name, exclude) or not (default or _matches(name, include)):
             continue
         own = name if name in parameters else f"{name}.weight"
         shared = [owner for owner in owners[id(parameters[own])] if owner != own]
+        if shared and not _matches(name, include):
+            continue
         if shared:
             raise TensorError(f"{own} is shared with {', '.join(shared)} and cannot be compressed: exclude it")
         chosen.append(name)
     return chosen
 
 
-def expand_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Replace every packed layer by an ordinary one, in place.
 
     dtype   of the weights; pass the model's own, since biases keep theirs
     """
     experts = [(name, module) for name, module in model.named_modules() if isinstance(module, SeedExperts)]
     for name, module in experts:
-        model.set_submodule(name, module.expand(dtype))
+        model.set_submodule(name, module.to_dense(dtype))
     for name, layer in list(seed_linears(model)):
-        model.set_submodule(name, layer.expand(dtype))
+        model.set_submodule(name, layer.to_dense(dtype))
 
 
 def seed_linears(model: nn.Module) -> Iterator[tuple[str, SeedLinear]]:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from seedlm.errors import CheckpointError
-from seedlm.storage.checkpoint import FORMAT_VERSION, Checkpoint, PackedInfo
-from seedlm.storage.safetensors import read_json
+from seedlm.storage.checkpoint import Checkpoint, PackedInfo
+from seedlm.storage.untrusted import read_json
 
 REPORT_NAME: Final = "seedlm_report.json"
+_REPORT_VERSION: Final = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def recorded(source_bytes: int, errors: Mapping[str, tuple[float, float]]) -> di
     errors   module -> (squared error, squared norm), of which six digits are kept: nobody reads more
     """
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": _REPORT_VERSION,
         "source_bytes": source_bytes,
         "tensors": {
             module: {"squared_error": float(f"{error:.6g}"), "squared_norm": float(f"{norm:.6g}")}
@@ -128,8 +129,10 @@ def _read_recorded(path: Path, packed: Mapping[str, PackedInfo]) -> tuple[int | 
         return None, {}
     data = read_json(path, CheckpointError)
     source_bytes, tensors = data.get("source_bytes"), data.get("tensors")
-    if data.get("format_version") != FORMAT_VERSION or type(source_bytes) is not int or not isinstance(tensors, dict):
-        raise CheckpointError(f"{path}: must have format_version {FORMAT_VERSION}, source_bytes and tensors; it may be deleted")
+    if data.get("format_version") != _REPORT_VERSION or type(source_bytes) is not int or not isinstance(tensors, dict):
+        raise CheckpointError(
+            f"{path}: must have format_version {_REPORT_VERSION}, source_bytes and tensors; it may be deleted"
+        )
     errors = {}
     for module, item in tensors.items():
         values: list[Any] = [item.get("squared_error"), item.get("squared_norm")] if isinstance(item, dict) else [None]

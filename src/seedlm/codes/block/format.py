@@ -9,9 +9,7 @@ Glossary, symbol of the paper to name here:
     s, e, q                the seed, shared exponent and coefficients of one block
     b   exponent_bias      one integer per tensor, added to every exponent of it
 
-A format belongs to a family. The family says which tensors a compressed weight is stored as (`tensor_specs`), and that is
-all that the checkpoint, the modules and the tools above ask of it: a second family brings its own class with the same four
-members and its own codec, and nothing of the first changes.
+It is a `base.Format`: what the checkpoint, the modules and the tools above ask of it is said there.
 """
 
 import math
@@ -20,12 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, Literal, get_args
 
+from seedlm.codes.base import CODES, Part, reason_no_smaller
 from seedlm.codes.block.lfsr import TAPS, period
 from seedlm.errors import FormatError
 
 Rounding = Literal["best", "nearest"]
 """How coefficients are chosen for a seed. ``nearest``: the paper's one rounding of the least-squares solution.
-``best``: the best of all floor/ceil roundings at that exponent and its two neighbours, 5 % less NMSE (FORMAT.md)."""
+``best``: the best of all floor/ceil roundings at that exponent and its neighbours, 5 % less NMSE (docs/format-rationale.md)."""
 
 ROUNDINGS: Final = get_args(Rounding)
 
@@ -33,7 +32,7 @@ WORD_BITS: Final = 32
 """Packed codes are stored as int32 words."""
 
 EXPONENT_BIAS_RANGE: Final = (-192, 192)
-"""Allowed exponent bias, both ends included: wide enough for any finite float32 tensor (FORMAT.md, "Exponent bias")."""
+"""Allowed exponent bias, both ends included: wide enough for any finite float32 tensor (docs/format-rationale.md)."""
 
 MAX_BLOCK_BITS: Final = 63
 """Bits of a block: decoders hold one in a signed 64-bit integer."""
@@ -122,16 +121,26 @@ class BlockFormat:
         """int32 words of one packed row."""
         return -(-self.blocks_per_row(in_features) * self.block_bits // WORD_BITS)
 
-    def tensor_specs(self, out_features: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The tensors that a weight [out_features, in_features] is stored as: name -> (torch dtype name, shape)."""
+    @property
+    def row_step(self) -> int:
+        """Every row is coded by itself."""
+        return 1
+
+    @property
+    def column_step(self) -> int:
+        """A block: the columns that are coded together."""
+        return self.block_size
+
+    def parts(self, out_features: int, in_features: int) -> dict[str, Part]:
+        """The tensors that a weight [out_features, in_features] is stored as: packed words, and the tensor's exponent bias."""
         return {
-            "words": ("int32", (out_features, self.words_per_row(in_features))),
-            "exponent_bias": ("int32", (1,)),
+            CODES: Part("int32", (out_features, self.words_per_row(in_features))),
+            "exponent_bias": Part("int32", (1,), per="tensor"),
         }
 
-    def stored_bits(self, out_features: int, in_features: int) -> int:
-        """Every bit stored for such a weight: blocks, row tails, word padding and the exponent bias."""
-        return sum(WORD_BITS * math.prod(shape) for _, shape in self.tensor_specs(out_features, in_features).values())
+    def reason_unfit(self, out_features: int, in_features: int) -> str | None:
+        """Any matrix can be coded; one that would become no smaller is left dense."""
+        return reason_no_smaller(self, out_features, in_features)
 
     @property
     def spec(self) -> str:
@@ -149,10 +158,7 @@ class BlockFormat:
         return {"family": self.family, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
 
-Format = BlockFormat
-"""Any format; a union once there is a second family."""
-
-PRESETS: Final[Mapping[str, Format]] = {
+PRESETS: Final[Mapping[str, BlockFormat]] = {
     "5": BlockFormat(block_size=8, num_coefficients=4, coefficient_bits=5),
     "4.5": BlockFormat(block_size=8, num_coefficients=4),
     "4": BlockFormat(block_size=8, num_coefficients=3),
@@ -167,32 +173,17 @@ least error among formats that every search takes and that leave few seeds a blo
 _SPEC = re.compile(r"block-k(\d{1,2})-c(\d{1,2})-p(\d{1,2})-q(\d{1,2})-e(\d{1,2})", re.ASCII)
 
 
-def parse_format(format: str | float | Format) -> Format:
-    """A format from a preset's bits (``"4"`` or 4) or a specification (``"block-k16-c8-p3-q4-e4"``); one that is there stays.
-
-    Raises FormatError for anything else.
-    """
-    if isinstance(format, Format):
-        return format
-    text = format if isinstance(format, str) else f"{format:g}" if isinstance(format, int | float) else repr(format)
-    if text in PRESETS:
-        return PRESETS[text]
+def parse_spec(text: str) -> BlockFormat | None:
+    """The format of a text such as ``"block-k16-c8-p3-q4-e4"``; None for any other. Raises FormatError if it cannot exist."""
     match = _SPEC.fullmatch(text)
     if match is None:
-        raise FormatError(
-            f"unknown format {text!r}; presets are {', '.join(PRESETS)} (bits per weight), "
-            f"a specification looks like {PRESETS['4'].spec!r}"
-        )
+        return None
     k, c, p, q, e = map(int, match.groups())
     return BlockFormat(seed_bits=k, block_size=c, num_coefficients=p, coefficient_bits=q, exponent_bits=e)
 
 
-def format_from_dict(data: object) -> Format:
+def from_dict(data: Mapping[str, Any]) -> BlockFormat:
     """A format from its JSON form. Raises FormatError if a key is missing, unknown or out of range."""
-    if not isinstance(data, Mapping):
-        raise FormatError(f"a format must be a JSON object, got {type(data).__name__}")
-    if data.get("family") != BlockFormat.family:
-        raise FormatError(f"unknown format family {data.get('family')!r}, known: {BlockFormat.family!r}")
     names = {f.name for f in fields(BlockFormat)}
     found = set(data) - {"family"}
     if found != names:

@@ -34,7 +34,7 @@ def generate(
     chat: bool = False,
     device: str = "auto",
     dtype: str = "auto",
-    expand: bool = False,
+    dequantize: bool = False,
     timing: Timing | None = None,
 ) -> Iterator[str]:
     """Generate from a folder or Hub id, packed or not, yielding text as it is decoded: the prompt and what follows it.
@@ -43,7 +43,7 @@ def generate(
     chat          put the prompt into the model's chat template, and yield the answer alone
     device        "auto", or a torch device
     dtype         of everything that is not packed: "auto" (as stored) or a torch dtype's name
-    expand        regrow all weights once after loading: faster on small models, as large as the original
+    dequantize    all weights once after loading: faster on small models, as large as the original
     Raises SourceError if the model cannot be opened or has no chat template.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
@@ -59,7 +59,7 @@ def generate(
         network = network.to(where)
     except (OSError, ValueError) as reason:
         raise SourceError(f"cannot open {model}: {' '.join(str(reason).split())}") from reason
-    if expand and hasattr(network, "hf_quantizer"):
+    if dequantize and hasattr(network, "hf_quantizer"):
         network = network.dequantize()
     timing.load_seconds = time.perf_counter() - start
 

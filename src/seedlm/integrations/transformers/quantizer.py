@@ -12,6 +12,7 @@ ValueError about it comes before anything is loaded, whatever the arguments. Its
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,12 +24,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from seedlm.codes.block.format import ROUNDINGS, Format, Rounding, format_from_dict, parse_format
+from seedlm.codes.base import Format
+from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
 from seedlm.errors import CheckpointError, FormatError
-from seedlm.integrations.transformers.loading import ExpertNames, Places, saved_names
+from seedlm.integrations.transformers.files import check_folder, open_files
+from seedlm.integrations.transformers.loading import CodeNames, ExpertNames, Places, saved_names
 from seedlm.modeling.experts import PACKED, SeedExperts
-from seedlm.modeling.quantize import choose_modules, compress_model, dense_names, expand_model, seed_linears, weights_of
-from seedlm.storage.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata
+from seedlm.modeling.linear import SeedLinear
+from seedlm.modeling.quantize import choose_modules, compress_model, dense_names, dequantize_model, seed_linears, weights_of
+from seedlm.storage.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, stored_name
+from seedlm.storage.metadata import heading
 
 
 class SeedLMConfig(QuantizationConfigMixin):
@@ -36,9 +41,9 @@ class SeedLMConfig(QuantizationConfigMixin):
 
     bits                     a preset by its bits per weight: 5, 4.5, 4, 3.5, 3, 2.5 or 2, unless `format` is given
     format                   a specification such as "block-k16-c8-p3-q4-e4", or the JSON form of a format
-    rounding                 how coefficients are chosen (`format.Rounding`)
     modules_to_not_convert   linear layers to leave as they are: names, or glob patterns when compressing
     overrides                module name -> JSON form of its format, where it is not `format`
+    settings                 of the format's family: ``rounding="nearest"`` is the paper's for the block code
     Raises FormatError for an unknown format or option, CheckpointError for a newer format version.
     """
 
@@ -47,23 +52,19 @@ class SeedLMConfig(QuantizationConfigMixin):
         bits: float | str | None = None,
         *,
         format: str | Mapping[str, Any] | None = None,
-        rounding: Rounding = "best",
         modules_to_not_convert: list[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
-        **unknown: Any,
+        **settings: Any,
     ) -> None:
-        if unknown:
-            hint = "; to expand a loaded model call model.dequantize()" if "dequantize" in unknown else ""
-            raise FormatError(f"SeedLMConfig has no option {', '.join(unknown)}{hint}")
+        if "dequantize" in settings:
+            raise FormatError("SeedLMConfig has no option dequantize; a loaded model is dequantized by model.dequantize()")
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise CheckpointError(
                 f"format_version must be 1 .. {FORMAT_VERSION}, got {format_version!r}; "
                 f"a newer one needs: pip install -U seedlm"
             )
-        if rounding not in ROUNDINGS:
-            raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         if bits is not None and format is not None:
             raise FormatError("give bits or format, not both")
         if isinstance(format, Mapping):
@@ -71,12 +72,14 @@ class SeedLMConfig(QuantizationConfigMixin):
         else:
             bits = 4 if bits is None else bits
             parsed = parse_format(format if format is not None else bits)
+        others = {name: format_from_dict(item) for name, item in (overrides or {}).items()}
+        check_settings([parsed, *others.values()], settings)
         self.quant_method: Any = quant_method
-        self.format_version = format_version
+        self.format_version = FORMAT_VERSION  # of what is saved
         self.format = parsed.to_dict()
-        self.rounding = rounding
+        self.settings = {**family_of(parsed).defaults, **settings}
         self.modules_to_not_convert = list(modules_to_not_convert or [])
-        self.overrides = {name: format_from_dict(item).to_dict() for name, item in (overrides or {}).items()}
+        self.overrides = {name: format.to_dict() for name, format in others.items()}
 
     def format_of(self, module: str) -> Format:
         """The format of one compressed module."""
@@ -84,6 +87,7 @@ class SeedLMConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         data = dict(super().to_dict())
+        data |= data.pop("settings")
         return data if data["overrides"] else {key: value for key, value in data.items() if key != "overrides"}
 
 
@@ -93,9 +97,15 @@ class SeedLMQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: SeedLMConfig
 
+    def update_attn_implementation(self, config):
+        """Nothing of the kind: it is the first that is asked once the folder's name is known, before its files are opened."""
+        if self.pre_quantized:
+            check_folder(getattr(config, "name_or_path", None))
+        return super().update_attn_implementation(config)
+
     def _process_model_before_weight_loading(self, model, checkpoint_files: list[str] | None = None, **kwargs: Any):
         if self.pre_quantized:
-            self._places = Places.fill(model, checkpoint_files or [], self.quantization_config.format_of)
+            self._places = Places.fill(model, open_files(checkpoint_files or []))
         return model
 
     def update_weight_conversions(self, weight_conversions, model=None):
@@ -107,13 +117,14 @@ class SeedLMQuantizer(HfQuantizer):
             self._places.check_codes()
         else:
             _compress_loaded(model, self.quantization_config)
-            model._weight_conversions = [*(getattr(model, "_weight_conversions", None) or []), *_own_names(model)]
+            conversions = getattr(model, "_weight_conversions", None) or []
+            model._weight_conversions = [*conversions, *_expert_names(model), CodeNames.of(model)]
         _set_guard(model.config, True)
         return model
 
     def _dequantize(self, model, dtype: torch.dtype | None = None):
         # Saving leaves config.dtype, which transformers passes on here, as a string.
-        expand_model(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
+        dequantize_model(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
         _set_guard(model.config, False)
         return model
 
@@ -133,7 +144,7 @@ class SeedLMQuantizer(HfQuantizer):
                 suffix = ".weight" if stack.tensor.endswith(".weight") else ""
                 stack = dataclasses.replace(stack, tensor=names[name].rpartition(".")[0] + suffix)
             packed[names[name]] = PackedInfo(layer.format, (layer.out_features, layer.in_features), stack)
-        return None, metadata(packed)
+        return None, metadata(packed, _digests(names, layers, packed))
 
     def is_serializable(self) -> bool:
         return True
@@ -160,7 +171,7 @@ def register() -> None:
         getattr(fusion_mapping, "_FUSION_REGISTRY", {}).setdefault(GUARD, None)
 
 
-def _own_names(model: nn.Module) -> list[ExpertNames]:
+def _expert_names(model: nn.Module) -> list[ExpertNames]:
     """How the experts of a model that was compressed in memory are saved: as stacks, each under its tensor's name."""
     templates = {}
     for name, module in model.named_modules():
@@ -178,8 +189,27 @@ def _compress_loaded(model: nn.Module, config: SeedLMConfig) -> None:
     names = choose_modules(model, format, exclude=exclude)
     total = sum(weights_of(model, name) for name in names)
     with logging.tqdm(total=total, desc="Compressing", unit=" weights", unit_scale=True) as bar:
-        compress_model(model, format, exclude=exclude, rounding=config.rounding, on_progress=bar.update)
+        compress_model(model, format, exclude=exclude, on_progress=bar.update, **config.settings)
     config.modules_to_not_convert = dense_names(model)
+
+
+def _digests(names: Mapping[str, str], layers: Mapping[str, SeedLinear], packed: Mapping[str, PackedInfo]) -> dict[str, str]:
+    """The digests of all codes in memory, by stored name. Dense tensors, which transformers may yet convert, have none.
+
+    names    layer of the model -> module of the file
+    packed   module -> what it is
+    """
+    found = {}
+    for name, layer in layers.items():
+        module = names[name]
+        for part, info in packed[module].stored.items():
+            tensor = layer.parts[part]
+            if not tensor.is_meta:
+                key = stored_name(module, part)
+                digest = hashlib.sha256(heading(key, info, packed[module]))
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                found[key] = digest.hexdigest()
+    return found
 
 
 def _set_guard(config: Any, wanted: bool) -> None:

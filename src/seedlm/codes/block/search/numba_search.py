@@ -250,8 +250,9 @@ def _scan(dims, unit, lanes, exact, block_energy, tile, positions, spans, tables
         while mask:
             i = simd.lowest_bit(mask)
             mask &= mask - np.uint32(1)
-            if positions[tile, i] >= 0:
-                _evaluate(dims, exact[lane], positions[tile, i], tables, code, winners[lane], q, winners_q[lane])
+            position = np.int64(positions[tile, i])
+            if position >= 0:
+                _evaluate(dims, exact[lane], position, tables, code, winners[lane], q, winners_q[lane])
 
 
 @njit(nogil=True, cache=True)
@@ -262,7 +263,7 @@ def _start(dims, unit, lane, block, tile, positions, spans, tables, code, winner
     for i in range(1, LANES):
         if floats[i] > floats[best]:
             best = i
-    _evaluate(dims, block, max(positions[tile, best], 0), tables, code, winner, q, winner_q)
+    _evaluate(dims, block, np.int64(max(positions[tile, best], 0)), tables, code, winner, q, winner_q)
 
 
 @njit(nogil=True, cache=True)
@@ -279,11 +280,11 @@ def _nearly_nothing(dims, block, norm, weakness, by_weakness, tables, code, winn
     for i in range(len(weakness)):
         if weakness[i] < reach:
             break
-        _evaluate(dims, block, by_weakness[i], tables, code, winner, q, winner_q)
+        _evaluate(dims, block, np.int64(by_weakness[i]), tables, code, winner, q, winner_q)
     for seed in range(1, len(tables[2])):
         if winner[0] <= 0.0 and (winner[0] < 0.0 or seed > winner[1]):
             break
-        _evaluate(dims, block, tables[2][seed], tables, code, winner, q, winner_q)
+        _evaluate(dims, block, np.int64(tables[2][seed]), tables, code, winner, q, winner_q)
     return True
 
 

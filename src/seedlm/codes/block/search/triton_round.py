@@ -113,7 +113,7 @@ class Rounds:
         seeds = kind.position.shape[2]
         own = seeds if seeds % 2 == 0 else 0  # a single seed's own row counts like shared ones
         shared = kind.shared.shape[2] + seeds - own
-        # Three programs fit a processor, though some registers are spilled; three of 8 warps in 80 registers were slower (LOG).
+        # Three programs fit a processor, though some registers are spilled; three of 8 warps in 80 were slower.
         triton_bound.bound[len(parts) // SEGMENT,](
             parts, kind.rows, least, len(parts), tile_blocks, OWN=own, SHARED=shared, COMPLEMENT=kind.complement,
             T=kind.position.shape[1], TM=len(kind) // tile_blocks, BN=SEGMENT, W=self.tables.width, STAGES=3,
