@@ -36,8 +36,8 @@ def test_fewer_tokens_are_the_beginning_of_more(model):
 
 def test_texts_begin_with_bos_or_with_any_token(model):
     assert (write_text(model, TEXT)[:, 0] == 5).all()
-    bare = tiny_model("llama", bos_token_id=None)
-    bare.generation_config.bos_token_id = None
+    bare = tiny_model("llama")
+    bare.config.bos_token_id = bare.generation_config.bos_token_id = None
     first = write_text(bare, OwnText(sequences=40, length=2))[:, 0]
     assert len(first.unique()) > 15
 

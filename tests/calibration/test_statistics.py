@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from seedlm.calibration.hessian import measure_statistics, model_fingerprint
+from seedlm.calibration.statistics import measure_statistics, model_fingerprint
 from seedlm.errors import EvaluationError, SourceError
 from seedlm.storage.statistics import InputStatistics, Statistics
 from tiny_models import join, split, tiny_model
