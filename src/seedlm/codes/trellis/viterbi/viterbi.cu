@@ -3,7 +3,7 @@
 // Compile-time constants: RATE, STATE_BITS, MULTIPLIER, COST_SHIFT of the trellis; CHECKPOINT and PERIOD in rows;
 // THREADS for a pair of sequences, PAIRS of a block, BLOCKS of a multiprocessor at least; SHARED_COSTS whether path costs
 // are in shared memory.
-#include <cuda_fp16.h>
+// No header is needed, since NVRTC comes without any.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -54,14 +54,25 @@ __device__ __forceinline__ int state_value(u32 state) {
 
 constexpr float EIGHTHS = 1 << (3 - COST_SHIFT);  // eighths of the scaled unit in a value's unit
 
-// Targets and values in the scaled unit, in half precision.
-__device__ __forceinline__ __half scaled_target(float target) {
-  float eighths = rintf(fminf(fmaxf(target, -510.f), 510.f) * EIGHTHS);
-  return __hmul(__float2half_rn(eighths), __float2half_rn(0.125f));
+__device__ __forceinline__ u32 half_bits(float x) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
 }
-__device__ __forceinline__ __half scaled_value(u32 state) { return __float2half_rn(state_value(state) * (EIGHTHS / 8)); }
+__device__ __forceinline__ float from_half(u32 bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)bits));
+  return x;
+}
 
-__device__ __forceinline__ u32 pair_of(__half a, __half b) { return __half_as_ushort(a) | (u32)__half_as_ushort(b) << 16; }
+// Targets and values in the scaled unit.
+__device__ __forceinline__ float scaled_target(float target) {
+  return from_half(half_bits(rintf(fminf(fmaxf(target, -510.f), 510.f) * EIGHTHS))) * 0.125f;
+}
+__device__ __forceinline__ float scaled_value(u32 state) { return state_value(state) * (EIGHTHS / 8); }
+
+// Two numbers in half precision; both have few bits, so nothing is rounded here.
+__device__ __forceinline__ u32 pair_of(float a, float b) { return half_bits(a) | half_bits(b) << 16; }
 
 __device__ __forceinline__ void meet(int which) {
   if (THREADS == 32) __syncwarp();
@@ -198,8 +209,8 @@ forward(const float* __restrict__ targets, const int* __restrict__ start, u32* _
 constexpr int REACHED = 2 << (R * CHECKPOINT);
 
 __device__ __forceinline__ u32 cost_of(u32 state, float target) {
-  float d = target - state_value(state) * (EIGHTHS / 8);
-  return __half_as_ushort(__float2half_rn(1024.f + d * d)) - 0x6400;
+  float d = target - scaled_value(state);
+  return half_bits(1024.f + d * d) - 0x6400;
 }
 
 // The path that ends in `group`, from the row before row `last` of the run back to before its row `stop`; the group there.
@@ -263,7 +274,7 @@ backward(const float* __restrict__ targets, const u32* __restrict__ kept, const 
   float* scaled = (float*)(reached + REACHED);
   unsigned char* symbols = (unsigned char*)(scaled + rows);
   const float* mine = targets + (size_t)sequence * rows;
-  for (int r = lane; r < rows; r += 32) scaled[r] = __half2float(scaled_target(mine[r]));
+  for (int r = lane; r < rows; r += 32) scaled[r] = scaled_target(mine[r]);
   __syncwarp();
   const u32* keep = kept + (size_t)(sequence / 2) * slots * G;
   u32 end = ends[sequence];
