@@ -8,8 +8,8 @@ import torch
 
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import FAST_PRESETS, Trellis, TrellisFormat
-from seedlm.codes.trellis.viterbi import cost, reference, viterbi
-from seedlm.errors import TensorError
+from seedlm.codes.trellis.viterbi import cost, reason_unavailable, reference, viterbi
+from seedlm.errors import BackendError, TensorError
 
 
 def machine(rate: int, state_bits: int, cost_shift: int = 3) -> Trellis:
@@ -26,7 +26,7 @@ def stream_cost(symbols: torch.Tensor, targets: torch.Tensor, valid: int, trelli
     return cost.branch_costs(cost.scaled_targets(targets, trellis), values, trellis)[:, :valid].long().sum(1)
 
 
-@pytest.mark.parametrize("shift", [-2, 0, 4])
+@pytest.mark.parametrize("shift", [-1, 0, 3])
 def test_branch_cost_is_the_half_precision_number(shift):
     trellis = machine(2, 12, shift)
     targets = torch.cat([normal(500) * 2, torch.tensor([0.0, -510.0, 1e30, -1e30, 0.0625])])
@@ -108,11 +108,45 @@ def test_any_target_gives_a_closed_stream(rate):
 
 def test_a_batch_is_its_parts():
     format = TrellisFormat(rate=2, state_bits=12, sequence_rows=32)
-    targets = normal(7, 32)
+    targets = normal(37, 32)
     words, values = viterbi(targets, 32, format)
-    for part in (slice(0, 1), slice(1, 4), slice(4, 7)):
+    for part in (slice(0, 1), slice(1, 4), slice(4, 37)):
         assert torch.equal(viterbi(targets[part], 32, format)[0], words[part])
         assert torch.equal(viterbi(targets[part], 32, format)[1], values[part])
+
+
+def test_no_sequences_give_no_words():
+    words, values = viterbi(torch.zeros(0, 64), 64, TrellisFormat(rate=3, state_bits=12))
+    assert words.shape == (0, 6)
+    assert values.shape == (0, 64)
+
+
+def cases():
+    """Rate, state bits, sequences, rows, valid rows, factor on the targets: odd counts, short and long, far out of range."""
+    for state_bits, rates in ((12, range(1, 7)), (16, range(1, 9))):
+        for rate in rates:
+            yield pytest.param(rate, state_bits, 3, 64, 64, 1.0, id=f"r{rate}-l{state_bits}")
+    yield pytest.param(4, 12, 35, 96, 77, 1.0, id="padding rows, more than one vector")
+    yield pytest.param(2, 12, 5, 32, 1, 1.0, id="one row counts")
+    yield pytest.param(3, 12, 4, 128, 128, 30.0, id="saturated costs")
+    yield pytest.param(5, 12, 1, 256, 256, 1.0, id="one long sequence")
+
+
+@pytest.mark.parametrize(("rate", "state_bits", "count", "rows", "valid", "factor"), cases())
+@pytest.mark.parametrize("backend", ["numba", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_backends_give_the_reference_bits(backend, rate, state_bits, count, rows, valid, factor):
+    device = torch.device("cuda" if backend == "cuda" else "cpu")
+    if backend == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if reason := reason_unavailable(backend, device):
+        pytest.skip(reason)
+    format = TrellisFormat(rate=rate, state_bits=state_bits)
+    targets = normal(count, rows, seed=rate) * factor
+    expected = viterbi(targets, valid, format, backend="reference")
+    found = viterbi(targets.to(device), valid, format, backend=backend)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.cpu(), b)
 
 
 @pytest.mark.parametrize(
@@ -122,3 +156,10 @@ def test_a_batch_is_its_parts():
 def test_other_inputs_are_refused(targets, valid):
     with pytest.raises(TensorError):
         viterbi(targets, valid, TrellisFormat(rate=2))
+
+
+def test_a_backend_that_cannot_run_says_why():
+    with pytest.raises(BackendError, match="NVIDIA"):
+        viterbi(torch.zeros(2, 32), 32, TrellisFormat(rate=2), backend="cuda")
+    with pytest.raises(BackendError, match="triton"):
+        viterbi(torch.zeros(2, 32), 32, TrellisFormat(rate=2), backend="triton")

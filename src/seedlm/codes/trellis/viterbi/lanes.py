@@ -1,0 +1,45 @@
+"""One more operation on the vector registers of `seedlm.simd`: the branch costs of a value for 32 targets."""
+
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features, get_process_triple
+from numba import types
+from numba.core import cgutils
+
+from seedlm.simd import LANES, float32x32, int16x32, intrinsic
+
+_F32V = ir.VectorType(ir.FloatType(), LANES)
+_F16V = ir.VectorType(ir.HalfType(), LANES)
+_I16V = ir.VectorType(ir.IntType(16), LANES)
+
+
+def reason_unavailable() -> str | None:
+    """Why this processor has no conversion to half precision, or None."""
+    if not get_process_triple().startswith("x86_64") or get_host_cpu_features().get("f16c"):
+        return None
+    return "the processor has no half-precision conversion (F16C)"
+
+
+def _all(value: float, to: ir.VectorType) -> ir.Constant:
+    return ir.Constant(to, [value] * LANES)
+
+
+@intrinsic
+def negative_costs(typingctx, targets, value):
+    """Minus the branch costs (`cost.branch_costs`) of a value for 32 targets, all in the scaled unit, in float32.
+
+    Before the conversion everything is exact, so it does not matter whether the product is fused with the sum.
+    """
+
+    def codegen(context, builder, sig, args):
+        one = builder.insert_element(ir.Constant(_F32V, ir.Undefined), args[1], ir.Constant(ir.IntType(32), 0))
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        value = builder.shuffle_vector(one, ir.Constant(_F32V, ir.Undefined), everywhere)
+        difference = builder.fsub(args[0], value)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_F32V, [_F32V] * 3), f"llvm.fmuladd.v{LANES}f32"
+        )
+        square = builder.call(function, [difference, difference, _all(1024.0, _F32V)])
+        bits = builder.bitcast(builder.fptrunc(square, _F16V), _I16V)
+        return builder.sub(_all(0x6400, _I16V), bits)
+
+    return int16x32(float32x32, types.float32), codegen
