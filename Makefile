@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 	$(PY) bench/demo.py $(DEMO)
 
 test: $(VENV)/installed lint
-	$(PY) -m pytest -q -n 2
+	$(PY) -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

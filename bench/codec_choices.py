@@ -8,9 +8,10 @@ import sys
 
 import torch
 
-from seedlm import codec, search_torch
-from seedlm.format import PRESETS, BlockFormat
-from seedlm.search import encode
+from seedlm.codes.block import codec
+from seedlm.codes.block.format import PRESETS, BlockFormat
+from seedlm.codes.block.search import torch_search
+from seedlm.codes.encoded import encode
 
 BIAS = -4
 
@@ -18,7 +19,7 @@ FORMATS = {name: PRESETS[name] for name in ("4", "3")}
 
 
 def relative_error(blocks: torch.Tensor, format: BlockFormat, rounding: str) -> float:
-    scores = torch.cat([scores for _, scores in search_torch.search(blocks, BIAS, format, rounding)])
+    scores = torch.cat([scores for _, scores in torch_search.search(blocks, BIAS, format, rounding)])
     energy = blocks.double().square().sum()
     return float((1 + scores.sum() / format.divisor**2 / energy).sqrt())
 
@@ -62,7 +63,7 @@ def main(count: int) -> None:
         weight = torch.randn(count, format.block_size * 3 // 2, generator=torch.Generator().manual_seed(2))
         encoded, _ = encode(weight, format)
         end = slice(format.block_size, None)
-        return float((encoded.decode()[:, end] - weight[:, end]).norm() / weight[:, end].norm())
+        return float((encoded.dequantize()[:, end] - weight[:, end]).norm() / weight[:, end].norm())
 
     line("the half block at a row's end, zero-padded", tail)
 

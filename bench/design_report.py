@@ -14,7 +14,8 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from seedlm.format import PRESETS, parse_format
+from seedlm.codes.block.format import PRESETS
+from seedlm.codes.registry import parse_format
 
 BUDGETS = (2, 2.5, 3, 3.5, 4, 4.5, 5)
 GRID_ROWS = 40

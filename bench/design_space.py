@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from seedlm.design import candidates, measure, model_blocks, normal_blocks
+from seedlm.codes.block.format import PRESETS, BlockFormat
+from seedlm.compress.design import candidates, measure, model_blocks, normal_blocks
 from seedlm.device import choose_device
-from seedlm.format import PRESETS, BlockFormat
-from seedlm.source import open_source
+from seedlm.storage.source import open_source
 
 QUICK = 64
 """Contenders of a block up to which a search is quick; one with more is measured with `EVERY` seeds, on fewer blocks."""

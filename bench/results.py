@@ -28,17 +28,17 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.utils import logging
 
-from seedlm import models
-from seedlm.allocate import Mixture
-from seedlm.baselines import METHODS, baseline_names
-from seedlm.compress import compress_checkpoint
+from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, read_sensitivity, write_sensitivity
+from seedlm.codes.block.format import PRESETS
+from seedlm.compress.allocate import Mixture
+from seedlm.compress.run import compress_checkpoint
 from seedlm.device import choose_device
-from seedlm.evaluate import Settings, Text, evaluate
-from seedlm.format import PRESETS
-from seedlm.prompts import PROMPTS
-from seedlm.report import inspect_checkpoint
-from seedlm.sensitivity import OwnText, measure_sensitivity, read_sensitivity, write_sensitivity
-from seedlm.zeroshot import TASKS
+from seedlm.evaluation import models
+from seedlm.evaluation.baselines import METHODS, baseline_names
+from seedlm.evaluation.prompts import PROMPTS
+from seedlm.evaluation.run import Settings, Text, evaluate
+from seedlm.evaluation.zeroshot import TASKS
+from seedlm.storage.inspect import inspect_checkpoint
 
 ROOT = Path(__file__).parent.parent
 MIXED = ("4.5", "4", "3.5", "3", "2.5")

@@ -13,10 +13,10 @@ import time
 
 import torch
 
-from seedlm import search_torch
-from seedlm.basis import basis, generator
-from seedlm.format import PRESETS, BlockFormat
-from seedlm.search import reason_unavailable
+from seedlm.codes.block.basis import basis, generator
+from seedlm.codes.block.encode import reason_unavailable
+from seedlm.codes.block.format import PRESETS, BlockFormat
+from seedlm.codes.block.search import torch_search
 
 BIAS = -4
 BLOCKS = {"numba": 1 << 16, "torch": 1024, "brute force": 32}
@@ -27,17 +27,17 @@ def main() -> None:
     reason = reason_unavailable("numba", torch.device("cpu"))
     if reason:
         raise SystemExit(reason)
-    from seedlm import search_numba
+    from seedlm.codes.block.search import numba_search
 
     results = {}
     for name in sys.argv[1:] or ("4", "3"):
         format = PRESETS[name]
         blocks = torch.randn(BLOCKS["numba"], format.block_size, generator=torch.Generator().manual_seed(0))
-        check(search_numba.search, blocks[:8], format)
+        check(numba_search.search, blocks[:8], format)
         brute = plain_brute_force(format)
         speeds = {
-            "numba": rate(lambda: list(search_numba.search(blocks, BIAS, format)), blocks.numel()),  # noqa: B023
-            "torch": rate(lambda: list(search_torch.search(blocks[: BLOCKS["torch"]], BIAS, format)), BLOCKS["torch"] * format.block_size),  # noqa: B023, E501
+            "numba": rate(lambda: list(numba_search.search(blocks, BIAS, format)), blocks.numel()),  # noqa: B023
+            "torch": rate(lambda: list(torch_search.search(blocks[: BLOCKS["torch"]], BIAS, format)), BLOCKS["torch"] * format.block_size),  # noqa: B023, E501
             "brute force": rate(lambda: brute(blocks[: BLOCKS["brute force"]]), BLOCKS["brute force"] * format.block_size),  # noqa: B023
         }  # fmt: skip
         for label, (best, median) in speeds.items():
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def check(search, blocks: torch.Tensor, format: BlockFormat) -> None:
-    expected, expected_scores = search_torch.brute_force(blocks, BIAS, format)
+    expected, expected_scores = torch_search.brute_force(blocks, BIAS, format)
     ((found, scores),) = search(blocks, BIAS, format)
     assert torch.equal(scores, expected_scores)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

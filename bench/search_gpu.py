@@ -17,8 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from seedlm import codec, search, search_torch, search_triton
-from seedlm.format import Format, parse_format
+from seedlm.codes.block import codec
+from seedlm.codes.block.format import Format
+from seedlm.codes.block.search import torch_search, triton_search
+from seedlm.codes.encoded import encode
+from seedlm.codes.registry import parse_format
 
 SHAPES = [[4096, 4096], [4096, 11008], [4096, 14336], [8192, 28672], [576, 576], [576, 1536]]
 """Layers of 7B, 8B and 70B models, and of SmolLM2-135M."""
@@ -44,8 +47,8 @@ def check(format: Format) -> int:
     heavy = torch.distributions.StudentT(3.0).sample((200, format.block_size)).cuda() * 0.02
     blocks = torch.cat([normal, heavy, normal[:20] * 1e-3, torch.zeros_like(normal[:3])])
     bias = codec.choose_exponent_bias(blocks, format)
-    expected, expected_scores = search_torch.brute_force(blocks, bias, format)
-    pieces = list(search_triton.search(blocks, bias, format))
+    expected, expected_scores = torch_search.brute_force(blocks, bias, format)
+    pieces = list(triton_search.search(blocks, bias, format))
     found = [torch.cat(field) for field in zip(*(codes for codes, _ in pieces), strict=True)]
     scores = torch.cat([scores for _, scores in pieces])
     if not all(torch.equal(a, b) for a, b in zip((*found, scores), (*expected, expected_scores), strict=True)):
@@ -57,17 +60,17 @@ def measure(format: Format, weight: Tensor, repeats: int) -> dict[str, float]:
     """Rates of this search and of plain torch on one weight, blocks that were redone, and GPU memory beside the weight."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    spent = seconds(lambda: search.encode(weight, format, backend="triton"), repeats)
+    spent = seconds(lambda: encode(weight, format, backend="triton"), repeats)
     peak = torch.cuda.max_memory_allocated() - before
     # Any length of float32 makes blocks: what does not fill one is left out.
     count = weight.numel() // format.block_size
     blocks = weight.float().view(-1)[: count * format.block_size].view(count, -1)
     bias = codec.choose_exponent_bias(weight, format)
     redone: Counter[int | None] = Counter()
-    list(search_triton.search(blocks, bias, format, redone=redone))
+    list(triton_search.search(blocks, bias, format, redone=redone))
     few, some = blocks[:64], blocks[:4096]
-    brute = seconds(lambda: search_torch.brute_force(few, bias, format), 1) / few.numel()
-    bounded = seconds(lambda: list(search_torch.search(some, bias, format)), 1) / some.numel()
+    brute = seconds(lambda: torch_search.brute_force(few, bias, format), 1) / few.numel()
+    bounded = seconds(lambda: list(torch_search.search(some, bias, format)), 1) / some.numel()
     return {
         "weights_per_s": weight.numel() / spent,
         "times_brute_force": brute / (spent / weight.numel()),

@@ -22,15 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seedlm import measure, models, sensitivity
-from seedlm.allocate import NMSE, Mixture
-from seedlm.codec import choose_exponent_bias
+from seedlm.calibration import sensitivity
+from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, own_text
+from seedlm.codes.base import Format, stored_bits
+from seedlm.codes.block.codec import choose_exponent_bias
+from seedlm.codes.block.encode import dequantize_rows, encode_rows
+from seedlm.codes.block.family import FAMILY
+from seedlm.codes.block.format import PRESETS, BlockFormat
+from seedlm.codes.registry import parse_format
+from seedlm.compress.allocate import Mixture
 from seedlm.device import choose_device
-from seedlm.evaluate import Text
-from seedlm.format import PRESETS, Format, parse_format
-from seedlm.search import encode
-from seedlm.sensitivity import OwnText, measure_sensitivity, own_text
-from seedlm.walk import choose_modules
+from seedlm.evaluation import measure, models
+from seedlm.evaluation.run import Text
+from seedlm.modeling.quantize import choose_modules
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 START = time.monotonic()
@@ -183,14 +187,14 @@ def mixtures(
     """Uniform formats and mixtures of them, coded for real, on the same windows."""
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
     size = sum(map(math.prod, shapes.values()))
-    plans: dict[str, dict[str, Format]] = {f"uniform {format}": dict.fromkeys(weights, format) for format in NMSE}
+    plans: dict[str, dict[str, Format]] = {f"uniform {format}": dict.fromkeys(weights, format) for format in FAMILY.mixture}
     everywhere = dict.fromkeys(weights, 1.0)
     for target in bits:
         plans[f"mixed {target:g}"] = Mixture(bits=target, sensitivity=measured).assign(shapes)
         plans[f"mixed {target:g}, all equally sensitive"] = Mixture(bits=target, sensitivity=everywhere).assign(shapes)
         plans[f"mixed {target:g}, fused layers alike"] = fused(Mixture(bits=target, sensitivity=measured), shapes)
     coded = {}
-    for format in NMSE:
+    for format in FAMILY.mixture:
         coded[format] = decoded(weights, format)
         note(f"coded as {format}")
     reference, lines = copy.deepcopy(model), []
@@ -199,8 +203,8 @@ def mixtures(
             records = np.concatenate([found for found, _ in measure.score_windows(model, windows, reference=reference)])
         line = {
             "plan": label,
-            "bits": sum(plan[name].stored_bits(*shape) for name, shape in shapes.items()) / size,
-            "predicted_kl": sum(measured[name] * NMSE[format] for name, format in plan.items()),
+            "bits": sum(stored_bits(plan[name], *shape) for name, shape in shapes.items()) / size,
+            "predicted_kl": sum(measured[name] * FAMILY.mixture[format] for name, format in plan.items()),
             **{key: asdict(value) for key, value in measure.summarize(records).items()},
         }
         lines.append(line)
@@ -227,15 +231,15 @@ def fused(mixture: Mixture, shapes: dict[str, tuple[int, int]]) -> dict[str, For
     return {name: chosen[group] for group, names in groups.items() for name in names}
 
 
-def decoded(weights: dict[str, Tensor], format: Format) -> dict[str, Tensor]:
+def decoded(weights: dict[str, Tensor], format: BlockFormat) -> dict[str, Tensor]:
     """All weights by way of their codes, many in one search: rows are coded alone, only the exponent bias is a tensor's."""
     groups = defaultdict(list)
     for name, weight in weights.items():
         groups[weight.shape[1], choose_exponent_bias(weight.abs().max()[None].cpu(), format)].append(name)
     found = {}
     for (_, bias), names in groups.items():
-        encoded, _ = encode(torch.cat([weights[name] for name in names]), format, exponent_bias=bias)
-        rows = encoded.decode().split([weights[name].shape[0] for name in names])
+        words, _ = encode_rows(torch.cat([weights[name] for name in names]), bias, format)
+        rows = dequantize_rows(words, bias, weights[names[0]].shape[1], format).split([len(weights[name]) for name in names])
         found |= dict(zip(names, rows, strict=True))
     return found
 

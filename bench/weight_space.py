@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seedlm import encode, models
-from seedlm.baselines import METHODS, baseline_names, rebuild
+from seedlm import encode
+from seedlm.codes.base import stored_bits
+from seedlm.codes.block.format import PRESETS
 from seedlm.device import choose_device
-from seedlm.format import PRESETS
-from seedlm.walk import choose_modules
+from seedlm.evaluation import models
+from seedlm.evaluation.baselines import METHODS, baseline_names, rebuild
+from seedlm.modeling.quantize import choose_modules
 
 SHAPE = (512, 4096)
 
@@ -55,7 +57,7 @@ def measure(name: str, weights: list[Tensor]) -> tuple[float, float]:
         if name.startswith("seedlm-"):
             format = PRESETS[name.removeprefix("seedlm-")]
             _, squared = encode(weight, format)
-            stored += format.stored_bits(*weight.shape)
+            stored += stored_bits(format, *weight.shape)
         else:
             found, bits = rebuild(weight, name)
             squared = float((weight.double() - found.double()).square().sum())

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from seedlm.tensorfile import TensorInfo, layout
+from seedlm.storage.safetensors import TensorInfo, layout
 
 MODELS = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "vocab_size": 32000},

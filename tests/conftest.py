@@ -3,9 +3,40 @@
 What takes seconds is imported inside: tests that need none of it do not wait for it.
 """
 
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from synthetic_runs import original_run, synthetic, write
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Workers share the processors: threads of OpenMP that outnumber them spin against each other, 37 s instead of 0.5 s for a
+    # pass over a tiny model. Set before torch is imported, and for the processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+
+def pytest_configure(config):
+    """Numba's compiled code in one folder for all workers, the processes that they start, and later runs.
+
+    Numba asks only whether the file of a function has changed, not what it calls in others: another version of any compiled
+    module is another folder. Set before numba is imported.
+    """
+    if "NUMBA_CACHE_DIR" in os.environ or not hasattr(config, "cache"):
+        return
+    texts = [path.read_bytes() for path in sorted((config.rootpath / "src").rglob("*.py"))]
+    compiled = [text for text in texts if re.search(rb"^(from|import) (numba|llvmlite)", text, re.MULTILINE)]
+    digest = hashlib.sha256(b"".join(compiled)).hexdigest()[:16]
+    folder = config.cache.mkdir("numba")
+    os.environ["NUMBA_CACHE_DIR"] = str(folder / digest)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        for other in folder.iterdir():
+            if other.name != digest:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +69,26 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
+def here(capfd):
+    """The command line without a process of its own, which spends seconds on imports: arguments to a finished process."""
+    from seedlm.cli import main
+
+    def call(*arguments):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([*map(str, arguments)])
+        return subprocess.CompletedProcess(arguments, stopped.value.code or 0, *capfd.readouterr())
+
+    yield call
+    if (transformers := sys.modules.get("transformers")) is not None:  # commands quieten it for their process
+        transformers.logging.set_verbosity_warning()
+        transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture
 def story(tmp_path):
     """A short text for a model of stories."""
-    from seedlm.evaluate import Text
+    from seedlm.evaluation.run import Text
     from tiny_models import STORY
 
     path = tmp_path / "story.txt"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from seedlm.records import pack_records
+from seedlm.evaluation.records import pack_records
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>"
 PIECES = {"0": " the", "1": " cat", "2": " sat", "3": "\n", "4": EVIL}

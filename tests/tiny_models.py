@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from seedlm.compress import compress_checkpoint
-from seedlm.report import RunReport
+from seedlm.compress.run import compress_checkpoint
+from seedlm.storage.inspect import RunReport
 
 SMALL = "block-k8-c8-p3-q4-e4"
 """255 seeds: a search that takes no time."""

@@ -11,10 +11,11 @@ It imports neither torch nor transformers itself, which take seconds: a name tha
 import importlib
 import typing
 
-from seedlm import hf_hook
-from seedlm.allocate import Mixture
+from seedlm.codes.block.format import PRESETS, BlockFormat
+from seedlm.codes.registry import parse_format
+from seedlm.compress.allocate import Mixture
 from seedlm.errors import SeedLMError
-from seedlm.format import PRESETS, BlockFormat, parse_format
+from seedlm.integrations.transformers import hook
 from seedlm.version import __version__
 
 __all__ = [
@@ -30,35 +31,35 @@ __all__ = [
     "compress_checkpoint",
     "compress_model",
     "compress_module",
+    "dequantize_model",
     "encode",
-    "expand_model",
     "inspect_checkpoint",
     "measure_sensitivity",
     "parse_format",
 ]
 
 if typing.TYPE_CHECKING:
-    from seedlm.checkpoint import Checkpoint
-    from seedlm.compress import compress_checkpoint
-    from seedlm.hf import SeedLMConfig
-    from seedlm.linear import SeedLinear, compress_module
-    from seedlm.report import inspect_checkpoint
-    from seedlm.search import EncodedTensor, encode
-    from seedlm.sensitivity import measure_sensitivity
-    from seedlm.walk import compress_model, expand_model
+    from seedlm.calibration.sensitivity import measure_sensitivity
+    from seedlm.codes.encoded import EncodedTensor, encode
+    from seedlm.compress.run import compress_checkpoint
+    from seedlm.integrations.transformers.quantizer import SeedLMConfig
+    from seedlm.modeling.linear import SeedLinear, compress_module
+    from seedlm.modeling.quantize import compress_model, dequantize_model
+    from seedlm.storage.checkpoint import Checkpoint
+    from seedlm.storage.inspect import inspect_checkpoint
 else:  # the same names when they are asked for; type checkers do not see this, to them __getattr__ would allow any name
     _HOMES = {
-        "Checkpoint": "checkpoint",
-        "EncodedTensor": "search",
-        "SeedLMConfig": "hf",
-        "SeedLinear": "linear",
-        "compress_checkpoint": "compress",
-        "compress_model": "walk",
-        "compress_module": "linear",
-        "encode": "search",
-        "expand_model": "walk",
-        "inspect_checkpoint": "report",
-        "measure_sensitivity": "sensitivity",
+        "Checkpoint": "storage.checkpoint",
+        "EncodedTensor": "codes.encoded",
+        "SeedLMConfig": "integrations.transformers.quantizer",
+        "SeedLinear": "modeling.linear",
+        "compress_checkpoint": "compress.run",
+        "compress_model": "modeling.quantize",
+        "compress_module": "modeling.linear",
+        "encode": "codes.encoded",
+        "dequantize_model": "modeling.quantize",
+        "inspect_checkpoint": "storage.inspect",
+        "measure_sensitivity": "calibration.sensitivity",
     }
 
     def __getattr__(name: str) -> object:
@@ -72,4 +73,4 @@ def __dir__() -> list[str]:
     return [*__all__]
 
 
-hf_hook.install()
+hook.install()

@@ -5,6 +5,7 @@ Ctrl-C.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -31,10 +32,13 @@ for command in (compress, inspect, generate, evaluate, compare, sensitivity, des
     app.command()(command)
 
 
-def main() -> None:
-    """Entry point: errors that have a message are one line, anything else is a bug and keeps its traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors that have a message are one line, anything else is a bug and keeps its traceback.
+
+    arguments   what follows the program's name; None takes them from the command line
+    """
     try:
-        app(standalone_mode=True)
+        app(arguments, standalone_mode=True)
     except SeedLMError as error:
         print(f"seedlm: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seedlm.cli.console import in_bytes, number, show_progress
+from seedlm.codes.registry import DEFAULT, family, parse_format
 from seedlm.errors import FormatError
-from seedlm.format import PRESETS, Format, parse_format
 
 if TYPE_CHECKING:
-    from seedlm.allocate import Mixture
-    from seedlm.report import Report
+    from seedlm.codes.base import Format
+    from seedlm.compress.allocate import Mixture
+    from seedlm.storage.inspect import Report
 
 
 def compress(
@@ -31,7 +32,9 @@ def compress(
     format: Annotated[
         str | None, typer.Option(help="A format instead of --bits, such as block-k16-c8-p3-q4-e4.", metavar="SPEC")
     ] = None,
-    rounding: Annotated[str, typer.Option(help="How coefficients are chosen: best, or the paper's own nearest.")] = "best",
+    rounding: Annotated[
+        str | None, typer.Option(help="How the block code chooses coefficients: best (default), or the paper's own nearest.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Store what is not compressed as bfloat16, float16 or float32; default: as it is.")
     ] = None,
@@ -57,27 +60,27 @@ def compress(
     The linear layers inside numbered layers are compressed; embeddings, head, norms, biases and routers stay as they are.
     Stopped at any moment, the same command goes on where it was.
     """
-    from seedlm.source import locate
+    from seedlm.storage.source import locate
 
     start = time.monotonic()
     wanted = _format(source, bits, format, sensitivity)
     try:
         path = locate(source, revision=revision)
-        from seedlm.compress import compress_checkpoint  # torch: what was mistyped has been answered without it
+        from seedlm.compress.run import compress_checkpoint  # torch: what was mistyped has been answered without it
 
         with show_progress() as (on_progress, rate):
             report = compress_checkpoint(
                 path,
                 out,
                 format=wanted,
-                rounding=rounding,  # type: ignore[arg-type]  # checked inside, with the allowed values in the message
                 dtype=dtype,
                 include=include or (),
                 exclude=exclude or (),
                 max_shard_size=max_shard_size,
                 device=device,
-                backend=backend,  # type: ignore[arg-type]
+                backend=backend,
                 on_progress=on_progress,
+                **({"rounding": rounding} if rounding is not None else {}),
             )
     except KeyboardInterrupt:
         print(f"seedlm: stopped; run the same command again to go on ({out}.partial holds what is done)", file=sys.stderr)
@@ -97,17 +100,18 @@ def _format(source: str, bits: str, format: str | None, sensitivity: Path | None
     """What is asked for: one format, or a mixture."""
     number = float(bits) if re.fullmatch(r"\d+(\.\d+)?", bits, re.ASCII) else None
     if sensitivity is None:
-        alone = sorted(map(float, PRESETS))
+        presets = family(DEFAULT).presets
+        alone = sorted(map(float, presets))
         if format is None and number is not None and alone[0] < number < alone[-1] and number not in alone:
             raise FormatError(
-                f"{bits} bits a weight are a mixture of formats (one alone: {', '.join(PRESETS)}): measure the model first, "
+                f"{bits} bits a weight are a mixture of formats (one alone: {', '.join(presets)}): measure the model first, "
                 "seedlm sensitivity SOURCE -o FILE, and add --sensitivity FILE"
             )
         return parse_format(format or bits)
     if format is not None or number is None:
         raise FormatError("--sensitivity mixes formats to a number of --bits, such as 3.5; a format of your own is not mixed")
-    from seedlm.allocate import Mixture
-    from seedlm.sensitivity import read_sensitivity
+    from seedlm.calibration.sensitivity import read_sensitivity
+    from seedlm.compress.allocate import Mixture
 
     model, values = read_sensitivity(sensitivity)
     if model != source:  # rightly so for a fine-tuned model, or for another form of the same
@@ -121,8 +125,8 @@ def inspect(
     check: Annotated[bool, typer.Option("--check", help="Also read and check every code.")] = False,
 ) -> None:
     """Show the compressed tensors of a model: shape, format, bits per weight, error; then the totals."""
-    from seedlm.checkpoint import Checkpoint
-    from seedlm.report import inspect_checkpoint
+    from seedlm.storage.checkpoint import Checkpoint
+    from seedlm.storage.inspect import inspect_checkpoint
 
     report = inspect_checkpoint(folder)
     if check:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from seedlm.design import Measured
+    from seedlm.compress.design import Measured
 
 _BAR = 48
 
@@ -39,9 +39,9 @@ def design(
     from rich.console import Console
     from rich.progress import Progress
 
-    from seedlm.design import candidates, measure, model_blocks, normal_blocks
+    from seedlm.compress.design import candidates, measure, model_blocks, normal_blocks
     from seedlm.device import choose_device
-    from seedlm.source import open_source
+    from seedlm.storage.source import open_source
 
     start = time.monotonic()
     where = choose_device(device)
@@ -79,7 +79,7 @@ def design(
 
 
 def _print_table(measured: "list[Measured]") -> None:
-    from seedlm.format import PRESETS, WORD_BITS
+    from seedlm.codes.block.format import PRESETS, WORD_BITS
 
     presets = {format: name for name, format in PRESETS.items()}
     print(f"{'format':26} {'bits':>6}  {'error':16}  {'unquantised':11}  {'contenders':>10}  block")

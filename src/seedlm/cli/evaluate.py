@@ -64,10 +64,10 @@ def evaluate(
     """
     from transformers.utils import logging
 
-    from seedlm.evaluate import Settings, Text
-    from seedlm.evaluate import evaluate as run
-    from seedlm.prompts import PROMPTS, read_prompts
-    from seedlm.zeroshot import TASKS
+    from seedlm.evaluation.prompts import PROMPTS, read_prompts
+    from seedlm.evaluation.run import Settings, Text
+    from seedlm.evaluation.run import evaluate as run
+    from seedlm.evaluation.zeroshot import TASKS
 
     if (wikitext is None) == (text is None):
         raise EvaluationError("give a text: --wikitext FILE (wiki.test.raw) or --text FILE, one of them")

@@ -16,21 +16,22 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template and print the answer alone.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")] = "auto",
-    expand: Annotated[
-        bool, typer.Option("--expand", help="Regrow all weights once after loading: faster on a CPU, full size in memory.")
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", "--expand", help="Dequantize once after loading: faster on a CPU, full size in memory."),
     ] = False,
 ) -> None:
     """Generate text, printed as it comes; then, on stderr, the speed."""
     from transformers.utils import logging
 
-    from seedlm.generate import Timing
-    from seedlm.generate import generate as pieces
+    from seedlm.integrations.transformers.generate import Timing
+    from seedlm.integrations.transformers.generate import generate as pieces
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     timing = Timing()
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "chat": chat}
-    for piece in pieces(model, prompt, **options, device=device, dtype=dtype, expand=expand, timing=timing):  # type: ignore[arg-type]
+    for piece in pieces(model, prompt, **options, device=device, dtype=dtype, dequantize=dequantize, timing=timing):  # type: ignore[arg-type]
         print(piece, end="", flush=True)
     print()
     print(

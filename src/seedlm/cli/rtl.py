@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from seedlm.errors import BackendError
+from seedlm.errors import BackendError, FormatError
 
 
 def rtl(
@@ -16,7 +16,8 @@ def rtl(
     max_features: Annotated[int, typer.Option(help="Activations held on chip.")] = 32768,
 ) -> None:
     """Write the matrix-vector product of a format as synthesisable Verilog."""
-    from seedlm.format import parse_format
+    from seedlm.codes.block.format import BlockFormat
+    from seedlm.codes.registry import parse_format
     from seedlm.rtl.design import HalfDesign, SeedDesign
 
     try:
@@ -24,6 +25,9 @@ def rtl(
     except ImportError as error:
         raise BackendError(f"seedlm rtl needs {error.name}: pip install 'seedlm[rtl]'") from None
     sizes = {"beat_bits": beat_bits, "max_features": max_features}
-    design = HalfDesign(**sizes) if fp16 else SeedDesign(format=parse_format(bits), **sizes)
+    format = parse_format(bits, "block")
+    if not isinstance(format, BlockFormat):
+        raise FormatError(f"the hardware multiplies block codes, not {format.spec}")
+    design = HalfDesign(**sizes) if fp16 else SeedDesign(format=format, **sizes)
     output.write_text(emit(design))
     print(f"{output}: {design.prefix}_matvec, {design.lanes} multipliers, {design.beat_bits // 8} bytes a clock")

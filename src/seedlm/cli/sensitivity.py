@@ -23,14 +23,14 @@ def sensitivity(
 
     Needs no data: the model writes a text itself, whose gradients tell. All of the model has to fit the device.
     """
-    from seedlm.source import locate
+    from seedlm.storage.source import locate
 
     path = locate(model, revision=revision)
     from transformers.utils import logging  # and torch: what was mistyped has been answered without them
 
+    from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, write_sensitivity
     from seedlm.device import choose_device
-    from seedlm.models import load_model
-    from seedlm.sensitivity import OwnText, measure_sensitivity, write_sensitivity
+    from seedlm.evaluation.models import load_model
 
     logging.disable_progress_bar()
     text = OwnText(sequences=sequences, length=length, seed=seed)

@@ -17,7 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
-from seedlm.lfsr import states
+from seedlm.codes.block.lfsr import states
 
 SIGN_REGISTER_BITS = 16
 SIGN_SEED = 1

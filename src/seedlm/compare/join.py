@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
+from seedlm.codes.registry import parse_format
 from seedlm.compare.behaviour import compare_prompts, compare_questions, compare_tokens
 from seedlm.compare.runs import Run
 from seedlm.errors import FormatError
-from seedlm.format import parse_format
 from seedlm.version import __version__
 
 COMPARE_VERSION: Final = 1

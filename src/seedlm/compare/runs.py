@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from seedlm.errors import EvaluationError
-from seedlm.records import EVALUATION_VERSION, read_records
+from seedlm.evaluation.records import EVALUATION_VERSION, read_records
 
 _SAME: Final = (
     ("text", ("text", "sha256")),

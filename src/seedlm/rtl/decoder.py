@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Value, signed
 from amaranth.lib.wiring import In, Out
 
-from seedlm import lfsr
-from seedlm.format import BlockFormat
+from seedlm.codes.block import lfsr
+from seedlm.codes.block.format import BlockFormat
 from seedlm.rtl.design import signed_bits
 from seedlm.rtl.parts import Leaf, Part
 from seedlm.rtl.pipeline import Pipeline, Staged, StagedPart, shape_of

@@ -15,8 +15,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple
 
+from seedlm.codes.block.format import WORD_BITS, BlockFormat
 from seedlm.errors import FormatError
-from seedlm.format import WORD_BITS, BlockFormat
 
 HALF_BITS: Final = 16
 MANTISSA_BITS: Final = 18

@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 import torch
 
-from seedlm import packing
-from seedlm.format import PRESETS, BlockFormat
+from seedlm.codes.block import packing
+from seedlm.codes.block.format import PRESETS, BlockFormat
 from seedlm.rtl import twin
 from seedlm.rtl.design import HALF_BITS, Design, HalfDesign, SeedDesign
 from seedlm.rtl.simulate import Product, Simulator

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seedlm import packing
-from seedlm.basis import generator, seed_positions
-from seedlm.codec import BlockCodes
+from seedlm.codes.block import packing
+from seedlm.codes.block.basis import generator, seed_positions
+from seedlm.codes.block.codec import BlockCodes
+from seedlm.codes.block.format import BlockFormat
 from seedlm.errors import TensorError
-from seedlm.format import BlockFormat
 from seedlm.rtl.design import Design, SeedDesign
 
 FRACTION_BITS = 32

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from seedlm.codes import hadamard
 from seedlm.codes.trellis.format import SEGMENT_ROWS, Trellis, TrellisFormat
-from seedlm.errors import TensorError
 
 VALUE_CENTER = 510
 """Subtracted from a byte sum; values lie in -510 .. 510."""
@@ -70,17 +69,6 @@ def decode_streams(words: Tensor, trellis: Trellis) -> Tensor:
     return state_values(windows(unpack(words, trellis.rate), trellis.rate, trellis.state_bits), trellis.multiplier)
 
 
-def check_parts(words: Tensor, scales: Tensor, scale: Tensor, format: TrellisFormat, shape: tuple[int, int]) -> None:
-    """Raise TensorError unless these are the parts of a weight [out, in]: dtypes, shapes, finite scales."""
-    for (name, (dtype, allowed)), part in zip(format.tensor_specs(*shape).items(), (words, scales, scale), strict=True):
-        if part.dtype != getattr(torch, dtype) or tuple(part.shape) != allowed:
-            raise TensorError(
-                f"{name} of a {shape} weight in {format} must be {dtype} {allowed}, got {part.dtype} {tuple(part.shape)}"
-            )
-        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
-            raise TensorError(f"{name} holds a value that is not finite")
-
-
 def decode_values(words: Tensor, format: TrellisFormat, shape: tuple[int, int]) -> Tensor:
     """State values of a whole weight: words int32 [S, in * R] -> int16 [out, in]."""
     out_features, in_features = shape
@@ -102,7 +90,6 @@ def assemble(streams: list[Tensor], format: TrellisFormat) -> Tensor:
 
 def rotated_weight(words: Tensor, scales: Tensor, scale: Tensor, format: TrellisFormat, shape: tuple[int, int]) -> Tensor:
     """The weight in the transformed basis, float32 [out, in], from its parts (module docstring)."""
-    check_parts(words, scales, scale, format, shape)
     return decode_values(words, format, shape).float() * (scales.float() * scale).unsqueeze(-1)
 
 

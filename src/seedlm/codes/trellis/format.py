@@ -11,12 +11,12 @@ Glossary:
 A weight [out, in] is stored as `words` int32 [S, in * R], `scales` float16 [out] and `scale` float32 [1] (`codec`).
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final
 
+from seedlm.codes.base import CODES, Part, reason_no_smaller
 from seedlm.errors import FormatError
 
 SEGMENT_ROWS: Final = 32
@@ -29,8 +29,6 @@ MULTIPLIERS: Final[Mapping[int, int]] = {12: 0x83DCD12D, 16: 0x83DCD12D}
 
 COST_SHIFTS: Final[Mapping[int, int]] = {1: 3, 2: 3, 3: 2, 4: 1, 5: 1, 6: 0, 7: -1, 8: -1}
 """By rate: how far squared errors are scaled down (by 4^shift) before they are rounded to the encoder's 16-bit costs."""
-
-_DTYPE_BITS: Final = {"int32": 32, "float32": 32, "float16": 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,23 +128,21 @@ class TrellisFormat:
         total, step = self.segments(out_features), self.sequence_rows // SEGMENT_ROWS
         return [(first, min(step, total - first)) for first in range(0, total, step)]
 
-    def tensor_specs(self, out_features: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The tensors that a weight [out_features, in_features] is stored as: name -> (torch dtype name, shape)."""
+    def parts(self, out_features: int, in_features: int) -> dict[str, Part]:
+        """The tensors that a weight [out_features, in_features] is stored as: streams, a scale for each row, the tensor's."""
         return {
-            "words": ("int32", (self.segments(out_features), in_features * self.rate)),
-            "scales": ("float16", (out_features,)),
-            "scale": ("float32", (1,)),
+            CODES: Part("int32", (self.segments(out_features), in_features * self.rate), rows_per_entry=SEGMENT_ROWS),
+            "scales": Part("float16", (out_features,)),
+            "scale": Part("float32", (1,), per="tensor"),
         }
 
-    def stored_bits(self, out_features: int, in_features: int) -> int:
-        """Every bit stored for such a weight: streams with their padding rows, row scales and the tensor's scale."""
-        return sum(
-            _DTYPE_BITS[dtype] * math.prod(shape) for dtype, shape in self.tensor_specs(out_features, in_features).values()
-        )
+    def reason_unfit(self, out_features: int, in_features: int) -> str | None:
+        """Any matrix can be coded; one that would become no smaller, such as one of few rows, is left dense."""
+        return reason_no_smaller(self, out_features, in_features)
 
     @property
     def spec(self) -> str:
-        """The format as a short string, read back by `parse`: ``trellis-r4-l16-t128-h128``."""
+        """The format as a short string, read back by `parse_spec`: ``trellis-r4-l16-t128-h128``."""
         return f"{self.family}-r{self.rate}-l{self.state_bits}-t{self.sequence_rows}-h{self.transform}"
 
     def __str__(self) -> str:
@@ -168,7 +164,7 @@ FAST_PRESETS: Final[Mapping[str, TrellisFormat]] = {
 _SPEC = re.compile(r"trellis-r(\d)-l(\d{1,2})-t(\d{1,4})-h(\d{1,4})", re.ASCII)
 
 
-def parse(text: str) -> TrellisFormat | None:
+def parse_spec(text: str) -> TrellisFormat | None:
     """A format from its specification (``"trellis-r4-l16-t128-h128"``); None for a text that is none.
 
     Raises FormatError for a specification with a parameter out of range.

@@ -1,11 +1,11 @@
-"""One more operation on the vector registers of `seedlm.simd`: the branch costs of a value for 32 targets."""
+"""One more operation on the vector registers of `seedlm.codes.simd`: the branch costs of a value for 32 targets."""
 
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features, get_process_triple
 from numba import types
 from numba.core import cgutils
 
-from seedlm.simd import LANES, float32x32, int16x32, intrinsic
+from seedlm.codes.simd import LANES, float32x32, int16x32, intrinsic
 
 _F32V = ir.VectorType(ir.FloatType(), LANES)
 _F16V = ir.VectorType(ir.HalfType(), LANES)

@@ -1,0 +1,206 @@
+"""How much a model's predictions suffer from an error in each of its weights, found without any data.
+
+An error d in weight W changes the predictions by KL(model || compressed) = 1/2 d'F d, to second order, with F the Fisher
+information. The error of a code is noise with a share `nmse` of each row's energy, which leaves on average
+
+    KL  =  sensitivity * nmse,     sensitivity  =  1/2 sum over rows r of  mean(W_r^2) * E |gradient_r|^2
+
+nats a token. The gradient is that of -log p(token | text before it), the token drawn from the model's own prediction; so the
+text is the model's own, too: after a random first token, each is drawn as the model predicts it. Gradients of tokens drawn
+like this are uncorrelated, as each has mean zero given the text before it. The expected square of their sum is the sum of
+their expected squares: one backward pass over a sequence counts all its tokens, and gives every weight its share. Each matrix
+of a stack of experts is a weight; one to which no token went counts 0 (and `allocate` takes it as the least of the others).
+
+What else was tried, and how well each agrees with the true KL of a real model on real text, is in
+docs/log/mixed-precision.md: this as well as one compression and evaluation per weight, and nothing that can be read off the
+weights alone, norms and gains included, nearly.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from seedlm.errors import EvaluationError
+from seedlm.modeling.experts import experts_traits, projections_of
+from seedlm.storage.safetensors import read_json
+from seedlm.version import __version__
+
+SENSITIVITY_VERSION: Final = 1
+"""Of the file's layout."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with "sensitivity", the tokens counted so far, and all tokens."""
+
+_BATCH: Final = 16
+"""Sequences written at a time."""
+_OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnText:
+    """The text that a model writes by itself: how many sequences, tokens in each, and the seed of what is drawn.
+
+    Raises EvaluationError for a value that cannot be.
+    """
+
+    sequences: int = 32
+    length: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequences", 1), ("length", 2)):
+            if getattr(self, name) < least:
+                raise EvaluationError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Progress | None = None) -> dict[str, float]:
+    """The sensitivity of every linear layer's weight, and of every expert's: KL in nats a token, per unit of relative squared
+    error.
+
+    model     a causal language model as transformers makes it, in evaluation mode
+    returns   module name -> sensitivity, six digits, by the names that the model is saved under, an expert of a stack by its
+              number; layers that share their weight (a tied head) are left out
+    Raises EvaluationError for text longer than the model's context, without linear layers, or if gradients are not finite.
+    """
+    text = text or OwnText()
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and text.length > longest:
+        raise EvaluationError(
+            f"the model knows {longest} positions, the text has {text.length} tokens: choose a shorter length"
+        )
+    weights = _weights(model)
+    if not weights:
+        raise EvaluationError(f"{type(model).__name__} has no linear layer with a weight of its own")
+    progress = on_progress or (lambda phase, done, total: None)
+    done, total = 0, text.sequences * text.length
+    progress("sensitivity", done, total)
+    with _squared_gradients(model, weights) as rows:
+        for tokens in own_text(model, text):
+            with torch.enable_grad():
+                logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
+                nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").backward()
+            done += len(tokens)
+            progress("sensitivity", done, total)
+    predictions = text.sequences * (text.length - 1)
+    found = {name: float(f"{float(square) / (2 * predictions):.6g}") for name, square in _as_saved(model, rows)}
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise EvaluationError(f"{name}: the gradient is not finite; {_OVERFLOW}")
+    return found
+
+
+def _weights(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Parameter name -> the weight of linear layers or a stack of experts, and its dimension of input features."""
+    found = {f"{name}.weight": (layer.weight, 1) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    for name, module in model.named_modules():
+        traits = experts_traits(module) or {}
+        for projection in projections_of(module):
+            found[f"{name}.{projection}"] = (module.get_parameter(projection), 1 if traits["is_transposed"] else 2)
+    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    return {name: (weight, inputs) for name, (weight, inputs) in found.items() if owners[id(weight)] == 1}
+
+
+def _as_saved(model: Any, rows: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Totals of numbers per row, for each matrix that a checkpoint holds: what experts are joined from, and under which names.
+
+    rows   parameter name -> that parameter's shape, but for input features, of which there is 1
+    """
+    for name, values in revert_weight_conversion(model, rows).items():
+        module = name.removesuffix(".weight")
+        if values.dim() == 3:
+            yield from ((f"{module}.{expert}", total) for expert, total in enumerate(values.sum((1, 2))))
+        else:
+            yield module, values.sum()
+
+
+def own_text(model: Any, text: OwnText) -> Iterator[Tensor]:
+    """Sequences int64 [length] on the model's device: a random token, then what the model says."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    first = torch.randint(vocabulary, (text.sequences, 1), generator=torch.Generator().manual_seed(text.seed))
+    random = torch.Generator(model.device).manual_seed(text.seed)
+    for start in first.to(model.device).split(_BATCH):
+        tokens, cache = [start], None
+        with torch.no_grad():
+            for _ in range(text.length - 1):
+                before = tokens[-1] if cache is not None else torch.cat(tokens, 1)  # Mamba's cache has another name
+                output = model(input_ids=before, past_key_values=cache, use_cache=True)
+                cache = output.get("past_key_values")
+                logits = output.logits[:, -1].float()
+                if not logits.isfinite().all():
+                    raise EvaluationError(f"the model's predictions are not finite; {_OVERFLOW}")
+                tokens.append(torch.multinomial(logits.softmax(-1), 1, generator=random))
+        yield from torch.cat(tokens, 1)
+
+
+@contextmanager
+def _squared_gradients(model: nn.Module, weights: Mapping[str, tuple[Tensor, int]]) -> Iterator[dict[str, Tensor]]:
+    """Name -> mean(W_r^2) |gradient_r|^2 of every row r, summed over backward passes, float64, filled in as they run.
+
+    A gradient is dropped as soon as it is counted, so that there is never more than one in memory.
+    """
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    energies = {name: weight.detach().float().square().mean(dim, keepdim=True) for name, (weight, dim) in weights.items()}
+    rows = {name: torch.zeros_like(energy, dtype=torch.float64) for name, energy in energies.items()}
+
+    def count(name: str, dim: int) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            assert weight.grad is not None
+            rows[name] += weight.grad.float().square().sum(dim, keepdim=True) * energies[name]
+            weight.grad = None
+
+        return hook
+
+    model.requires_grad_(False)
+    hooks = [
+        weight.requires_grad_().register_post_accumulate_grad_hook(count(name, dim)) for name, (weight, dim) in weights.items()
+    ]
+    try:
+        yield rows
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
+
+
+def write_sensitivity(path: Path, model: str, text: OwnText, sensitivity: Mapping[str, float]) -> None:
+    """Leave what was measured in a new JSON file. Raises EvaluationError if there is one."""
+    content = {
+        "sensitivity_version": SENSITIVITY_VERSION,
+        "seedlm": __version__,
+        "model": model,
+        "text": asdict(text),
+        "sensitivity": dict(sensitivity),
+    }
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+    except OSError as reason:
+        raise EvaluationError(f"{path}: {reason.strerror}") from None
+
+
+def read_sensitivity(path: Path) -> tuple[str, dict[str, float]]:
+    """From such a file: the model, as it was named to be measured, and module name -> sensitivity.
+
+    Raises EvaluationError if it is not one.
+    """
+    data = read_json(path, EvaluationError)
+    model, values = data.get("model"), data.get("sensitivity")
+    if data.get("sensitivity_version") != SENSITIVITY_VERSION or not isinstance(model, str) or not isinstance(values, dict):
+        raise EvaluationError(
+            f"{path}: must have sensitivity_version {SENSITIVITY_VERSION}, model and sensitivity: seedlm sensitivity writes it"
+        )
+    for name, value in values.items():
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise EvaluationError(f"{path}: the sensitivity of {name} must be a finite number, 0 or more, got {value!r}")
+    return model, values

@@ -1,0 +1,10 @@
+"""Products with the block code's weights, fastest first. What a backend needs is imported when it prepares its first weight."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from seedlm.codes.base import LinearBackend
+from seedlm.codes.block.kernels.backends import NumbaBackend, TorchBackend
+
+BACKENDS: Final[Sequence[LinearBackend]] = (NumbaBackend(), TorchBackend())
+"""The last serves every device and every format."""

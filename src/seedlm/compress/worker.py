@@ -1,0 +1,238 @@
+"""One tensor of a model on its way: read, encoded or copied, and written to its place. The same code in every kind of worker.
+
+A unit of work is a tensor. It needs nothing that another unit makes, and the bytes it leaves depend on the plan alone, so units
+may run in any order, on any device or machine, and once more after a kill. Whoever plans them notes which are done.
+
+A tensor passes through in pieces of rows, so memory does not grow with the model or with its largest tensor.
+"""
+
+import json
+import math
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from seedlm.codes.base import EncodeOptions, Facts, Format, Tell, totals
+from seedlm.codes.registry import family_of
+from seedlm.compress.workfolder import Writer, sync, writing
+from seedlm.errors import SourceError, TensorError
+from seedlm.storage.checkpoint import PackedInfo, stored_name
+from seedlm.storage.safetensors import TensorInfo, torch_dtype
+from seedlm.storage.source import Source, open_source
+
+PIECE_WEIGHTS: Final = {"cpu": 1 << 22, "cuda": 1 << 23}
+"""Weights of a tensor that are in memory at a time. 2^22 are 16 MiB in float32 and 32 MiB while their squares are added up."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must know before its first unit.
+
+    source        local path of the model
+    fingerprint   that it must have, JSON (`Source.fingerprint`)
+    folder        where the files to be filled are
+    token         by which the folder above is known (`workfolder.is_held`)
+    formats       that will be encoded
+    options       how
+    """
+
+    source: str
+    fingerprint: str
+    folder: Path
+    token: str
+    formats: tuple[Format, ...]
+    options: EncodeOptions
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One tensor of the source, or one matrix of a stack, and what becomes of it.
+
+    name     in the source
+    module   whose compressed weight it becomes; None if it is copied
+    packed   how, if so
+    stored   what it is stored as, name -> dtype and shape
+    """
+
+    name: str
+    module: str | None
+    packed: PackedInfo | None
+    stored: dict[str, TensorInfo]
+
+    @property
+    def key(self) -> str:
+        """Its name in the journal."""
+        return next(iter(self.stored))
+
+    @property
+    def weights(self) -> int:
+        """To be searched."""
+        return self.packed.weights if self.packed else 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file to be written into, and where: stored name -> byte."""
+
+    file: str
+    offsets: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a worker is given: an item, its place, and the largest magnitude in it, if it is to be encoded."""
+
+    item: Item
+    place: Place
+    largest: float
+
+
+class Worker:
+    """Runs units on one device. Several threads may call `run` at once, each with a unit of its own.
+
+    source   the job's, if it is open already. Raises SourceError if it is not the one that was planned with.
+    """
+
+    def __init__(self, job: Job, device: torch.device, source: Source | None = None) -> None:
+        self.job, self.device = job, device
+        if source is None:
+            source = open_source(job.source)
+            if json.dumps(source.fingerprint, sort_keys=True) != job.fingerprint:
+                raise SourceError(f"{job.source}: changed while it was being compressed")
+        self.source = source
+        self._own = threading.local()
+        self._opening = threading.Lock()
+        self._files: dict[str, FileIO] = {}
+
+    def warm_up(self) -> None:
+        """Build the tables and compile what encoding needs, which takes seconds, on the least matrix."""
+        for format in self.job.formats:
+            shape = (format.row_step, format.column_step)
+            with torch.cuda.stream(self._stream()):
+                encoder = family_of(format).encoder(format, shape, Facts(1.0), self.job.options, self.device)
+                encoder.rows(torch.ones(shape, device=self.device), lambda weights: None)
+
+    def run(self, unit: Unit, tell: Tell) -> dict[str, float]:
+        """Put one tensor into its place; its bytes have reached the disk once `settle` was called after this.
+
+        tell      told the weights that are encoded, as they are
+        returns   what the report wants to know: squared_error and squared_norm of a compressed weight
+        Raises SourceError, TensorError, BackendError, OSError; whatever `tell` raises ends the unit.
+        """
+        item = unit.item
+        self._open(unit.place.file)
+        with writing(self.job.folder / unit.place.file, unit.place.offsets) as writer:
+            if item.packed is None:
+                self._copy(item, writer)
+                return {}
+            return self._compress(item, item.packed, unit.largest, writer, tell)
+
+    def settle(self, files: Iterable[str]) -> None:
+        """Wait until all that was written to these files of the output has reached the disk. Raises OSError if it could not."""
+        for name in files:
+            sync(self._open(name))
+
+    def _open(self, name: str) -> FileIO:
+        """A file of the output, open from before its first byte is written: who has it open is told if a later write fails."""
+        with self._opening:
+            if name not in self._files:
+                self._files[name] = FileIO(self.job.folder / name, "r+")
+            return self._files[name]
+
+    def close(self) -> None:
+        """Close the output's files."""
+        for file in self._files.values():
+            file.close()
+
+    def _copy(self, item: Item, writer: Writer) -> None:
+        start = 0
+        for chunk in self.source.chunks(item.name):
+            data = converted(chunk, self.source.tensors[item.name], item.stored[item.name], item.name)
+            writer.write(item.name, start, data)
+            start += len(data)
+
+    def _compress(self, item: Item, packed: PackedInfo, largest: float, writer: Writer, tell: Tell) -> dict[str, float]:
+        """Encode a matrix piece by piece. On a GPU each thread has its own stream."""
+        rows, columns = packed.shape
+        format, module = packed.format, f"{item.module}"
+        parts = format.parts(rows, columns)
+        start, errors = 0, []
+        on_gpu = self.device.type == "cuda"
+        weights = PIECE_WEIGHTS["cuda" if on_gpu else "cpu"]
+        with torch.cuda.stream(self._stream()):
+            encoder = family_of(format).encoder(format, packed.shape, Facts(largest), self.job.options, self.device)
+            for piece in pieces(self.source, item.name, module, packed, weights, pinned=on_gpu):
+                left = len(piece) * columns
+
+                def within(weights: int) -> None:
+                    nonlocal left
+                    weights = min(weights, left)  # an encoder counts the padding of rows too
+                    left -= weights
+                    tell(weights)
+
+                codes, found = encoder.rows(piece.to(self.device, non_blocking=True), within)
+                for name, tensor in codes.items():
+                    part = parts[name]
+                    entry_bytes = part.nbytes // part.shape[0]
+                    first = start // part.rows_per_entry * entry_bytes
+                    writer.write(stored_name(module, name), first, as_bytes(tensor.cpu()))
+                errors.append(found)
+                tell(left)
+                start += len(piece)
+            for name, tensor in encoder.rest().items():
+                writer.write(stored_name(module, name), 0, as_bytes(tensor.cpu()))
+        error, norm = totals(errors)
+        if not math.isfinite(norm):
+            raise SourceError(f"{item.name}: has NaN or Inf values that it did not have before; it changed while being read")
+        return {"squared_error": error, "squared_norm": norm}
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        if self.device.type == "cuda" and not hasattr(self._own, "stream"):
+            self._own.stream = torch.cuda.Stream(self.device)
+        return getattr(self._own, "stream", None)
+
+
+def pieces(source: Source, name: str, module: str, packed: PackedInfo, weights: int, pinned: bool = False) -> Iterator[Tensor]:
+    """The matrix that becomes `module`, as rows, about so many weights at a time: [rows, columns] in its own dtype.
+
+    Every piece but the last is a multiple of the format's `row_step`.
+
+    name     of the tensor that holds it, alone or in a stack; one of a stack is read as a whole
+    pinned   read them into memory that a GPU copies from four times as fast
+    Each piece is gone when the next is asked for.
+    """
+    info, stack = source.tensors[name], packed.stack
+    rows, columns = packed.shape
+    row_step = packed.format.row_step
+    step = min(rows, max(1, weights // columns // row_step) * row_step)
+    if stack is not None:
+        into = torch.empty(info.nbytes // info.shape[0], dtype=torch.uint8, pin_memory=pinned)
+        expert = stack.expert(module)
+        matrix = source.rows(name, expert, expert + 1, into)[0]
+        yield from (matrix.mT.contiguous() if stack.transposed else matrix).split(step)
+        return
+    into = torch.empty(step * (info.nbytes // rows), dtype=torch.uint8, pin_memory=pinned)
+    for start in range(0, rows, step):
+        yield source.rows(name, start, min(start + step, rows), into)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A CPU tensor's bytes, row-major."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def converted(chunk: Any, read: TensorInfo, stored: TensorInfo, name: str) -> Any:
+    """Some bytes of a dense tensor in the dtype that it is stored in. TensorError for a number too large for it."""
+    if read.dtype == stored.dtype:
+        return chunk
+    values = torch.frombuffer(bytearray(chunk), dtype=torch_dtype(read.dtype))
+    converted = values.to(torch_dtype(stored.dtype))
+    if not torch.equal(converted.isfinite(), values.isfinite()):
+        raise TensorError(f"{name}: holds {float(values.abs().nan_to_num(posinf=0.0).max()):g}, too large for {stored.dtype}")
+    return as_bytes(converted)

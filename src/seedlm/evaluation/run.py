@@ -1,0 +1,364 @@
+"""One measurement of one model: its text, its models, its record of finished windows, and its results as one JSON object.
+
+Everything that the numbers depend on is gathered first, from files alone, as the plan. The results are the plan, the metrics,
+and what the run itself was like; what it saw item by item stands in the records beside them. A run that was stopped goes on
+from its journal and comes to the same results to the last bit. OUT exists only when it is whole.
+"""
+
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from seedlm.device import choose_device
+from seedlm.errors import EvaluationError
+from seedlm.evaluation import measure, models
+from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
+from seedlm.evaluation.journal import Journal, check_free, replacing
+from seedlm.evaluation.layer_errors import compare_layers
+from seedlm.evaluation.prompts import continue_prompts
+from seedlm.evaluation.records import EVALUATION_VERSION, pack_records, records_path, token_records
+from seedlm.evaluation.zeroshot import check_tasks, zero_shot
+from seedlm.storage.source import locate
+from seedlm.version import __version__
+
+Progress = Callable[[str, int, int], None]
+"""Called with "evaluate", the tokens scored so far, and all tokens to score."""
+
+_ROWS: Final = "the lines as dataset rows (a blank line is an empty row), joined by a blank line: '\\n\\n'.join(rows)"
+_AS_IS: Final = "the file as it is"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to be predicted: its content, the file that it came from, and how it was made of that file."""
+
+    content: str
+    path: str
+    form: str
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Text":
+        """A UTF-8 file as it is."""
+        return cls(_read_text(path), str(path), _AS_IS)
+
+    @classmethod
+    def from_wikitext(cls, path: str | Path) -> "Text":
+        r"""The raw WikiText-2 file, ``wiki.test.raw``, as papers of the GPTQ line score it.
+
+        They join the rows of the Hugging Face data set ``wikitext-2-raw-v1`` by a blank line. A row there is a line of the
+        file with its line end, a blank line (" \n" in the file) the row "". Llama-2's tokenizer makes 341,469 tokens of it,
+        the 166 windows of the papers, and GPT-2's 287,644.
+        """
+        lines = _read_text(path).replace("\r\n", "\n").split("\n")
+        rows = [f"{line}\n" if line.strip() else "" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+        return cls("\n\n".join(rows), str(path), _ROWS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a text is scored.
+
+    context      tokens in a window; the papers' is 2048
+    limit        at most this many windows, from the start of the text; None for all
+    batch_size   windows in one forward pass
+    device       "auto", or a torch device
+    dtype        "auto" (each model as it is stored; float32 for GGUF) or another of `models.DTYPES`
+    packed       leave packed weights packed, instead of expanding them once: less memory, slower
+    baseline     quantise the model by another method first, one of `baselines.baseline_names`
+    calibration  UTF-8 file of text for a baseline that is calibrated
+    tasks        zero-shot tasks to do after the text, as `zeroshot.zero_shot` names them
+    task_data    folder of local files for them; None for the Hub
+    task_limit   at most this many questions of each
+    task_batch   questions' answers in one forward pass
+    prompts      texts to continue with the most likely tokens, by the model and by the reference
+    new_tokens   tokens to continue each by
+    layers       windows on which every layer is held against the reference's; 0 leaves the layers out
+    Raises EvaluationError for a value that cannot be.
+    """
+
+    context: int = 2048
+    limit: int | None = None
+    batch_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    packed: bool = False
+    baseline: str | None = None
+    calibration: str | None = None
+    tasks: tuple[str, ...] = ()
+    task_data: str | None = None
+    task_limit: int | None = None
+    task_batch: int = 8
+    prompts: tuple[str, ...] = ()
+    new_tokens: int = 48
+    layers: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("context", 2),
+            ("batch_size", 1),
+            ("limit", 1),
+            ("task_limit", 1),
+            ("task_batch", 1),
+            ("new_tokens", 1),
+            ("layers", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise EvaluationError(f"{name} must be at least {least}, got {value}")
+        if self.dtype not in models.DTYPES:
+            raise EvaluationError(f"dtype must be one of {', '.join(models.DTYPES)}, got {self.dtype!r}")
+        if self.baseline is not None:
+            _, method, _ = parse_baseline(self.baseline)
+            if method.calibrated != (self.calibration is not None):
+                raise EvaluationError(f"{self.baseline} takes {'a' if method.calibrated else 'no'} calibration text")
+        elif self.calibration is not None:
+            raise EvaluationError("calibration text is for a baseline that is calibrated, and none was chosen")
+
+
+def evaluate(
+    model: str,
+    text: Text,
+    settings: Settings | None = None,
+    *,
+    reference: str | None = None,
+    out: Path | None = None,
+    tokens_out: Path | None = None,
+    revision: str | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score a text with a model, and with a reference if there is one.
+
+    model, reference   what `source.locate` finds: a folder, packed or not, a GGUF file, a Hub repository
+    out                JSON file to write the results to, with its records beside it (`records`: tokens, layers, prompts,
+                       tasks); with it, a run that was stopped can go on
+    tokens_out         .npz file to write the record of every prediction to: the fields of `measure.PAIR_RECORD`
+                       [windows, context - 1], and token_ids [windows, context]
+    revision           of the model on the Hub
+    returns            the results, as `out` holds them
+    Raises EvaluationError, SourceError, CheckpointError, BackendError or OutputError.
+    """
+    settings = settings or Settings()
+    start = time.monotonic()
+    for path in filter(None, (out, out and records_path(out), tokens_out)):
+        check_free(path)
+    if settings.tasks:
+        check_tasks(settings.tasks, settings.task_data)
+    device = choose_device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    paths = [locate(model, revision=revision)] + ([locate(reference)] if reference is not None else [])
+    windows, facts = _tokenize(text, paths, settings.context, settings.limit)
+    calibration, calibration_facts = None, None
+    if settings.calibration is not None:
+        content = Text.from_file(settings.calibration)
+        calibration, calibration_facts = _tokenize(content, paths[:1], settings.context, CALIBRATION_WINDOWS)
+    names = [model] if reference is None else [model, reference]
+    infos = [asdict(models.describe(name, path)) for name, path in zip(names, paths, strict=True)]
+    plan = {
+        "evaluation_version": EVALUATION_VERSION,
+        "model": infos[0],
+        "reference": infos[1] if reference is not None else None,
+        "settings": {**asdict(settings), "tasks": list(settings.tasks), "prompts": list(settings.prompts)},
+        "text": facts,
+        "calibration": calibration_facts,
+        "protocol": _protocol(len(windows), settings.context),
+        "seed": None,  # nothing is drawn
+        "environment": _environment(device, ["lm_eval"] if settings.tasks else []),
+    }
+    dtype = measure.RECORD if reference is None else measure.PAIR_RECORD
+    record = np.dtype((dtype, settings.context - 1))
+    with Journal.claim(out, plan, record, len(windows), settings.batch_size) as journal:
+        loaded = [models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed) for path in paths]
+        _check_context(loaded, settings.context)
+        tokenizer = models.load_tokenizer(paths[0])
+        baseline = apply_baseline(loaded[0], settings.baseline, calibration, tokenizer) if settings.baseline else None
+        run = {"baseline": baseline, **_score(journal, windows, loaded, settings, device, on_progress)}
+        records = np.concatenate(journal.records)
+        metrics = {name: asdict(estimate) for name, estimate in measure.summarize(records).items()}
+        if missing := [task for task in settings.tasks if task not in journal.tasks]:
+            for task, *answers in zero_shot(
+                loaded[0],
+                tokenizer,
+                missing,
+                data=settings.task_data,
+                limit=settings.task_limit,
+                batch_size=settings.task_batch,
+            ):
+                journal.add_task(task, answers)
+        tasks = {task: journal.tasks[task] for task in settings.tasks}
+        companion = None
+        if out is not None:
+            packed = pack_records(
+                {
+                    "tokens": token_records(windows.numpy(), records, tokenizer),
+                    "distributions": measure.distributions(records),
+                    **_record_behaviour(loaded, tokenizer, windows, settings),
+                    "tasks": {task: questions for task, (_, questions) in tasks.items()},
+                }
+            )
+            companion = {"file": records_path(out).name, "sha256": hashlib.sha256(packed).hexdigest()}
+            with replacing(records_path(out)) as file:
+                file.write(packed)
+        run["seconds"] = round(time.monotonic() - start, 3)
+        accuracies = {task: accuracy for task, (accuracy, _) in tasks.items()}
+        results = {**plan, "metrics": metrics, "tasks": accuracies, "records": companion, "run": run}
+        if tokens_out is not None:
+            columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
+            with replacing(tokens_out) as file:
+                np.savez_compressed(file, token_ids=windows.numpy().astype(np.int32), **columns)
+        if out is not None:
+            with replacing(out) as file:
+                file.write(json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
+    journal.remove()
+    return results
+
+
+def _score(
+    journal: Journal,
+    windows: Tensor,
+    loaded: list[Any],
+    settings: Settings,
+    device: torch.device,
+    on_progress: Progress | None,
+) -> dict[str, Any]:
+    """Score the windows that the journal lacks: what that was like."""
+    model, reference = loaded[0], loaded[1] if len(loaded) > 1 else None
+    dtypes = [str(network.dtype).removeprefix("torch.") for network in loaded]
+    done = resumed = sum(map(len, journal.records))
+    speeds = []
+    if on_progress:
+        on_progress("evaluate", done * settings.context, windows.numel())
+    batches = measure.score_windows(model, windows, reference=reference, batch_size=settings.batch_size, start=done)
+    for records, seconds in batches:
+        journal.add(records)
+        speeds.append(len(records) * settings.context / seconds)
+        done += len(records)
+        if on_progress:
+            on_progress("evaluate", done * settings.context, windows.numel())
+    return {
+        "dtype": dtypes[0],
+        "reference_dtype": dtypes[1] if len(dtypes) > 1 else None,
+        "resumed_windows": resumed,
+        "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
+        "peak_memory_bytes": _peak_memory(device),
+    }
+
+
+def _record_behaviour(loaded: list[Any], tokenizer: Any, windows: Tensor, settings: Settings) -> dict[str, Any]:
+    """Continued prompts, and the layers' errors where there is a reference."""
+    texts = [continue_prompts(network, tokenizer, settings.prompts, settings.new_tokens) for network in loaded]
+    columns = (settings.prompts, texts[0], texts[1] if len(texts) > 1 else [None] * len(texts[0]))
+    return {
+        "prompts": [
+            {"prompt": prompt, "text": text, "reference_text": other} for prompt, text, other in zip(*columns, strict=True)
+        ],
+        "layers": compare_layers(loaded[0], loaded[1], windows[: settings.layers])
+        if len(loaded) > 1 and settings.layers
+        else None,
+    }
+
+
+def _tokenize(text: Text, paths: list[Path], context: int, limit: int | None) -> tuple[Tensor, dict[str, Any]]:
+    """The windows int64 [windows, context] of a text, and what there is to say of it."""
+    tokenizer = models.load_tokenizer(paths[0])
+    ids = tokenizer(text.content)["input_ids"]
+    for other in paths[1:]:
+        theirs = models.load_tokenizer(other)(text.content)["input_ids"]
+        if theirs != ids:
+            raise EvaluationError(f"{other} and {paths[0]} turn the text into different tokens: they have no common vocabulary")
+    windows = measure.cut_windows(torch.tensor(ids, dtype=torch.int64), context, limit)
+    return windows, {
+        "path": text.path,
+        "form": text.form,
+        "sha256": hashlib.sha256(text.content.encode()).hexdigest(),
+        "tokens": len(ids),
+        "starts_with_bos": bool(ids and ids[0] == tokenizer.bos_token_id),
+        "windows": len(windows),
+        "predictions": windows.numel() - len(windows),
+    }
+
+
+def _protocol(windows: int, context: int) -> str:
+    return (
+        f"The text is tokenised once, with the special tokens that the tokenizer adds by itself, and its first {windows} whole "
+        f"windows of {context} tokens are scored, each alone: {context - 1} predictions, the first token being context only. "
+        "Perplexity is exp of the mean negative log likelihood over all predictions (as GPTQ and OmniQuant compute it). "
+        "Log-probabilities are float32, from logits in the model's dtype; KL is KL(reference || model) in nats. "
+        "Standard errors are over windows, taken as independent."
+    )
+
+
+def _check_context(loaded: list[Any], context: int) -> None:
+    for model in loaded:
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and context > longest:
+            raise EvaluationError(f"the model knows {longest} positions, a window has {context}: choose a shorter context")
+
+
+def _environment(device: torch.device, extras: list[str]) -> dict[str, Any]:
+    """What else the last bits of the results depend on."""
+    cuda = device.type == "cuda"
+    return {
+        "seedlm": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **{name: version(name) for name in extras if find_spec(name)},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout that this package runs from, with "-dirty" if it was changed; else None."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # a virtual environment may lie inside another project
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes: what torch had allocated on a CUDA device, models and reference together; on a CPU the process's largest size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_bytes().decode()
+    except OSError as reason:
+        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    except UnicodeDecodeError as reason:
+        raise EvaluationError(f"{path}: is not UTF-8 text (byte {reason.start})") from None

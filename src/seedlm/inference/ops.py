@@ -1,0 +1,217 @@
+"""torch operators over packed weights: what modules call, compilers keep whole, and kernels stand behind.
+
+    torch.ops.seedlm.linear(x, transformed, prepared, plan, bias)   x W^T + bias
+    torch.ops.seedlm.dequantize(prepared, plan, dtype)              the weight [out_features, in_features]
+    torch.ops.seedlm.transform(x, plan)                             what layers that share an input share (`LinearBackend`)
+
+`prepared` are a backend's tensors. A plan says what they are: "<spec> <out>x<in> <backend>", for `transform` without the
+outputs, "<spec> *x<in> <backend>", so that layers of different heights call it alike. It is a text because compiled graphs
+are kept on disk and run by other processes, where a number would mean something else; a call looks it up in a dictionary.
+
+An operator is opaque to torch.compile; its fake gives the shape. `linear` keeps no weight for the backward pass, which
+dequantizes again, and codes have no gradient. Going through torch's dispatcher and Python's side of it takes 10 us and more,
+so `linear` below, which modules call, leaves it out where nothing in it has anything to do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from seedlm.codes.base import Format, LinearBackend
+from seedlm.codes.registry import parse_format
+from seedlm.errors import BackendError, TensorError
+from seedlm.inference import backend as backends
+
+_LIBRARY: Final = torch.library.Library("seedlm", "FRAGMENT")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor[] transformed, Tensor[] prepared, str plan, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define("dequantize(Tensor[] prepared, str plan, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("transform(Tensor x, str plan) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A weight's format, shape (out_features, in_features) and backend, with the texts that stand for it in graphs.
+
+    text         for `linear` and `dequantize`
+    input_text   for `transform`
+    """
+
+    backend: LinearBackend
+    format: Format
+    shape: tuple[int, int]
+    text: str
+    input_text: str
+
+
+_PLANS: dict[str, Plan] = {}
+
+
+def plan_for(format: Format, shape: tuple[int, int], device: torch.device, backend: str = backends.AUTO) -> Plan:
+    """The plan of such a weight on `device`. Raises BackendError if that backend, or for "auto" any, cannot run there."""
+    chosen = backends.choose(backend, device, format, shape)
+    return find_plan(f"{format.spec} {shape[0]}x{shape[1]} {chosen.name}")
+
+
+def find_plan(text: str) -> Plan:
+    """The plan that a text stands for. Raises BackendError or FormatError for a text that no plan has."""
+    plan = _PLANS.get(text)
+    return plan if plan is not None else _PLANS.setdefault(text, _read_plan(text))
+
+
+def _read_plan(text: str) -> Plan:
+    try:
+        spec, sizes, name = text.split(" ")
+        out_features, in_features = sizes.split("x")
+        shape = (0 if out_features == "*" else int(out_features), int(in_features))
+    except ValueError:
+        raise BackendError(f"a plan is '<spec> <out>x<in> <backend>', got {text!r:.80}") from None
+    format = parse_format(spec)
+    return Plan(backends.by_name(name, format), format, shape, text, f"{spec} *x{in_features} {name}")
+
+
+def linear(x: Tensor, transformed: Sequence[Tensor], prepared: Sequence[Tensor], plan: Plan, bias: Tensor | None) -> Tensor:
+    """Multiply by a packed weight.
+
+    x             floating point [..., in_features]
+    transformed   `transform` of the same x, or empty
+    prepared      the plan's backend's tensors for the weight
+    bias          None or [out_features], of x's dtype
+    returns       [..., out_features] of x's dtype
+    Raises TensorError for an x that does not fit.
+    """
+    if not torch.compiler.is_compiling() and _plain(x, bias):
+        _check_input(x, plan)
+        return plan.backend.linear(x, prepared, plan.format, plan.shape, bias, transformed)
+    return _OPS.linear.default(x, transformed, prepared, plan.text, bias)
+
+
+def dequantize(prepared: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
+    """The weight [out_features, in_features] in a floating-point dtype, rounded to it once."""
+    return _OPS.dequantize.default(prepared, plan.text, dtype)
+
+
+def transform(x: Tensor, plan: Plan) -> list[Tensor]:
+    """What `linear` takes as `transformed`, for every layer whose plan has this `input_text`. It has no gradient."""
+    x = x.detach()
+    if torch.compiler.is_compiling() or not _plain(x, None):
+        return _OPS.transform.default(x, plan.input_text)
+    return _transform(x, plan.input_text)
+
+
+_OPS: Final = torch.ops.seedlm
+_modes: Final = torch._C._len_torch_dispatch_stack
+_transforms: Final = torch._C._functorch.peek_interpreter_stack
+_autocast: Final = torch._C._is_any_autocast_enabled
+
+
+def _plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product is nothing but its kernel: no gradient, no autocast, no mode or transform that looks at operators."""
+    return (
+        type(x) is Tensor
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not _autocast()
+        and not _modes()
+        and _transforms() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def _check_input(x: Tensor, plan: Plan) -> None:
+    if not x.is_floating_point():
+        raise TensorError(f"x must be floating point, got {str(x.dtype).removeprefix('torch.')}")
+    if not x.dim() or x.shape[-1] != plan.shape[1]:
+        raise TensorError(f"x must be [..., {plan.shape[1]}], got {[*x.shape]}")
+
+
+def _linear(x: Tensor, transformed: list[Tensor], prepared: list[Tensor], text: str, bias: Tensor | None) -> Tensor:
+    plan = find_plan(text)
+    _check_input(x, plan)
+    return plan.backend.linear(x, prepared, plan.format, plan.shape, bias, transformed)
+
+
+def _linear_fake(x: Tensor, transformed: list[Tensor], prepared: list[Tensor], text: str, bias: Tensor | None) -> Tensor:
+    plan = find_plan(text)
+    _check_input(x, plan)
+    return x.new_empty(*x.shape[:-1], plan.shape[0])
+
+
+def _dequantize(prepared: list[Tensor], text: str, dtype: torch.dtype) -> Tensor:
+    plan = _dequantizable(text, dtype)
+    return plan.backend.dequantize(prepared, plan.format, plan.shape, dtype)
+
+
+def _dequantize_fake(prepared: list[Tensor], text: str, dtype: torch.dtype) -> Tensor:
+    return prepared[0].new_empty(_dequantizable(text, dtype).shape, dtype=dtype)
+
+
+def _dequantizable(text: str, dtype: torch.dtype) -> Plan:
+    if not dtype.is_floating_point:
+        raise TensorError(f"weights are dequantized to a floating-point dtype, got {str(dtype).removeprefix('torch.')}")
+    return find_plan(text)
+
+
+def _transform(x: Tensor, text: str) -> list[Tensor]:
+    plan = find_plan(text)
+    _check_input(x, plan)
+    return plan.backend.transform(x, plan.format, plan.shape[1])
+
+
+def _transform_fake(x: Tensor, text: str) -> list[Tensor]:
+    plan = find_plan(text)
+    _check_input(x, plan)
+    return plan.backend.empty_transform(x, plan.format, plan.shape[1])
+
+
+for _name, _kernel, _fake in (
+    ("linear", _linear, _linear_fake),
+    ("dequantize", _dequantize, _dequantize_fake),
+    ("transform", _transform, _transform_fake),
+):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"seedlm::{_name}", _fake, lib=_LIBRARY)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    _, transformed, prepared, ctx.plan, bias = inputs
+    ctx.transformed, ctx.has_bias = len(transformed), bias is not None
+    ctx.save_for_backward(*prepared)
+
+
+def _backward(ctx, grad: Tensor):
+    prepared = list(ctx.saved_tensors)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = _OPS.dequantize.default(prepared, ctx.plan, grad.dtype)  # the operator, which compilers see
+        grad_x = grad @ weight
+    if ctx.has_bias and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, [None] * ctx.transformed, [None] * len(prepared), None, grad_bias
+
+
+torch.library.register_autograd("seedlm::linear", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
+
+
+def _under_autocast(device: str):
+    """`linear` under autocast, as torch's own: x and bias in the context's dtype, except in float64."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def run(x: Tensor, transformed: list[Tensor], prepared: list[Tensor], text: str, bias: Tensor | None) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            if x.is_floating_point() and x.dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(device)
+                transformed = transformed if x.dtype == dtype else []
+                x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+            return _OPS.linear.default(x, transformed, prepared, text, bias)
+
+    return run
+
+
+for _device in ("cpu", "cuda"):
+    _LIBRARY.impl("linear", _under_autocast(_device), f"Autocast{_device.upper()}")

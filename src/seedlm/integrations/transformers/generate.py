@@ -1,0 +1,95 @@
+"""Text from a model, piece by piece as it comes: what the `generate` command prints."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from seedlm.device import choose_device
+from seedlm.errors import SourceError
+from seedlm.storage.source import is_repository, locate
+
+
+@dataclass
+class Timing:
+    """Filled in while text is generated: seconds to load, tokens generated, and the seconds that took (prompt included)."""
+
+    load_seconds: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    dequantize: bool = False,
+    timing: Timing | None = None,
+) -> Iterator[str]:
+    """Generate from a folder or Hub id, packed or not, yielding text as it is decoded: the prompt and what follows it.
+
+    temperature   0 is greedy; above, tokens are drawn with this `seed`
+    chat          put the prompt into the model's chat template, and yield the answer alone
+    device        "auto", or a torch device
+    dtype         of everything that is not packed: "auto" (as stored) or a torch dtype's name
+    dequantize    all weights once after loading: faster on small models, as large as the original
+    Raises SourceError if the model cannot be opened or has no chat template.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+
+    timing = timing if timing is not None else Timing()
+    start = time.perf_counter()
+    where = choose_device(device)
+    if not is_repository(model):
+        locate(model)  # transformers would ask the Hub, several times, for a path that was mistyped
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        network = network.to(where)
+    except (OSError, ValueError) as reason:
+        raise SourceError(f"cannot open {model}: {' '.join(str(reason).split())}") from reason
+    if dequantize and hasattr(network, "hf_quantizer"):
+        network = network.dequantize()
+    timing.load_seconds = time.perf_counter() - start
+
+    if chat:
+        if not tokenizer.chat_template:
+            raise SourceError(f"{model} has no chat template: generate without --chat")
+        turn = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        torch.manual_seed(seed)
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        begin = time.perf_counter()
+        try:
+            output = network.generate(**inputs.to(where), **options, max_new_tokens=max_new_tokens, streamer=streamer)
+            timing.tokens = output.shape[1] - inputs["input_ids"].shape[1]
+        except BaseException as reason:  # shown in the caller's thread
+            failure.append(reason)
+            streamer.end()
+        timing.seconds = time.perf_counter() - begin
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from (piece for piece in streamer if piece)
+    thread.join()
+    if failure:
+        raise failure[0]

@@ -1,0 +1,198 @@
+"""transformers: packed folders load with `AutoModelForCausalLM.from_pretrained(folder)` once this is imported (by `hf_hook`).
+
+Loading swaps each nn.Linear whose codes are in the files for a `SeedLinear` before any weight is read, and experts for
+`SeedExperts` (`hf_places`). Which ones, and whether every part of them is there in the right shape, is taken from the files'
+headers: transformers itself would start a missing tensor from random values. Afterwards every code is checked.
+
+A folder must also fail where this package is missing, and transformers only warns about a quantisation method that it does not
+know. Two guards see to that. The codes have the weights' own names, with other shapes (`checkpoint.stored_name`). And
+config.json names, under ``fusion_config``, a fusion of layers that no transformers has: its name is the message, and the
+ValueError about it comes before anything is loaded, whatever the arguments. Its value is false, "off", so that where
+`register` has made the name known nothing happens.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import fusion_mapping
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from seedlm.codes.base import Format
+from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
+from seedlm.errors import CheckpointError, FormatError
+from seedlm.integrations.transformers.loading import CodeNames, ExpertNames, Places, saved_names
+from seedlm.modeling.experts import PACKED, SeedExperts
+from seedlm.modeling.quantize import choose_modules, compress_model, dense_names, dequantize_model, seed_linears, weights_of
+from seedlm.storage.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, version_of
+
+
+class SeedLMConfig(QuantizationConfigMixin):
+    """How a model is packed: what stands in config.json, and what compresses a dense model while it is loaded.
+
+    bits                     a preset by its bits per weight: 5, 4.5, 4, 3.5, 3, 2.5 or 2, unless `format` is given
+    format                   a specification such as "block-k16-c8-p3-q4-e4", or the JSON form of a format
+    modules_to_not_convert   linear layers to leave as they are: names, or glob patterns when compressing
+    overrides                module name -> JSON form of its format, where it is not `format`
+    settings                 of the format's family: ``rounding="nearest"`` is the paper's for the block code
+    Raises FormatError for an unknown format or option, CheckpointError for a newer format version.
+    """
+
+    def __init__(
+        self,
+        bits: float | str | None = None,
+        *,
+        format: str | Mapping[str, Any] | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int = 1,
+        quant_method: str = QUANT_METHOD,
+        **settings: Any,
+    ) -> None:
+        if "dequantize" in settings:
+            raise FormatError("SeedLMConfig has no option dequantize; a loaded model is dequantized by model.dequantize()")
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
+            raise CheckpointError(
+                f"format_version must be 1 .. {FORMAT_VERSION}, got {format_version!r}; "
+                f"a newer one needs: pip install -U seedlm"
+            )
+        if bits is not None and format is not None:
+            raise FormatError("give bits or format, not both")
+        if isinstance(format, Mapping):
+            parsed = format_from_dict(format)
+        else:
+            bits = 4 if bits is None else bits
+            parsed = parse_format(format if format is not None else bits)
+        others = {name: format_from_dict(item) for name, item in (overrides or {}).items()}
+        check_settings([parsed, *others.values()], settings)
+        self.quant_method: Any = quant_method
+        self.format_version = max(format_version, version_of([parsed, *others.values()]))
+        self.format = parsed.to_dict()
+        self.settings = {**family_of(parsed).defaults, **settings}
+        self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.overrides = {name: format.to_dict() for name, format in others.items()}
+
+    def format_of(self, module: str) -> Format:
+        """The format of one compressed module."""
+        return format_from_dict(self.overrides.get(module, self.format))
+
+    def to_dict(self) -> dict[str, Any]:
+        data = dict(super().to_dict())
+        data |= data.pop("settings")
+        return data if data["overrides"] else {key: value for key, value in data.items() if key != "overrides"}
+
+
+class SeedLMQuantizer(HfQuantizer):
+    """Puts packed layers into a model that is being loaded: from a packed folder, or by compressing a dense one."""
+
+    requires_calibration = False
+    quantization_config: SeedLMConfig
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files: list[str] | None = None, **kwargs: Any):
+        if self.pre_quantized:
+            self._places = Places.fill(model, checkpoint_files or [], self.quantization_config.format_of)
+        return model
+
+    def update_weight_conversions(self, weight_conversions, model=None):
+        """Lead codes to the packed layers; newer transformers pass the model as well."""
+        return self._places.conversions(weight_conversions) if self.pre_quantized else weight_conversions
+
+    def _process_model_after_weight_loading(self, model, **kwargs: Any):
+        if self.pre_quantized:
+            self._places.check_codes()
+        else:
+            _compress_loaded(model, self.quantization_config)
+            conversions = getattr(model, "_weight_conversions", None) or []
+            model._weight_conversions = [*conversions, *_expert_names(model), CodeNames.of(model)]
+        _set_guard(model.config, True)
+        return model
+
+    def _dequantize(self, model, dtype: torch.dtype | None = None):
+        # Saving leaves config.dtype, which transformers passes on here, as a string.
+        dequantize_model(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
+        _set_guard(model.config, False)
+        return model
+
+    def get_state_dict_and_metadata(self, model):
+        """No state dict of its own; the safetensors metadata of a packed file, in which shapes are told."""
+        layers = dict(seed_linears(model))
+        names = saved_names(model, layers)
+        stacks: dict[str, Stack] = {}
+        for experts, module in model.named_modules():
+            if isinstance(module, SeedExperts):
+                for part, whole in module.stacks.items():
+                    stacks |= dict.fromkeys((f"{experts}.{PACKED}.{part}.{n}" for n in range(whole.shape[0])), whole)
+        packed = {}
+        for name, layer in layers.items():
+            stack = stacks.get(name)
+            if stack is not None:  # under the name that it has in this file, which may have the base model's prefix or not
+                suffix = ".weight" if stack.tensor.endswith(".weight") else ""
+                stack = dataclasses.replace(stack, tensor=names[name].rpartition(".")[0] + suffix)
+            packed[names[name]] = PackedInfo(layer.format, (layer.out_features, layer.in_features), stack)
+        return None, metadata(packed)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top: gradients flow through packed layers, not into them."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Make the method, its configuration and the guard's name known to transformers. Calling it again does nothing.
+
+    There is no public way to add a fusion. Its dictionary may move in a later transformers; folders would then be refused
+    here too, and `from_pretrained(folder, fusion_config={})` would open them.
+    """
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(SeedLMConfig)
+        auto.register_quantizer(QUANT_METHOD)(SeedLMQuantizer)
+        getattr(fusion_mapping, "_FUSION_REGISTRY", {}).setdefault(GUARD, None)
+
+
+def _expert_names(model: nn.Module) -> list[ExpertNames]:
+    """How the experts of a model that was compressed in memory are saved: as stacks, each under its tensor's name."""
+    templates = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SeedExperts):
+            for part, stack in module.stacks.items():
+                tensor = saved_names(model, [f"{name}.{part}"])[f"{name}.{part}"]
+                module.stacks[part] = dataclasses.replace(stack, tensor=tensor)
+                templates[f"{tensor.removesuffix('.weight')}.*"] = f"{name}.{PACKED}.{part}.*"
+    return [ExpertNames(templates)] if templates else []
+
+
+def _compress_loaded(model: nn.Module, config: SeedLMConfig) -> None:
+    """Compress a dense model that has just been loaded, and write down what was left as it is."""
+    exclude, format = config.modules_to_not_convert, format_from_dict(config.format)
+    names = choose_modules(model, format, exclude=exclude)
+    total = sum(weights_of(model, name) for name in names)
+    with logging.tqdm(total=total, desc="Compressing", unit=" weights", unit_scale=True) as bar:
+        compress_model(model, format, exclude=exclude, on_progress=bar.update, **config.settings)
+    config.modules_to_not_convert = dense_names(model)
+
+
+def _set_guard(config: Any, wanted: bool) -> None:
+    """Put the guard into a model's configuration, or take it out."""
+    fusions = dict(getattr(config, "fusion_config", None) or {})
+    fusions.pop(GUARD, None)
+    if wanted:
+        fusions = guarded(fusions)
+    if fusions:
+        config.fusion_config = fusions
+    elif hasattr(config, "fusion_config"):
+        del config.fusion_config
+
+
+register()

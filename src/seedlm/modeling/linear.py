@@ -1,0 +1,304 @@
+"""A linear layer whose weight stays in codes.
+
+`SeedLinear` holds the parts of its format as buffers, as they are stored, and multiplies by them through `inference.ops`.
+
+    buffer               name in files           what
+    weight_words         weight                  the codes: files have them under the weight's own name (`stored_name`)
+    weight_<part>        weight_<part>           every other part
+
+`weight` itself answers for the dense weight (`stand_in`). A state dict has the names of files, so that whatever writes it
+out is refused by a reader that does not know the codes; `own_names` turns that off for loaders that go by the names of
+buffers. Casts (`.half()`, `.to(dtype)`) change the bias and what `weight.dtype` says, never a part, float parts included.
+
+What a backend makes of the parts is no part of the layer's state: it is made for the parts that are there when they are first
+needed, and let go with them. Parts are replaced from many sides (`.to`, loaders, offloading hooks, which set buffers by name),
+so every call looks whether they are still the same.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from seedlm.codes.base import Format, relative_error
+from seedlm.codes.encoded import EncodedTensor, encode
+from seedlm.codes.registry import family_of, parse_format
+from seedlm.errors import CheckpointError, TensorError
+from seedlm.inference import ops
+from seedlm.modeling.stand_in import PackedWeight
+from seedlm.storage.checkpoint import stored_name
+
+_TWINS: Final = frozenset({"FalconLinear"})
+"""Subclasses of nn.Linear that compute the same, written out."""
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a `SeedLinear` can take a module's place: other subclasses of nn.Linear do something else with their weight."""
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).__name__ in _TWINS)
+
+
+def own_name(part: str) -> str:
+    """The buffer that holds a part."""
+    return f"weight_{part}"
+
+
+def _file_name(part: str) -> str:
+    return stored_name("", part).removeprefix(".")
+
+
+class SeedLinear(nn.Module):
+    """y = x W^T + bias with W in codes.
+
+    bias         None or a parameter [out_features]
+    dtype        of the dense weight that it stands for, and of a new bias; the default dtype if None
+    backend      how to multiply, "auto" or a backend of the format's family by name (`inference.backend`)
+    own_names    whether the state dict has the names of the buffers instead of those of files
+    New codes are all zero, which may not be a valid weight: they are meant to be loaded.
+    """
+
+    own_names: bool = False
+    _shared: "tuple[SharedInput, int] | None" = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.format, self.backend = in_features, out_features, format, backend
+        self._dtype = torch.get_default_dtype() if dtype is None else dtype
+        self._prepared: _Prepared | None = None
+        expected = format.parts(out_features, in_features)
+        self._names = {part: own_name(part) for part in expected}
+        for part, kind in expected.items():
+            self.register_buffer(own_name(part), torch.zeros(kind.shape, dtype=getattr(torch, kind.dtype), device=device))
+        empty = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", empty)
+
+    @classmethod
+    def from_encoded(
+        cls, encoded: EncodedTensor, bias: nn.Parameter | None = None, dtype: torch.dtype | None = None
+    ) -> "SeedLinear":
+        """A layer that holds this weight and this bias, in the place of a layer of `dtype` (the bias's if None)."""
+        out_features, in_features = encoded.shape
+        dtype = bias.dtype if dtype is None and bias is not None else dtype
+        layer = cls(in_features, out_features, encoded.format, dtype=dtype, device="meta")
+        for part, tensor in encoded.parts.items():
+            layer.register_buffer(own_name(part), tensor)
+        layer.register_parameter("bias", bias)
+        return layer
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The weight as it is stored: those of `format.parts`, in its order."""
+        return {part: self.get_buffer(name) for part, name in self._names.items()}
+
+    @property
+    def weight(self) -> Tensor:
+        """Dtype, shape and device of the dense weight, without values; compilers, which drop what is unused, see the values."""
+        if torch.compiler.is_compiling():
+            return self.dequantize(self._dtype)
+        device = self._buffers[next(iter(self._names.values()))].device  # type: ignore[union-attr]
+        return PackedWeight((self.out_features, self.in_features), self._dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan, prepared = self.prepare()
+        transformed = [] if self._shared is None else self._shared[0].transform(x, plan, self._shared[1])
+        parameters = self._parameters
+        bias: Any = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (self.bias takes 1 us)
+        return ops.linear(x, transformed, prepared, plan, bias)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out_features, in_features]."""
+        plan, prepared = self.prepare()
+        return ops.dequantize(prepared, plan, dtype)
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """An ordinary layer with the same weight, and this layer's bias. Raises TensorError if the codes are not in memory."""
+        if any(tensor.is_meta for tensor in self.parts.values()):
+            raise TensorError("the codes of this layer are not in memory (offloaded, or not loaded yet)")
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
+        layer.register_parameter("bias", self._parameters["bias"])
+        return layer.train(self.training)
+
+    def check(self, where: str) -> None:
+        """Raise CheckpointError, which begins with `where`, if parts that came from a file hold impossible values."""
+        try:
+            family_of(self.format).check(self.parts, self.format, (self.out_features, self.in_features))
+        except TensorError as reason:
+            raise CheckpointError(f"{where}: {reason}") from None
+
+    def restore_dtypes(self) -> None:
+        """Give parts that a loader has widened (transformers, in layers kept in float32) their own dtype again."""
+        for part, kind in self.format.parts(self.out_features, self.in_features).items():
+            tensor, dtype = self.get_buffer(self._names[part]), getattr(torch, kind.dtype)
+            if tensor.dtype != dtype:
+                self._buffers[self._names[part]] = tensor.to(dtype)
+
+    def prepare(self) -> tuple[ops.Plan, list[Tensor]]:
+        """The plan and the backend's tensors for the parts that are there; after the first time nothing is left to do.
+
+        Loaders may call it to spend that time where they report progress. Raises BackendError for a backend that cannot run.
+        """
+        if torch.compiler.is_compiling():
+            self._prepare_before_tracing()
+            prepared = self._prepared
+        else:
+            prepared = self._prepared
+            if prepared is None or not prepared.is_for(self._buffers):
+                prepared = self._prepare()
+        assert prepared is not None
+        buffers: Any = self._buffers
+        return prepared.plan, [buffers[each] if type(each) is str else each for each in prepared.tensors]
+
+    def _prepare_before_tracing(self) -> bool:
+        """A compiler runs this with the layer itself while it traces; what it left is then a constant of the graph."""
+        if self._prepared is None or not self._prepared.is_for(self._buffers):
+            for tensor in self._prepare().tensors:
+                if not isinstance(tensor, str):
+                    torch._dynamo.mark_static_address(tensor)
+        return True
+
+    # torch.compiler.assume_constant_result by hand: it would import the compiler, which takes seconds.
+    _prepare_before_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _prepare(self) -> "_Prepared":
+        shape = (self.out_features, self.in_features)
+        with torch.inference_mode(False), torch.no_grad():
+            parts = self.parts
+            plan = ops.plan_for(self.format, shape, next(iter(parts.values())).device, self.backend)
+            tensors = plan.backend.prepare(parts, self.format, shape)
+        names = {id(tensor): self._names[part] for part, tensor in parts.items()}
+        layer = weakref.ref(self)
+
+        def let_go(part: object) -> None:
+            if (found := layer()) is not None and found._prepared is prepared:
+                found._prepared = None
+
+        prepared = _Prepared(plan, [names.get(id(tensor), tensor) for tensor in tensors])
+        prepared.parts = [(self._names[part], weakref.ref(tensor, let_go), _version(tensor)) for part, tensor in parts.items()]
+        self._prepared = prepared
+        return prepared
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SeedLinear":
+        before = self.parts
+        super()._apply(fn, recurse)
+        for part, tensor in before.items():
+            after = self.get_buffer(self._names[part])
+            if after.dtype != tensor.dtype:
+                self._buffers[self._names[part]] = tensor.to(after.device)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=next(iter(before.values())).device)).dtype
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.own_names:
+            for part, name in self._names.items():
+                destination[prefix + _file_name(part)] = destination.pop(prefix + name)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
+    ) -> None:
+        """Take the parts by either name. A tensor of another dtype is an error: copying it would convert it."""
+        for part, tensor in self.parts.items():
+            stored, own = prefix + _file_name(part), prefix + self._names[part]
+            if stored in state_dict and own not in state_dict:
+                state_dict[own] = state_dict.pop(stored)
+            found = state_dict.get(own, tensor)
+            if found.dtype != tensor.dtype:
+                errors.append(f"{stored} must be {tensor.dtype}, got {found.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self._prepared = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format.spec}"
+
+
+class _Prepared:
+    """What a backend wants for the parts that a layer had.
+
+    tensors   in the backend's order; a part that it reads as it is stored is the name of its buffer
+    parts     (buffer, reference to the tensor that was there, its version)
+    """
+
+    def __init__(self, plan: ops.Plan, tensors: list[Any]) -> None:
+        self.plan, self.tensors = plan, tensors
+        self.parts: list[tuple[str, weakref.ref[Tensor], int]] = []
+
+    def is_for(self, buffers: Mapping[str, Tensor | None]) -> bool:
+        """Whether a layer still has those parts, unchanged."""
+        for name, part, version in self.parts:
+            tensor = buffers[name]
+            if part() is not tensor or (version >= 0 and tensor._version != version):  # type: ignore[union-attr]
+                return False
+        return True
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class SharedInput:
+    """Layers whose parent gives them the same tensor, unchanged: what their backend does to it first is done once.
+
+    The first of them that is called does it. Each of the others takes the result once, if it is given that very tensor, and
+    the last lets go of it. A layer that comes again starts anew: a CUDA graph may have written to the tensor unseen.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._all = (1 << count) - 1
+        self._waiting = 0
+        self._x: Tensor | None = None
+        self._input_text = ""
+        self._transformed: list[Tensor] = []
+
+    def transform(self, x: Tensor, plan: ops.Plan, number: int) -> list[Tensor]:
+        """`ops.transform` for layer `number`, or what another layer left of it."""
+        if self._x is not x or not self._waiting >> number & 1 or self._input_text != plan.input_text:
+            self._x, self._input_text, self._waiting = x, plan.input_text, self._all
+            self._transformed = ops.transform(x, plan)
+        transformed = self._transformed
+        self._waiting &= ~(1 << number)
+        if not self._waiting:
+            self._x, self._transformed = None, []
+        return transformed
+
+
+def share_input(*layers: SeedLinear) -> None:
+    """Make layers known as reading the same tensor at every call of their parent (q, k, v; gate, up)."""
+    shared = SharedInput(len(layers))
+    for number, layer in enumerate(layers):
+        layer._shared = shared, number
+
+
+def compress_module(
+    module: nn.Linear,
+    format: Format | str | float = "4",
+    *,
+    backend: str = "auto",
+    on_progress: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> tuple[SeedLinear, float]:
+    """Compress one linear layer.
+
+    format    a format, or anything `parse_format` reads; the other options are those of `encode`
+    returns   the packed layer, which shares the bias, and ||W - W^||_F / ||W||_F (0 for a weight of zeros)
+    """
+    parsed = parse_format(format)
+    weight = module.weight.detach()
+    encoded, squared_error = encode(weight, parsed, backend=backend, on_progress=on_progress, **settings)
+    error = relative_error(squared_error, float(weight.double().square().sum()))
+    return SeedLinear.from_encoded(encoded, module.bias, weight.dtype).train(module.training), error

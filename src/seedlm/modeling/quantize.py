@@ -1,0 +1,135 @@
+"""The walks over a model: which of its layers are packed, packing them in place, and putting dense ones back.
+
+compress_model(model)   every chosen linear layer, and the experts of mixtures
+dequantize_model(model)     every packed layer back to a dense one
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from seedlm.codes.base import Format, Tell
+from seedlm.codes.registry import parse_format
+from seedlm.errors import TensorError
+from seedlm.modeling.experts import SeedExperts, compress_experts, projections_of
+from seedlm.modeling.linear import SeedLinear, compress_module, is_linear
+from seedlm.storage.selection import as_patterns, left_by_default
+
+
+def compress_model(
+    model: nn.Module,
+    format: Format | str | float = "4",
+    *,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    backend: str = "auto",
+    on_progress: Tell | None = None,
+    **settings: Any,
+) -> dict[str, float]:
+    """Replace linear layers and stacked experts of a model by packed ones, in place.
+
+    include, exclude   glob patterns over module names, as in `choose_modules`
+    settings           of the format's family (`encoded.encode`)
+    returns            module name -> relative error, of every matrix compressed; experts of a stack by their number
+    Raises TensorError if a weight cannot be encoded or is shared with another module, naming it.
+    """
+    parsed = parse_format(format)
+    errors: dict[str, float] = {}
+    stacks: dict[str, list[str]] = {}
+    for name in choose_modules(model, parsed, include, exclude):
+        parent, _, projection = name.rpartition(".")
+        if projection in projections_of(model.get_submodule(parent)):
+            stacks.setdefault(parent, []).append(projection)
+            continue
+        try:
+            linear = cast(nn.Linear, model.get_submodule(name))
+            layer, errors[name] = compress_module(linear, parsed, backend=backend, on_progress=on_progress, **settings)
+        except TensorError as reason:
+            raise TensorError(f"{name}.weight: {reason}") from None
+        model.set_submodule(name, layer)
+    for name, projections in stacks.items():
+        try:
+            experts, found = compress_experts(
+                model.get_submodule(name), projections, parsed, backend=backend, on_progress=on_progress, **settings
+            )
+        except TensorError as reason:
+            raise TensorError(f"{name}.{reason}") from None
+        errors |= {f"{name}.{matrix}": error for matrix, error in found.items()}
+        model.set_submodule(name, experts)
+    return errors
+
+
+def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[str]:
+    """The linear layers and stacks of experts to compress: those that `selection` takes by default, if they become smaller.
+
+    include   glob patterns of names to add whatever the default says
+    exclude   glob patterns of names to leave out; they win
+    returns   names of linear layers, and of the parameters that are stacks (``layers.0.mlp.experts.down_proj``)
+    Raises TensorError for a pattern without a match and for a chosen weight that another module shares (a tied head).
+    """
+    include, exclude = as_patterns(include), as_patterns(exclude)
+    shapes = dict(_weights(model))
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in shapes):
+            raise TensorError(f"no linear layer matches the pattern {pattern!r}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owners: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        owners.setdefault(id(parameter), []).append(name)
+    chosen = []
+    for name, shape in shapes.items():
+        default = format.reason_unfit(*shape) is None and left_by_default(name) is None
+        if _matches(name, exclude) or not (default or _matches(name, include)):
+            continue
+        own = name if name in parameters else f"{name}.weight"
+        shared = [owner for owner in owners[id(parameters[own])] if owner != own]
+        if shared:
+            raise TensorError(f"{own} is shared with {', '.join(shared)} and cannot be compressed: exclude it")
+        chosen.append(name)
+    return chosen
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Replace every packed layer by an ordinary one, in place.
+
+    dtype   of the weights; pass the model's own, since biases keep theirs
+    """
+    experts = [(name, module) for name, module in model.named_modules() if isinstance(module, SeedExperts)]
+    for name, module in experts:
+        model.set_submodule(name, module.to_dense(dtype))
+    for name, layer in list(seed_linears(model)):
+        model.set_submodule(name, layer.to_dense(dtype))
+
+
+def seed_linears(model: nn.Module) -> Iterator[tuple[str, SeedLinear]]:
+    """The packed layers of a model, those of experts among them, by name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SeedLinear))
+
+
+def weights_of(model: nn.Module, name: str) -> int:
+    """How many weights a name of `choose_modules` stands for."""
+    parent, _, projection = name.rpartition(".")
+    stack = projections_of(model.get_submodule(parent)).get(projection)
+    return math.prod(stack) if stack else model.get_parameter(f"{name}.weight").numel()
+
+
+def dense_names(model: nn.Module) -> list[str]:
+    """What could be compressed and is not: linear layers, and stacks of experts."""
+    return sorted(name for name, _ in _weights(model))
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(out_features, in_features) of every linear layer, and of every stack of experts."""
+    for name, module in model.named_modules():
+        if is_linear(module):
+            yield name, (module.out_features, module.in_features)
+        for projection, (_, rows, columns) in projections_of(module).items():
+            yield f"{name}.{projection}".removeprefix("."), (rows, columns)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

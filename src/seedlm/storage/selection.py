@@ -1,0 +1,256 @@
+"""Which tensors of a model are compressed, decided from names, shapes and dtypes alone: no model is built.
+
+The rule, for a tensor named ``M.weight`` of module M:
+
+1. Only matrices [out_features, in_features] that belong to a linear layer can be compressed, and stacks of them, one for
+   each expert (`stack_of`). Vectors, other parameters and embeddings cannot, whatever the patterns say.
+2. By default those inside a numbered layer (``model.layers.3.mlp.up_proj``) are, except routers, vision and audio towers,
+   heads, and what would not become smaller.
+3. ``include`` patterns add modules that rule 2 leaves out (``lm_head``); ``exclude`` patterns take modules away, and win.
+4. The same matrix of all experts of a layer is compressed, or of none.
+
+Patterns are shell globs over the whole module name (a stack's is its tensor's), in which ``*`` also matches dots. A pattern
+that matches no module of the model is an error: it is nearly always a typing mistake.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from seedlm.codes.base import Format
+from seedlm.errors import SourceError
+from seedlm.storage.checkpoint import Stack
+from seedlm.storage.safetensors import TensorInfo
+
+_EMBEDDINGS: Final = ("*embed*", "*wte", "*wpe", "*word_embeddings*", "*relative_attention_bias")
+_LEFT_DENSE: Final = {
+    "a router": ("*router*", "*.gate", "*.gate.*", "*.shared_expert_gate"),
+    "a weight that Mamba layers read by themselves": ("*.dt_proj", "*.x_proj", "*.mamba.out_proj", "*.mixer.out_proj"),
+    "part of a vision or audio tower": ("*vision*", "*visual*", "*audio*", "*multi_modal_projector*", "*mm_projector*"),
+    "an output head": ("*lm_head*", "*embed_out", "output"),
+}
+_ENCODABLE: Final = frozenset({"F32", "F16", "BF16"})
+_TRANSPOSED_MODELS: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+"""Architectures whose linear layers are transformers' Conv1D, which stores [in_features, out_features]."""
+
+_STACKS: Final = (
+    ("experts.gate_up_proj", "experts.down_proj"),
+    ("experts.up_proj", "experts.down_proj"),
+    ("input_linear.weight", "output_linear.weight"),
+)
+"""How stacks of experts are called: one that reads the hidden states, and the one of the same layer that writes them."""
+_STACK_TRANSPOSED: Final = {
+    **dict.fromkeys(("gpt_oss", "llama4", "llama4_text"), True),
+    **dict.fromkeys(("granitemoe", "granitemoehybrid", "granitemoeshared", "qwen3_5_moe", "qwen3_5_moe_text"), False),
+}
+"""Whether an architecture's stacks are [experts, in_features, out_features]: asked only where the shapes do not tell."""
+_SAME_INPUT: Final = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"query", "key", "value"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"w1", "w3"}),
+    frozenset({"wi_0", "wi_1"}),
+)
+"""Leaves of module names whose layers get the same tensor, in transformers' architectures."""
+_EXPERT: Final = re.compile(r"(.*experts)\.\d+\.(.+)")
+
+
+def select(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    format: Format,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+) -> tuple[list[str], dict[str, str]]:
+    """Split a model's tensors into what is compressed and what is not.
+
+    returns   modules to compress, in the tensors' order, and for every other tensor the reason why not; a stack of experts
+              counts as one module, named like its tensor
+    Raises SourceError for a pattern without a match, a float64 weight, a tied head that was included, an architecture that
+    stores its matrices transposed, a stack of experts whose rows cannot be told from its columns, experts of one layer that
+    are not all treated alike, and if nothing is left to compress.
+    """
+    include, exclude = as_patterns(include), as_patterns(exclude)
+    _refuse_transposed(tensors, config)
+    modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") or _is_stack(name, tensors[name])]
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(module, pattern) for module in modules):
+                tied = "; its head is tied to the embeddings and has no weight of its own" if "head" in pattern else ""
+                raise SourceError(f"no module with a weight matches --{option} {pattern!r}{tied}")
+    chosen, left = [], {}
+    for name, info in tensors.items():
+        reason = _why_not(name, tensors, config, format, include, exclude)
+        if reason is not None:
+            left[name] = reason
+        elif info.dtype not in _ENCODABLE:
+            raise SourceError(f"{name}: a weight must be F32, F16 or BF16, got {info}; convert the model, or --exclude it")
+        elif "lm_head" in name and config.get("tie_word_embeddings") is True:
+            raise SourceError(f"{name}: is tied to the embeddings (tie_word_embeddings), which stay dense; do not --include it")
+        else:
+            chosen.append(name.removesuffix(".weight"))
+    _check_experts(chosen, left)
+    if not chosen:
+        raise SourceError(
+            f"nothing to compress: none of the {len(tensors)} tensors is the weight of a linear layer to be packed"
+        )
+    return chosen, left
+
+
+def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """Some patterns, or a single one."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def stack_of(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Stack | None:
+    """The stack of experts that a tensor is; None if it is none.
+
+    Some architectures stack [out_features, in_features], some the transpose. The stack that reads the hidden states tells
+    which: its in_features is the config's hidden_size. If both of its sides are, the architecture must be known.
+    Raises SourceError if rows cannot be told from columns.
+    """
+    if not _is_stack(name, tensors[name]):
+        return None
+    text = config.get("text_config")
+    config = text if isinstance(text, Mapping) else config
+    hidden, kind = config.get("hidden_size"), config.get("model_type")
+    readers = (name.removesuffix(leaf) + reads for reads, writes in _STACKS for leaf in (reads, writes) if name.endswith(leaf))
+    reader = next((tensors[reader].shape for reader in readers if reader in tensors), None)
+    experts, rows, columns = tensors[name].shape
+    transposed = None
+    if reader is not None and hidden in reader[1:]:
+        transposed = reader[2] != hidden if reader[1] != reader[2] else _STACK_TRANSPOSED.get(f"{kind}")
+    if transposed is None:
+        raise SourceError(
+            f"{name}: cannot tell rows from columns of the experts {[*tensors[name].shape]}: model_type {kind!r}, hidden_size "
+            f"{hidden}, and the stack that reads {reader and [*reader]}; --exclude {name.removesuffix('.weight')!r} leaves them"
+        )
+    return Stack(name, (experts, rows, columns), transposed)
+
+
+def dense_linears(tensors: Mapping[str, TensorInfo], left: Mapping[str, str]) -> list[str]:
+    """Modules that may be linear layers and are not compressed, for ``modules_to_not_convert``.
+
+    A tied head has no tensor but is a linear layer all the same, so ``lm_head`` is listed unless it is compressed.
+    """
+    names = {name.removesuffix(".weight") for name in left if _cannot(name, tensors[name]) is None}
+    if "lm_head.weight" not in tensors:
+        names.add("lm_head")
+    return sorted(names)
+
+
+def matrices_of(
+    modules: Iterable[str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> dict[str, tuple[str, tuple[int, int], Stack | None]]:
+    """The matrices of what `select` chose, each of a stack under a name of its own.
+
+    returns   module -> the tensor that holds it, its (out_features, in_features), and the stack that it is one of, if so
+    """
+    chosen = set(modules)
+    found: dict[str, tuple[str, tuple[int, int], Stack | None]] = {}
+    for name, info in tensors.items():
+        if name.removesuffix(".weight") not in chosen:
+            continue
+        if stack := stack_of(name, tensors, config):
+            found |= dict.fromkeys(stack.modules, (name, stack.matrix, stack))
+        elif name.endswith(".weight"):
+            found[name.removesuffix(".weight")] = (name, (info.shape[0], info.shape[1]), None)
+    return found
+
+
+def _why_not(
+    name: str,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    format: Format,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+) -> str | None:
+    """Why a tensor stays as it is; None if it is to be compressed."""
+    cannot = _cannot(name, tensors[name])
+    if cannot is not None:
+        return cannot
+    module = name.removesuffix(".weight")
+    if any(fnmatchcase(module, pattern) for pattern in exclude):
+        return "excluded"
+    if any(fnmatchcase(module, pattern) for pattern in include):
+        return None
+    if left := left_by_default(module):
+        return left
+    stack = stack_of(name, tensors, config)
+    return format.reason_unfit(*(stack.matrix if stack else tensors[name].shape))
+
+
+def _check_experts(chosen: Iterable[str], left: Mapping[str, str]) -> None:
+    """Rule 4: what transformers merges into one tensor on loading is packed as a whole or not at all."""
+    reasons: dict[tuple[str, str], dict[str | None, str]] = defaultdict(dict)
+    for module, reason in [*((module, None) for module in chosen), *left.items()]:
+        if match := _EXPERT.fullmatch(module.removesuffix(".weight")):
+            reasons[match[1], match[2]].setdefault(reason, module)
+    for found in reasons.values():
+        if None in found and len(found) > 1:
+            other = next(reason for reason in found if reason)
+            raise SourceError(
+                f"{found[other]}: stays dense ({other}) while {found[None]} is compressed; "
+                f"the same matrix of all experts of a layer must be treated alike"
+            )
+
+
+def groups_of(modules: Iterable[str]) -> list[list[str]]:
+    """Modules that read the same input and may be multiplied as one: q, k and v of a layer, gate and up of an MLP.
+
+    Only groups of two and more are returned, each in the order of `modules`.
+    """
+    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        for number, names in enumerate(_SAME_INPUT):
+            if leaf in names:
+                groups[parent, number].append(module)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def left_by_default(module: str) -> str | None:
+    """Rule 2: why a linear layer of this name stays as it is unless it is included; None if it is compressed."""
+    for reason, patterns in _LEFT_DENSE.items():
+        if any(fnmatchcase(module, pattern) for pattern in patterns):
+            return reason
+    if not any(part.isdigit() for part in module.split(".")):
+        return "not in a numbered layer"
+    return None
+
+
+def _cannot(name: str, info: TensorInfo) -> str | None:
+    """Why no pattern could make a tensor compressed; None if one could."""
+    if _is_stack(name, info):
+        return None
+    if len(info.shape) == 3 and "expert" in name:
+        return "stacked experts of an unknown kind"
+    if not name.endswith(".weight"):
+        return "not a weight"
+    if len(info.shape) != 2 or 0 in info.shape or not re.match(r"B?F\d", info.dtype):
+        return "not a matrix of floats"
+    if any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in _EMBEDDINGS):
+        return "an embedding"
+    return None
+
+
+def _is_stack(name: str, info: TensorInfo) -> bool:
+    named = name.endswith(tuple(f".{leaf}" for pair in _STACKS for leaf in pair))
+    return named and len(info.shape) == 3 and 0 not in info.shape and re.match(r"B?F\d", info.dtype) is not None
+
+
+def _refuse_transposed(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    kind = next((part["model_type"] for part in parts if part.get("model_type") in _TRANSPOSED_MODELS), None)
+    for name, info in tensors.items():
+        # The fused projection shows the orientation: [n, 3n] is Conv1D's, [3n, n] a linear layer's.
+        if name.endswith("c_attn.weight") and len(info.shape) == 2 and info.shape[1] == 3 * info.shape[0]:
+            kind = kind or "unknown, with Conv1D layers"
+    if kind is not None:
+        raise SourceError(
+            f"models of type {kind!r} store their matrices as [in_features, out_features] (Conv1D); only linear layers, "
+            f"[out_features, in_features], can be compressed"
+        )

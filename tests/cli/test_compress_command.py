@@ -1,0 +1,189 @@
+"""The command line, run as a user runs it: what goes to which stream, and with which exit code."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import seedlm
+from tiny_models import SMALL, folder_bytes, save_tensors
+
+COMMAND = [sys.executable, "-c", "from seedlm.cli import main; main()"]
+FAST = ["--format", SMALL, "--backend", "torch"]
+
+
+def call(*arguments, **options):
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def compressed(llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    return out, call("compress", llama, out, *FAST)
+
+
+def test_version():
+    done = call("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"seedlm {seedlm.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compress", "-h"], ["inspect", "--help"]], ids=" ".join)
+def test_help(arguments):
+    done = call(*arguments, env={**os.environ, "COLUMNS": "120"})
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    if arguments[0] == "compress":
+        for option in ("--bits", "--include", "--exclude", "--max-shard-size", "--json", "--backend", "--rounding"):
+            assert option in done.stdout
+
+
+def test_compress_ends_with_a_summary_and_is_quiet_when_not_a_terminal(compressed):
+    _, done = compressed
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("size", "bits each", "relative error", "time", "weights/s"):
+        assert word in done.stdout
+
+
+def test_compress_json_is_inspect_json_and_the_run(llama, compressed, tmp_path):
+    done = call("compress", llama, tmp_path / "out", *FAST, "--json")
+    report = json.loads(done.stdout)
+    assert report.pop("seconds") > 0
+    assert report.pop("weights_per_second") > 0
+    assert report.pop("folder") == str(tmp_path / "out")
+    assert (report.pop("devices"), report.pop("peak_device_bytes")) == (["cpu"], 0)
+    assert 1e8 < report.pop("peak_host_bytes") < 1e10
+    assert set(report.pop("phase_seconds")) == {"prepare", "compress", "finish"}
+    inspected = json.loads(call("inspect", compressed[0], "--json").stdout)
+    inspected.pop("folder")
+    assert report == inspected
+    assert len(report["tensors"]) == 14
+    assert set(report["tensors"][0]) == {"module", "shape", "format", "bits_per_weight", "relative_error"}
+
+
+def test_inspect_prints_a_row_per_tensor(compressed, here):
+    done = here("inspect", compressed[0], "--check")
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["module", "shape", "format", "bits", "error"]
+    row = next(line for line in lines if line.startswith("model.layers.1.mlp.down_proj"))
+    assert row.split()[1:6] == ["32", "x", "44", SMALL, "3.659"]
+    assert "14 tensors" in done.stdout
+
+
+def test_inspect_knows_no_errors_without_the_report(compressed, tmp_path, here):
+    folder = shutil.copytree(compressed[0], tmp_path / "copy")
+    (folder / "seedlm_report.json").unlink()
+    report = json.loads(here("inspect", folder, "--json").stdout)
+    assert (report["relative_error"], report["source_bytes"]) == (None, None)
+    assert "relative error" not in here("inspect", folder).stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "must have format_version 1"),
+        ('{"format_version": 1, "source_bytes": 1, "tensors": {"x": {}}}', "'x' is not a compressed module with its errors"),
+    ],
+    ids=["keys", "module"],
+)
+def test_a_wrong_report_is_refused(compressed, tmp_path, content, message, here):
+    folder = shutil.copytree(compressed[0], tmp_path / "copy")
+    (folder / "seedlm_report.json").write_text(content)
+    done = here("inspect", folder)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def one_line(done, message):
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("seedlm: ")
+    assert message in done.stderr
+
+
+def test_errors_are_one_line(llama, compressed, tmp_path, here):
+    one_line(call("compress", llama, compressed[0], *FAST), "exists already")
+    one_line(here("compress", tmp_path / "nix", tmp_path / "o"), "no such file or folder")
+    one_line(here("generate", tmp_path / "nix", "Once"), "no such file or folder")
+    one_line(here("compress", llama, tmp_path / "o", "--bits", "5.5"), "unknown format '5.5'")
+    one_line(here("compress", llama, tmp_path / "o", "--bits", "3.7"), "are a mixture of formats")
+    one_line(here("compress", llama, tmp_path / "o", "--exclude", "typo"), "no module with a weight matches")
+    one_line(here("inspect", llama), "has no quantization_config")
+    bad = save_tensors(tmp_path / "m", {"layers.0.a.weight": torch.full((2, 8), float("nan"))})
+    one_line(here("compress", bad, tmp_path / "o", *FAST), "layers.0.a.weight: a weight must be finite, got 16 NaN")
+    (tmp_path / "p.bin").write_bytes(b"\x80")
+    one_line(here("compress", tmp_path / "p.bin", tmp_path / "o"), "is a pickle")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_without_permission_is_one_line(llama, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    one_line(call("compress", llama, tmp_path / "locked" / "out", *FAST), "Permission denied")
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(llama, compressed, tmp_path):
+    """A real limit of the system: files of this process end at 12 kB."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000)); from seedlm.cli import main; main()"
+    arguments = ["compress", str(llama), str(tmp_path / "out"), *FAST]
+    done = subprocess.run([sys.executable, "-c", limit, *arguments], capture_output=True, text=True, timeout=120)
+    one_line(done, "File too large")
+    assert call(*arguments).returncode == 0
+    assert folder_bytes(tmp_path / "out") == folder_bytes(compressed[0])
+
+
+def test_ctrl_c_says_how_to_go_on(llama, compressed, tmp_path):
+    slow = (
+        "import time; from seedlm.compress import workfolder; real = workfolder.WorkFolder.finish_tensor\n"
+        "def finish(*a, **k): real(*a, **k); time.sleep(0.2)\n"
+        "workfolder.WorkFolder.finish_tensor = finish\nfrom seedlm.cli import main; main()"
+    )
+    arguments = ["compress", str(llama), str(tmp_path / "out"), *FAST]
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    journal, deadline = tmp_path / "out.partial" / "journal.jsonl", time.monotonic() + 60
+    while not (journal.exists() and journal.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr.count("\n") == 1
+    assert "run the same command again to go on" in stderr
+    assert call(*arguments).returncode == 0
+    assert folder_bytes(tmp_path / "out") == folder_bytes(compressed[0])
+
+
+def test_progress_is_shown_on_a_terminal(llama, tmp_path):
+    primary, secondary = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "compress", str(llama), str(tmp_path / "out"), *FAST],
+        stdout=subprocess.PIPE,
+        stderr=secondary,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(secondary)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(primary, 4096)
+        except OSError:  # Linux's way of saying that the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait(timeout=60) == 0
+    os.close(primary)
+    assert b"Searching seeds" in shown
+    assert b"M weights" in shown
+    assert process.stdout is not None
+    assert b"relative error" in process.stdout.read()
+    process.stdout.close()

@@ -1,0 +1,101 @@
+"""What is imported when: torch and transformers only where they are used, and packed folders are known all the same."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SLOW = {"torch", "transformers", "numba"}
+
+
+def python(code: str, *arguments: object) -> str:
+    """What a process of its own prints that runs this code, with these arguments in sys.argv."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def packed(finished):
+    return finished[0]
+
+
+def test_the_package_itself_imports_nothing_slow():
+    assert not SLOW & {*python("import seedlm, sys; print(*sys.modules)").split()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("compress --help", 0),
+        ("inspect PACKED", 0),
+        ("inspect nosuch", 2),
+        ("compress nosuch out", 2),
+        ("compress PACKED out --bits 5.5", 2),
+        ("sensitivity nosuch -o out", 2),
+    ],
+)
+def test_help_headers_and_typing_errors_import_nothing_slow(packed, arguments, exit_code):
+    command = """
+import sys
+from seedlm.cli import main
+try:
+    main()
+except SystemExit as end:
+    print(end.code or 0, *sys.modules)
+"""
+    printed = python(command, *arguments.replace("PACKED", str(packed)).split())
+    code, *modules = printed.splitlines()[-1].split()
+    assert (int(code), SLOW & {*modules}) == (exit_code, set())
+
+
+def test_a_search_does_not_import_transformers():
+    modules = python("import seedlm, sys; seedlm.encode; seedlm.compress_checkpoint; print(*sys.modules)").split()
+    assert SLOW & {*modules} == {"torch"}
+
+
+LOAD = """
+from transformers import AutoModelForCausalLM, logging
+logging.disable_progress_bar()
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    "imports", ["from transformers import LlamaForCausalLM; import seedlm", "import seedlm.integrations.transformers.quantizer"]
+)
+def test_packed_folders_load_whatever_is_imported_first(packed, imports):
+    assert python(f"import sys; {imports}{LOAD}", packed) == "SeedLinear\n"
+
+
+def test_two_threads_may_import_what_needs_the_other(packed):
+    threads = """
+import sys, threading, seedlm, transformers
+thread = threading.Thread(target=lambda: transformers.LlamaForCausalLM)
+thread.start()
+print(seedlm.SeedLMConfig.__name__)
+thread.join()
+"""
+    assert python(threads + LOAD, packed) == "SeedLMConfig\nSeedLinear\n"
+
+
+def test_a_registry_that_is_imported_later_and_then_again_is_told_each_time(packed):
+    again = """
+import importlib
+from transformers.quantizers import auto
+importlib.reload(seedlm)
+importlib.reload(auto)
+print(sum(type(finder).__module__ == "seedlm.integrations.transformers.hook" for finder in sys.meta_path))
+print(type(auto.__loader__).__name__, auto.__spec__.loader is auto.__loader__)
+"""
+    printed = python(f"import seedlm, sys, transformers{LOAD}{again}{LOAD}", packed)
+    assert printed == "SeedLinear\n1\nSourceFileLoader True\nSeedLinear\n"
