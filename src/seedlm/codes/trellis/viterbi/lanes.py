@@ -24,22 +24,24 @@ def _all(value: float, to: ir.VectorType) -> ir.Constant:
 
 
 @intrinsic
-def negative_costs(typingctx, targets, value):
-    """Minus the branch costs (`cost.branch_costs`) of a value for 32 targets, all in the scaled unit, in float32.
+def negative_costs(typingctx, targets, roots, value):
+    """Minus the branch costs (`cost.branch_costs`) of a value for 32 targets and roots, all in the scaled unit, in float32.
 
-    Before the conversion everything is exact, so it does not matter whether the product is fused with the sum.
+    Before each conversion everything is exact, so it does not matter whether products are fused with sums.
     """
 
     def codegen(context, builder, sig, args):
-        one = builder.insert_element(ir.Constant(_F32V, ir.Undefined), args[1], ir.Constant(ir.IntType(32), 0))
+        targets, roots, value = args
+        one = builder.insert_element(ir.Constant(_F32V, ir.Undefined), builder.fneg(value), ir.Constant(ir.IntType(32), 0))
         everywhere = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        value = builder.shuffle_vector(one, ir.Constant(_F32V, ir.Undefined), everywhere)
-        difference = builder.fsub(args[0], value)
+        minus = builder.shuffle_vector(one, ir.Constant(_F32V, ir.Undefined), everywhere)
         function = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_F32V, [_F32V] * 3), f"llvm.fmuladd.v{LANES}f32"
         )
+        exact = builder.call(function, [roots, minus, targets])
+        difference = builder.fpext(builder.fptrunc(exact, _F16V), _F32V)
         square = builder.call(function, [difference, difference, _all(1024.0, _F32V)])
         bits = builder.bitcast(builder.fptrunc(square, _F16V), _I16V)
         return builder.sub(_all(0x6400, _I16V), bits)
 
-    return int16x32(float32x32, types.float32), codegen
+    return int16x32(float32x32, float32x32, types.float32), codegen
