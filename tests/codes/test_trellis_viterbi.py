@@ -23,35 +23,43 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def stream_cost(symbols: torch.Tensor, targets: torch.Tensor, valid: int, trellis: Trellis) -> torch.Tensor:
     """Cost int64 [M] of whole streams [M, T] for targets [T]."""
     values = codec.state_values(codec.windows(symbols, trellis.rate, trellis.state_bits), trellis.multiplier)
-    return cost.branch_costs(cost.scaled_targets(targets, trellis), values, trellis)[:, :valid].long().sum(1)
+    one = torch.ones(1)
+    return cost.branch_costs(cost.scaled_targets(targets, one, trellis), values, one, trellis)[:, :valid].long().sum(1)
 
 
+@pytest.mark.parametrize("root", [0.125, 1.0, 2.375, 8.0])
 @pytest.mark.parametrize("shift", [-1, 0, 3])
-def test_branch_cost_is_the_half_precision_number(shift):
-    trellis = machine(2, 12, shift)
+def test_branch_cost_is_the_half_precision_number(shift, root):
+    """With one rounding for each fused product and sum, which float64 gives exactly, as a GPU does it."""
+    trellis, roots = machine(2, 12, shift), torch.tensor(root)
     targets = torch.cat([normal(500) * 2, torch.tensor([0.0, -510.0, 1e30, -1e30, 0.0625])])
     values = torch.arange(-510, 511, dtype=torch.int16)
-    scaled = cost.scaled_targets(targets, trellis)
+    scaled = cost.scaled_targets(targets, roots, trellis)
     with np.errstate(over="ignore"):
-        difference = scaled.numpy()[:, None] - (values.numpy() * 2.0**-shift).astype(np.float16)
-        exact = 1024 + difference.astype(np.float64) ** 2
+        difference = scaled.numpy().astype(np.float64)[:, None] - root * (values.numpy() * 2.0**-shift)
+        exact = 1024 + difference.astype(np.float16).astype(np.float64) ** 2
         rounded = exact.astype(np.float16)
         expected = rounded.view(np.int16).astype(np.int32) - 0x6400
-    got = cost.branch_costs(scaled[:, None], values, trellis)
+    got = cost.branch_costs(scaled[:, None], values, roots, trellis)
     assert torch.equal(got, torch.from_numpy(expected))
-    small = rounded < 2048
-    assert (np.abs(got.numpy() - (exact - 1024)) <= 0.5)[small].all()
+    assert (np.abs(got.numpy() - (exact - 1024)) <= 0.5)[rounded < 2048].all()
     assert int(got.max()) <= cost.HIGHEST_BRANCH_COST
+
+
+def test_roots_are_eighths_within_their_range():
+    roots = cost.row_roots(torch.tensor([0.0, 1e-9, 1.0, 1.3, 1e9]))
+    assert roots.tolist() == [0.125, 0.125, 1.0, 1.125, 8.0]
 
 
 @pytest.mark.parametrize(("rate", "state_bits", "rows"), [(1, 4, 12), (1, 5, 13), (2, 4, 6), (2, 6, 7), (3, 6, 4)])
 def test_no_stream_through_the_chosen_seam_is_better(rate, state_bits, rows):
     trellis = machine(rate, state_bits)
-    targets = normal(24, rows)
+    targets = normal(8, rows)
     everything = torch.tensor(list(itertools.product(range(1 << rate), repeat=rows)))
     seams = codec.windows(everything, rate, state_bits)[:, 0] % trellis.groups
     for valid in (rows, rows - 2):
-        found = reference.search(targets, valid, trellis, rows // 2)
+        roots = (torch.arange(rows) < valid).float().expand(targets.shape)
+        found = reference.search(targets, roots, trellis, rows // 2)
         for symbols, target in zip(found, targets, strict=True):
             costs = stream_cost(everything, target, valid, trellis)
             seam = codec.windows(symbols[None], rate, state_bits)[0, 0] % trellis.groups
@@ -85,6 +93,25 @@ def test_rows_that_do_not_count_help_the_others(rate):
     targets = normal(16, 64)
     error = [((viterbi(targets, valid, format)[1] - targets)[:, :33] ** 2).mean() for valid in (64, 33)]
     assert error[1] < error[0]
+
+
+@pytest.mark.parametrize("rate", [2, 4])
+def test_rows_that_count_more_are_coded_better(rate):
+    format = TrellisFormat(rate=rate, state_bits=12)
+    targets = normal(16, 64)
+    weights = torch.where(torch.arange(64) % 2 == 0, 4.0, 0.25)
+    plain, weighted = (
+        ((viterbi(targets, 64, format, row_weights=given)[1] - targets) ** 2).mean(0) for given in (None, weights)
+    )
+    assert (weighted * weights).mean() < 0.8 * (plain * weights).mean()
+    assert weighted[::2].mean() < plain[::2].mean() < weighted[1::2].mean()
+
+
+def test_equal_weights_are_no_weights():
+    format = TrellisFormat(rate=3, state_bits=12)
+    targets = normal(5, 64)
+    for weights in (torch.ones(64), torch.ones(5, 64)):
+        assert torch.equal(viterbi(targets, 64, format, row_weights=weights)[0], viterbi(targets, 64, format)[0])
 
 
 @pytest.mark.parametrize("format", FAST_PRESETS.values(), ids=str)
@@ -122,7 +149,10 @@ def test_no_sequences_give_no_words():
 
 
 def cases():
-    """Rate, state bits, sequences, rows, valid rows, factor on the targets: odd counts, short and long, far out of range."""
+    """Rate, state bits, sequences, rows, valid rows, factor on the targets: odd counts, short and long, far out of range.
+
+    Every other rate with row weights.
+    """
     for state_bits, rates in ((12, range(1, 7)), (16, range(1, 9))):
         for rate in rates:
             yield pytest.param(rate, state_bits, 3, 64, 64, 1.0, id=f"r{rate}-l{state_bits}")
@@ -132,7 +162,7 @@ def cases():
     yield pytest.param(5, 12, 1, 256, 256, 1.0, id="one long sequence")
 
 
-@pytest.mark.parametrize(("rate", "state_bits", "count", "rows", "valid", "factor"), cases())
+@pytest.mark.parametrize(("rate", "state_bits", "count", "rows", "valid", "factor"), list(cases()))
 @pytest.mark.parametrize("backend", ["numba", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_backends_give_the_reference_bits(backend, rate, state_bits, count, rows, valid, factor):
     device = torch.device("cuda" if backend == "cuda" else "cpu")
@@ -142,8 +172,10 @@ def test_backends_give_the_reference_bits(backend, rate, state_bits, count, rows
         pytest.skip(reason)
     format = TrellisFormat(rate=rate, state_bits=state_bits)
     targets = normal(count, rows, seed=rate) * factor
-    expected = viterbi(targets, valid, format, backend="reference")
-    found = viterbi(targets.to(device), valid, format, backend=backend)
+    weights = None if rate % 2 else torch.exp(normal(count, rows, seed=9) / 100)
+    expected = viterbi(targets, valid, format, row_weights=weights, backend="reference")
+    given = None if weights is None else weights.to(device)
+    found = viterbi(targets.to(device), valid, format, row_weights=given, backend=backend)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a.cpu(), b)
