@@ -22,8 +22,8 @@ from seedlm.codes.trellis.viterbi import viterbi
 from seedlm.errors import BackendError
 
 GAINS: Final[Mapping[int, Mapping[int, float]]] = {
-    16: {1: 0.9, 2: 0.96, 3: 1.0, 4: 1.08, 5: 1.12, 6: 1.16, 7: 1.3, 8: 1.5},
-    12: {1: 0.9, 2: 0.98, 3: 1.04, 4: 1.14, 5: 1.2, 6: 1.3},
+    16: {1: 0.9, 2: 1.0, 3: 1.06, 4: 1.1, 5: 1.13, 6: 1.19, 7: 1.25, 8: 1.33},
+    12: {1: 0.94, 2: 1.02, 3: 1.09, 4: 1.14, 5: 1.19, 6: 1.26},
 }
 """By state bits and rate: a row's scale is this times its root mean square. Measured on N(0,1), docs/log/encoder.md."""
 
