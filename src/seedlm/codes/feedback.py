@@ -187,7 +187,7 @@ def encode_by_columns(panel: Panel, encode_columns: EncodeColumns) -> tuple[list
     for j in range(0, panel.weight.shape[-1], panel.step):
         here = slice(j, min(j + panel.step, panel.weight.shape[-1]))
         target = panel.weight[..., here]
-        if panel.fed is not None and panel.values is not None:
+        if panel.fed is not None and panel.values is not None and panel.scale is not None:
             total = panel.fed[..., here] + errors[..., :j] @ panel.values[..., :j, here]
             target = (target.double() + total * panel.scale).float()
         code, coded[..., here] = encode_columns(target.contiguous(), panel.first + j)
