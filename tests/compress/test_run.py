@@ -15,7 +15,7 @@ from seedlm.codes.block.codec import choose_exponent_bias
 from seedlm.codes.encoded import encode
 from seedlm.codes.registry import parse_format
 from seedlm.compress import worker
-from seedlm.compress.run import parse_size
+from seedlm.compress.plan import parse_size
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
 from seedlm.storage.checkpoint import GUARD, Checkpoint

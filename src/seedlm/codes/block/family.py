@@ -37,6 +37,7 @@ class BlockFamily:
     presets: Mapping[str, Format] = PRESETS
     defaults: Mapping[str, str] = {"rounding": "best"}
     mixture = _NMSE
+    feedback: Final = False
     fused: Final = False
 
     def parse(self, text: str) -> Format | None:
