@@ -119,6 +119,18 @@ def totals(pieces: Sequence[RowErrors]) -> tuple[float, float]:
     return max(error, 0.0), math.fsum(x for piece in pieces for x in piece.squares.tolist())
 
 
+def row_sums(x: "Tensor") -> "Tensor":
+    """Sums of the rows of float64 [rows, n], which is overwritten: halves are added until one column is left.
+
+    An order of additions that is written out is the same everywhere, which `Tensor.sum` does not promise of any two devices.
+    """
+    while x.shape[1] > 1:
+        few = x.shape[1] // 2
+        x[:, :few] += x[:, -few:]
+        x = x[:, : x.shape[1] - few]
+    return x.sum(1)
+
+
 def relative_error(error: float, norm: float) -> float:
     """||W - W^||_F / ||W||_F from the squares of both; 0 for a weight of zeros."""
     return (error / norm) ** 0.5 if norm else 0.0

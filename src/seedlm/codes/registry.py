@@ -10,7 +10,7 @@ from seedlm.errors import FormatError
 DEFAULT: Final = "block"
 """The family whose presets are meant where a number of bits is given alone."""
 
-_HOMES: Final = {"block": "seedlm.codes.block.family"}
+_HOMES: Final = {"block": "seedlm.codes.block.family", "trellis": "seedlm.codes.trellis.family"}
 """Family -> the module that has it as FAMILY."""
 
 _FAMILIES: Final[dict[str, Family]] = {}

@@ -179,7 +179,7 @@ def compress_experts(
                 encoded, squared_error = encode(weight, format, backend=backend, on_progress=on_progress, **settings)
             except TensorError as reason:
                 raise TensorError(f"{projection}.{expert}: {reason}") from None
-            layers[projection].append(SeedLinear.from_encoded(encoded))
+            layers[projection].append(SeedLinear.from_encoded(encoded, dtype=weight.dtype))
             norm = float(weight.double().square().sum())
             errors[f"{projection}.{expert}"] = relative_error(squared_error, norm)
     parts = {projection: (projection,) for projection in projections}

@@ -137,6 +137,13 @@ class SeedLinear(nn.Module):
         except TensorError as reason:
             raise CheckpointError(f"{where}: {reason}") from None
 
+    def restore_dtypes(self) -> None:
+        """Give parts that a loader has widened (transformers, in layers that a model keeps in float32) their own dtype again."""
+        for part, kind in self.format.parts(self.out_features, self.in_features).items():
+            tensor, dtype = self.get_buffer(self._names[part]), getattr(torch, kind.dtype)
+            if tensor.dtype != dtype:
+                self._buffers[self._names[part]] = tensor.to(dtype)
+
     def prepare(self) -> tuple[ops.Plan, list[Tensor]]:
         """The plan and the backend's tensors for the parts that are there; after the first time nothing is left to do.
 

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from seedlm.codes.base import CODES, EncodeOptions, Facts, RowErrors, Tell
+from seedlm.codes.base import CODES, EncodeOptions, Facts, RowErrors, Tell, row_sums
 from seedlm.codes.block import codec, packing
 from seedlm.codes.block.codec import BlockCodes
 from seedlm.codes.block.format import BlockFormat, Rounding
@@ -90,20 +90,8 @@ def encode_rows(
     if padding:
         beyond = codec.decode(BlockCodes(*(field[:, -1] for field in codes)), exponent_bias, format)[:, -padding:]
     summands = torch.cat(parts).view(out_features, per_row), rows.double().square_(), beyond.double().square_()
-    scores, squares, tails = (_row_sums(part).cpu() for part in summands)
+    scores, squares, tails = (row_sums(part).cpu() for part in summands)
     return words, RowErrors(scores / format.divisor**2 + squares - tails, squares)
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    """Sums of the rows of float64 [rows, n], which is overwritten: halves are added until one column is left.
-
-    An order of additions that is written out is the same everywhere, which `Tensor.sum` does not promise of any two devices.
-    """
-    while x.shape[1] > 1:
-        few = x.shape[1] // 2
-        x[:, :few] += x[:, -few:]
-        x = x[:, : x.shape[1] - few]
-    return x.sum(1)
 
 
 def reason_no_search(backend: str, device: torch.device, format: BlockFormat | None = None) -> str | None:

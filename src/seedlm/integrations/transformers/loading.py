@@ -8,6 +8,11 @@ others and before any joining; saving reverses it like the others, so a saved fo
 
     mlp.experts.7.w1             <->   mlp.experts.packed.w1.7
     mlp.experts.gate_up_proj.7   <->   mlp.experts.packed.gate_up_proj.7
+
+Last, `CodeNames` leads codes, which in files have the weight's name, to the buffer that holds them. transformers and accelerate
+go by names of buffers, so the layers of a model that they manage have those in its state dict (`SeedLinear.own_names`).
+
+    mlp.experts.packed.w1.7.weight   <->   mlp.experts.packed.w1.7.weight_words
 """
 
 import re
@@ -23,10 +28,11 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from seedlm.codes.base import Format
+from seedlm.codes.base import CODES, Format
 from seedlm.errors import CheckpointError
 from seedlm.modeling.experts import PACKED, SeedExperts, projections_of
-from seedlm.modeling.linear import SeedLinear, is_linear
+from seedlm.modeling.linear import SeedLinear, is_linear, own_name
+from seedlm.modeling.quantize import seed_linears
 from seedlm.storage.checkpoint import QUANT_METHOD, PackedInfo, Stack, read_metadata, stored_name
 from seedlm.storage.safetensors import TensorInfo
 
@@ -58,6 +64,37 @@ class ExpertNames(WeightRenaming):
 
     def reverse_transform(self) -> "ExpertNames":
         return ExpertNames({new: old for old, new in self.templates.items()})
+
+
+class CodeNames(WeightRenaming):
+    """Renames the codes of packed layers between the weight's name and their buffer's, and nothing else.
+
+    layers   names of the layers, with and without the base model's prefix
+    """
+
+    def __init__(self, layers: Iterable[str], old: str = "weight", new: str = own_name(CODES)) -> None:
+        super().__init__(old, new)
+        self.layers, self.old, self.new = frozenset(layers), old, new
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "CodeNames":
+        """Of all packed layers of a model, whose state dict from now on has the names of buffers."""
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        names: set[str] = set()
+        for name, layer in seed_linears(model):
+            layer.own_names = True
+            names |= {name, prefix + name, name.removeprefix(prefix)}
+        return cls(names)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        layer, _, leaf = source_key.rpartition(".")
+        if leaf != self.old or layer not in self.layers:
+            return source_key, None
+        self._was_used = True
+        return f"{layer}.{self.new}", self.source_patterns[0]
+
+    def reverse_transform(self) -> "CodeNames":
+        return CodeNames(self.layers, self.new, self.old)
 
 
 @dataclass(frozen=True)
@@ -149,7 +186,7 @@ class _Names:
 class Places:
     """The packed layers of a model that is being loaded, and which modules of its files fill them."""
 
-    def __init__(self, model: nn.Module, files: list[str], modules: dict[str, str], names: list[ExpertNames]) -> None:
+    def __init__(self, model: nn.Module, files: list[str], modules: dict[str, str], names: list[WeightRenaming]) -> None:
         self._model, self._files, self._modules, self._names = weakref.ref(model), files, modules, names
 
     @classmethod
@@ -173,9 +210,12 @@ class Places:
                     raise CheckpointError(
                         f"{stored_name(module, part)} must be {expected} for a {format.spec} weight {[*shape]}, got {found}"
                     )
-            return SeedLinear(shape[1], shape[0], format, bias=bias, dtype=like.dtype, device=like.device)
+            dtype = torch.float32 if kept.search(f"{module}.weight") else like.dtype
+            layer = SeedLinear(shape[1], shape[0], format, bias=bias, dtype=dtype, device=like.device)
+            layer.own_names = True
+            return layer
 
-        names = _Names(model)
+        names, kept = _Names(model), _kept_in_float32(model)
         filled: dict[str, str] = {}
         experts: dict[str, dict[str, Place]] = defaultdict(dict)
         stacks = {module: info.stack for module, info in described.items() if info.stack}
@@ -204,7 +244,7 @@ class Places:
             for place in places.values():
                 templates |= names.template(place)
             model.set_submodule(name, _empty_experts(model.get_submodule(name), places, stacks, empty))
-        return cls(model, files, filled, [ExpertNames(templates)] if templates else [])
+        return cls(model, files, filled, [*([ExpertNames(templates)] if templates else []), CodeNames.of(model)])
 
     def conversions(self, others: Iterable[Any]) -> list[Any]:
         """All conversions that transformers is to make, from its own.
@@ -219,7 +259,7 @@ class Places:
         prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
         for layer, module in self._modules.items():
             for part in _parts(model, layer):
-                key, wanted = stored_name(module, part), stored_name(layer, part)
+                key, wanted = stored_name(module, part), f"{layer}.{own_name(part)}"
                 target, _ = rename_source_key(key, renamings, converters, prefix, state)
                 if target != wanted:
                     raise CheckpointError(f"{key}: transformers would load it as {target}, it belongs to {wanted}")
@@ -243,6 +283,7 @@ class Places:
                     torch.equal(code.cpu(), original) for code, original in zip(packed.parts.values(), stored, strict=True)
                 ):
                     raise CheckpointError(f"{layer}: this transformers changes codes that it leaves on the disk; update it")
+            packed.restore_dtypes()
             packed.check(layer)
             if hook is not None:
                 hook.post_forward(packed, None)
@@ -253,6 +294,12 @@ class Places:
                 if name in tensors.keys():  # noqa: SIM118 (not a mapping)
                     return tensors.get_tensor(name)
         raise CheckpointError(f"{name} is no longer in {', '.join(self._files)}")
+
+
+def _kept_in_float32(model: Any) -> re.Pattern[str]:
+    """What matches the names of weights that a model keeps in float32 whatever its dtype (T5's `wo`)."""
+    plan = model._get_dtype_plan(model.dtype) if hasattr(model, "_get_dtype_plan") else {}
+    return re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in plan) or r"(?!)")
 
 
 def _parts(model: nn.Module, layer: str) -> Iterable[str]:

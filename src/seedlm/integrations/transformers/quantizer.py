@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from seedlm.codes.base import Format
 from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
 from seedlm.errors import CheckpointError, FormatError
-from seedlm.integrations.transformers.loading import ExpertNames, Places, saved_names
+from seedlm.integrations.transformers.loading import CodeNames, ExpertNames, Places, saved_names
 from seedlm.modeling.experts import PACKED, SeedExperts
 from seedlm.modeling.quantize import choose_modules, compress_model, dense_names, dequantize_model, seed_linears, weights_of
 from seedlm.storage.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, version_of
@@ -107,7 +107,8 @@ class SeedLMQuantizer(HfQuantizer):
             self._places.check_codes()
         else:
             _compress_loaded(model, self.quantization_config)
-            model._weight_conversions = [*(getattr(model, "_weight_conversions", None) or []), *_own_names(model)]
+            conversions = getattr(model, "_weight_conversions", None) or []
+            model._weight_conversions = [*conversions, *_expert_names(model), CodeNames.of(model)]
         _set_guard(model.config, True)
         return model
 
@@ -160,7 +161,7 @@ def register() -> None:
         getattr(fusion_mapping, "_FUSION_REGISTRY", {}).setdefault(GUARD, None)
 
 
-def _own_names(model: nn.Module) -> list[ExpertNames]:
+def _expert_names(model: nn.Module) -> list[ExpertNames]:
     """How the experts of a model that was compressed in memory are saved: as stacks, each under its tensor's name."""
     templates = {}
     for name, module in model.named_modules():

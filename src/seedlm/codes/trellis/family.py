@@ -1,0 +1,72 @@
+"""Overlapping seeds as a family: what `codes.base` asks for, and where each answer is. Imports torch only when it is used."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from seedlm.codes.base import CODES, EncodeOptions, Encoder, Facts, Format, LinearBackend
+from seedlm.codes.trellis import format as formats
+from seedlm.codes.trellis.format import PRESETS, TrellisFormat
+from seedlm.errors import TensorError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_NMSE: Final[Mapping[str, float]] = {"8": 0.00002, "6": 0.0003, "5": 0.00115, "4": 0.00451, "3": 0.01782, "2": 0.0698}
+
+
+class TrellisFamily:
+    """The family ``trellis``."""
+
+    name: Final = "trellis"
+    since_version: Final = 2
+    presets: Mapping[str, Format] = PRESETS
+    defaults: Mapping[str, str] = {}
+    mixture: Mapping[Format, float] = {PRESETS[bits]: nmse for bits, nmse in _NMSE.items()}
+    fused: Final = True
+
+    def parse(self, text: str) -> Format | None:
+        return formats.parse_spec(text)
+
+    def from_dict(self, data: Mapping[str, Any]) -> Format:
+        return formats.from_dict(data)
+
+    def check_settings(self, settings: Mapping[str, str]) -> None:
+        return None
+
+    def check(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int]) -> None:
+        """Raise TensorError for scales that are not finite or negative. Every word is a valid code."""
+        import torch
+
+        for name in ("scales", "scale"):
+            bad = (~torch.isfinite(parts[name]) | (parts[name] < 0)).nonzero()
+            if len(bad):
+                value = float(parts[name][int(bad[0])])
+                raise TensorError(f"{name} must be finite and not negative, got {value:g} at {int(bad[0])}")
+
+    def dequantize(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int]) -> "Tensor":
+        from seedlm.codes.trellis import codec
+
+        assert isinstance(format, TrellisFormat)
+        return codec.dequantize(parts[CODES], parts["scales"], parts["scale"], format, shape)
+
+    def encoder(
+        self, format: Format, shape: tuple[int, int], facts: Facts, options: EncodeOptions, device: "torch.device"
+    ) -> Encoder:
+        from seedlm.codes.trellis.encode import TrellisEncoder
+
+        assert isinstance(format, TrellisFormat)
+        return TrellisEncoder(format, shape, facts, options, device)
+
+    def reason_no_encoder(self, backend: str, device: "torch.device", format: Format) -> str | None:
+        from seedlm.codes.trellis import viterbi
+
+        return None if backend == "auto" else viterbi.reason_unavailable(backend, device)
+
+    def backends(self) -> Sequence[LinearBackend]:
+        from seedlm.codes.trellis.kernels import BACKENDS
+
+        return BACKENDS
+
+
+FAMILY: Final = TrellisFamily()

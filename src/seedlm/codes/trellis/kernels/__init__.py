@@ -1,0 +1,10 @@
+"""Products with the trellis code's weights, fastest first. What a backend needs is imported when it prepares its first weight."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from seedlm.codes.base import LinearBackend
+from seedlm.codes.trellis.kernels.torch_dequantize import TorchBackend
+
+BACKENDS: Final[Sequence[LinearBackend]] = (TorchBackend(),)
+"""The last serves every device and every format."""

@@ -1,0 +1,237 @@
+"""The Viterbi search on a CPU: 32 sequences in the lanes of a vector, the same bits as `reference`.
+
+A state's value is an integer in -510 .. 510, and 65,536 states share some 900 of them. So per row the cost of every *level*
+(distinct value) is computed once for 32 sequences, and an edge of the trellis is two loads, a sum and a maximum of 32 int16:
+the path so far, and the level of its state.
+
+Costs are kept as 32767 minus the cost, so that signed 16-bit maxima do, and 0 is the highest cost there is.
+
+Traceback needs the path costs of every row. With 12 state bits they are kept; with 16 those of every few rows are, and for
+the rows in between the costs of the few groups that the path can come from are computed again.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from seedlm import simd
+from seedlm.codes.trellis import codec
+from seedlm.codes.trellis.format import Trellis
+from seedlm.codes.trellis.viterbi.cost import HIGHEST_PATH_COST, branch_costs, checkpoint_rows, period, scaled_targets
+from seedlm.simd import LANES
+
+_TOP = HIGHEST_PATH_COST
+_KEPT_GROUPS = 1 << 11
+"""Up to so many groups the path costs of every row are kept: 64 bytes each, 16 MB for 128 rows."""
+
+
+@lru_cache(maxsize=8)
+def _tables(trellis: Trellis) -> tuple[np.ndarray, ...]:
+    """Costs by distance, the levels, and the level of every state.
+
+    costs       int16 [D], the cost of a distance of d eighths; the last one is for all larger ones
+    levels      int32 [V], distinct values in ascending order, in eighths of the scaled unit
+    level_of    uint16 [2^L], by state
+    """
+    farthest = 8 * 254  # the square plus 1024 is beyond float16
+    scale = 2 ** (3 - trellis.cost_shift)
+    values, level_of = torch.unique(codec.value_table(trellis), return_inverse=True)
+    distances = torch.arange(farthest + 1) / 8
+    costs = branch_costs(distances.to(torch.float16), torch.zeros(1, dtype=torch.int16), trellis)
+    return costs.to(torch.int16).numpy(), (values.int() * scale).numpy(), level_of.to(torch.int32).numpy().astype(np.uint16)
+
+
+def reason_unavailable(device: torch.device) -> str | None:
+    """Why this search cannot take tensors of a device, or None."""
+    return None if device.type == "cpu" else f"it runs on the CPU, and the targets are on {device}"
+
+
+def search(targets: Tensor, valid: int, trellis: Trellis, overlap: int) -> Tensor:
+    """`reference.search` on `torch.get_num_threads()` threads; arguments and result as there, on the CPU."""
+    count, rows = targets.shape
+    eighths = (scaled_targets(targets, trellis).float() * 8).to(torch.int32).numpy()
+    symbols = np.empty((count, rows), np.uint8)
+    tables = _tables(trellis)
+    step = 1 if trellis.groups <= _KEPT_GROUPS else checkpoint_rows(trellis)
+    machine = trellis.rate, trellis.state_bits, trellis.multiplier, 3 - trellis.cost_shift, period(trellis), step
+
+    def piece(first: int) -> None:
+        block = np.zeros((rows, LANES), np.int32)
+        part = eighths[first : first + LANES]
+        block[:, : len(part)] = part.T
+        _encode(machine, block, valid, overlap, tables, symbols[first : first + LANES])
+
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        for _ in pool.map(piece, range(0, count, LANES)):
+            pass
+    return torch.from_numpy(symbols).long()
+
+
+@njit(nogil=True, cache=True)
+def _level_costs(target, levels, costs, out):
+    """Negated costs of all levels for 32 targets: int16 [V * 32]."""
+    farthest = len(costs) - 1
+    for i in range(len(levels)):
+        for lane in range(LANES):
+            out[i * LANES + lane] = -costs[min(abs(target[lane] - levels[i]), farthest)]
+
+
+@njit(nogil=True, cache=True)
+def _row(rate, state_bits, before, level_costs, level_of, after):
+    """Path costs after a row from those before it: int16 [G * 32] each."""
+    branches = 1 << rate
+    stride = 1 << (state_bits - 2 * rate)
+    for a in range(stride):
+        for i in range(branches):
+            group = a + i * stride
+            best = simd.zero()
+            for j in range(branches):
+                path = simd.load(before, (a * branches + j) * LANES)
+                level = np.intp(level_of[group * branches + j])
+                best = simd.maximum(best, simd.add(path, simd.load(level_costs, level * LANES)))
+            simd.store(after, group * LANES, best)
+
+
+@njit(nogil=True, cache=True)
+def _row_free(rate, state_bits, before, after):
+    """`_row` where every state costs nothing."""
+    branches = 1 << rate
+    groups = 1 << (state_bits - rate)
+    stride = groups >> rate
+    for a in range(stride):
+        best = simd.zero()
+        for j in range(branches):
+            best = simd.maximum(best, simd.load(before, (a * branches + j) * LANES))
+        for i in range(branches):
+            simd.store(after, (a + i * stride) * LANES, best)
+
+
+@njit(nogil=True, cache=True)
+def _subtract_least(costs):
+    """Shift each lane's path costs such that the least is 0."""
+    least = simd.zero()
+    for i in range(0, len(costs), LANES):
+        least = simd.maximum(least, simd.load(costs, i))
+    shift = np.empty(LANES, np.int16)
+    simd.store(shift, 0, least)
+    for lane in range(LANES):
+        shift[lane] = _TOP - shift[lane]
+    raised = simd.load(shift, 0)
+    for i in range(0, len(costs), LANES):
+        simd.store(costs, i, simd.add(simd.load(costs, i), raised))
+
+
+@njit(nogil=True, cache=True)
+def _run(machine, targets, first, steps, valid, tables, kept):
+    """Path costs of `steps` rows from row `first` on, around the end; those after the last row, int16 [G * 32].
+
+    kept int16 [slots, G * 32]: the costs before every `step`-th row; the first slot is given.
+    """
+    rate, state_bits, _, _, period, step = machine
+    costs, levels, level_of = tables
+    rows = len(targets)
+    level_costs = np.empty(len(levels) * LANES, np.int16)
+    before = kept[0].copy()
+    after = np.empty_like(before)
+    for k in range(steps):
+        row = (first + k) % rows
+        if k % step == 0:
+            kept[k // step] = before
+        if row < valid:
+            _level_costs(targets[row], levels, costs, level_costs)
+            _row(rate, state_bits, before, level_costs, level_of, after)
+        else:
+            _row_free(rate, state_bits, before, after)
+        if (k + 1) % period == 0:
+            _subtract_least(after)
+        before, after = after, before
+    return before
+
+
+@njit(nogil=True, cache=True)
+def _cost(machine, target, state, costs):
+    """Cost of a state for a target in eighths."""
+    _, _, multiplier, exponent, _, _ = machine
+    mixed = (np.uint64(state) * np.uint64(multiplier)) & np.uint64(0xFFFFFFFF)
+    value = np.int64(mixed & np.uint64(255)) - 510
+    for shift in range(8, 32, 8):
+        value += np.int64(mixed >> np.uint64(shift) & np.uint64(255))
+    return np.int64(costs[min(abs(np.int64(target) - (value << exponent)), len(costs) - 1)])
+
+
+@njit(nogil=True, cache=True)
+def _trace(machine, targets, first, steps, stop, valid, costs, kept, lane, group, start, symbols):
+    """Trace one lane's path that ends in `group` after `steps` rows back to before step `stop`; the group there.
+
+    Step 0 is row `first`; `start` is the group before it, or -1 for any; symbols uint8 [T].
+    """
+    rate, state_bits, _, _, _, step = machine
+    rows = len(targets)
+    branches = 1 << rate
+    groups = 1 << (state_bits - rate)
+    reached = np.empty((step, 1 << (rate * step)), np.int64)
+    end = steps
+    while end > stop:
+        begin = (end - 1) // step * step
+        count = end - begin
+        for k in range(count):
+            row = (first + begin + k) % rows
+            for index in range(1 << (rate * (count - k))):
+                state = ((group << (rate * (count - k))) | index) & ((1 << state_bits) - 1)
+                cost = np.int64(_TOP)
+                if k == 0:
+                    cost -= kept[begin // step, state % groups * LANES + lane]
+                else:
+                    for j in range(branches):
+                        cost = min(cost, reached[k - 1, index * branches + j])
+                if row < valid:
+                    cost += _cost(machine, targets[row, lane], state, costs)
+                reached[k, index] = cost
+        index = 0
+        for k in range(count - 1, -1, -1):
+            now = begin + k
+            if now < stop:
+                break
+            shared = max(0, state_bits - rate - rate * now) if start >= 0 else 0
+            choice = 0
+            least = np.int64(1 << 20)
+            for j in range(branches):
+                right = shared == 0 or ((group << rate | j) ^ (start >> (rate * now))) & ((1 << shared) - 1) == 0
+                if right and reached[k, index * branches + j] < least:
+                    least = reached[k, index * branches + j]
+                    choice = j
+            symbols[(first + now) % rows] = choice
+            index = index * branches + choice
+            group = (group << rate | choice) % groups
+        end = begin
+    return group
+
+
+@njit(nogil=True, cache=True)
+def _encode(machine, targets, valid, overlap, tables, symbols):
+    """Encode up to 32 sequences: targets int32 [T, 32] in eighths; the rows' bits go to symbols uint8 [lanes, T]."""
+    rate, state_bits, _, _, _, step = machine
+    rows, lanes, costs = len(targets), len(symbols), tables[0]
+    groups = 1 << (state_bits - rate)
+    kept = np.empty(((max(rows, 2 * overlap) - 1) // step + 1, groups * LANES), np.int16)
+    seam = np.empty(LANES, np.int64)
+    kept[0] = _TOP
+    end = _run(machine, targets, rows - overlap, 2 * overlap, valid, tables, kept)
+    for lane in range(lanes):
+        best = 0
+        for group in range(groups):
+            if end[group * LANES + lane] > end[best * LANES + lane]:
+                best = group
+        seam[lane] = _trace(
+            machine, targets, rows - overlap, 2 * overlap, overlap, valid, costs, kept, lane, best, -1, symbols[lane]
+        )  # fmt: skip
+    kept[0] = 0
+    for lane in range(lanes):
+        kept[0, seam[lane] * LANES + lane] = _TOP
+    _run(machine, targets, 0, rows, valid, tables, kept)
+    for lane in range(lanes):
+        _trace(machine, targets, 0, rows, 0, valid, costs, kept, lane, seam[lane], seam[lane], symbols[lane])
