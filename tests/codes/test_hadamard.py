@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from seedlm.lfsr import step
+from seedlm.codes.block.lfsr import step
 
 from seedlm.codes import hadamard
 
