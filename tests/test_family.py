@@ -63,7 +63,8 @@ def test_a_checkpoint_holds_parts_of_rows_and_of_tensors_in_their_dtypes(packed,
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(dense, packed, tmp_path):
     script = (
-        "import os, signal, toy_family; from seedlm import compress_checkpoint; from seedlm.compress.workfolder import WorkFolder\n"
+        "import os, signal, toy_family; from seedlm import compress_checkpoint\n"
+        "from seedlm.compress.workfolder import WorkFolder\n"
         "real = WorkFolder.finish_tensor\n"
         "def finish(self, *arguments, **facts):\n"
         "    real(self, *arguments, **facts)\n"
@@ -91,7 +92,7 @@ def test_it_loads_generates_saves_and_loads_again(packed, tmp_path):
         assert torch.equal(again(ids).logits, logits)
     for name, part in Checkpoint.open(packed).files.entries.items():
         assert torch.equal(Checkpoint.open(packed).files.read(name), Checkpoint.open(tmp_path / "saved").files.read(name)), part
-    dequantize_model(again)
+    dequantize_model(again, again.dtype)
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, logits)
 

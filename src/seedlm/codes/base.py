@@ -164,7 +164,7 @@ class LinearBackend(Protocol):
     Layers that read the same tensor (q, k, v; gate, up) should not each rotate and quantise it. What a backend does to x that
     depends on nothing but x, the format and `in_features` is its `transform`: where layers are known to share their input, it
     runs once, as an operator of its own, and each layer's `linear` is given the result besides x. Tables that it needs are
-    made by `prepare` and kept by device. A backend that reads x as it is inherits `dequantizing.DequantizingBackend` or returns [].
+    made by `prepare` and kept by device. A backend that reads x as it is returns [] (`dequantizing.DequantizingBackend`).
     """
 
     name: ClassVar[str]

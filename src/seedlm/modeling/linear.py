@@ -113,7 +113,7 @@ class SeedLinear(nn.Module):
         plan, prepared = self.prepare()
         transformed = [] if self._shared is None else self._shared[0].transform(x, plan, self._shared[1])
         parameters = self._parameters
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (self.bias takes 1 us)
+        bias: Any = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (self.bias takes 1 us)
         return ops.linear(x, transformed, prepared, plan, bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -138,7 +138,7 @@ class SeedLinear(nn.Module):
             raise CheckpointError(f"{where}: {reason}") from None
 
     def restore_dtypes(self) -> None:
-        """Give parts that a loader has widened (transformers, in layers that a model keeps in float32) their own dtype again."""
+        """Give parts that a loader has widened (transformers, in layers kept in float32) their own dtype again."""
         for part, kind in self.format.parts(self.out_features, self.in_features).items():
             tensor, dtype = self.get_buffer(self._names[part]), getattr(torch, kind.dtype)
             if tensor.dtype != dtype:
@@ -290,7 +290,7 @@ def compress_module(
     *,
     backend: str = "auto",
     on_progress: Callable[[int], None] | None = None,
-    **settings: str,
+    **settings: Any,
 ) -> tuple[SeedLinear, float]:
     """Compress one linear layer.
 

@@ -24,7 +24,7 @@ from seedlm.errors import FormatError
 
 Rounding = Literal["best", "nearest"]
 """How coefficients are chosen for a seed. ``nearest``: the paper's one rounding of the least-squares solution.
-``best``: the best of all floor/ceil roundings at that exponent and its two neighbours, 5 % less NMSE (docs/format-rationale.md)."""
+``best``: the best of all floor/ceil roundings at that exponent and its neighbours, 5 % less NMSE (docs/format-rationale.md)."""
 
 ROUNDINGS: Final = get_args(Rounding)
 

@@ -59,7 +59,9 @@ class TrellisEncoder:
                 tell(len(part) * len(rows))
             streams.append(torch.cat(found))
         words = codec.assemble(streams, format)
-        error = (codec.decode_values(words, format, tuple(rotated.shape)).float() * units - rotated).double().square_()
+        error = (
+            (codec.decode_values(words, format, (len(rotated), rotated.shape[1])).float() * units - rotated).double().square_()
+        )
         errors = RowErrors(row_sums(error).cpu(), row_sums(rotated.double().square_()).cpu())
         return {CODES: words, "scales": scales}, errors
 

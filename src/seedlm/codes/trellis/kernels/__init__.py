@@ -1,4 +1,4 @@
-"""Products with the trellis code's weights, fastest first. What a backend needs is imported when it prepares its first weight."""
+"""Products with the trellis code's weights, fastest first. What a backend needs is imported with its first weight."""
 
 from collections.abc import Sequence
 from typing import Final

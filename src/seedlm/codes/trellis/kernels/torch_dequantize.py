@@ -25,4 +25,5 @@ class TorchBackend(DequantizingBackend):
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         assert isinstance(format, TrellisFormat)
-        return codec.dequantize(*prepared, format, shape).to(dtype)
+        words, scales, scale = prepared
+        return codec.dequantize(words, scales, scale, format, shape).to(dtype)

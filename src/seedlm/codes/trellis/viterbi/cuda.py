@@ -79,7 +79,7 @@ def source() -> str:
 
 
 def encode(targets: Tensor, valid: int, trellis: Trellis, overlap: int) -> tuple[Tensor, Tensor]:
-    """Words int32 [N, T * R / 32] and values int16 [N, T] of targets float32 [N, T] on a GPU; arguments as `reference.search`."""
+    """Words int32 [N, T * R / 32] and values int16 [N, T] of targets float32 [N, T] on a GPU; see `reference.search`."""
     count, rows = targets.shape
     targets = targets.contiguous()
     words = torch.empty(count, rows * trellis.rate // 32, dtype=torch.int32, device=targets.device)

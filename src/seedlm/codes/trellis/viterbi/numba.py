@@ -18,11 +18,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from seedlm import simd
+from seedlm.codes import simd
+from seedlm.codes.simd import LANES
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import Trellis
 from seedlm.codes.trellis.viterbi.cost import HIGHEST_PATH_COST, branch_costs, checkpoint_rows, period, scaled_targets
-from seedlm.simd import LANES
 
 _TOP = HIGHEST_PATH_COST
 _KEPT_GROUPS = 1 << 11

@@ -1,0 +1,74 @@
+// Signs and Hadamard blocks over a line of n numbers, of which each lane of a warp holds E neighbours (E = 8 or 16).
+//
+// Blocks have HADAMARD numbers while they fit, then descending powers of two. Every block starts at a multiple of its size,
+// so a stage of stride h concerns a number exactly if its block is larger than h, and its partner is h further or before.
+// Only the last lane in use can hold blocks smaller than E. SIGN_WORDS: bit i says that position i of a block is negated.
+constexpr int E = LANE_NUMBERS;
+__constant__ const u32 SIGNS[] = {SIGN_WORDS};
+
+struct Place {
+  int size;  // of the block that all E numbers belong to; 0: the numbers end here
+  int tail;  // how many numbers there are if size is 0; their blocks are its binary digits, largest first
+  u32 signs;
+
+  DEVICE Place(int first, int n) {
+    size = tail = 0;
+    signs = 0;
+    if (first >= n) return;
+    if (first + E > n) {
+      tail = n - first;
+      int at = 0;
+#pragma unroll
+      for (int s = E / 2; s; s /= 2)
+        if (tail & s) signs |= (SIGNS[0] & ((1u << s) - 1)) << at, at += s;
+      return;
+    }
+    int start = first & ~(HADAMARD - 1);
+    size = HADAMARD;
+    if (start + HADAMARD > n)
+      for (size = HADAMARD / 2; first >= start + size || !((n - start) & size); size /= 2)
+        if ((n - start) & size) start += size;
+    signs = SIGNS[(first - start) >> 5] >> ((first - start) & 31);
+  }
+
+  DEVICE int size_of(int e) const {
+    if (size) return size;
+    int end = 0;
+#pragma unroll
+    for (int s = E / 2; s; s /= 2) {
+      end += tail & s;
+      if (e < end && (tail & s)) return s;
+    }
+    return 1;
+  }
+};
+
+DEVICE float signed_by(float v, u32 signs, int e) { return __uint_as_float(__float_as_uint(v) ^ ((signs >> e & 1u) << 31)); }
+
+// 1 / sqrt(size), size a power of two.
+DEVICE float block_factor(int size) {
+  const int log = 31 - __clz(size);
+  return __uint_as_float((127 - (log + 1) / 2) << 23) * (log & 1 ? 1.41421356237309504880f : 1.0f);
+}
+
+// All stages, strides ascending, in float32. Every lane of the warp takes part.
+DEVICE void butterflies(float (&v)[E], const Place& place, int lane) {
+#pragma unroll
+  for (int h = 1; h < E; h *= 2) {
+#pragma unroll
+    for (int e = 0; e < E; e++)
+      if (!(e & h) && (place.size || place.size_of(e) > h)) {
+        const float a = v[e], b = v[e + h];
+        v[e] = a + b, v[e + h] = a - b;
+      }
+  }
+#pragma unroll
+  for (int h = E; h < HADAMARD; h *= 2) {
+    const bool mine = place.size > h, second = lane & (h / E);
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      const float other = __shfl_xor_sync(~0u, v[e], h / E);
+      if (mine) v[e] = second ? other - v[e] : v[e] + other;
+    }
+  }
+}
