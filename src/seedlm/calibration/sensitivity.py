@@ -31,7 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import experts_traits, projections_of
-from seedlm.storage.safetensors import read_json
+from seedlm.storage.untrusted import read_json
 from seedlm.version import __version__
 
 SENSITIVITY_VERSION: Final = 1

@@ -20,7 +20,7 @@ from seedlm.errors import SourceError
 from seedlm.modeling.quantize import dequantize_model, seed_linears
 from seedlm.storage.checkpoint import QUANT_METHOD
 from seedlm.storage.inspect import inspect_checkpoint
-from seedlm.storage.safetensors import DTYPE_BITS, TORCH_NAMES, TensorInfo, read_json
+from seedlm.storage.safetensors import DTYPE_BITS, TORCH_NAMES, TensorInfo
 from seedlm.storage.source import FolderSource
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
@@ -59,7 +59,7 @@ def describe(name: str, path: Path) -> ModelInfo:
     files = FolderSource(path)
     paths = sorted(path.glob("*.safetensors"))
     fingerprint = _fingerprint(paths, files.fingerprint)
-    section = read_json(path / "config.json", SourceError).get("quantization_config")
+    section = files.config.get("quantization_config")
     if section is not None:
         method = str(section.get("quant_method")) if isinstance(section, dict) else "unknown"
         if method != QUANT_METHOD:

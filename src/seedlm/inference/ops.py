@@ -133,7 +133,7 @@ def _check_input(x: Tensor, plan: Plan) -> None:
 def _linear(x: Tensor, transformed: list[Tensor], prepared: list[Tensor], text: str, bias: Tensor | None) -> Tensor:
     plan = find_plan(text)
     _check_input(x, plan)
-    return plan.backend.linear(x, prepared, plan.format, plan.shape, bias, transformed)
+    return plan.backend.linear(x, prepared, plan.format, plan.shape, bias, transformed).contiguous()
 
 
 def _linear_fake(x: Tensor, transformed: list[Tensor], prepared: list[Tensor], text: str, bias: Tensor | None) -> Tensor:
