@@ -116,7 +116,7 @@ def test_encode_takes_this_backend_and_equals_the_cpu():
     weight = torch.randn(7, 130).bfloat16()
     on_gpu, gpu_error = encode(weight.cuda(), format, backend="triton")
     on_cpu, cpu_error = encode(weight, format, backend="torch")
-    assert torch.equal(on_gpu.tensors["words"].cpu(), on_cpu.tensors["words"])
+    assert torch.equal(on_gpu.parts["words"].cpu(), on_cpu.parts["words"])
     assert gpu_error == pytest.approx(cpu_error, rel=1e-12)
 
 
