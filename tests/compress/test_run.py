@@ -86,7 +86,7 @@ class TestResult:
         assert config["dtype"] == "bfloat16"
         assert quantization == {
             "quant_method": "seedlm",
-            "format_version": 1,
+            "format_version": 2,
             "format": parse_format(SMALL).to_dict(),
             "rounding": "best",
             "modules_to_not_convert": ["lm_head"],

@@ -6,9 +6,11 @@ from torch import nn
 
 from seedlm.errors import TensorError
 from seedlm.modeling.linear import compress_module
-from seedlm.modeling.quantize import compress_model, seed_linears
+from seedlm.modeling.quantize import compress_model, dequantize_model, seed_linears
+from tiny_models import tiny_model
 
 SPEC = "block-k8-c8-p3-q4-e4"
+IDS = torch.arange(1, 9).view(2, 4)
 
 
 @pytest.fixture
@@ -45,7 +47,9 @@ def test_it_follows_casts_and_devices(layer, cast, dtype):
     assert all(part.dtype == torch.int32 for part in layer.parts.values())
 
 
-@pytest.mark.parametrize("make", [torch.empty_like, torch.zeros_like, lambda w: w.new_zeros(6, 20)], ids=["empty", "zeros", "new"])
+@pytest.mark.parametrize(
+    "make", [torch.empty_like, torch.zeros_like, lambda w: w.new_zeros(6, 20)], ids=["empty", "zeros", "new"]
+)
 def test_tensors_like_it_can_be_made(layer, make):
     made = make(layer.weight)
     assert type(made) is torch.Tensor
@@ -105,11 +109,10 @@ def test_t5_which_asks_for_its_weights_dtype_computes_as_if_dense(dtype, activat
     for name, layer in list(seed_linears(model)):
         if name.endswith(".wo"):
             layer.float()  # what transformers does to the dense model, in float16
-    ids = torch.arange(1, 9).view(2, 4)
-    packed = model(input_ids=ids, decoder_input_ids=ids).logits
+    packed = model(input_ids=IDS, decoder_input_ids=IDS).logits
     for name, layer in list(seed_linears(model)):
         model.set_submodule(name, layer.to_dense(layer.weight.dtype))
-    dense = model(input_ids=ids, decoder_input_ids=ids).logits
+    dense = model(input_ids=IDS, decoder_input_ids=IDS).logits
     assert packed.dtype == dense.dtype
     assert torch.equal(packed, dense)
 
@@ -117,22 +120,21 @@ def test_t5_which_asks_for_its_weights_dtype_computes_as_if_dense(dtype, activat
 def test_rwkv_which_divides_its_weights_is_told_what_to_do():
     model = tiny("rwkv")
     compress_model(model, SPEC, backend="torch")
-    ids = torch.arange(1, 9).view(2, 4)
     with torch.no_grad(), pytest.raises(TensorError, match=r"div_ needs the values .* layer\.to_dense\(dtype\)"):
-        model(ids)
+        model(IDS)
     model.config.rescale_every = 0  # its own switch for that
     with torch.no_grad():
-        assert model(ids).logits.shape == (2, 4, 64)
+        assert model(IDS).logits.shape == (2, 4, 64)
 
 
-def test_deepseeks_indexer_finds_its_projections_dtype():
-    modeling = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32")
-    configs = pytest.importorskip("transformers.models.deepseek_v32.configuration_deepseek_v32")
-    names = {name: kind for name, kind in vars(modeling).items() if name.endswith("Indexer")}
-    (indexer,) = names.values()
-    assert indexer is not None
-    assert configs is not None
-    projection = compress_module(nn.Linear(32, 8, bias=False), SPEC, backend="torch")[0]
-    hidden = torch.randn(2, 3, 32, dtype=torch.bfloat16)
-    weights = projection(hidden.to(projection.weight.dtype)).float()  # its line
-    assert torch.equal(weights, projection.to_dense()(hidden.float()))
+def test_deepseeks_indexer_which_casts_to_its_projections_dtype_computes_as_if_dense():
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 24}
+    indexer = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 4, "mlp_layer_types": ["dense", "sparse"]}
+    model = tiny_model("deepseek_v32", num_key_value_heads=4, head_dim=None, **sizes, **experts, **indexer)
+    compress_model(model, SPEC, backend="torch", include=["*.weights_proj"], exclude=["*.mlp.*"])
+    model.bfloat16()
+    packed = model(IDS).logits
+    assert "model.layers.1.self_attn.indexer.weights_proj" in dict(seed_linears(model))
+    dequantize_model(model, torch.bfloat16)
+    assert torch.equal(packed, model(IDS).logits)

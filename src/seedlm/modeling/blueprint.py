@@ -210,4 +210,3 @@ def _listed(names: list[str]) -> str:
         layers[match[1] if match else name].append(name)
     shown = [f"{layer}.*" if len(found) > 3 else found[0] for layer, found in layers.items()]
     return ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")
-

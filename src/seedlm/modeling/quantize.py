@@ -69,8 +69,8 @@ def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = ()
     include   glob patterns of names to add whatever the default says
     exclude   glob patterns of names to leave out; they win
     returns   names of linear layers, and of the parameters that are stacks (``layers.0.mlp.experts.down_proj``)
-    Weights that modules share stay dense. Raises TensorError for a pattern without a match, and for one that wants such a weight
-    (a tied head).
+    Weights that modules share stay dense. Raises TensorError for a pattern without a match, and for one that wants such a
+    weight (a tied head).
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     shapes = dict(_weights(model))

@@ -165,9 +165,7 @@ def stack_of(
     return Stack(name, (experts, rows, columns), transposed)
 
 
-def dense_linears(
-    tensors: Mapping[str, TensorInfo], left: Mapping[str, str], survey: Survey = NO_SURVEY
-) -> list[str]:
+def dense_linears(tensors: Mapping[str, TensorInfo], left: Mapping[str, str], survey: Survey = NO_SURVEY) -> list[str]:
     """Modules that may be linear layers and are not compressed, for ``modules_to_not_convert``.
 
     A tied head has no tensor but is a linear layer all the same, so ``lm_head`` is listed unless it is compressed.

@@ -121,6 +121,12 @@ class Places:
             if place is None:
                 if any(part.isdigit() for part in module.split(".")):
                     pattern = stack.tensor.removesuffix(".weight") if stack else module
+                    made = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
+                    if made != type(model).__name__:
+                        raise CheckpointError(
+                            f"{module} is packed, and {type(model).__name__} has no place for it: the folder holds {made}, "
+                            f"open it with that class"
+                        )
                     raise CheckpointError(
                         f"{module} is packed, but {type(model).__name__} has no linear layer and no experts of that name; "
                         f"compressed with --exclude {pattern!r} it stays as it is"
