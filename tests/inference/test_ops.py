@@ -15,7 +15,10 @@ from seedlm.inference import ops
 CPU = torch.device("cpu")
 SMALL = parse_spec("block-k8-c8-p3-q4-e4")
 SHAPE = (6, 20)
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+]
 
 
 class Packed:

@@ -64,7 +64,9 @@ def test_a_packed_layer_computes_with_its_dequantized_weight(shape, bias):
 def test_the_state_dict_is_what_a_checkpoint_stores():
     layer, _ = compress_module(nn.Linear(20, 6), SPEC, backend="torch")
     parts = FORMAT.parts(6, 20)
-    expected = {stored_name("m", name): (part.dtype, part.shape) for name, part in parts.items()} | {"m.bias": ("float32", (6,))}
+    expected = {stored_name("m", name): (part.dtype, part.shape) for name, part in parts.items()} | {
+        "m.bias": ("float32", (6,))
+    }
     state = nn.ModuleDict({"m": layer}).state_dict()
     assert {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()} == expected
     assert set(expected) == {"m.weight", "m.weight_exponent_bias", "m.bias"}

@@ -47,7 +47,9 @@ def test_it_follows_casts_and_devices(layer, cast, dtype):
     assert all(part.dtype == torch.int32 for part in layer.parts.values())
 
 
-@pytest.mark.parametrize("make", [torch.empty_like, torch.zeros_like, lambda w: w.new_zeros(6, 20)], ids=["empty", "zeros", "new"])
+@pytest.mark.parametrize(
+    "make", [torch.empty_like, torch.zeros_like, lambda w: w.new_zeros(6, 20)], ids=["empty", "zeros", "new"]
+)
 def test_tensors_like_it_can_be_made(layer, make):
     made = make(layer.weight)
     assert type(made) is torch.Tensor
