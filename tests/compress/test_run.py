@@ -50,7 +50,7 @@ class TestResult:
             found = checkpoint.tensor(module)
             assert found.shape == expected.shape
             for part, tensor in expected.parts.items():
-                assert torch.equal(found.tensors[part], tensor)
+                assert torch.equal(found.parts[part], tensor)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_the_largest_magnitude_counts_whatever_its_sign(self, tmp_path, dtype):
@@ -84,7 +84,7 @@ class TestResult:
         assert config["dtype"] == "bfloat16"
         assert quantization == {
             "quant_method": "seedlm",
-            "format_version": 1,
+            "format_version": 2,
             "format": parse_format(SMALL).to_dict(),
             "rounding": "best",
             "modules_to_not_convert": ["lm_head"],

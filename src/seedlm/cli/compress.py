@@ -80,6 +80,7 @@ def compress(
                 device=device,
                 backend=backend,
                 on_progress=on_progress,
+                on_note=lambda note: print(f"seedlm: {note}", file=sys.stderr),
                 **({"rounding": rounding} if rounding is not None else {}),
             )
     except KeyboardInterrupt:

@@ -28,12 +28,23 @@ from seedlm.compress.worker import Item, Job, Place, Unit
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.device import choose_devices, peak_memory
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
+from seedlm.modeling.blueprint import survey
 from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.checkpoint import PackedInfo, stored_name
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
+from seedlm.storage.metadata import UNKNOWN_DIGEST
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout
-from seedlm.storage.selection import as_patterns, dense_linears, groups_of, matrices_of, select, stack_of
+from seedlm.storage.selection import (
+    Survey,
+    as_patterns,
+    dense_linears,
+    groups_of,
+    largest_left,
+    matrices_of,
+    select,
+    stack_of,
+)
 from seedlm.storage.source import Source, locate, open_source
 from seedlm.version import __version__
 
@@ -58,6 +69,7 @@ def compress_checkpoint(
     backend: str = "auto",
     revision: str | None = None,
     on_progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> RunReport:
     """Compress a model into a new folder, or go on with a run that was stopped.
@@ -71,6 +83,7 @@ def compress_checkpoint(
     max_shard_size      bytes, or a text such as ``"5GB"``
     device              where seeds are searched (`device.choose_devices`): ``"auto"`` is every GPU, or the CPU if there is
                         none; ``"cuda:0,cuda:1"`` those two; ``"ray"`` a cluster (`engine_ray`). All find the same codes
+    on_note             told, before the search, what a user should know of the plan, a line each time
     settings            of the format's family: ``rounding="nearest"`` is the paper's for the block code
     returns             sizes, bits and errors, read back from what was written, and how the run went
     Raises SourceError for a model that cannot be read, TensorError for NaN or Inf, OutputError if the output exists, belongs
@@ -90,11 +103,15 @@ def compress_checkpoint(
     include, exclude = as_patterns(include), as_patterns(exclude)
     shard_bytes = parse_size(max_shard_size)
     progress = on_progress or (lambda phase, done, total: None)
+    tell = on_note or (lambda note: None)
     path = locate(source, revision=revision).absolute()
     model = open_source(path)
     widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
-    modules, left = select(model.tensors, model.config, widest, include, exclude)
-    matrices = {module: shape for module, (_, shape, _) in matrices_of(modules, model.tensors, model.config).items()}
+    found = survey(model.config, model.tensors)
+    modules, left = select(model.tensors, model.config, widest, include, exclude, found)
+    for note in (*found.notes, *largest_left(model.tensors, left)):
+        tell(note)
+    matrices = {module: shape for module, (_, shape, _) in matrices_of(modules, model.tensors, model.config, found).items()}
     if isinstance(format, Mixture):
         formats = format.assign(matrices, groups_of(matrices) if any(family_of(each).fused for each in candidates) else ())
     else:
@@ -102,7 +119,7 @@ def compress_checkpoint(
     format = most_common(formats)
     overrides = {module: other for module, other in formats.items() if other != format}
     recorded = {**family_of(format).defaults, **settings}
-    items = _items(model, formats, _DTYPES.get(dtype or ""))
+    items = _items(model, formats, _DTYPES.get(dtype or ""), found)
     shards = _shards(items, shard_bytes)
     layouts = {name: _layout(shard) for name, shard in shards.items()}
     plan = {
@@ -133,7 +150,8 @@ def compress_checkpoint(
         )
         try:
             with workers.start(job, devices, model) if devices else workers_ray.start(job, device) as runner:
-                published = work.begin(plan, layouts)
+                headings = {name: line for item in items for name, line in item.headings.items()}
+                published = work.begin(plan, layouts, headings)
                 if not published:
                     clock.phase("compress")
                     done = _run(work, runner, model, _places(shards, layouts), readers, progress)
@@ -146,8 +164,10 @@ def compress_checkpoint(
             config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
             if dtype is not None:
                 config["dtype"] = dtype
-            dense = dense_linears(model.tensors, left)
+            dense = dense_linears(model.tensors, left, found)
             config["quantization_config"] = checkpoint.quantization_config(format, recorded, dense, overrides)
+            digests = {name: known for item in items for name, known in work.done[item.key]["sha256"].items()}
+            work.finish({name: _layout(shard, digests) for name, shard in shards.items()})
             _write_rest(work, model, shards, config)
             work.publish()
         work.remove()
@@ -187,7 +207,7 @@ class _Clock:
         self._name, self._since = name, now
 
 
-def _items(source: Source, formats: Mapping[str, Format], dtype: str | None) -> list[Item]:
+def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, survey: Survey) -> list[Item]:
     """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight.
 
     formats   module -> how its weight is to be stored, of every matrix to be compressed
@@ -196,7 +216,7 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None) -> 
     taken: dict[str, str] = {}
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
-        experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config)
+        experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config, survey)
         if experts:
             found = [_packed(name, expert, PackedInfo(formats[expert], experts.matrix, experts)) for expert in experts.modules]
         elif module in formats and module != name:
@@ -231,9 +251,11 @@ def _shards(items: list[Item], max_bytes: int) -> dict[str, list[Item]]:
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
-def _layout(items: list[Item]) -> Layout:
+def _layout(items: list[Item], digests: Mapping[str, str] | None = None) -> Layout:
+    """A file that holds these; the same with zeros for digests that are not known yet."""
     stored = {name: info for item in items for name, info in item.stored.items()}
-    return layout(stored, checkpoint.metadata({item.module: item.packed for item in items if item.module and item.packed}))
+    packed = {item.module: item.packed for item in items if item.module and item.packed}
+    return layout(stored, checkpoint.metadata(packed, {name: (digests or {}).get(name, UNKNOWN_DIGEST) for name in stored}))
 
 
 def _places(shards: Mapping[str, list[Item]], layouts: Mapping[str, Layout]) -> dict[Item, Place]:

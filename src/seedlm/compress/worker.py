@@ -22,7 +22,7 @@ from seedlm.codes.base import EncodeOptions, Facts, Format, Tell, totals
 from seedlm.codes.registry import family_of
 from seedlm.compress.workfolder import Writer, sync, writing
 from seedlm.errors import SourceError, TensorError
-from seedlm.storage.checkpoint import PackedInfo, stored_name
+from seedlm.storage.metadata import PackedInfo, heading, stored_name
 from seedlm.storage.safetensors import TensorInfo, torch_dtype
 from seedlm.storage.source import Source, open_source
 
@@ -69,6 +69,11 @@ class Item:
     def key(self) -> str:
         """Its name in the journal."""
         return next(iter(self.stored))
+
+    @property
+    def headings(self) -> dict[str, bytes]:
+        """Of what is stored: stored name -> what its digest begins with."""
+        return {name: heading(name, info, self.packed) for name, info in self.stored.items()}
 
     @property
     def weights(self) -> int:
@@ -118,20 +123,21 @@ class Worker:
                 encoder = family_of(format).encoder(format, shape, Facts(1.0), self.job.options, self.device)
                 encoder.rows(torch.ones(shape, device=self.device), lambda weights: None)
 
-    def run(self, unit: Unit, tell: Tell) -> dict[str, float]:
+    def run(self, unit: Unit, tell: Tell) -> dict[str, Any]:
         """Put one tensor into its place; its bytes have reached the disk once `settle` was called after this.
 
         tell      told the weights that are encoded, as they are
-        returns   what the report wants to know: squared_error and squared_norm of a compressed weight
+        returns   what the journal keeps: sha256, by stored name; squared_error and squared_norm of a compressed weight
         Raises SourceError, TensorError, BackendError, OSError; whatever `tell` raises ends the unit.
         """
         item = unit.item
         self._open(unit.place.file)
-        with writing(self.job.folder / unit.place.file, unit.place.offsets) as writer:
+        with writing(self.job.folder / unit.place.file, unit.place.offsets, item.headings) as writer:
             if item.packed is None:
                 self._copy(item, writer)
-                return {}
-            return self._compress(item, item.packed, unit.largest, writer, tell)
+                return {"sha256": writer.digests}
+            facts = self._compress(item, item.packed, unit.largest, writer, tell)
+            return {"sha256": writer.digests, **facts}
 
     def settle(self, files: Iterable[str]) -> None:
         """Wait until all that was written to these files of the output has reached the disk. Raises OSError if it could not."""

@@ -69,7 +69,8 @@ def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = ()
     include   glob patterns of names to add whatever the default says
     exclude   glob patterns of names to leave out; they win
     returns   names of linear layers, and of the parameters that are stacks (``layers.0.mlp.experts.down_proj``)
-    Raises TensorError for a pattern without a match and for a chosen weight that another module shares (a tied head).
+    Weights that modules share stay dense. Raises TensorError for a pattern without a match, and for one that wants such a
+    weight (a tied head).
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     shapes = dict(_weights(model))
@@ -87,6 +88,8 @@ def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = ()
             continue
         own = name if name in parameters else f"{name}.weight"
         shared = [owner for owner in owners[id(parameters[own])] if owner != own]
+        if shared and not _matches(name, include):
+            continue
         if shared:
             raise TensorError(f"{own} is shared with {', '.join(shared)} and cannot be compressed: exclude it")
         chosen.append(name)

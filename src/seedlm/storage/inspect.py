@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from seedlm.errors import CheckpointError
 from seedlm.storage.checkpoint import Checkpoint, PackedInfo
-from seedlm.storage.safetensors import read_json
+from seedlm.storage.untrusted import read_json
 
 REPORT_NAME: Final = "seedlm_report.json"
 _REPORT_VERSION: Final = 1

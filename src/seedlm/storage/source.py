@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from seedlm.errors import SourceError
-from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles, TensorInfo, read_json, stays_inside
+from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles, TensorInfo
+from seedlm.storage.untrusted import opened, read_config, stays_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ class FolderSource:
         if not (folder / SINGLE_NAME).exists() and not (folder / INDEX_NAME).exists():
             raise SourceError(_no_weights(folder))
         self.folder = folder
-        self.config = read_json(folder / "config.json", SourceError)
+        self.config = read_config(folder, SourceError)
         self._files = TensorFiles.open(folder, SourceError)
         self.tensors = {name: entry.info for name, entry in self._files.entries.items()}
         self.nbytes = self._files.nbytes
@@ -182,7 +183,7 @@ def _side_files(folder: Path) -> list[Path]:
             continue
         if not stays_inside(path, folder):
             raise SourceError(f"{path}: links to {path.resolve()}, outside of the folder")
-        with open(path, "rb") as file:
+        with opened(path, SourceError) as file:
             if file.read(2).startswith(_PICKLE_STARTS):  # a tokenizer.model may be anything
                 continue
         found.append(path)
@@ -190,13 +191,13 @@ def _side_files(folder: Path) -> list[Path]:
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with opened(path, SourceError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _header_digest(path: Path) -> str:
     """SHA-256 of a safetensors file's length and header: every name, dtype, shape and place in it."""
-    with open(path, "rb") as file:
+    with opened(path, SourceError) as file:
         length = file.read(8)
         header = file.read(int.from_bytes(length, "little"))
     return hashlib.sha256(length + header).hexdigest()
