@@ -207,7 +207,7 @@ class _Product(torch.autograd.Function):
 def _with_gradient(x: Tensor, transformed: list[Tensor], prepared: list[Tensor], text: str, bias: Tensor | None) -> Tensor:
     """What the dispatcher calls first; by hand, since `torch.library.register_autograd` takes 12 us more on an H100's host."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Product.apply(x, bias, text, len(transformed), *transformed, *prepared)  # type: ignore[no-untyped-call]
+        return _Product.apply(x, bias, text, len(transformed), *transformed, *prepared)
     if _unobserved(x) and not x.is_meta:
         return _linear(x, transformed, prepared, text, bias)
     with torch._C._AutoDispatchBelowAutograd():
