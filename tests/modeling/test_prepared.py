@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import toy_family  # noqa: F401 (registers float parts)
+import toy_family  # noqa: F401 (registers its family)
 from seedlm.codes.block.family import FAMILY
 from seedlm.codes.dequantizing import DequantizingBackend
 from seedlm.errors import BackendError
@@ -18,7 +18,7 @@ from seedlm.inference import ops
 from seedlm.modeling.linear import SeedLinear, compress_module, own_name, share_input
 
 SPEC = "block-k8-c8-p3-q4-e4"
-SPECS = [SPEC, "toy-4", "toy-3"]
+SPECS = [SPEC, "toy-4", "trellis-r3-l12-t32-h8"]
 
 
 @pytest.fixture
@@ -309,9 +309,10 @@ def test_accelerate_offloads_layers_with_the_names_of_buffers(spec, disk, tmp_pa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_cuda_graph_around_a_layer_computes_what_the_layer_does(dtype):
-    layer = packed().to("cuda:0", dtype)
+def test_a_cuda_graph_around_a_layer_computes_what_the_layer_does(dtype, spec):
+    layer = packed(spec).to("cuda:0", dtype)
     x = torch.randn(3, 20, dtype=dtype, device="cuda")
     with torch.no_grad():
         layer(x)
