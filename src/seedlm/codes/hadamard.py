@@ -31,7 +31,7 @@ def block_sizes(width: int, largest: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _signs(size: int, device: torch.device = torch.device("cpu")) -> Tensor:
+def _signs(size: int, device: torch.device) -> Tensor:
     """`signs`, kept for each device: copying them at every call would stop CUDA graphs."""
     with torch.inference_mode(False):
         bits = torch.tensor(states(SIGN_SEED, size, SIGN_REGISTER_BITS), device="cpu") & 1
@@ -40,7 +40,7 @@ def _signs(size: int, device: torch.device = torch.device("cpu")) -> Tensor:
 
 def signs(size: int) -> Tensor:
     """float32 [size] of +1 and -1: what a block's inputs are multiplied by before the Hadamard matrix."""
-    return _signs(size).clone()
+    return _signs(size, torch.device("cpu")).clone()
 
 
 def _butterflies(x: Tensor) -> Tensor:

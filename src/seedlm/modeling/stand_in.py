@@ -20,7 +20,7 @@ class PackedWeight(Tensor):
     """A weight without values. It has no gradient: `requires_grad` is False, and cannot be changed."""
 
     _is_hf_initialized = True
-    """Models of transformers initialise the weights of their layers by name once they are loaded (T5); it skips those marked."""
+    """Models of transformers initialise weights of their layers by name after loading (T5), except those that are marked."""
 
     @staticmethod
     def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "PackedWeight":
