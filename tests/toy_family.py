@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from seedlm.codes.dequantizing import DequantizingBackend
 
 from seedlm.codes import base, registry
+from seedlm.codes.dequantizing import DequantizingBackend
 from seedlm.errors import FormatError, TensorError
 
 
