@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +34,7 @@ from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.checkpoint import PackedInfo, stored_name
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
-from seedlm.storage.metadata import UNKNOWN_DIGEST
+from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, Layout, TensorInfo, layout
 from seedlm.storage.selection import (
     Survey,
@@ -91,6 +92,8 @@ def compress_checkpoint(
     """
     clock = _Clock()
     out = Path(out).absolute()
+    if not out.name:
+        raise OutputError(f"{out}: is no place for a new folder")
     format = format if isinstance(format, Mixture) else parse_format(format)
     if dtype is not None and dtype not in _DTYPES:
         raise FormatError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
@@ -153,6 +156,7 @@ def compress_checkpoint(
                 headings = {name: line for item in items for name, line in item.headings.items()}
                 published = work.begin(plan, layouts, headings)
                 if not published:
+                    work.stage(model.copy_side_files)
                     clock.phase("compress")
                     done = _run(work, runner, model, _places(shards, layouts), readers, progress)
         except TensorError:
@@ -168,7 +172,7 @@ def compress_checkpoint(
             config["quantization_config"] = checkpoint.quantization_config(format, recorded, dense, overrides)
             digests = {name: known for item in items for name, known in work.done[item.key]["sha256"].items()}
             work.finish({name: _layout(shard, digests) for name, shard in shards.items()})
-            _write_rest(work, model, shards, config)
+            _write_rest(work, model.nbytes, shards, config)
             work.publish()
         work.remove()
     clock.phase("")
@@ -187,9 +191,9 @@ def parse_size(size: int | str) -> int:
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if match:
         step = 1024 if match[3] else 1000
-        size = int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
-    if not isinstance(size, int) or size < 1:
-        raise OutputError(f"a shard size must be a positive number of bytes or a text such as '5GB', got {size!r}")
+        size = int(Decimal(match[1]) * step ** " KMGT".index(match[2].upper() or " ")) if len(match[1]) < 20 else 0
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise OutputError(f"a shard size must be a positive number of bytes or a text such as '5GB', got {size!r:.40}")
     return size
 
 
@@ -208,12 +212,13 @@ class _Clock:
 
 
 def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, survey: Survey) -> list[Item]:
-    """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight.
+    """What becomes of every tensor, in the source's order. SourceError for a name that is, or looks like, a part's.
 
     formats   module -> how its weight is to be stored, of every matrix to be compressed
     """
     items: list[Item] = []
     taken: dict[str, str] = {}
+    kinds = set(formats.values())
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config, survey)
@@ -223,10 +228,13 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sur
             found = [_packed(name, module, PackedInfo(formats[module], (info.shape[0], info.shape[1])))]
         else:
             convert = dtype is not None and info.dtype in _DTYPES.values()
-            found = [Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})]
-        for stored in (stored for item in found for stored in item.stored):
-            if taken.setdefault(stored, name) != name:
-                raise SourceError(f"{name} and {taken[stored]} would both be stored as {stored}; --exclude one of them")
+            stored = TensorInfo(dtype, info.shape) if dtype and convert else info
+            if reason := reason_like_part(name, stored, kinds):
+                raise SourceError(f"{name}: would be taken for a part of a compressed weight: {reason}")
+            found = [Item(name, None, None, {name: stored})]
+        for key in (key for item in found for key in item.stored):
+            if taken.setdefault(key, name) != name:
+                raise SourceError(f"{name} and {taken[key]} would both be stored as {key}; --exclude one of them")
         items += found
     return items
 
@@ -315,18 +323,17 @@ def _run(
 
 def _write_rest(
     work: WorkFolder,
-    source: Source,
+    source_bytes: int,
     shards: Mapping[str, list[Item]],
     config: dict[str, Any],
 ) -> None:
     """Everything but the tensors; config.json, without which nothing is a model, comes last."""
     items = [item for shard in shards.values() for item in shard]
-    source.copy_side_files(work.model)
     if len(shards) > 1:
         size = sum(info.nbytes for item in items for info in item.stored.values())
         weight_map = {name: file for file, shard in shards.items() for item in shard for name in item.stored}
         work.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
     facts = {item.module: work.done[item.key] for item in items if item.module}
     errors = {module: (found["squared_error"], found["squared_norm"]) for module, found in facts.items()}
-    work.write_json(report.REPORT_NAME, report.recorded(source.nbytes, errors))
+    work.write_json(report.REPORT_NAME, report.recorded(source_bytes, errors))
     work.write_json("config.json", config)
