@@ -14,8 +14,10 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as reason:
-        raise BackendError(f"device {name!r} cannot be used here ({' '.join(str(reason).split())})") from None
+    except (RuntimeError, AssertionError, ValueError) as reason:
+        raise BackendError(f"device {name!r:.80} cannot be used here ({' '.join(str(reason).split())})") from None
+    if device.type == "meta":
+        raise BackendError("device 'meta' holds no numbers, so nothing can be computed there")
     return device
 
 

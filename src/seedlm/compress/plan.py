@@ -5,6 +5,7 @@ resumed run against. All of it follows from headers, arguments and, for mixed pr
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Final
 
 from seedlm.codes.base import Format
@@ -15,7 +16,7 @@ from seedlm.errors import OutputError, SourceError
 from seedlm.modeling.blueprint import survey
 from seedlm.storage import checkpoint
 from seedlm.storage.checkpoint import PackedInfo, stored_name
-from seedlm.storage.metadata import UNKNOWN_DIGEST
+from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part
 from seedlm.storage.safetensors import SINGLE_NAME, Layout, TensorInfo, layout
 from seedlm.storage.selection import Survey, dense_linears, groups_of, largest_left, matrices_of, select, stack_of
 from seedlm.storage.source import Source
@@ -126,12 +127,13 @@ def make(
 
 
 def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, survey: Survey) -> list[Item]:
-    """What becomes of every tensor, in the source's order. SourceError if a name is taken by a part of a compressed weight.
+    """What becomes of every tensor, in the source's order. SourceError for a name that is, or looks like, a part's.
 
     formats   module -> how its weight is to be stored, of every matrix to be compressed
     """
     items: list[Item] = []
     taken: dict[str, str] = {}
+    kinds = set(formats.values())
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config, survey)
@@ -141,10 +143,13 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sur
             found = [_packed(name, module, PackedInfo(formats[module], (info.shape[0], info.shape[1])))]
         else:
             convert = dtype is not None and info.dtype in DTYPES.values()
-            found = [Item(name, None, None, {name: TensorInfo(dtype, info.shape) if dtype and convert else info})]
-        for stored in (stored for item in found for stored in item.stored):
-            if taken.setdefault(stored, name) != name:
-                raise SourceError(f"{name} and {taken[stored]} would both be stored as {stored}; --exclude one of them")
+            stored = TensorInfo(dtype, info.shape) if dtype and convert else info
+            if reason := reason_like_part(name, stored, kinds):
+                raise SourceError(f"{name}: would be taken for a part of a compressed weight: {reason}")
+            found = [Item(name, None, None, {name: stored})]
+        for key in (key for item in found for key in item.stored):
+            if taken.setdefault(key, name) != name:
+                raise SourceError(f"{name} and {taken[key]} would both be stored as {key}; --exclude one of them")
         items += found
     return items
 
@@ -181,7 +186,7 @@ def parse_size(size: int | str) -> int:
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if match:
         step = 1024 if match[3] else 1000
-        size = int(float(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
-    if not isinstance(size, int) or size < 1:
-        raise OutputError(f"a shard size must be a positive number of bytes or a text such as '5GB', got {size!r}")
+        size = int(Decimal(match[1]) * step ** " KMGT".index(match[2].upper() or " ")) if len(match[1]) < 20 else 0
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise OutputError(f"a shard size must be a positive number of bytes or a text such as '5GB', got {size!r:.40}")
     return size

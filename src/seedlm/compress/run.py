@@ -29,7 +29,7 @@ from seedlm.compress.statistics import Feedback, gather
 from seedlm.compress.worker import Item, Job, Place, Unit
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.device import choose_devices, peak_memory
-from seedlm.errors import BackendError, FormatError, TensorError
+from seedlm.errors import BackendError, FormatError, OutputError, TensorError
 from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
@@ -83,6 +83,8 @@ def compress_checkpoint(
     """
     clock = _Clock()
     out = Path(out).absolute()
+    if not out.name:
+        raise OutputError(f"{out}: is no place for a new folder")
     format = format if isinstance(format, Mixture) else parse_format(format)
     if dtype is not None and dtype not in DTYPES:
         raise FormatError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -145,6 +147,7 @@ def _compress(
     """Everything up to the last tensor; None if an earlier run had published the output already."""
     if work.begin(plan.to_dict(), plan.layouts, plan.headings()):
         return None
+    work.stage(model.copy_side_files)
     clock.phase("compress")
     readers = torch.get_num_threads() // 2  # the other half feeds the search
     return _run(work, runner, model, plan.places(), readers, progress)
@@ -160,7 +163,7 @@ def _finish(
     config["quantization_config"] = checkpoint.quantization_config(plan.format, record, dense, plan.overrides)
     digests = {name: known for item in plan.items for name, known in work.done[item.key]["sha256"].items()}
     work.finish({name: plans.file_layout(shard, digests) for name, shard in plan.shards.items()})
-    _write_rest(work, model, plan.shards, config)
+    _write_rest(work, model.nbytes, plan.shards, config)
     work.publish()
 
 
@@ -225,18 +228,17 @@ def _run(
 
 def _write_rest(
     work: WorkFolder,
-    source: Source,
+    source_bytes: int,
     shards: Mapping[str, list[Item]],
     config: dict[str, Any],
 ) -> None:
     """Everything but the tensors; config.json, without which nothing is a model, comes last."""
     items = [item for shard in shards.values() for item in shard]
-    source.copy_side_files(work.model)
     if len(shards) > 1:
         size = sum(info.nbytes for item in items for info in item.stored.values())
         weight_map = {name: file for file, shard in shards.items() for item in shard for name in item.stored}
         work.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
     facts = {item.module: work.done[item.key] for item in items if item.module}
     errors = {module: (found["squared_error"], found["squared_norm"]) for module, found in facts.items()}
-    work.write_json(report.REPORT_NAME, report.recorded(source.nbytes, errors))
+    work.write_json(report.REPORT_NAME, report.recorded(source_bytes, errors))
     work.write_json("config.json", config)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from seedlm.codes.base import EncodeOptions, Facts, Format, Tell, totals
+from seedlm.codes.encoded import EncodedTensor
 from seedlm.codes.registry import family_of
 from seedlm.compress.facts import StatisticsReader
 from seedlm.compress.workfolder import Writer, sync, writing
@@ -29,6 +30,10 @@ from seedlm.storage.source import Source, open_source
 
 PIECE_WEIGHTS: Final = {"cpu": 1 << 22, "cuda": 1 << 23}
 """Weights of a tensor that are in memory at a time. 2^22 are 16 MiB in float32 and 32 MiB while their squares are added up."""
+
+
+_MARGIN: Final = 4
+"""Codes may stand for more than the largest weight; where that is beyond this share of a dtype's range, they are decoded."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,8 @@ class Worker:
         format, module = packed.format, f"{item.module}"
         parts = format.parts(rows, columns)
         start, errors = 0, []
+        dtype = torch_dtype(self.source.tensors[item.name].dtype)
+        kept: dict[str, list[Tensor]] | None = {} if largest > torch.finfo(dtype).max / _MARGIN else None
         on_gpu = self.device.type == "cuda"
         weights = PIECE_WEIGHTS["cuda" if on_gpu else "cpu"]
         with torch.cuda.stream(self._stream()):
@@ -193,11 +200,22 @@ class Worker:
                     entry_bytes = part.nbytes // part.shape[0]
                     first = start // part.rows_per_entry * entry_bytes
                     writer.write(stored_name(module, name), first, as_bytes(tensor.cpu()))
+                    if kept is not None:
+                        kept.setdefault(name, []).append(tensor.cpu())
                 errors.append(found)
                 tell(left)
                 start += len(piece)
             for name, tensor in encoder.rest().items():
                 writer.write(stored_name(module, name), 0, as_bytes(tensor.cpu()))
+                if kept is not None:
+                    kept[name] = [tensor.cpu()]
+        if kept is not None:
+            weight = EncodedTensor(format, packed.shape, {name: torch.cat(kept[name]) for name in parts}).dequantize(dtype)
+            if count := int((~weight.isfinite()).sum()):
+                raise TensorError(
+                    f"{item.name}: holds {largest:g}, and {count} of its weights would decode to infinity in {dtype}; "
+                    "--exclude keeps it as it is"
+                )
         error, norm = totals(errors)
         if not math.isfinite(norm):
             raise SourceError(f"{item.name}: has NaN or Inf values that it did not have before; it changed while being read")

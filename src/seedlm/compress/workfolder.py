@@ -5,6 +5,7 @@
     statistics.safetensors, statistics.json   what the model was found to be like, and from what (`statistics`)
     journal.jsonl   one line per finished tensor, written after its bytes have reached the disk: the SHA-256 of what was read,
                     and of what was written
+    side/           the small files beside the weights, copied before the first tensor so that what cannot be is known then
     finishing       there from when every tensor is done: what else lies in ``model/`` is ours
     model/          the folder that becomes OUT, by one rename at the end
 
@@ -23,7 +24,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ _PLAN: Final = "plan.json"
 _JOURNAL: Final = "journal.jsonl"
 _LOCK: Final = "lock"
 _FINISHING: Final = "finishing"
+_SIDE: Final = "side"
 _MODEL: Final = "model"
 _STATISTICS: Final = ("statistics.safetensors", "statistics.json", "statistics.json.new")
 
@@ -218,8 +220,20 @@ class WorkFolder:
         """Put a JSON file into the model folder, whole or not at all."""
         self._write_whole(self.model / name, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
 
+    def stage(self, copy: Callable[[Path], None]) -> None:
+        """Have all small files but ours put beside the run; if that fails, a run that has just begun leaves no trace."""
+        side = self.path / _SIDE
+        try:
+            shutil.rmtree(side, ignore_errors=True)
+            side.mkdir()
+            copy(side)
+        except BaseException:
+            if not self.resumed:
+                self.remove()
+            raise
+
     def finish(self, layouts: Mapping[str, Layout]) -> None:
-        """All tensors are done: put the final headers, as long as those before, into their files.
+        """All tensors are done: put the final headers, as long as those before, into their files, and the small files beside.
 
         Raises OutputError if a file lies beside them that no run put there.
         """
@@ -230,6 +244,8 @@ class WorkFolder:
         for name, layout in layouts.items():
             with open(self.model / name, "r+b") as file:
                 file.write(layout.header)
+        for path in (self.path / _SIDE).iterdir():
+            os.replace(path, self.model / path.name)
 
     def publish(self) -> None:
         """Make the model folder the output: the one step after which it exists."""

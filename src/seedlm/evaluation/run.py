@@ -30,7 +30,7 @@ from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline, par
 from seedlm.evaluation.journal import Journal, check_free, replacing
 from seedlm.evaluation.layer_errors import compare_layers
 from seedlm.evaluation.prompts import continue_prompts
-from seedlm.evaluation.records import EVALUATION_VERSION, pack_records, records_path, token_records
+from seedlm.evaluation.records import EVALUATION_VERSION, finite, pack_records, records_path, token_records
 from seedlm.evaluation.zeroshot import check_tasks, zero_shot
 from seedlm.integrations.transformers import models
 from seedlm.storage.source import locate
@@ -229,14 +229,14 @@ def evaluate(
                 file.write(packed)
         run["seconds"] = round(time.monotonic() - start, 3)
         accuracies = {task: accuracy for task, (accuracy, _) in tasks.items()}
-        results = {**plan, "metrics": metrics, "tasks": accuracies, "records": companion, "run": run}
+        results: dict[str, Any] = finite({**plan, "metrics": metrics, "tasks": accuracies, "records": companion, "run": run})
         if tokens_out is not None:
             columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
             with replacing(tokens_out) as file:
                 np.savez_compressed(file, token_ids=windows.numpy().astype(np.int32), **columns)
         if out is not None:
             with replacing(out) as file:
-                file.write(json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     journal.remove()
     return results
 
