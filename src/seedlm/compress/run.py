@@ -109,7 +109,7 @@ def compress_checkpoint(
     widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
     found = survey(model.config, model.tensors)
     modules, left = select(model.tensors, model.config, widest, include, exclude, found)
-    for note in (*found.notes, *largest_left(model.tensors, left)):
+    for note in (*model.notes, *found.notes, *largest_left(model.tensors, left)):
         tell(note)
     matrices = {module: shape for module, (_, shape, _) in matrices_of(modules, model.tensors, model.config, found).items()}
     if isinstance(format, Mixture):
