@@ -94,7 +94,7 @@ def choose(source: Source, candidates: Iterable[Format], include: tuple[str, ...
     return Selected(
         {module: shape for module, (_, shape, _) in matrices.items()},
         dense_linears(source.tensors, left, found),
-        [*found.notes, *largest_left(source.tensors, left)],
+        [*source.notes, *found.notes, *largest_left(source.tensors, left)],
         found,
     )
 
