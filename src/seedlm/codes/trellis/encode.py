@@ -21,11 +21,10 @@ from seedlm.codes.trellis.viterbi import viterbi
 from seedlm.errors import BackendError
 
 GAINS: Final[Mapping[int, Mapping[int, float]]] = {
-    16: {1: 0.95, 2: 1.0, 3: 1.05, 4: 1.1, 5: 1.12, 6: 1.2, 7: 1.3, 8: 1.4},
-    12: {1: 0.97, 2: 1.02, 3: 1.08, 4: 1.14, 5: 1.2, 6: 1.25},
+    16: {1: 0.9, 2: 1.0, 3: 1.06, 4: 1.1, 5: 1.13, 6: 1.19, 7: 1.25, 8: 1.33},
+    12: {1: 0.94, 2: 1.02, 3: 1.09, 4: 1.14, 5: 1.19, 6: 1.26},
 }
-"""By state bits and rate: a row's scale is this times its root mean square. Measured on N(0,1) but for rates 1 and 7 and L = 12
-with rate 6, which are interpolated (docs/log/quality.md)."""
+"""By state bits and rate: a row's scale is this times its root mean square. Measured on N(0,1), docs/log/encoder.md."""
 
 _SEQUENCES: Final = 1 << 14
 """Sequences that a search is given at a time."""
