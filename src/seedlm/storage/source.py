@@ -7,14 +7,13 @@ size of the model or of a tensor. No model is ever built, and nothing that can r
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from seedlm.errors import SourceError
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles, TensorInfo
-from seedlm.storage.untrusted import opened, read_config, stays_inside
+from seedlm.storage.untrusted import opened, read_bytes, read_config, stays_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +23,7 @@ PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pi
 _SIDE_SUFFIXES: Final = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".py"})
 _SIDE_NAMES: Final = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\..*)?", re.IGNORECASE)
 _SIDE_PATTERNS: Final = ("*", "additional_chat_templates/*.jinja")
+_MAX_SIDE_BYTES: Final = 1 << 30
 _PICKLE_STARTS: Final = (b"\x80", b"PK")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -83,7 +83,7 @@ class FolderSource:
         for path in self._side_files:
             target = folder / path.relative_to(self.folder)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+            target.write_bytes(read_bytes(path, _MAX_SIDE_BYTES, SourceError))
 
 
 def open_source(source: str | Path, *, revision: str | None = None) -> Source:
