@@ -59,7 +59,7 @@ def reason_unavailable(device: torch.device) -> str | None:
 def plan(trellis: Trellis) -> _Plan:
     """The kernels' compile-time choices for a trellis."""
     shared_costs = 8 * trellis.groups + (20 << 10) <= _SHARED_BYTES
-    threads, pairs, blocks = (32, 4, 4) if trellis.state_bits <= 12 else (min(512, trellis.groups), 1, 1)
+    threads, pairs, blocks = (32, 1, 16) if trellis.state_bits <= 12 else (min(512, trellis.groups), 1, 1)
     constants = {
         "RATE": trellis.rate,
         "STATE_BITS": trellis.state_bits,
