@@ -1,172 +1,166 @@
-"""The operators, and the numba kernel against the reference."""
+"""The operators: products, gradients, compilers, and what is asked of a backend."""
 
-import os
-import signal
+from typing import ClassVar
 
 import pytest
 import torch
 
 from random_codes import random_words
-from seedlm.codes.block import encode as search
-from seedlm.codes.registry import parse_format
-from seedlm.errors import BackendError, TensorError
+from seedlm.codes.block.family import FAMILY
+from seedlm.codes.block.format import parse_spec
+from seedlm.codes.dequantizing import DequantizingBackend
+from seedlm.errors import BackendError, FormatError, TensorError
 from seedlm.inference import ops
 
-SMALL = parse_format("block-k8-c8-p3-q4-e4")
-FORMATS = [
-    "4",
-    "3",
-    "block-k8-c8-p3-q4-e4",
-    "block-k2-c1-p1-q2-e1",
-    "block-k16-c10-p3-q4-e4",  # 32 bits, two lanes
-    "block-k5-c7-p2-q3-e3",  # 14 bits, one lane
-    "block-k16-c16-p8-q4-e4",  # 52 bits: fields over two and three words
-    "block-k15-c9-p5-q8-e8",  # 63 bits, the widest
-    "block-k17-c8-p2-q8-e4",  # int32 table
+CPU = torch.device("cpu")
+SMALL = parse_spec("block-k8-c8-p3-q4-e4")
+SHAPE = (6, 20)
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
 ]
 
 
-def random_parts(format, out, in_features, bias=-3):
-    """What is stored of a weight, with every field uniform over its range."""
-    return [random_words(format, out, in_features, seed=out * in_features), torch.tensor([bias], dtype=torch.int32)]
+class Packed:
+    """A random weight, its plan and what its backend prepared."""
+
+    def __init__(self, device="cpu", shape=SHAPE, bias=-8, backend="torch"):
+        words = random_words(SMALL, *shape, seed=1)
+        parts = {"words": words, "exponent_bias": torch.tensor([bias], dtype=torch.int32)}
+        self.weight = FAMILY.dequantize(parts, SMALL, shape).to(device)
+        self.plan = ops.plan_for(SMALL, shape, torch.device(device), backend)
+        self.prepared = self.plan.backend.prepare({name: part.to(device) for name, part in parts.items()}, SMALL, shape)
+
+    def linear(self, x, bias=None):
+        return ops.linear(x, [], self.prepared, self.plan, bias)
+
+    def operator(self, x, bias=None):
+        return torch.ops.seedlm.linear(x, [], self.prepared, self.plan.text, bias)
 
 
-def reference(codes, in_features, format):
-    return search.decode(codes[0], int(codes[1]), in_features, format)
+@pytest.fixture
+def packed():
+    return Packed()
 
 
-@pytest.mark.parametrize("in_features", [1, 7, 24, 85, 192])
-@pytest.mark.parametrize("spec", FORMATS)
-def test_numba_decodes_to_the_bits_of_the_reference(spec, in_features):
-    pytest.importorskip("numba")
-    format = parse_format(spec)
-    codes = random_parts(format, 5, in_features)
-    found = torch.ops.seedlm.decode(codes, in_features, format.spec, torch.float32, "numba")
-    assert torch.equal(found, reference(codes, in_features, format))
+@pytest.fixture
+def doubling(monkeypatch):
+    """A backend with a transform: it doubles x, counts how often, and halves the weight."""
+
+    class Doubling(DequantizingBackend):
+        name = "doubling"
+        calls: ClassVar[list[str]] = []
+
+        def reason_unavailable(self, device, format, shape):
+            return None
+
+        def prepare(self, parts, format, shape):
+            return [FAMILY.dequantize(parts, format, shape)]
+
+        def dequantize(self, prepared, format, shape, dtype):
+            return prepared[0].to(dtype, copy=True)
+
+        def empty_transform(self, x, format, in_features):
+            return [torch.empty_like(x)]
+
+        def transform(self, x, format, in_features):
+            self.calls.append(f"{in_features} of {format.spec}")
+            return [2 * x]
+
+        def linear(self, x, prepared, format, shape, bias, transformed=()):
+            (doubled,) = transformed or self.transform(x, format, shape[1])
+            return torch.nn.functional.linear(doubled, prepared[0] / 2, bias)
+
+    Doubling.calls.clear()
+    monkeypatch.setattr(FAMILY, "backends", lambda: (Doubling(),), raising=False)
+    monkeypatch.setattr(ops, "_PLANS", {})
+    return Doubling
 
 
-@pytest.mark.parametrize("bias", [-192, -140, 0, 100, 192])
-def test_numba_follows_the_reference_into_denormals_and_infinity(bias):
-    pytest.importorskip("numba")
-    codes = random_parts(SMALL, 4, 64, bias)
-    found = torch.ops.seedlm.decode(codes, 64, SMALL.spec, torch.float32, "numba")
-    assert torch.equal(found.view(torch.int32), reference(codes, 64, SMALL).view(torch.int32))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(20,), (3, 20), (2, 3, 20), (0, 20)], ids=str)
+def test_linear_is_a_product_with_the_dequantized_weight(shape, device):
+    packed, x, bias = Packed(device), torch.randn(shape, device=device), torch.randn(6, device=device)
+    for b in (None, bias):
+        expected = torch.nn.functional.linear(x, packed.weight, b)
+        assert torch.equal(packed.linear(x, b), expected)
+        assert torch.equal(packed.operator(x, b), expected)
 
 
-def test_numba_gives_the_same_bits_for_any_number_of_threads():
-    ops_numba = pytest.importorskip("seedlm.codes.block.kernels.numba_decode")
-    format = parse_format("4")
-    codes = random_parts(format, 257, 2048)  # 4 tasks of at least 2^17 weights
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(ops_numba.decode(codes[0], -3, 2048, format))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[0]) for result in results)
-    assert torch.equal(results[0], reference(codes, 2048, format))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_numba_survives_a_fork():
-    ops_numba = pytest.importorskip("seedlm.codes.block.kernels.numba_decode")
-    format = parse_format("4")
-    codes = random_parts(format, 257, 2048)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        before = ops_numba.decode(codes[0], -3, 2048, format).numpy()
-        child = os.fork()
-        if child == 0:
-            signal.alarm(20)
-            after = ops_numba.decode(codes[0], -3, 2048, format).numpy()
-            os._exit(0 if (before == after).all() else 1)  # not torch.equal: torch's own OpenMP threads hang after a fork
-        assert os.waitpid(child, 0)[1] == 0
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_a_zero_seed_reads_inside_the_tables():
-    """Codes are checked when they are loaded; the kernel must be safe where they are not."""
-    ops_numba = pytest.importorskip("seedlm.codes.block.kernels.numba_decode")
-    words = torch.zeros(3, 4, dtype=torch.int32) | 1 << 20
-    assert torch.equal(ops_numba.decode(words, 0, 32, parse_format("4")), search.decode(words, 0, 32, parse_format("4")))
+def test_an_input_in_another_layout_gives_the_same_contiguous_product(packed):
+    x = torch.randn(3, 20, 2).transpose(1, 2)
+    torch.testing.assert_close(packed.operator(x), packed.operator(x.contiguous()))
+    assert packed.operator(x).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_decode_rounds_once_to_the_dtype_asked_for(dtype):
-    codes = random_parts(SMALL, 6, 20)
-    found = torch.ops.seedlm.decode(codes, 20, SMALL.spec, dtype, "auto")
+def test_dequantize_rounds_once_to_the_dtype_asked_for(packed, dtype):
+    found = ops.dequantize(packed.prepared, packed.plan, dtype)
     assert found.dtype == dtype
-    assert torch.equal(found, reference(codes, 20, SMALL).to(dtype))
+    assert torch.equal(found, packed.weight.to(dtype))
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-@pytest.mark.parametrize("shape", [(20,), (3, 20), (2, 3, 20), (0, 20)], ids=str)
-def test_linear_is_a_product_with_the_regrown_weight(shape, backend):
-    if backend == "numba":
-        pytest.importorskip("numba")
-    codes, x, bias = random_parts(SMALL, 6, 20), torch.randn(shape), torch.randn(6)
-    weight = reference(codes, 20, SMALL)
-    for b in (None, bias):
-        found = torch.ops.seedlm.linear(x, codes, 20, SMALL.spec, b, backend)
-        assert torch.equal(found, torch.nn.functional.linear(x, weight, b))
-
-
-def test_gradients_reach_the_input_and_the_bias():
-    codes, weight = random_parts(SMALL, 6, 20, bias=-8), None
-    x = torch.randn(2, 3, 20, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    weight = reference(codes, 20, SMALL).double()
-    upstream = torch.randn(2, 3, 6, dtype=torch.float64)
-    found = torch.autograd.grad(torch.ops.seedlm.linear(x, codes, 20, SMALL.spec, bias, "auto"), (x, bias), upstream)
-    expected = torch.autograd.grad(torch.nn.functional.linear(x, weight, bias), (x, bias), upstream)
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_reach_the_input_and_the_bias(device):
+    packed = Packed(device)
+    x = torch.randn(2, 3, 20, dtype=torch.float64, device=device, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, device=device, requires_grad=True)
+    upstream = torch.randn(2, 3, 6, dtype=torch.float64, device=device)
+    found = torch.autograd.grad(packed.linear(x, bias), (x, bias), upstream)
+    expected = torch.autograd.grad(torch.nn.functional.linear(x, packed.weight.double(), bias), (x, bias), upstream)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
+def test_a_bias_alone_has_a_gradient(packed):
+    bias = torch.randn(6, requires_grad=True)
+    packed.linear(torch.randn(3, 20), bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((6,), 3.0))
+
+
+def test_a_backward_pass_keeps_no_weight(packed):
+    out = packed.linear(torch.randn(3, 20, requires_grad=True))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        packed.linear(torch.randn(3, 20, requires_grad=True))
+    assert {id(tensor) for tensor in kept} == {id(tensor) for tensor in packed.prepared}
+    assert out.requires_grad
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_operators_pass_torchs_own_checks(with_bias):
-    codes = random_parts(SMALL, 6, 20, bias=-8)
+def test_the_operators_pass_torchs_own_checks(packed, with_bias):
     x = torch.randn(3, 20, requires_grad=True)
     bias = torch.randn(6, requires_grad=True) if with_bias else None
-    torch.library.opcheck(torch.ops.seedlm.linear.default, (x, codes, 20, SMALL.spec, bias, "auto"))
-    torch.library.opcheck(torch.ops.seedlm.decode.default, (codes, 20, SMALL.spec, torch.bfloat16, "auto"))
+    torch.library.opcheck(torch.ops.seedlm.linear.default, (x, [], packed.prepared, packed.plan.text, bias))
+    torch.library.opcheck(torch.ops.seedlm.dequantize.default, (packed.prepared, packed.plan.text, torch.bfloat16))
 
 
-def test_fakes_give_shape_and_dtype_without_decoding():
-    codes = [code.to("meta") for code in random_parts(SMALL, 6, 20)]
+def test_a_transform_passes_torchs_own_checks(doubling):
+    packed, x = Packed(backend="doubling"), torch.randn(3, 20)
+    torch.library.opcheck(torch.ops.seedlm.transform.default, (x, packed.plan.input_text))
+    arguments = (x.requires_grad_(), ops.transform(x, packed.plan), packed.prepared, packed.plan.text, None)
+    torch.library.opcheck(torch.ops.seedlm.linear.default, arguments)
+
+
+def test_layers_of_other_heights_have_one_transform(doubling):
+    high, low = Packed(shape=(6, 20), backend="doubling"), Packed(shape=(2, 20), backend="doubling")
+    x = torch.randn(3, 20)
+    transformed = ops.transform(x, high.plan)
+    assert high.plan.input_text == low.plan.input_text == f"{SMALL.spec} *x20 doubling"
+    for packed in (high, low):
+        found = ops.linear(x, transformed, packed.prepared, packed.plan, None)
+        torch.testing.assert_close(found, torch.nn.functional.linear(x, packed.weight))
+    assert doubling.calls == [f"20 of {SMALL.spec}"]
+
+
+def test_fakes_give_shape_and_dtype_without_a_product(packed):
+    prepared = [tensor.to("meta") for tensor in packed.prepared]
+    assert torch.ops.seedlm.dequantize(prepared, packed.plan.text, torch.float16).shape == (6, 20)
     x = torch.empty(2, 5, 20, dtype=torch.bfloat16, device="meta")
-    assert torch.ops.seedlm.decode(codes, 20, SMALL.spec, torch.float16, "auto").shape == (6, 20)
-    y = torch.ops.seedlm.linear(x, codes, 20, SMALL.spec, None, "auto")
+    y = torch.ops.seedlm.linear(x, [], prepared, packed.plan.text, None)
     assert (y.shape, y.dtype, y.device.type) == ((2, 5, 6), torch.bfloat16, "meta")
 
 
-def bad_codes(change):
-    codes = random_parts(SMALL, 6, 20)
-    return change(codes)
-
-
-@pytest.mark.parametrize(
-    ("codes", "message"),
-    [
-        (lambda c: [c[0].long(), c[1]], "int64"),
-        (lambda c: [c[0][:, :-1], c[1]], r"\(6, 2\)"),
-        (lambda c: [c[0].flatten(), c[1]], r"\(18,\)"),
-        (lambda c: [c[0], c[1][0]], r"\('int32', \(\)\)"),
-        (lambda c: c[:1], "stored as"),
-        (lambda c: [], "stored as"),
-        (lambda c: [c[0], c[1].to("meta")], "one device"),
-    ],
-    ids=["dtype", "words", "flat", "scalar bias", "no bias", "nothing", "devices"],
-)
-def test_codes_that_do_not_fit_are_refused(codes, message):
-    with pytest.raises(TensorError, match=message):
-        torch.ops.seedlm.decode(bad_codes(codes), 20, SMALL.spec, torch.float32, "auto")
-
-
+@pytest.mark.parametrize("way", ["linear", "operator"])
 @pytest.mark.parametrize(
     ("x", "message"),
     [
@@ -176,27 +170,67 @@ def test_codes_that_do_not_fit_are_refused(codes, message):
     ],
     ids=["width", "scalar", "dtype"],
 )
-def test_inputs_that_do_not_fit_are_refused(x, message):
+def test_inputs_that_do_not_fit_are_refused(packed, x, message, way):
     with pytest.raises(TensorError, match=message):
-        torch.ops.seedlm.linear(x, random_parts(SMALL, 6, 20), 20, SMALL.spec, None, "auto")
+        getattr(packed, way)(x)
 
 
-def test_a_backend_asked_for_by_name_gives_its_reason(monkeypatch):
-    codes = random_parts(SMALL, 2, 8)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    ops._load.cache_clear()
-    with pytest.raises(BackendError, match=r"pip install 'seedlm\[fast\]'"):
-        torch.ops.seedlm.decode(codes, 8, SMALL.spec, torch.float32, "numba")
-    found = torch.ops.seedlm.decode(codes, 8, SMALL.spec, torch.float32, "auto")
-    ops._load.cache_clear()
-    assert torch.equal(found, reference(codes, 8, SMALL))
-    assert "decodes on the CPU" in ops.reason_unavailable("numba", torch.device("cuda"))
-    with pytest.raises(BackendError, match="unknown backend 'fpga', known: auto, numba, torch"):
-        torch.ops.seedlm.decode(codes, 8, SMALL.spec, torch.float32, "fpga")
+def test_a_weight_is_not_dequantized_to_integers(packed):
+    with pytest.raises(TensorError, match="floating-point dtype, got int32"):
+        ops.dequantize(packed.prepared, packed.plan, torch.int32)
 
 
-def test_the_reference_backend_decodes_large_weights_in_pieces(monkeypatch):
-    monkeypatch.setattr(ops, "_REFERENCE_WEIGHTS", 50)
-    codes = random_parts(SMALL, 7, 20)
-    found = torch.ops.seedlm.decode(codes, 20, SMALL.spec, torch.float32, "torch")
-    assert torch.equal(found, reference(codes, 20, SMALL))
+def test_a_text_is_enough_to_find_a_plan(packed, monkeypatch):
+    monkeypatch.setattr(ops, "_PLANS", {})
+    found = ops.find_plan(packed.plan.text)
+    assert packed.plan.text == f"{SMALL.spec} 6x20 torch"
+    assert (found.backend, found.format, found.shape) == (packed.plan.backend, SMALL, SHAPE)
+    assert ops.find_plan(packed.plan.text) is found
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("nonsense", BackendError, "a plan is '<spec> <out>x<in> <backend>', got 'nonsense'"),
+        (f"{SMALL.spec} 6 torch", BackendError, "a plan is"),
+        (f"{SMALL.spec} 6x20 fpga", BackendError, "block codes have no backend 'fpga'"),
+        ("cube-3 6x20 torch", FormatError, "unknown format 'cube-3'"),
+    ],
+    ids=["words", "shape", "backend", "format"],
+)
+def test_a_text_that_is_no_plan_is_refused(text, error, message):
+    with pytest.raises(error, match=message):
+        ops.find_plan(text)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_autocast_computes_in_its_dtype_as_torchs_own_does(device, dtype):
+    packed, x, bias = Packed(device), torch.randn(3, 20, dtype=dtype, device=device), torch.randn(6, dtype=dtype, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        found, expected = packed.linear(x, bias), torch.nn.functional.linear(x, packed.weight.to(dtype), bias)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiler_keeps_a_product_whole(packed, backend):
+    compiled = torch.compile(packed.linear, fullgraph=True, backend=backend)
+    x = torch.randn(3, 20)
+    assert torch.equal(compiled(x), packed.linear(x))
+    assert torch.equal(compiled(torch.cat([x, x])), packed.linear(torch.cat([x, x])))
+
+
+def test_modes_that_look_at_operators_see_the_operator(packed):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        packed.linear(torch.randn(2, 20))
+    assert Names.seen == ["aten::randn", "seedlm::linear"]

@@ -47,7 +47,7 @@ def pack(model, **options):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(6, 20), (5, 8), (3, 41)], ids=str)
-def test_a_packed_layer_computes_with_its_decoded_weight(shape, bias):
+def test_a_packed_layer_computes_with_its_dequantized_weight(shape, bias):
     torch.manual_seed(1)
     dense = nn.Linear(shape[1], shape[0], bias=bias)
     layer, error = compress_module(dense, SPEC, backend="torch")
@@ -63,8 +63,10 @@ def test_a_packed_layer_computes_with_its_decoded_weight(shape, bias):
 
 def test_the_state_dict_is_what_a_checkpoint_stores():
     layer, _ = compress_module(nn.Linear(20, 6), SPEC, backend="torch")
-    specs = FORMAT.tensor_specs(6, 20)
-    expected = {stored_name("m", part): spec for part, spec in specs.items()} | {"m.bias": ("float32", (6,))}
+    parts = FORMAT.parts(6, 20)
+    expected = {stored_name("m", name): (part.dtype, part.shape) for name, part in parts.items()} | {
+        "m.bias": ("float32", (6,))
+    }
     state = nn.ModuleDict({"m": layer}).state_dict()
     assert {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()} == expected
     assert set(expected) == {"m.weight", "m.weight_exponent_bias", "m.bias"}
@@ -81,9 +83,10 @@ def test_a_state_dict_loads_into_an_empty_layer():
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
 def test_casting_moves_the_bias_and_leaves_the_codes(cast):
     layer, _ = compress_module(nn.Linear(20, 6), SPEC, backend="torch")
-    before = [code.clone() for code in layer.codes]
+    before = {name: part.clone() for name, part in layer.parts.items()}
     cast(layer)
-    assert all(torch.equal(a, b) and a.dtype == torch.int32 for a, b in zip(layer.codes, before, strict=True))
+    assert all(torch.equal(part, before[name]) and part.dtype == torch.int32 for name, part in layer.parts.items())
+    assert layer.weight.dtype == layer.bias.dtype
     x = torch.randn(2, 20).to(layer.bias.dtype)
     assert layer(x).dtype == layer.bias.dtype
     assert torch.equal(layer(x), nn.functional.linear(x, layer.dequantize(x.dtype), layer.bias))
@@ -113,7 +116,7 @@ def test_a_model_is_compressed_inside_its_numbered_layers(toy):
     assert all(0 < error < 0.5 for error in errors.values())
 
 
-def test_an_expanded_model_computes_the_same(toy):
+def test_a_dequantized_model_computes_the_same(toy):
     pack(toy)
     ids = torch.arange(12).view(2, 6)
     packed = toy(ids)
@@ -154,13 +157,30 @@ def test_a_weight_that_cannot_be_encoded_is_named(toy):
 )
 def test_invalid_codes_are_found(damage, message):
     layer, _ = compress_module(nn.Linear(20, 6), SPEC, backend="torch")
-    layer.check_codes("m")
-    damage(*layer.codes)
+    layer.check("m")
+    damage(*layer.parts.values())
     with pytest.raises(CheckpointError, match=message):
-        layer.check_codes("m")
+        layer.check("m")
 
 
 def test_a_number_of_bits_is_a_format_and_one_pattern_needs_no_list():
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(16, 8))
     assert compress_model(model, 3.5, exclude="1", include="*", backend="torch").keys() == {"0"}
     assert "tensor(" not in repr(encode(torch.zeros(4, 16), 3.5, backend="torch")[0])
+
+
+def test_layers_of_one_input_share_it_where_their_family_is_fused():
+    import toy_family
+
+    def attention():
+        return nn.ModuleDict({name: nn.Linear(16, 16) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([attention(), attention()])})
+    compress_model(model, toy_family.ToyFormat(4))
+    first, second = ({name: layer._shared for name, layer in block.items()} for block in model["layers"])
+    assert first["o_proj"] is None
+    assert first["q_proj"][0] is first["k_proj"][0] is first["v_proj"][0] is not second["q_proj"][0]
+    assert [first[name][1] for name in ("q_proj", "k_proj", "v_proj")] == [0, 1, 2]
+    block = nn.ModuleDict({"layers": nn.ModuleList([attention()])})
+    compress_model(block, SPEC, backend="torch")
+    assert all(layer._shared is None for layer in block["layers"][0].values())

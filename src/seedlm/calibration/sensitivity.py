@@ -31,7 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import experts_traits, projections_of
-from seedlm.storage.safetensors import read_json
+from seedlm.storage.untrusted import read_json
 from seedlm.version import __version__
 
 SENSITIVITY_VERSION: Final = 1
@@ -72,7 +72,7 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
     Raises EvaluationError for text longer than the model's context, without linear layers, or if gradients are not finite.
     """
     text = text or OwnText()
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and text.length > longest:
         raise EvaluationError(
             f"the model knows {longest} positions, the text has {text.length} tokens: choose a shorter length"

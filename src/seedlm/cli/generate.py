@@ -1,7 +1,7 @@
 """``seedlm generate``."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ def generate(
         bool,
         typer.Option("--dequantize", "--expand", help="Dequantize once after loading: faster on a CPU, full size in memory."),
     ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
+    ] = False,
 ) -> None:
     """Generate text, printed as it comes; then, on stderr, the speed."""
     from transformers.utils import logging
@@ -30,8 +33,10 @@ def generate(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     timing = Timing()
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "chat": chat}
-    for piece in pieces(model, prompt, **options, device=device, dtype=dtype, dequantize=dequantize, timing=timing):  # type: ignore[arg-type]
+    drawing: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    text: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "dequantize": dequantize}
+    for piece in pieces(model, prompt, **text, **drawing, **opening, timing=timing):
         print(piece, end="", flush=True)
     print()
     print(

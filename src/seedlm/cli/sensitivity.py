@@ -18,6 +18,9 @@ def sensitivity(
     device: Annotated[str, typer.Option(help="auto, or a torch device such as cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
+    ] = False,
 ) -> None:
     """Measure where a model's bits matter, for `compress --bits 3.5 --sensitivity FILE`.
 
@@ -30,11 +33,11 @@ def sensitivity(
 
     from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, write_sensitivity
     from seedlm.device import choose_device
-    from seedlm.evaluation.models import load_model
+    from seedlm.integrations.transformers.models import load_model
 
     logging.disable_progress_bar()
     text = OwnText(sequences=sequences, length=length, seed=seed)
-    network = load_model(path, device=choose_device(device), dtype=dtype)
+    network = load_model(path, device=choose_device(device), dtype=dtype, trust_remote_code=trust_remote_code)
     with show_progress() as (on_progress, _):
         found = measure_sensitivity(network, text, on_progress)
     write_sensitivity(output, model, text, found)

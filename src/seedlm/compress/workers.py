@@ -61,7 +61,7 @@ class Finished:
     """A unit's bytes are on disk. `device`, and the most memory so far of the process that did it, in bytes."""
 
     unit: Unit
-    facts: dict[str, float]
+    facts: dict[str, Any]
     device: str
     host_bytes: int
     device_bytes: int
@@ -99,7 +99,7 @@ class Threads:
     def __init__(self, job: Job, device: torch.device, source: Source | None, post: Post) -> None:
         self._job, self._device, self._source, self._post = job, device, source, post
         self._units: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
-        self._written: queue.SimpleQueue[tuple[Unit, dict[str, float]] | None] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[tuple[Unit, dict[str, Any]] | None] = queue.SimpleQueue()
         self._stopping = False
         self._ready = threading.Lock()
         self._worker: Worker | None = None

@@ -2,32 +2,44 @@
 
     lock            held while a run is at work; its content is a random number by which other machines know the folder
     plan.json       everything that the result depends on but the weights; a run goes on only if its own plan is equal
-    journal.jsonl   one line per finished tensor, with its SHA-256, written after the tensor's bytes have reached the disk
+    statistics.safetensors, statistics.json   what the model was found to be like, and from what (`statistics`)
+    journal.jsonl   one line per finished tensor, written after its bytes have reached the disk: the SHA-256 of what was read,
+                    and of what was written
+    side/           the small files beside the weights, copied before the first tensor so that what cannot be is known then
+    finishing       there from when every tensor is done: what else lies in ``model/`` is ours
     model/          the folder that becomes OUT, by one rename at the end
 
-Every size is known from the plan, so each file under ``model/`` has its header and its full length before the first tensor
-is written, and a tensor goes straight to its place. Nothing is moved or assembled, and going on after a kill at any moment
-means writing the tensors that the journal does not name. ``config.json`` is written last: until then no reader takes ``model/``
-for a model.
+Every size is known from the plan, so each file under ``model/`` has a header of the right length and its full length before the
+first tensor is written, and a tensor goes straight to its place. Nothing is moved or assembled, and going on after a kill at
+any moment means writing the tensors that the journal does not name, or whose bytes are not those that it names. Digests come
+into the headers at the end, where zeros kept their place. ``config.json`` is written last: until then no reader takes
+``model/`` for a model.
 """
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from seedlm.errors import OutputError
-from seedlm.storage.safetensors import Layout
+from seedlm.storage.safetensors import Layout, digest
 
 _PLAN: Final = "plan.json"
 _JOURNAL: Final = "journal.jsonl"
 _LOCK: Final = "lock"
+_FINISHING: Final = "finishing"
+_SIDE: Final = "side"
 _MODEL: Final = "model"
+_STATISTICS: Final = ("statistics.safetensors", "statistics.json", "statistics.json.new")
 
 
 class WorkFolder:
@@ -82,12 +94,14 @@ class WorkFolder:
             file.flush()
             yield
 
-    def begin(self, plan: Mapping[str, Any], layouts: Mapping[str, Layout]) -> bool:
+    def begin(self, plan: Mapping[str, Any], layouts: Mapping[str, Layout], headings: Mapping[str, bytes]) -> bool:
         """Start the run that `plan` describes, or go on with it.
 
-        layouts   file name -> what it will hold
+        layouts    file name -> what it will hold
+        headings   stored name -> what its SHA-256 begins with (`metadata.heading`)
         returns   whether the run is finished already and only its remains were left to be removed
-        Raises OutputError if an unfinished run has another plan, or if the disk has no room for the rest.
+        Raises OutputError if an unfinished run has another plan, if a file lies in it that is not ours, or if the disk has no
+        room for the rest.
         """
         plan = json.loads(json.dumps(plan))
         self.resumed = (self.path / _PLAN).exists()
@@ -98,23 +112,57 @@ class WorkFolder:
             if self.out.exists():
                 raise OutputError(f"{self.out}: exists already, and {self.path} holds an unfinished run; delete one of them")
         else:
-            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (_LOCK, f"{_PLAN}.new"))
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (_LOCK, f"{_PLAN}.new", *_STATISTICS))
             if strangers:
                 raise OutputError(f"{self.path}: holds {strangers[0]}, which is not from a run; move it away")
             self._check_space(sum(layout.nbytes for layout in layouts.values()))
             self._write_whole(self.path / _PLAN, json.dumps(plan, indent=1).encode())
         self._read_journal()
         self.model.mkdir(exist_ok=True)
+        self._refuse_strangers(layouts)
         for name, layout in layouts.items():
-            if not self._is_prepared(self.model / name, layout):
-                for tensor in layout.offsets:
-                    self.done.pop(tensor, None)
-                with open(self.model / name, "wb") as file:
-                    file.write(layout.header)
-                    file.truncate(layout.nbytes)
-                    sync(file)
+            path = self.model / name
+            if not (os.path.lexists(path) and stat.S_ISREG(os.lstat(path).st_mode) and os.lstat(path).st_size == layout.nbytes):
+                path.unlink(missing_ok=True)
+            with open(path, "r+b" if path.exists() else "wb") as file:
+                file.write(layout.header)
+                file.truncate(layout.nbytes)
+                sync(file)
+        self._forget_damaged(layouts, headings)
         _sync_folder(self.model)
         return False
+
+    def _refuse_strangers(self, layouts: Mapping[str, Layout]) -> None:
+        """Raise OutputError for a file that no run put there; remove those of a run that died while finishing."""
+        for path in sorted(self.model.iterdir()):
+            if path.name in layouts:
+                continue
+            if not (self.path / _FINISHING).exists():
+                raise OutputError(f"{self.model}: holds {path.name!r}, which is not from this run; move it away")
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _forget_damaged(self, layouts: Mapping[str, Layout], headings: Mapping[str, bytes]) -> None:
+        """Take out of what is done every tensor whose bytes are not those that were written."""
+        places = {name: (file, layout) for file, layout in layouts.items() for name in layout.offsets}
+
+        def is_whole(line: dict[str, Any]) -> bool:
+            written = line.get("sha256")
+            if not isinstance(written, dict) or not written or not written.keys() <= places.keys():
+                return False
+            for name, known in written.items():
+                file, layout = places[name]
+                offset, nbytes = layout.offsets[name], layout.tensors[name].nbytes
+                if digest(self.model / file, offset, nbytes, headings[name], OutputError) != known:
+                    return False
+            facts = [line.get(fact, 0.0) for fact in ("squared_error", "squared_norm")]
+            return all(isinstance(fact, float) and math.isfinite(fact) for fact in facts)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            whole = list(pool.map(is_whole, self.done.values()))
+        self.done = {name: line for (name, line), sound in zip(self.done.items(), whole, strict=True) if sound}
 
     def _compare(self, plan: Mapping[str, Any]) -> None:
         try:
@@ -148,15 +196,10 @@ class WorkFolder:
                 sync(file)
         try:
             self.done = {line["tensor"]: line for line in map(json.loads, whole.splitlines())}
-        except (ValueError, KeyError, TypeError):
+            if not all(isinstance(line, dict) and isinstance(name, str) for name, line in self.done.items()):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise OutputError(f"{path}: is damaged; delete {self.path} to start over") from None
-
-    @staticmethod
-    def _is_prepared(path: Path, layout: Layout) -> bool:
-        if not path.is_file() or path.stat().st_size != layout.nbytes:
-            return False
-        with open(path, "rb") as file:
-            return file.read(len(layout.header)) == layout.header
 
     def finish_tensor(self, name: str, **facts: Any) -> None:
         """Note that all of a tensor is on disk, with what the report wants to know of it.
@@ -176,6 +219,33 @@ class WorkFolder:
     def write_json(self, name: str, data: Any) -> None:
         """Put a JSON file into the model folder, whole or not at all."""
         self._write_whole(self.model / name, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def stage(self, copy: Callable[[Path], None]) -> None:
+        """Have all small files but ours put beside the run; if that fails, a run that has just begun leaves no trace."""
+        side = self.path / _SIDE
+        try:
+            shutil.rmtree(side, ignore_errors=True)
+            side.mkdir()
+            copy(side)
+        except BaseException:
+            if not self.resumed:
+                self.remove()
+            raise
+
+    def finish(self, layouts: Mapping[str, Layout]) -> None:
+        """All tensors are done: put the final headers, as long as those before, into their files, and the small files beside.
+
+        Raises OutputError if a file lies beside them that no run put there.
+        """
+        self._refuse_strangers(layouts)
+        with open(self.path / _FINISHING, "wb") as file:
+            sync(file)
+        _sync_folder(self.path)
+        for name, layout in layouts.items():
+            with open(self.model / name, "r+b") as file:
+                file.write(layout.header)
+        for path in (self.path / _SIDE).iterdir():
+            os.replace(path, self.model / path.name)
 
     def publish(self) -> None:
         """Make the model folder the output: the one step after which it exists."""
@@ -203,24 +273,37 @@ class WorkFolder:
 
 
 @contextmanager
-def writing(path: Path, offsets: Mapping[str, int]) -> Iterator["Writer"]:
+def writing(path: Path, offsets: Mapping[str, int], headings: Mapping[str, bytes]) -> Iterator["Writer"]:
     """Write tensors to their places in a file that is there."""
     with open(path, "r+b", buffering=0) as file:
-        yield Writer(file, offsets)
+        yield Writer(file, offsets, headings)
 
 
 class Writer:
-    """Puts bytes of tensors into their places in one file."""
+    """Puts bytes of tensors into their places in one file, each tensor's in order, and hashes them.
 
-    def __init__(self, file: Any, offsets: Mapping[str, int]) -> None:
+    headings   stored name -> what its SHA-256 begins with (`metadata.heading`)
+    """
+
+    def __init__(self, file: Any, offsets: Mapping[str, int], headings: Mapping[str, bytes]) -> None:
         self._file, self._offsets = file, offsets
+        self._hashes = {name: hashlib.sha256(heading) for name, heading in headings.items()}
+        self._ends = dict.fromkeys(headings, 0)
 
     def write(self, name: str, start: int, data: Any) -> None:
-        """Write bytes of a tensor, from its byte number `start` on."""
+        """Write bytes of a tensor, from its byte number `start` on, where the last ones ended."""
+        assert start == self._ends[name]
         self._file.seek(self._offsets[name] + start)
         view = memoryview(data)
+        self._hashes[name].update(view)
+        self._ends[name] += view.nbytes
         while view:
             view = view[self._file.write(view) :]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Stored name -> SHA-256 of heading and bytes."""
+        return {name: found.hexdigest() for name, found in self._hashes.items()}
 
 
 def is_held(folder: Path, token: str) -> bool:

@@ -10,7 +10,6 @@ import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,15 +23,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from seedlm.device import choose_device
+from seedlm.device import choose_device, peak_host_memory
 from seedlm.errors import EvaluationError
-from seedlm.evaluation import measure, models
+from seedlm.evaluation import measure
 from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
 from seedlm.evaluation.journal import Journal, check_free, replacing
 from seedlm.evaluation.layer_errors import compare_layers
 from seedlm.evaluation.prompts import continue_prompts
-from seedlm.evaluation.records import EVALUATION_VERSION, pack_records, records_path, token_records
+from seedlm.evaluation.records import EVALUATION_VERSION, finite, pack_records, records_path, token_records
 from seedlm.evaluation.zeroshot import check_tasks, zero_shot
+from seedlm.integrations.transformers import models
 from seedlm.storage.source import locate
 from seedlm.version import __version__
 
@@ -88,6 +88,7 @@ class Settings:
     prompts      texts to continue with the most likely tokens, by the model and by the reference
     new_tokens   tokens to continue each by
     layers       windows on which every layer is held against the reference's; 0 leaves the layers out
+    trust_remote_code   run code that comes with the models
     Raises EvaluationError for a value that cannot be.
     """
 
@@ -106,6 +107,7 @@ class Settings:
     prompts: tuple[str, ...] = ()
     new_tokens: int = 48
     layers: int = 2
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -162,11 +164,13 @@ def evaluate(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     paths = [locate(model, revision=revision)] + ([locate(reference)] if reference is not None else [])
-    windows, facts = _tokenize(text, paths, settings.context, settings.limit)
+    windows, facts = _tokenize(text, paths, settings.context, settings.limit, settings.trust_remote_code)
     calibration, calibration_facts = None, None
     if settings.calibration is not None:
         content = Text.from_file(settings.calibration)
-        calibration, calibration_facts = _tokenize(content, paths[:1], settings.context, CALIBRATION_WINDOWS)
+        calibration, calibration_facts = _tokenize(
+            content, paths[:1], settings.context, CALIBRATION_WINDOWS, settings.trust_remote_code
+        )
     names = [model] if reference is None else [model, reference]
     infos = [asdict(models.describe(name, path)) for name, path in zip(names, paths, strict=True)]
     plan = {
@@ -183,9 +187,18 @@ def evaluate(
     dtype = measure.RECORD if reference is None else measure.PAIR_RECORD
     record = np.dtype((dtype, settings.context - 1))
     with Journal.claim(out, plan, record, len(windows), settings.batch_size) as journal:
-        loaded = [models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed) for path in paths]
+        loaded = [
+            models.load_model(
+                path,
+                device=device,
+                dtype=settings.dtype,
+                packed=settings.packed,
+                trust_remote_code=settings.trust_remote_code,
+            )
+            for path in paths
+        ]
         _check_context(loaded, settings.context)
-        tokenizer = models.load_tokenizer(paths[0])
+        tokenizer = models.load_tokenizer(paths[0], trust_remote_code=settings.trust_remote_code)
         baseline = apply_baseline(loaded[0], settings.baseline, calibration, tokenizer) if settings.baseline else None
         run = {"baseline": baseline, **_score(journal, windows, loaded, settings, device, on_progress)}
         records = np.concatenate(journal.records)
@@ -216,14 +229,14 @@ def evaluate(
                 file.write(packed)
         run["seconds"] = round(time.monotonic() - start, 3)
         accuracies = {task: accuracy for task, (accuracy, _) in tasks.items()}
-        results = {**plan, "metrics": metrics, "tasks": accuracies, "records": companion, "run": run}
+        results: dict[str, Any] = finite({**plan, "metrics": metrics, "tasks": accuracies, "records": companion, "run": run})
         if tokens_out is not None:
             columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
             with replacing(tokens_out) as file:
                 np.savez_compressed(file, token_ids=windows.numpy().astype(np.int32), **columns)
         if out is not None:
             with replacing(out) as file:
-                file.write(json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     journal.remove()
     return results
 
@@ -273,12 +286,12 @@ def _record_behaviour(loaded: list[Any], tokenizer: Any, windows: Tensor, settin
     }
 
 
-def _tokenize(text: Text, paths: list[Path], context: int, limit: int | None) -> tuple[Tensor, dict[str, Any]]:
+def _tokenize(text: Text, paths: list[Path], context: int, limit: int | None, trust: bool) -> tuple[Tensor, dict[str, Any]]:
     """The windows int64 [windows, context] of a text, and what there is to say of it."""
-    tokenizer = models.load_tokenizer(paths[0])
+    tokenizer = models.load_tokenizer(paths[0], trust_remote_code=trust)
     ids = tokenizer(text.content)["input_ids"]
     for other in paths[1:]:
-        theirs = models.load_tokenizer(other)(text.content)["input_ids"]
+        theirs = models.load_tokenizer(other, trust_remote_code=trust)(text.content)["input_ids"]
         if theirs != ids:
             raise EvaluationError(f"{other} and {paths[0]} turn the text into different tokens: they have no common vocabulary")
     windows = measure.cut_windows(torch.tensor(ids, dtype=torch.int64), context, limit)
@@ -305,7 +318,7 @@ def _protocol(windows: int, context: int) -> str:
 
 def _check_context(loaded: list[Any], context: int) -> None:
     for model in loaded:
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = models.longest_text(model)
         if longest is not None and context > longest:
             raise EvaluationError(f"the model knows {longest} positions, a window has {context}: choose a shorter context")
 
@@ -348,11 +361,7 @@ def _peak_memory(device: torch.device) -> int | None:
     """Bytes: what torch had allocated on a CUDA device, models and reference together; on a CPU the process's largest size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu" or sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (peak_host_memory() or None) if device.type == "cpu" else None
 
 
 def _read_text(path: str | Path) -> str:

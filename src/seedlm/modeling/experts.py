@@ -28,7 +28,15 @@ PACKED: Final = "packed"
 """The child that holds the layers: no pattern by which transformers joins or splits experts' tensors matches below it."""
 
 _PROJECTIONS: Final = ("gate_up_proj", "up_proj", "down_proj")
-_UNMARKED: Final = {"Llama4TextExperts": {"has_gate": True, "has_bias": False, "is_transposed": True}}
+_PARALLEL: Final = "JetMoeParallelExperts"
+"""One projection alone, called ``weight``, of tokens that come sorted by expert."""
+_PLAIN: Final = {"has_gate": True, "has_bias": False, "is_transposed": False}
+_UNMARKED: Final = {
+    "Llama4TextExperts": {**_PLAIN, "is_transposed": True},
+    "Step3p7Experts": _PLAIN,
+    "LongcatFlashExperts": _PLAIN,
+    _PARALLEL: {**_PLAIN, "has_gate": False},
+}
 """What `use_experts_implementation` would have set on experts that do not use it."""
 
 
@@ -37,7 +45,8 @@ def projections_of(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     traits = experts_traits(module)
     if traits is None:
         return {}
-    stacks = {name: module._parameters.get(name) for name in _PROJECTIONS}
+    names = ("weight",) if type(module).__name__ == _PARALLEL else _PROJECTIONS
+    stacks = {name: module._parameters.get(name) for name in names}
     shapes = {
         name: stack.mT.shape if traits["is_transposed"] else stack.shape for name, stack in stacks.items() if stack is not None
     }
@@ -46,9 +55,11 @@ def projections_of(module: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 def experts_traits(module: nn.Module) -> dict[str, bool] | None:
     """How a dense experts module computes; None if it is not one that `SeedExperts` can stand for."""
+    if isinstance(module, SeedExperts):
+        return None
     if type(module).__name__ in _UNMARKED:
         return _UNMARKED[type(module).__name__]
-    if isinstance(module, SeedExperts) or not isinstance(module._parameters.get("down_proj"), Tensor):
+    if not isinstance(module._parameters.get("down_proj"), Tensor):
         return None
     names = ("has_gate", "has_bias", "is_transposed")
     return {name: getattr(module, name) for name in names} if all(hasattr(module, name) for name in names) else None
@@ -61,12 +72,14 @@ class SeedExperts(nn.Module):
     parts    projection -> parts of its output features, in order
     layers   part -> the layers of all experts
     stacks   part -> the tensor that a checkpoint's original holds it as, for those that are stacked there
+    Experts from number `identity_from` on hand back what they are given (LongCat).
     """
 
     has_gate: bool
     has_bias: bool
     is_transposed: bool
     num_experts: int
+    identity_from: int | None
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
 
@@ -83,30 +96,37 @@ class SeedExperts(nn.Module):
         self.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in dense.__dict__.items()})
         self.__dict__.update(traits)
         self.kind = type(dense)
+        self.identity_from = getattr(dense, "num_routed_experts", None) if hasattr(dense, "identity_expert") else None
         self.parts = {projection: tuple(names) for projection, names in parts.items()}
         self.stacks = dict(stacks)
         for projection in parts:
             del self._parameters[projection]
         self.add_module(PACKED, nn.ModuleDict({part: nn.ModuleList(group) for part, group in layers.items()}))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Any = None, top_k_weights: Tensor | None = None) -> Tensor:
         """What the dense module computes.
 
         hidden_states   [tokens, hidden]
         top_k_index     int64 [tokens, k], the experts of each token; one that does not exist stands for none
         top_k_weights   [tokens, k], how much each of them counts
         returns         [tokens, hidden]
-        Without index and weights (Llama 4): tokens come sorted by expert, as many for each.
+        Without index and weights (Llama 4): tokens come sorted by expert, as many for each. With a list in place of the index
+        (JetMoe): as many for each as it says.
         """
+        if self.kind.__name__ == _PARALLEL:
+            groups = hidden_states.split(top_k_index)
+            return torch.cat([self._project("weight", expert, x) for expert, x in enumerate(groups)])
         if top_k_index is None or top_k_weights is None:
             groups = hidden_states.reshape(self.num_experts, -1, hidden_states.shape[-1])
             return torch.cat([self._expert(expert, x) for expert, x in enumerate(groups)])
+        real = self.num_experts if self.identity_from is None else self.identity_from
         dtype = torch.result_type(hidden_states, top_k_weights)
         outputs = torch.zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=dtype, device=hidden_states.device)
         for expert in top_k_index.unique().tolist():
-            if expert < self.num_experts:
+            if expert < real or self.identity_from is not None:
                 token, rank = torch.where(top_k_index == expert)
-                outputs[token, rank] = self._expert(expert, hidden_states[token]) * top_k_weights[token, rank, None]
+                x = hidden_states[token]
+                outputs[token, rank] = (self._expert(expert, x) if expert < real else x) * top_k_weights[token, rank, None]
         return outputs.sum(1).to(hidden_states.dtype)
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
@@ -135,7 +155,7 @@ class SeedExperts(nn.Module):
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The dense module again, with the same weights."""
         dense = self.kind.__new__(self.kind)
-        mine = ("kind", "parts", "stacks")
+        mine = ("kind", "parts", "stacks", "identity_from")
         dense.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in mine})
         del dense._modules[PACKED]
         for projection in self.parts:
@@ -148,7 +168,7 @@ class SeedExperts(nn.Module):
         return dense
 
     def extra_repr(self) -> str:
-        return f"{self.kind.__name__}, num_experts={self.num_experts}"
+        return f"{self.kind.__name__}, {', '.join(self.parts)}"
 
 
 def compress_experts(

@@ -8,15 +8,18 @@ sizes are known before the first weight is encoded, so each tensor has its place
 Only what gives out tensors imports torch, inside: headers alone are read in no time.
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from seedlm.errors import SeedLMError
+from seedlm.storage.untrusted import MAX_JSON_BYTES, check_inside, opened, parse_json, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
 
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
-MAX_JSON_BYTES: Final = 100_000_000
-"""Longest header (the limit of the safetensors library itself), index or config that is read at all."""
 
 DTYPE_BITS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
@@ -43,7 +44,12 @@ TORCH_NAMES: Final[Mapping[str, str]] = {
 }
 """Their names in torch."""
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES: Final = 1 << 24
+_HASH_BYTES: Final = 1 << 20
+_CUT_SHORT: Final = "; was its download cut short?"
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_NOT_PLAIN: Final = re.compile(r"[\\/:\x00-\x1f]")
+"""_CONTROL: what would end a line or command a terminal: no module of a model has it in its name."""
 
 
 @dataclass(frozen=True)
@@ -70,37 +76,6 @@ class Entry:
     offset: int
 
 
-def parse_json(text: bytes | str, where: str, error: type[SeedLMError]) -> Any:
-    """JSON with nothing ambiguous in it: `error` for what is not UTF-8 JSON, and for a key that stands twice."""
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise error(f"{where}: the key {twice!r} stands twice")
-        return result
-
-    try:
-        return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as reason:
-        raise error(f"{where}: not valid JSON ({reason})") from None
-
-
-def read_json(path: Path, error: type[SeedLMError]) -> dict[str, Any]:
-    """A JSON object from a file of bounded size."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise error(f"{path}: {size} bytes of JSON, at most {MAX_JSON_BYTES} are read")
-        data = parse_json(path.read_bytes(), str(path), error)
-    except OSError as reason:
-        raise error(f"{path}: cannot be read ({reason.strerror or reason})") from None
-    if not isinstance(data, dict):
-        raise error(f"{path}: must be a JSON object, got {type(data).__name__}")
-    return data
-
-
 @dataclass(frozen=True)
 class TensorFiles:
     """All tensors of a model folder, checked against the files' sizes and ready to be read a row range at a time.
@@ -123,12 +98,12 @@ class TensorFiles:
         """
         files = cls(folder, error)
         single, index = folder / SINGLE_NAME, folder / INDEX_NAME
-        if single.exists() and index.exists():
+        if os.path.lexists(single) and os.path.lexists(index):
             raise error(f"{folder}: has both {SINGLE_NAME} and {INDEX_NAME}; which one is the model cannot be told, remove one")
-        if single.exists():
+        if os.path.lexists(single):
             files._add(_inside(folder, SINGLE_NAME, error))
             return files
-        if not index.exists():
+        if not os.path.lexists(index):
             raise error(f"{folder}: has no {SINGLE_NAME} and no {INDEX_NAME}")
         weight_map = read_json(index, error).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -141,6 +116,15 @@ class TensorFiles:
         for tensor, entry in files.entries.items():
             if tensor not in weight_map:
                 raise error(f"{entry.path}: holds {tensor!r}, which {index.name} does not list")
+        return files
+
+    @classmethod
+    def of(cls, paths: Iterable[Path], error: type[SeedLMError]) -> "TensorFiles":
+        """Open some files of one folder that no index of ours lists, such as those of a variant."""
+        paths = list(paths)
+        files = cls(paths[0].parent, error)
+        for path in paths:
+            files._add(_inside(files.folder, path.name if path.parent == files.folder else str(path), error))
         return files
 
     def _add(self, path: Path) -> None:
@@ -184,17 +168,14 @@ class TensorFiles:
     def _fill(self, name: str, start: int, into: memoryview) -> None:
         """Put a tensor's bytes from `start` on into some memory."""
         entry = self.entries[name]
-        try:
-            with open(entry.path, "rb", buffering=0) as file:
-                file.seek(entry.offset + start)
-                done = 0
-                while done < len(into):
-                    got = file.readinto(into[done:])
-                    if not got:
-                        raise self.error(f"{entry.path}: ends inside {name!r}; it was cut short while being read")
-                    done += got
-        except OSError as reason:
-            raise self.error(f"{entry.path}: cannot read {name!r} ({reason.strerror or reason})") from None
+        with opened(entry.path, self.error) as file:
+            file.seek(entry.offset + start)
+            done = 0
+            while done < len(into):
+                got = file.readinto(into[done:])
+                if not got:
+                    raise self.error(f"{entry.path}: ends inside {name!r}; it was cut short while being read")
+                done += got
 
 
 def torch_dtype(name: str) -> "torch.dtype":
@@ -210,19 +191,16 @@ def read_header(path: Path, error: type[SeedLMError]) -> tuple[dict[str, Entry],
 
     Raises `error` for a file that is truncated, overlong, or whose header contradicts itself.
     """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise error(f"{path}: truncated, {size} bytes cannot hold a safetensors header")
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_JSON_BYTES:
-                raise error(f"{path}: not a safetensors file, it claims a header of {length} bytes, at most {MAX_JSON_BYTES}")
-            if length > size - 8:
-                raise error(f"{path}: truncated, a header of {length} bytes does not fit a file of {size}")
-            text = file.read(length)
-    except OSError as reason:
-        raise error(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    with opened(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise error(f"{path}: truncated, {size} bytes cannot hold a safetensors header")
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_JSON_BYTES:
+            raise error(f"{path}: not a safetensors file, it claims a header of {length} bytes, at most {MAX_JSON_BYTES}")
+        if length > size - 8:
+            raise error(f"{path}: truncated, a header of {length} bytes does not fit a file of {size}{_CUT_SHORT}")
+        text = file.read(length)
     header = parse_json(text, f"{path}, header", error)
     if not isinstance(header, dict):
         raise error(f"{path}: the header must be a JSON object, got {type(header).__name__}")
@@ -238,14 +216,16 @@ def read_header(path: Path, error: type[SeedLMError]) -> tuple[dict[str, Entry],
         entries[name] = Entry(info, path, 8 + length + begin)
         position = end
     if position != size - 8 - length:
-        kind = "truncated" if position > size - 8 - length else "overlong"
-        raise error(f"{path}: {kind}, its header describes {8 + length + position} bytes, the file has {size}")
+        kind, why = ("truncated", _CUT_SHORT) if position > size - 8 - length else ("overlong", "")
+        raise error(f"{path}: {kind}, its header describes {8 + length + position} bytes, the file has {size}{why}")
     return entries, metadata
 
 
 def _span(name: str, item: object, path: Path, error: type[SeedLMError]) -> tuple[int, int, TensorInfo]:
     """The byte range and type of one header entry, checked against each other."""
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {name!r:.200}"
+    if _CONTROL.search(name):
+        raise error(f"{where} has a control character in its name")
     if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
         raise error(f"{where} must have dtype, shape and data_offsets")
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
@@ -267,27 +247,33 @@ def _is_sizes(value: object) -> bool:
 
 def _inside(folder: Path, name: str, error: type[SeedLMError]) -> Path:
     """The file of that name in the folder, refused if the name or a link leads elsewhere."""
-    if name != os.path.basename(name) or "\\" in name or ":" in name or not name.endswith(".safetensors"):
+    plain = name == os.path.basename(name) and not _NOT_PLAIN.search(name)
+    if not plain or not name.endswith(".safetensors"):
         raise error(f"{folder}: {name!r} is not the plain name of a .safetensors file; paths are refused")
     path = folder / name
-    if not stays_inside(path, folder):
-        raise error(f"{path}: links to {path.resolve()}, outside of the folder")
+    check_inside(path, folder, error)
     if not path.is_file():
         raise error(f"{path}: is missing or not a file")
     return path
 
 
-def stays_inside(path: Path, folder: Path) -> bool:
-    """Whether a path, links followed, is in the folder, or among the Hub cache's blobs if the folder is a snapshot there."""
-    real, home = path.resolve(), folder.resolve()
-    return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs")
+def digest(path: Path, offset: int, nbytes: int, heading: bytes, error: type[SeedLMError]) -> str:
+    """SHA-256, in hexadecimal digits, of a heading and of the bytes from `offset` on in a file, as many as there are."""
+    found, into = hashlib.sha256(heading), memoryview(bytearray(min(_HASH_BYTES, max(1, nbytes))))
+    with opened(path, error) as file:
+        file.seek(offset)
+        while nbytes and (got := file.readinto(into[: min(nbytes, len(into))])):
+            found.update(into[:got])
+            nbytes -= got
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A file to be written: its header's bytes, and each tensor's offset in the file."""
+    """A file to be written: its header's bytes, and of each tensor the dtype and shape, and its offset in the file."""
 
     header: bytes
+    tensors: dict[str, TensorInfo]
     offsets: dict[str, int]
     nbytes: int
 
@@ -310,6 +296,7 @@ def layout(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> La
     start = 8 + len(text)
     return Layout(
         header=len(text).to_bytes(8, "little") + text,
+        tensors=dict(tensors),
         offsets={name: start + offset for name, offset in starts.items()},
         nbytes=start + position,
     )

@@ -1,4 +1,6 @@
-"""Which tensors of a model are compressed, decided from names, shapes and dtypes alone: no model is built.
+"""Which tensors of a model are compressed, decided from names, shapes and dtypes, and from what the model says of them.
+
+The model's word is a `Survey`, which `modeling.blueprint` makes: this file builds none, and does without where there is none.
 
 The rule, for a tensor named ``M.weight`` of module M:
 
@@ -8,20 +10,24 @@ The rule, for a tensor named ``M.weight`` of module M:
    heads, and what would not become smaller.
 3. ``include`` patterns add modules that rule 2 leaves out (``lm_head``); ``exclude`` patterns take modules away, and win.
 4. The same matrix of all experts of a layer is compressed, or of none.
+5. What the model has no place for, what is no plain linear layer there, and what its modules share, stays as it is.
 
 Patterns are shell globs over the whole module name (a stack's is its tensor's), in which ``*`` also matches dots. A pattern
 that matches no module of the model is an error: it is nearly always a typing mistake.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from seedlm.codes.base import Format
 from seedlm.errors import SourceError
 from seedlm.storage.checkpoint import Stack
+from seedlm.storage.refusals import TRANSPOSED_MODELS
 from seedlm.storage.safetensors import TensorInfo
 
 _EMBEDDINGS: Final = ("*embed*", "*wte", "*wpe", "*word_embeddings*", "*relative_attention_bias")
@@ -32,9 +38,6 @@ _LEFT_DENSE: Final = {
     "an output head": ("*lm_head*", "*embed_out", "output"),
 }
 _ENCODABLE: Final = frozenset({"F32", "F16", "BF16"})
-_TRANSPOSED_MODELS: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-"""Architectures whose linear layers are transformers' Conv1D, which stores [in_features, out_features]."""
-
 _STACKS: Final = (
     ("experts.gate_up_proj", "experts.down_proj"),
     ("experts.up_proj", "experts.down_proj"),
@@ -54,7 +57,30 @@ _SAME_INPUT: Final = (
     frozenset({"wi_0", "wi_1"}),
 )
 """Leaves of module names whose layers get the same tensor, in transformers' architectures."""
+_MEANT: Final = frozenset({"excluded", "an embedding", "a router"})
+_WORTH_A_WORD: Final = 0.1
+"""Share of a model's weights that may stay dense inside of layers without a line about it."""
+_SHOWN: Final = 3
 _EXPERT: Final = re.compile(r"(.*experts)\.\d+\.(.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What the model that a config describes tells about a source's tensors.
+
+    name     the model's class; None if it could not be built, and names are all there is
+    dense    tensor -> why no code can take its place
+    stacks   stack of experts -> whether it is [experts, in_features, out_features]
+    notes    what a user should know before the search, a line each
+    """
+
+    name: str | None = None
+    dense: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, bool] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+NO_SURVEY: Final = Survey()
 
 
 def select(
@@ -63,6 +89,7 @@ def select(
     format: Format,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
+    survey: Survey = NO_SURVEY,
 ) -> tuple[list[str], dict[str, str]]:
     """Split a model's tensors into what is compressed and what is not.
 
@@ -74,7 +101,8 @@ def select(
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     _refuse_transposed(tensors, config)
-    modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") or _is_stack(name, tensors[name])]
+    named = (name for name, info in tensors.items() if name.endswith(".weight") or _is_stack(name, info, survey))
+    modules = [name.removesuffix(".weight") for name in named]
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(module, pattern) for module in modules):
@@ -82,7 +110,7 @@ def select(
                 raise SourceError(f"no module with a weight matches --{option} {pattern!r}{tied}")
     chosen, left = [], {}
     for name, info in tensors.items():
-        reason = _why_not(name, tensors, config, format, include, exclude)
+        reason = _why_not(name, tensors, config, format, include, exclude, survey)
         if reason is not None:
             left[name] = reason
         elif info.dtype not in _ENCODABLE:
@@ -104,15 +132,20 @@ def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def stack_of(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Stack | None:
+def stack_of(
+    name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], survey: Survey = NO_SURVEY
+) -> Stack | None:
     """The stack of experts that a tensor is; None if it is none.
 
-    Some architectures stack [out_features, in_features], some the transpose. The stack that reads the hidden states tells
-    which: its in_features is the config's hidden_size. If both of its sides are, the architecture must be known.
-    Raises SourceError if rows cannot be told from columns.
+    Some architectures stack [out_features, in_features], some the transpose. The model tells which. Without one the stack that
+    reads the hidden states does: its in_features is the config's hidden_size. If both of its sides are, the architecture must
+    be known. Raises SourceError if rows cannot be told from columns.
     """
-    if not _is_stack(name, tensors[name]):
+    if not _is_stack(name, tensors[name], survey):
         return None
+    if survey.name is not None:
+        experts, rows, columns = tensors[name].shape
+        return Stack(name, (experts, rows, columns), survey.stacks[name])
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) else config
     hidden, kind = config.get("hidden_size"), config.get("model_type")
@@ -130,19 +163,19 @@ def stack_of(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, 
     return Stack(name, (experts, rows, columns), transposed)
 
 
-def dense_linears(tensors: Mapping[str, TensorInfo], left: Mapping[str, str]) -> list[str]:
+def dense_linears(tensors: Mapping[str, TensorInfo], left: Mapping[str, str], survey: Survey = NO_SURVEY) -> list[str]:
     """Modules that may be linear layers and are not compressed, for ``modules_to_not_convert``.
 
     A tied head has no tensor but is a linear layer all the same, so ``lm_head`` is listed unless it is compressed.
     """
-    names = {name.removesuffix(".weight") for name in left if _cannot(name, tensors[name]) is None}
+    names = {name.removesuffix(".weight") for name in left if _cannot(name, tensors[name], survey) is None}
     if "lm_head.weight" not in tensors:
         names.add("lm_head")
     return sorted(names)
 
 
 def matrices_of(
-    modules: Iterable[str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+    modules: Iterable[str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], survey: Survey = NO_SURVEY
 ) -> dict[str, tuple[str, tuple[int, int], Stack | None]]:
     """The matrices of what `select` chose, each of a stack under a name of its own.
 
@@ -153,7 +186,7 @@ def matrices_of(
     for name, info in tensors.items():
         if name.removesuffix(".weight") not in chosen:
             continue
-        if stack := stack_of(name, tensors, config):
+        if stack := stack_of(name, tensors, config, survey):
             found |= dict.fromkeys(stack.modules, (name, stack.matrix, stack))
         elif name.endswith(".weight"):
             found[name.removesuffix(".weight")] = (name, (info.shape[0], info.shape[1]), None)
@@ -167,19 +200,23 @@ def _why_not(
     format: Format,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    survey: Survey,
 ) -> str | None:
     """Why a tensor stays as it is; None if it is to be compressed."""
-    cannot = _cannot(name, tensors[name])
+    cannot = _cannot(name, tensors[name], survey)
     if cannot is not None:
         return cannot
     module = name.removesuffix(".weight")
     if any(fnmatchcase(module, pattern) for pattern in exclude):
         return "excluded"
-    if any(fnmatchcase(module, pattern) for pattern in include):
-        return None
-    if left := left_by_default(module):
+    included = any(fnmatchcase(module, pattern) for pattern in include)
+    if not included and (left := left_by_default(module)):
         return left
-    stack = stack_of(name, tensors, config)
+    if name in survey.dense:
+        return survey.dense[name]
+    if included:
+        return None
+    stack = stack_of(name, tensors, config, survey)
     return format.reason_unfit(*(stack.matrix if stack else tensors[name].shape))
 
 
@@ -196,6 +233,22 @@ def _check_experts(chosen: Iterable[str], left: Mapping[str, str]) -> None:
                 f"{found[other]}: stays dense ({other}) while {found[None]} is compressed; "
                 f"the same matrix of all experts of a layer must be treated alike"
             )
+
+
+def largest_left(tensors: Mapping[str, TensorInfo], left: Mapping[str, str]) -> list[str]:
+    """A line on what is left dense against expectation: weights in numbered layers, the largest first, if they weigh much."""
+    sizes = {name: math.prod(tensors[name].shape) for name in left if len(tensors[name].shape) > 1}
+    inside = {name: size for name, size in sizes.items() if any(part.isdigit() for part in name.split("."))}
+    inside = {name: size for name, size in inside.items() if left[name] not in _MEANT}
+    total = sum(math.prod(info.shape) for info in tensors.values())
+    if not inside or sum(inside.values()) < _WORTH_A_WORD * total:
+        return []
+    kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for name, size in inside.items():
+        kinds[re.sub(r"(?<=\.)\d+(?=\.)", "*", name), left[name]].append(size)
+    largest = sorted(kinds.items(), key=lambda item: -sum(item[1]))[:_SHOWN]
+    shown = "; ".join(f"{name} ({sum(sizes) / total:.0%}: {reason})" for (name, reason), sizes in largest)
+    return [f"{sum(inside.values()) / total:.0%} of the weights are left dense inside of layers, the largest {shown}"]
 
 
 def groups_of(modules: Iterable[str]) -> list[list[str]]:
@@ -222,12 +275,12 @@ def left_by_default(module: str) -> str | None:
     return None
 
 
-def _cannot(name: str, info: TensorInfo) -> str | None:
+def _cannot(name: str, info: TensorInfo, survey: Survey) -> str | None:
     """Why no pattern could make a tensor compressed; None if one could."""
-    if _is_stack(name, info):
+    if _is_stack(name, info, survey):
         return None
     if len(info.shape) == 3 and "expert" in name:
-        return "stacked experts of an unknown kind"
+        return survey.dense.get(name, "stacked experts of an unknown kind")
     if not name.endswith(".weight"):
         return "not a weight"
     if len(info.shape) != 2 or 0 in info.shape or not re.match(r"B?F\d", info.dtype):
@@ -237,14 +290,16 @@ def _cannot(name: str, info: TensorInfo) -> str | None:
     return None
 
 
-def _is_stack(name: str, info: TensorInfo) -> bool:
+def _is_stack(name: str, info: TensorInfo, survey: Survey) -> bool:
+    if survey.name is not None:
+        return name in survey.stacks
     named = name.endswith(tuple(f".{leaf}" for pair in _STACKS for leaf in pair))
     return named and len(info.shape) == 3 and 0 not in info.shape and re.match(r"B?F\d", info.dtype) is not None
 
 
 def _refuse_transposed(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    kind = next((part["model_type"] for part in parts if part.get("model_type") in _TRANSPOSED_MODELS), None)
+    kind = next((part["model_type"] for part in parts if part.get("model_type") in TRANSPOSED_MODELS), None)
     for name, info in tensors.items():
         # The fused projection shows the orientation: [n, 3n] is Conv1D's, [3n, n] a linear layer's.
         if name.endswith("c_attn.weight") and len(info.shape) == 2 and info.shape[1] == 3 * info.shape[0]:

@@ -24,7 +24,8 @@ GAINS: Final[Mapping[int, Mapping[int, float]]] = {
     16: {1: 0.9, 2: 1.0, 3: 1.06, 4: 1.1, 5: 1.13, 6: 1.19, 7: 1.25, 8: 1.33},
     12: {1: 0.94, 2: 1.02, 3: 1.09, 4: 1.14, 5: 1.19, 6: 1.26},
 }
-"""By state bits and rate: a row's scale is this times its root mean square. Measured on N(0,1), docs/log/encoder.md."""
+"""By state bits and rate: a row's scale is this times its root mean square. Measured on N(0,1) (docs/log/encoder.md); at rate 1
+the best may lie lower."""
 
 _SEQUENCES: Final = 1 << 14
 """Sequences that a search is given at a time."""

@@ -11,6 +11,7 @@ import torch
 
 from seedlm.device import choose_device
 from seedlm.errors import SourceError
+from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
 from seedlm.storage.source import is_repository, locate
 
 
@@ -35,6 +36,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     dequantize: bool = False,
+    trust_remote_code: bool = False,
     timing: Timing | None = None,
 ) -> Iterator[str]:
     """Generate from a folder or Hub id, packed or not, yielding text as it is decoded: the prompt and what follows it.
@@ -44,21 +46,18 @@ def generate(
     device        "auto", or a torch device
     dtype         of everything that is not packed: "auto" (as stored) or a torch dtype's name
     dequantize    all weights once after loading: faster on small models, as large as the original
-    Raises SourceError if the model cannot be opened or has no chat template.
+    trust_remote_code   run code that comes with the model
+    Raises SourceError if the model cannot be opened, lacks a weight, is no language model, or has no chat template.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+    from transformers import TextIteratorStreamer
 
     timing = timing if timing is not None else Timing()
     start = time.perf_counter()
     where = choose_device(device)
     if not is_repository(model):
         locate(model)  # transformers would ask the Hub, several times, for a path that was mistyped
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        network = network.to(where)
-    except (OSError, ValueError) as reason:
-        raise SourceError(f"cannot open {model}: {' '.join(str(reason).split())}") from reason
+    tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    network = open_language_model(model, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
     if dequantize and hasattr(network, "hf_quantizer"):
         network = network.dequantize()
     timing.load_seconds = time.perf_counter() - start

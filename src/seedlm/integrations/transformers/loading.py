@@ -1,13 +1,5 @@
-"""Where the codes of a file belong in a model of transformers, whose names and layout differ from the files', and empty packed
-layers in these places.
-
-On loading, transformers first renames tensors, then joins some: Mixtral's ``block_sparse_moe.experts.7.w1.weight`` becomes
-``mlp.experts.7.w1.weight`` and then a part of ``mlp.experts.gate_up_proj``. Codes follow the renaming, and stop before the
-joining: in `SeedExperts` every matrix has a place of its own. `ExpertNames` is the renaming that leads there, after all
-others and before any joining; saving reverses it like the others, so a saved folder has the names of the loaded one.
-
-    mlp.experts.7.w1             <->   mlp.experts.packed.w1.7
-    mlp.experts.gate_up_proj.7   <->   mlp.experts.packed.gate_up_proj.7
+"""Empty packed layers in a model that is being loaded, wherever codes of its files belong (`modeling.places`), and checks
+that exactly these codes came to fill them.
 
 Last, `CodeNames` leads codes, which in files have the weight's name, to the buffer that holds them. transformers and accelerate
 go by names of buffers, so the layers of a model that they manage have those in its state dict (`SeedLinear.own_names`).
@@ -19,24 +11,20 @@ import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from seedlm.codes.base import CODES, Format
+from seedlm.codes.base import CODES
 from seedlm.errors import CheckpointError
+from seedlm.integrations.transformers.files import Verification
 from seedlm.modeling.experts import PACKED, SeedExperts, projections_of
-from seedlm.modeling.linear import SeedLinear, is_linear, own_name
-from seedlm.modeling.quantize import seed_linears
-from seedlm.storage.checkpoint import QUANT_METHOD, PackedInfo, Stack, read_metadata, stored_name
-from seedlm.storage.safetensors import TensorInfo
-
-_LAST_NUMBER: Final = re.compile(r"(.*)\.(\d+)((?:\.[^.\d][^.]*)*)")
+from seedlm.modeling.linear import SeedLinear, own_name
+from seedlm.modeling.places import LAST_NUMBER, Names, Place
+from seedlm.modeling.quantize import seed_linears, share_inputs
+from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint, Stack, stored_name
 
 
 class ExpertNames(WeightRenaming):
@@ -58,7 +46,7 @@ class ExpertNames(WeightRenaming):
         return f"{renamed}.{leaf}", self.source_patterns[0]
 
     def module(self, name: str) -> str:
-        match = _LAST_NUMBER.fullmatch(name)
+        match = LAST_NUMBER.fullmatch(name)
         template = self.templates.get(f"{match[1]}.*{match[3]}") if match else None
         return name if match is None or template is None else template.replace("*", match[2])
 
@@ -97,125 +85,33 @@ class CodeNames(WeightRenaming):
         return CodeNames(self.layers, self.new, self.old)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a packed module belongs: a linear layer of the model, or one matrix of an experts module.
-
-    name         the linear layer, or the experts module
-    projection   of the experts, "" for a linear layer
-    part         the part of that projection's outputs, which is number `order` of `count`
-    expert       number of the expert
-    stored       the module's name after renaming, as `ExpertNames` finds it
-    """
-
-    name: str
-    projection: str = ""
-    part: str = ""
-    order: int = 0
-    count: int = 1
-    expert: int = 0
-    stored: str = ""
-
-    @property
-    def layer(self) -> str:
-        """The name of the packed layer in the model."""
-        return f"{self.name}.{PACKED}.{self.part}.{self.expert}" if self.projection else self.name
-
-
-class _Names:
-    """Finds the places in one model of transformers."""
-
-    def __init__(self, model: Any) -> None:
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        self._linears = {name for name, module in model.named_modules() if is_linear(module)}
-        self._experts = {name: found for name, module in model.named_modules() if (found := projections_of(module))}
-
-    def place(self, module: str, stack: Stack | None) -> Place | None:
-        """Where a module of a file belongs; None if the model has no such place."""
-        renamed = self._renamed(f"{module}.weight").removesuffix(".weight")
-        if linear := self._find(renamed, self._linears):
-            return Place(linear)
-        match = _LAST_NUMBER.fullmatch(module if stack else renamed)
-        if match is None:
-            return None
-        if stack is not None:
-            name, _, projection = self._renamed(stack.tensor).rpartition(".")
-            part, order, count = projection, 0, 1
-        else:
-            converter, order = self._converter(f"{renamed}.weight")
-            if converter is None:
-                return None
-            name, _, projection = converter.rename_source_key(f"{renamed}.weight")[0].rpartition(".")
-            part, count = match[3].lstrip(".").replace(".", "_"), len(converter.source_patterns)
-        experts = self._find(name, self._experts)
-        if experts is None or projection not in self._experts[experts]:
-            return None
-        return Place(experts, projection, part, order, count, int(match[2]), renamed)
-
-    def template(self, place: Place) -> dict[str, str]:
-        """The entries of `ExpertNames` for a place in experts: with and without the base model's prefix, as files have it."""
-        match = _LAST_NUMBER.fullmatch(place.stored)
-        assert match is not None
-        old, new = f"{match[1]}.*{match[3]}", f"{place.name}.{PACKED}.{place.part}.*"
-        bare = (old.removeprefix(self._prefix), new.removeprefix(self._prefix))
-        return {bare[0]: bare[1], self._prefix + bare[0]: self._prefix + bare[1]}
-
-    def _converter(self, key: str) -> tuple[WeightConverter | None, int]:
-        """What would join this tensor with others into a stack of experts, if rows stay rows, and its position there."""
-        for converter in self._converters:
-            _, pattern = converter.rename_source_key(key)
-            if pattern is not None:
-                steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
-                joins = steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
-                return (converter, converter.source_patterns.index(pattern)) if joins else (None, 0)
-        return None, 0
-
-    def _renamed(self, key: str) -> str:
-        for renaming in self._renamings:
-            key, _ = renaming.rename_source_key(key)
-        return key
-
-    def _find(self, name: str, names: Iterable[str]) -> str | None:
-        """A name in the model, which may have the base model's prefix more or less."""
-        return next((n for n in (name, self._prefix + name, name.removeprefix(self._prefix)) if n in names), None)
-
-
 class Places:
     """The packed layers of a model that is being loaded, and which modules of its files fill them."""
 
-    def __init__(self, model: nn.Module, files: list[str], modules: dict[str, str], names: list[WeightRenaming]) -> None:
-        self._model, self._files, self._modules, self._names = weakref.ref(model), files, modules, names
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, modules: dict[str, str], names: list[WeightRenaming]) -> None:
+        self._model, self._checkpoint, self._modules, self._names = weakref.ref(model), checkpoint, modules, names
+        self._verification = Verification(checkpoint)
 
     @classmethod
-    def fill(cls, model: nn.Module, files: list[str], format_of: Callable[[str], Format]) -> "Places":
-        """Swap every linear layer and all experts that are packed in these files for empty packed ones on the same device.
+    def fill(cls, model: nn.Module, checkpoint: Checkpoint) -> "Places":
+        """Swap every linear layer and all experts that are packed in a folder for empty packed ones on the same device.
 
-        format_of   tells the format of a stored module
-        Raises CheckpointError unless the files hold every part of them, in the right shapes, and no other codes.
+        Raises CheckpointError unless the codes are those of weights in the right shapes, and no other codes are there.
         """
-        stored, described = _read_headers(files)
+        described = checkpoint.packed
         if not described:
-            raise CheckpointError(
-                f"{', '.join(files) or 'a state dict'}: quant_method is {QUANT_METHOD!r} but no weight is packed"
-            )
+            raise CheckpointError(f"{checkpoint.folder}: quant_method is {QUANT_METHOD!r} but no weight is packed")
 
         def empty(module: str, shape: tuple[int, int], like: Tensor, bias: bool = False) -> SeedLinear:
-            format = format_of(module)
-            for part, expected in PackedInfo(format, shape).stored.items():
-                found = stored.get(stored_name(module, part))
-                if found != expected:
-                    raise CheckpointError(
-                        f"{stored_name(module, part)} must be {expected} for a {format.spec} weight {[*shape]}, got {found}"
-                    )
+            format, found = described[module].format, described[module].shape
+            if found != shape:
+                raise CheckpointError(f"{module} must be {[*shape]} in this model, {checkpoint.folder} has {[*found]}")
             dtype = torch.float32 if kept.search(f"{module}.weight") else like.dtype
             layer = SeedLinear(shape[1], shape[0], format, bias=bias, dtype=dtype, device=like.device)
             layer.own_names = True
             return layer
 
-        names, kept = _Names(model), _kept_in_float32(model)
+        names, kept = Names(model), _kept_in_float32(model)
         filled: dict[str, str] = {}
         experts: dict[str, dict[str, Place]] = defaultdict(dict)
         stacks = {module: info.stack for module, info in described.items() if info.stack}
@@ -225,6 +121,12 @@ class Places:
             if place is None:
                 if any(part.isdigit() for part in module.split(".")):
                     pattern = stack.tensor.removesuffix(".weight") if stack else module
+                    made = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
+                    if made != type(model).__name__:
+                        raise CheckpointError(
+                            f"{module} is packed, and {type(model).__name__} has no place for it: the folder holds {made}, "
+                            f"open it with that class"
+                        )
                     raise CheckpointError(
                         f"{module} is packed, but {type(model).__name__} has no linear layer and no experts of that name; "
                         f"compressed with --exclude {pattern!r} it stays as it is"
@@ -244,7 +146,8 @@ class Places:
             for place in places.values():
                 templates |= names.template(place)
             model.set_submodule(name, _empty_experts(model.get_submodule(name), places, stacks, empty))
-        return cls(model, files, filled, [*([ExpertNames(templates)] if templates else []), CodeNames.of(model)])
+        share_inputs(model)
+        return cls(model, checkpoint, filled, [*([ExpertNames(templates)] if templates else []), CodeNames.of(model)])
 
     def conversions(self, others: Iterable[Any]) -> list[Any]:
         """All conversions that transformers is to make, from its own.
@@ -266,10 +169,11 @@ class Places:
         return conversions
 
     def check_codes(self) -> None:
-        """Raise CheckpointError for codes that are not valid, once all are loaded.
+        """Raise CheckpointError for codes that are not valid or not what was written, once all are loaded.
 
         Those that were left on the disk are held against the files: transformers 5.10 rounds them to floats on their way back.
         """
+        self._verification.finish()
         model = self._model()
         assert model is not None
         for layer, module in self._modules.items():
@@ -278,7 +182,7 @@ class Places:
             hook: Any = getattr(packed, "_hf_hook", None) if any(part.is_meta for part in packed.parts.values()) else None
             if hook is not None:
                 hook.pre_forward(packed)
-                stored = [self._read(stored_name(module, part)) for part in _parts(model, layer)]
+                stored = [self._checkpoint.files.read(stored_name(module, part)) for part in _parts(model, layer)]
                 if not all(
                     torch.equal(code.cpu(), original) for code, original in zip(packed.parts.values(), stored, strict=True)
                 ):
@@ -287,13 +191,6 @@ class Places:
             packed.check(layer)
             if hook is not None:
                 hook.post_forward(packed, None)
-
-    def _read(self, name: str) -> Tensor:
-        for file in self._files:
-            with safe_open(file, framework="pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    return tensors.get_tensor(name)
-        raise CheckpointError(f"{name} is no longer in {', '.join(self._files)}")
 
 
 def _kept_in_float32(model: Any) -> re.Pattern[str]:
@@ -360,22 +257,3 @@ def _empty_experts(
             if (stack := stacks.get(f"{modules[0]}")) is not None:
                 whole[part] = stack
     return SeedExperts(dense, parts, layers, whole).train(dense.training)
-
-
-def _read_headers(files: list[str]) -> tuple[dict[str, TensorInfo], dict[str, PackedInfo]]:
-    """What some safetensors files hold: every tensor by name, and every compressed module that their metadata describes."""
-    found: dict[str, TensorInfo] = {}
-    described: dict[str, PackedInfo] = {}
-    for file in files:
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: packed weights are stored as safetensors")
-        with safe_open(file, framework="pt") as tensors:
-            described |= read_metadata(tensors.metadata() or {}, f"{file}, metadata")
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                part = tensors.get_slice(name)
-                found[name] = TensorInfo(part.get_dtype(), tuple(part.get_shape()))
-    for module, info in described.items():
-        for part in info.stored:
-            if stored_name(module, part) not in found:
-                raise CheckpointError(f"{stored_name(module, part)} is missing, the metadata describes {module}")
-    return found, described

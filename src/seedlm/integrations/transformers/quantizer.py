@@ -12,6 +12,7 @@ ValueError about it comes before anything is loaded, whatever the arguments. Its
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,10 +27,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from seedlm.codes.base import Format
 from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
 from seedlm.errors import CheckpointError, FormatError
+from seedlm.integrations.transformers.files import check_folder, open_files
 from seedlm.integrations.transformers.loading import CodeNames, ExpertNames, Places, saved_names
 from seedlm.modeling.experts import PACKED, SeedExperts
+from seedlm.modeling.linear import SeedLinear
 from seedlm.modeling.quantize import choose_modules, compress_model, dense_names, dequantize_model, seed_linears, weights_of
-from seedlm.storage.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, version_of
+from seedlm.storage.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, stored_name
+from seedlm.storage.metadata import heading
 
 
 class SeedLMConfig(QuantizationConfigMixin):
@@ -50,7 +54,7 @@ class SeedLMConfig(QuantizationConfigMixin):
         format: str | Mapping[str, Any] | None = None,
         modules_to_not_convert: list[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
-        format_version: int = 1,
+        format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **settings: Any,
     ) -> None:
@@ -71,7 +75,7 @@ class SeedLMConfig(QuantizationConfigMixin):
         others = {name: format_from_dict(item) for name, item in (overrides or {}).items()}
         check_settings([parsed, *others.values()], settings)
         self.quant_method: Any = quant_method
-        self.format_version = max(format_version, version_of([parsed, *others.values()]))
+        self.format_version = FORMAT_VERSION  # of what is saved
         self.format = parsed.to_dict()
         self.settings = {**family_of(parsed).defaults, **settings}
         self.modules_to_not_convert = list(modules_to_not_convert or [])
@@ -93,9 +97,15 @@ class SeedLMQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: SeedLMConfig
 
+    def update_attn_implementation(self, config):
+        """Nothing of the kind: it is the first that is asked once the folder's name is known, before its files are opened."""
+        if self.pre_quantized:
+            check_folder(getattr(config, "name_or_path", None))
+        return super().update_attn_implementation(config)
+
     def _process_model_before_weight_loading(self, model, checkpoint_files: list[str] | None = None, **kwargs: Any):
         if self.pre_quantized:
-            self._places = Places.fill(model, checkpoint_files or [], self.quantization_config.format_of)
+            self._places = Places.fill(model, open_files(checkpoint_files or []))
         return model
 
     def update_weight_conversions(self, weight_conversions, model=None):
@@ -134,7 +144,7 @@ class SeedLMQuantizer(HfQuantizer):
                 suffix = ".weight" if stack.tensor.endswith(".weight") else ""
                 stack = dataclasses.replace(stack, tensor=names[name].rpartition(".")[0] + suffix)
             packed[names[name]] = PackedInfo(layer.format, (layer.out_features, layer.in_features), stack)
-        return None, metadata(packed)
+        return None, metadata(packed, _digests(names, layers, packed))
 
     def is_serializable(self) -> bool:
         return True
@@ -181,6 +191,25 @@ def _compress_loaded(model: nn.Module, config: SeedLMConfig) -> None:
     with logging.tqdm(total=total, desc="Compressing", unit=" weights", unit_scale=True) as bar:
         compress_model(model, format, exclude=exclude, on_progress=bar.update, **config.settings)
     config.modules_to_not_convert = dense_names(model)
+
+
+def _digests(names: Mapping[str, str], layers: Mapping[str, SeedLinear], packed: Mapping[str, PackedInfo]) -> dict[str, str]:
+    """The digests of all codes in memory, by stored name. Dense tensors, which transformers may yet convert, have none.
+
+    names    layer of the model -> module of the file
+    packed   module -> what it is
+    """
+    found = {}
+    for name, layer in layers.items():
+        module = names[name]
+        for part, info in packed[module].stored.items():
+            tensor = layer.parts[part]
+            if not tensor.is_meta:
+                key = stored_name(module, part)
+                digest = hashlib.sha256(heading(key, info, packed[module]))
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                found[key] = digest.hexdigest()
+    return found
 
 
 def _set_guard(config: Any, wanted: bool) -> None:

@@ -7,9 +7,7 @@ anything large is loaded.
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
-from io import StringIO
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +18,7 @@ from seedlm.errors import SourceError
 from seedlm.modeling.quantize import dequantize_model, seed_linears
 from seedlm.storage.checkpoint import QUANT_METHOD
 from seedlm.storage.inspect import inspect_checkpoint
-from seedlm.storage.safetensors import DTYPE_BITS, TORCH_NAMES, TensorInfo, read_json
+from seedlm.storage.safetensors import DTYPE_BITS, TORCH_NAMES, TensorInfo
 from seedlm.storage.source import FolderSource
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
@@ -59,7 +57,7 @@ def describe(name: str, path: Path) -> ModelInfo:
     files = FolderSource(path)
     paths = sorted(path.glob("*.safetensors"))
     fingerprint = _fingerprint(paths, files.fingerprint)
-    section = read_json(path / "config.json", SourceError).get("quantization_config")
+    section = files.config.get("quantization_config")
     if section is not None:
         method = str(section.get("quant_method")) if isinstance(section, dict) else "unknown"
         if method != QUANT_METHOD:
@@ -76,45 +74,38 @@ def describe(name: str, path: Path) -> ModelInfo:
     return _info(name, TORCH_NAMES[dtype], float(DTYPE_BITS[dtype]), sizes.total(), files.nbytes, fingerprint)
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of the model at `path`. Raises SourceError if it has none."""
-    from transformers import AutoTokenizer
+    from seedlm.integrations.transformers.opening import open_tokenizer
 
-    folder, options = _arguments(path)
-    try:
-        return AutoTokenizer.from_pretrained(folder, **options)
-    except Exception as reason:  # transformers raises whatever the missing file led to
-        raise SourceError(f"{path}: has no tokenizer that can be opened ({_one_line(reason)})") from reason
+    return open_tokenizer(path, trust_remote_code=trust_remote_code)
 
 
-def load_model(path: Path, *, device: torch.device, dtype: str = "auto", packed: bool = False) -> Any:
+def load_model(
+    path: Path, *, device: torch.device, dtype: str = "auto", packed: bool = False, trust_remote_code: bool = False
+) -> Any:
     """The model at `path`, in evaluation mode.
 
-    dtype    "auto" (as stored; float32 for a GGUF file) or another of `DTYPES`
-    packed   leave packed weights packed: the least memory, but they are regrown in every forward pass
-    Raises SourceError if it cannot be loaded.
+    dtype               "auto" (as stored; float32 for a GGUF file) or another of `DTYPES`
+    packed              leave packed weights packed: the least memory, but they are dequantized in every forward pass
+    trust_remote_code   run code that comes with the model
+    Raises SourceError if it cannot be loaded, lacks a weight, or is no language model.
     """
-    from transformers import AutoModelForCausalLM
+    from seedlm.integrations.transformers.opening import open_language_model
 
-    folder, options = _arguments(path)
-    options["dtype"] = "float32" if dtype == "auto" and options else dtype
     try:
-        # Expanding a GGUF file shows a bar that has no switch.
-        with redirect_stderr(StringIO()) if path.is_file() else nullcontext():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-        model = model.to(device)
+        model = open_language_model(path, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
         if not packed and any(seed_linears(model)):
             dequantize_model(model, model.dtype)
     except torch.OutOfMemoryError:
         raise SourceError(f"{path}: does not fit into the memory of {device}") from None
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as reason:
-        raise SourceError(f"{path}: cannot be loaded ({_one_line(reason)})") from reason
-    return model.eval()
+    return model
 
 
-def _arguments(path: Path) -> tuple[Path, dict[str, Any]]:
-    """How transformers is told of a folder, and of a GGUF file."""
-    return (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+def longest_text(model: Any) -> int | None:
+    """Tokens that a model has positions for; None if it does not say. A model of several parts says it of its text part."""
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
 
 
 def _foreign_size(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float | None, int | None]:

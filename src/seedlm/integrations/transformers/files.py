@@ -1,0 +1,61 @@
+"""The files behind a call of `from_pretrained`: opened by the one reader that all ways in share, and verified while they load.
+
+transformers has its own readers, which would believe much that ours refuses: an index that leads out of the folder, a tensor
+in two shards, formats in config.json that the files contradict. So ours comes first, twice if need be: as soon as the folder's
+name is known, before transformers opens a weight file, and when the files are known, which for a Hub repository is after they
+came.
+
+Digests are checked in threads while transformers copies and converts; what is damaged is known before the model is handed out.
+``SEEDLM_VERIFY=0`` in the environment turns that off (docs/integrity.md has what it costs).
+"""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from seedlm.errors import CheckpointError
+from seedlm.storage.checkpoint import Checkpoint
+from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles
+
+VERIFY_VARIABLE: Final = "SEEDLM_VERIFY"
+
+
+def check_folder(name: Any) -> None:
+    """Raise CheckpointError if this names a local folder with weights of the usual names, and it is no sound packed one."""
+    folder = Path(name) if isinstance(name, str | os.PathLike) and name else None
+    if folder is not None and any(os.path.lexists(folder / file) for file in (SINGLE_NAME, INDEX_NAME)):
+        Checkpoint.open(folder)
+
+
+def open_files(files: Iterable[str]) -> Checkpoint:
+    """The packed folder that these weight files are, all of them. Raises CheckpointError."""
+    paths = [Path(file) for file in files]
+    for path in paths:
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: packed weights are stored as safetensors")
+    if not paths:
+        raise CheckpointError("packed weights are loaded from a folder's files, there are none here")
+    folder = paths[0].parent
+    if any(os.path.lexists(folder / file) for file in (SINGLE_NAME, INDEX_NAME)):
+        opened = TensorFiles.open(folder, CheckpointError)
+        if set(opened.metadata) == set(paths):
+            return Checkpoint.open(folder, opened)
+    return Checkpoint.open(folder, TensorFiles.of(paths, CheckpointError))
+
+
+class Verification:
+    """Holds a checkpoint against its digests from now on, beside whatever else goes on."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._done: Future[None] | None = None
+        if os.environ.get(VERIFY_VARIABLE, "1") != "0":
+            pool = ThreadPoolExecutor(1, thread_name_prefix="seedlm verify")
+            self._done = pool.submit(checkpoint.verify)
+            pool.shutdown(wait=False)
+
+    def finish(self) -> None:
+        """Wait for it. Raises CheckpointError for a tensor that is not what was written."""
+        if self._done is not None:
+            self._done.result()

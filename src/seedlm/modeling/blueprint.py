@@ -1,0 +1,212 @@
+"""What transformers would make of a source, told from its config.json before anything is searched.
+
+The config's model is built on the meta device, where weights take no memory, and every tensor of the source is given its place
+in it by the renamings and joinings that transformers makes on loading (`places`). That tells
+
+    what no code can stand for    tensors that the model has no place for (layers of multi-token prediction), weights of modules
+                                  that are no plain linear layer, weights that several modules share
+    how stacks of experts lie     from the parameter that each becomes
+    what is not there             weights of the model that no tensor of the source fills: half of a model is refused
+
+Importing transformers and building a model takes 2 to 5 seconds on two cores, whatever the model's size.
+"""
+
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+
+from seedlm.errors import SourceError
+from seedlm.modeling.experts import experts_traits
+from seedlm.storage.checkpoint import Stack
+from seedlm.storage.safetensors import TensorInfo
+from seedlm.storage.selection import Survey
+
+_MOST_LAYERS: Final = 10_000
+_SHOWN: Final = 3
+_OPTIONAL: Final = re.compile(r".*(pooler|head|classifier|score|qa_outputs).*|.*bias")
+"""Parameters that a source may lack: transformers starts them anew, and a model is whole without them."""
+
+
+def survey(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Survey:
+    """What the model of a config.json tells about a source's tensors.
+
+    returns   one without a name, and with the reason as its note, if the model cannot be built here
+    Raises SourceError if the source lacks weights of its model, or has some in another shape.
+    """
+    try:
+        model = _build(config)
+    except _NotBuiltError as reason:
+        return Survey(notes=(f"{reason}: what is compressed is decided by names alone",))
+    return _Surveyor(model).survey(tensors)
+
+
+class _NotBuiltError(Exception):
+    pass
+
+
+def _build(config: Mapping[str, Any]) -> Any:
+    """The model of a config.json, on the meta device. Raises _NotBuiltError, with the reason."""
+    kind, names = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str) or not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise _NotBuiltError("config.json names no model_type and no architectures")
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise SourceError(f"config.json declares {layers:,} layers; at most {_MOST_LAYERS:,} are read")
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    if kind not in CONFIG_MAPPING:
+        raise _NotBuiltError(f"transformers {transformers.__version__} has no model_type {kind!r}")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        parsed = CONFIG_MAPPING[kind].from_dict(dict(config))
+        chosen = getattr(transformers, names[0], None)
+        if not isinstance(chosen, type) or not issubclass(chosen, transformers.PreTrainedModel):
+            chosen = transformers.AutoModelForCausalLM._model_mapping.get(type(parsed), None)
+        if chosen is None or not isinstance(parsed, getattr(chosen, "config_class", None) or type(parsed)):
+            raise _NotBuiltError(f"transformers {transformers.__version__} has no class {names[0]!r:.80} for {kind}")
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return chosen(parsed)
+    except _NotBuiltError:
+        raise
+    except Exception as reason:  # whatever a wrong config, a missing library or a class's own arithmetic led to
+        text = " ".join(str(reason).split())[:160]
+        raise _NotBuiltError(f"{names[0]} cannot be built ({type(reason).__name__}: {text})") from reason
+    finally:
+        logging.set_verbosity(level)
+
+
+class _Surveyor:
+    """One model, and what a source has for it."""
+
+    def __init__(self, model: Any) -> None:
+        from seedlm.modeling.places import Names
+
+        self._model, self._kind, self._names = model, type(model).__name__, Names(model)
+        self._prefix = getattr(model, "base_model_prefix", "")
+        self._state: dict[str, torch.Tensor] = model.state_dict()
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._owners: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self._parameters.items():
+            self._owners[id(parameter)].append(name)
+        self._found: dict[str, Counter[str]] = defaultdict(Counter)
+        """Parameter -> how many tensors fill it, by the pattern of those that are joined."""
+
+    def survey(self, tensors: Mapping[str, TensorInfo]) -> Survey:
+        dense, stacks = {}, {}
+        for name, info in tensors.items():
+            reason = self._reason(name, info)
+            if isinstance(reason, bool):
+                stacks[name] = reason
+            elif reason is not None:
+                dense[name] = reason
+        self._refuse_missing()
+        homeless = [name for name, reason in dense.items() if reason == self._no_place]
+        notes = ()
+        if homeless:
+            shown = ", ".join(homeless[:_SHOWN]) + (" ..." if len(homeless) > _SHOWN else "")
+            notes = (f"{self._kind} has no place for {len(homeless)} tensors, which are kept as they are: {shown}",)
+        return Survey(name=self._kind, dense=dense, stacks=stacks, notes=notes)
+
+    @property
+    def _no_place(self) -> str:
+        return f"{self._kind} has no place for it"
+
+    def _reason(self, name: str, info: TensorInfo) -> str | bool | None:
+        """Why no code can stand for a tensor, or, of a stack of experts, whether it is transposed."""
+        key = self._names.renamed(name)
+        converter, order = self._names.converter(key)
+        targets = list(self._targets(key, converter))
+        if not targets:
+            return self._no_place
+        for target in targets:
+            self._found[target][converter.source_patterns[order] if converter else ""] += 1
+        if converter is None and info.shape != tuple(self._state[targets[0]].shape):
+            raise SourceError(
+                f"{name}: is {[*info.shape]} in the source, and {[*self._state[targets[0]].shape]} in {self._kind}, which "
+                f"config.json describes"
+            )
+        if len(info.shape) == 3:
+            return self._stack(name, info, targets[0])
+        module = name.removesuffix(".weight")
+        if module == name or len(info.shape) != 2:
+            return None
+        place = self._names.place(module, None)
+        if place is None:
+            owner = self._model.get_submodule(targets[0].rpartition(".")[0])
+            return f"{type(owner).__name__} is no plain linear layer" if converter is None else "rearranged on loading"
+        own = f"{place.name}.{place.projection or 'weight'}"
+        shared = [owner for owner in self._owners[id(self._parameters[own])] if owner != own]
+        return f"shared with {shared[0]}" if shared else None
+
+    def _stack(self, name: str, info: TensorInfo, target: str) -> str | bool | None:
+        parent, _, leaf = target.rpartition(".")
+        traits = experts_traits(self._model.get_submodule(parent))
+        if traits is None:
+            return "stacked experts of an unknown kind" if "expert" in name else None
+        stack = Stack(name, (info.shape[0], info.shape[1], info.shape[2]), False)
+        place = self._names.place(f"{name.removesuffix('.weight')}.0", stack)
+        if place is None:
+            return "rearranged on loading"
+        experts, rows, columns = self._state[target].shape
+        straight = (experts, rows // place.count, columns)
+        transposed = traits["is_transposed"]
+        converter, _ = self._names.converter(self._names.renamed(name))
+        turned = converter is not None and type(converter.operations[0]).__name__ == "Transpose"
+        if info.shape == straight and not (turned and not getattr(converter.operations[0], "check_dims", False)):
+            return transposed
+        if turned and info.shape == (experts, columns, rows):
+            return not transposed
+        raise SourceError(f"{name}: is {[*info.shape]} in the source, and {[*straight]} in {self._kind}'s {leaf}")
+
+    def _targets(self, key: str, converter: Any) -> Iterator[str]:
+        """The entries of the model's state that a renamed tensor becomes, or a part of."""
+        wanted = [key]
+        if converter is not None:
+            first, targets = converter.rename_source_key(key)[0], converter.target_patterns
+            wanted = [first.replace(targets[0], target) for target in targets] if targets[0] in first else [first]
+        for name in wanted:
+            for candidate in (name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")):
+                if candidate in self._state:
+                    yield candidate
+                    break
+
+    def _refuse_missing(self) -> None:
+        """Raise SourceError for weights of the model that no tensor fills, by name."""
+        ignored = [re.compile(pattern) for pattern in getattr(self._model, "_keys_to_ignore_on_load_missing", None) or ()]
+        missing = []
+        for name, parameter in self._parameters.items():
+            if any(owner in self._found for owner in self._owners[id(parameter)]):
+                continue
+            if not _OPTIONAL.fullmatch(name) and not any(pattern.search(name) for pattern in ignored):
+                missing.append(name)
+        for name, counts in self._found.items():
+            if "" not in counts and name in self._parameters and self._parameters[name].dim() == 3:
+                module = self._model.get_submodule(name.rpartition(".")[0])
+                experts = min(stack.shape[0] for stack in module._parameters.values() if stack is not None and stack.dim() == 3)
+                missing += [f"{name} ({n} of {experts} from {pattern})" for pattern, n in _fewer(counts, experts)]
+        if missing:
+            raise SourceError(
+                f"the source lacks {len(missing)} weights of {self._kind}, which config.json describes: {_listed(missing)}"
+            )
+
+
+def _fewer(counts: Mapping[str, int], experts: int) -> Iterable[tuple[str, int]]:
+    return ((pattern, count) for pattern, count in counts.items() if 1 < count < experts)
+
+
+def _listed(names: list[str]) -> str:
+    """Some names in short; layers that lack everything as one."""
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        match = re.match(r"(.*?\.\d+)\.", name)
+        layers[match[1] if match else name].append(name)
+    shown = [f"{layer}.*" if len(found) > 3 else found[0] for layer, found in layers.items()]
+    return ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")

@@ -1,0 +1,128 @@
+"""What comes from outside, before anybody knows what it is: regular files of a bounded size, and JSON that means one thing.
+
+Every reader of this package opens files through here. A device, a FIFO or a socket is not opened at all, since reading one may
+never end; a link is followed only to a place inside the model's folder, or to the blobs of the same repository in the Hub's
+cache. Work and memory are bounded by the size of the file, never by a number that stands in it.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from seedlm.errors import SeedLMError
+
+MAX_JSON_BYTES: Final = 100_000_000
+"""Longest header (the limit of the safetensors library itself), index or config that is read at all."""
+
+
+@contextmanager
+def opened(path: Path, error: type[SeedLMError]) -> Iterator[FileIO]:
+    """A regular file, unbuffered, for reading. Raises `error` for anything else, and for what goes wrong while it is open."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise error(f"{path}: is not a regular file")
+        # Should it have become a FIFO meanwhile, opening does not wait, and the second look finds it.
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as reason:  # ValueError: a NUL in the path
+        raise error(f"{path}: cannot be read ({getattr(reason, 'strerror', None) or reason})") from None
+    try:
+        with open(fd, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise error(f"{path}: is not a regular file")
+            yield file
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror or reason})") from None
+
+
+def read_bytes(path: Path, limit: int, error: type[SeedLMError], what: str = "bytes") -> bytes:
+    """All of a regular file. Raises `error` if it has more than `limit` bytes."""
+    with opened(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise error(f"{path}: {size} bytes of {what}, at most {limit} are read")
+        data = bytearray()
+        while piece := file.read(size + 1 - len(data)):
+            data += piece
+            if len(data) > size:
+                raise error(f"{path}: grew while it was read")
+        return bytes(data)
+
+
+def parse_json(text: bytes | str, where: str, error: type[SeedLMError], *, infinite: bool = False) -> Any:
+    """JSON with nothing ambiguous in it.
+
+    infinite   let ``Infinity`` and ``NaN`` pass, which Python writes and JSON does not have: configurations hold them
+    Raises `error` for what is not UTF-8 JSON, for a key that stands twice, and for half of a surrogate pair in a text.
+    """
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise error(f"{where}: the key {twice!r:.80} stands twice")
+        return result
+
+    def no_constants(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        data = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=None if infinite else no_constants)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise error(f"{where}: not valid JSON (a text holds half of a surrogate pair)") from None
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{where}: not valid JSON ({reason})") from None
+    return data
+
+
+def read_json(path: Path, error: type[SeedLMError], *, infinite: bool = False) -> dict[str, Any]:
+    """A JSON object from a file of bounded size that lies where it seems to lie."""
+    check_inside(path, path.parent, error)
+    data = parse_json(read_bytes(path, MAX_JSON_BYTES, error, "JSON"), str(path), error, infinite=infinite)
+    if not isinstance(data, dict):
+        raise error(f"{path}: must be a JSON object, got {type(data).__name__}")
+    return data
+
+
+def read_config(folder: Path, error: type[SeedLMError]) -> dict[str, Any]:
+    """A model folder's config.json. Raises `error` for one that transformers could not take, or that could not be written."""
+    path = folder / "config.json"
+    config = read_json(path, error, infinite=True)
+    for key, kind, what in (
+        ("model_type", str, "a text"),
+        ("architectures", list, "a list of names"),
+        ("fusion_config", dict, "an object"),
+    ):
+        value = config.get(key)
+        if value is not None and (not isinstance(value, kind) or not all(isinstance(item, str) for item in value)):
+            raise error(f"{path}: {key} must be {what}, got {value!r:.80}")
+    return config
+
+
+def stays_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, links followed, is in the folder, or among the Hub cache's blobs if the folder is a snapshot there."""
+    try:
+        real, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return False
+    return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs")
+
+
+def check_inside(path: Path, folder: Path, error: type[SeedLMError]) -> None:
+    """Raise `error` if a link at `path` leads out of the folder, or nowhere."""
+    if not stays_inside(path, folder):
+        target = os.readlink(path) if path.is_symlink() else path
+        raise error(f"{path}: links to {target}, outside of the folder")
+
+
+def printable(text: str) -> str:
+    """A text on one line, whatever is not printable as its escape."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

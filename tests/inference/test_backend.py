@@ -1,0 +1,41 @@
+"""The choice of a backend."""
+
+import pytest
+import torch
+
+from seedlm.codes.block.format import parse_spec
+from seedlm.codes.block.kernels import backends as block_backends
+from seedlm.errors import BackendError
+from seedlm.inference import backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
+SMALL = parse_spec("block-k8-c8-p3-q4-e4")
+
+
+@pytest.fixture
+def no_numba(monkeypatch):
+    monkeypatch.setattr(block_backends.importlib.util, "find_spec", lambda name: None)
+
+
+def test_auto_takes_the_first_that_can_run():
+    pytest.importorskip("numba")
+    assert backend.choose("auto", CPU, SMALL, (6, 20)).name == "numba"
+    assert backend.choose("auto", CUDA, SMALL, (6, 20)).name == "torch"
+
+
+def test_auto_falls_back_where_a_name_is_held_to(no_numba):
+    assert backend.choose("auto", CPU, SMALL, (6, 20)).name == "torch"
+    with pytest.raises(BackendError, match=r"backend 'numba' needs numba: pip install 'seedlm\[fast\]'"):
+        backend.choose("numba", CPU, SMALL, (6, 20))
+
+
+def test_every_backend_is_explained():
+    assert backend.explain(CUDA, SMALL, (6, 20)) == {
+        "numba": "backend 'numba' works on the CPU, the codes are on cuda:1",
+        "torch": None,
+    }
+
+
+def test_a_name_that_no_backend_has_is_refused():
+    with pytest.raises(BackendError, match="unknown backend 'fpga', known for block codes: auto, numba, torch"):
+        backend.choose("fpga", CPU, SMALL, (6, 20))
