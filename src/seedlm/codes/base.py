@@ -226,6 +226,7 @@ class Family(Protocol):
     presets         bits as written on the command line -> format
     defaults        settings of encoding and their default values, such as ``{"rounding": "best"}``; all are text
     mixture         formats that mixed precision chooses from -> ||W - W^||^2 / ||W||^2 that they leave on normal weights
+    feedback        whether its encoders use `Facts.hessian`: then a run gathers statistics unless told not to
     fused           whether modules that read the same input are multiplied as one, and so have to share a format
     """
 
@@ -234,6 +235,7 @@ class Family(Protocol):
     presets: Mapping[str, Format]
     defaults: Mapping[str, str]
     mixture: Mapping[Format, float]
+    feedback: bool
     fused: bool
 
     def parse(self, text: str) -> Format | None:

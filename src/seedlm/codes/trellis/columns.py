@@ -19,7 +19,7 @@ from seedlm.codes.feedback import Coefficients, Panel, coefficients, damping_for
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.panel import Strips, encode_panel
-from seedlm.codes.trellis.viterbi import OVERLAP
+from seedlm.codes.trellis.viterbi import OVERLAPS
 from seedlm.codes.trellis.viterbi.cost import row_roots
 
 _known: Final[WeakIdKeyDictionary] = WeakIdKeyDictionary()
@@ -96,7 +96,7 @@ def _encode_strips(
     tell: Callable[[int], None],
 ) -> Tensor:
     """Streams int32 [N, in, T' * R / 32] of weights [N, T', in], with scales and roots [N, T']."""
-    overlap = min(OVERLAP, weight.shape[1] // 2)
+    overlap = min(OVERLAPS[format.state_bits], weight.shape[1] // 2)
     matrix = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
 
     def encode(panel: Panel) -> tuple[list[Tensor], Tensor]:
