@@ -19,6 +19,9 @@ _LIKE_NEW = frozenset({"new_empty", "new_zeros", "new_ones", "new_full"})
 class PackedWeight(Tensor):
     """A weight without values. It has no gradient: `requires_grad` is False, and cannot be changed."""
 
+    _is_hf_initialized = True
+    """For transformers, whose GPTBigCode starts its layers' weights anew by name, unless they say that they are loaded."""
+
     @staticmethod
     def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "PackedWeight":
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
