@@ -33,11 +33,11 @@ from seedlm.codes.block.format import PRESETS
 from seedlm.compress.allocate import Mixture
 from seedlm.compress.run import compress_checkpoint
 from seedlm.device import choose_device
-from seedlm.evaluation import models
 from seedlm.evaluation.baselines import METHODS, baseline_names
 from seedlm.evaluation.prompts import PROMPTS
 from seedlm.evaluation.run import Settings, Text, evaluate
 from seedlm.evaluation.zeroshot import TASKS
+from seedlm.integrations.transformers import models
 from seedlm.storage.inspect import inspect_checkpoint
 
 ROOT = Path(__file__).parent.parent

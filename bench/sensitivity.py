@@ -32,8 +32,9 @@ from seedlm.codes.block.format import PRESETS, BlockFormat
 from seedlm.codes.registry import parse_format
 from seedlm.compress.allocate import Mixture
 from seedlm.device import choose_device
-from seedlm.evaluation import measure, models
+from seedlm.evaluation import measure
 from seedlm.evaluation.run import Text
+from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}

@@ -20,8 +20,8 @@ from seedlm import encode
 from seedlm.codes.base import stored_bits
 from seedlm.codes.block.format import PRESETS
 from seedlm.device import choose_device
-from seedlm.evaluation import models
 from seedlm.evaluation.baselines import METHODS, baseline_names, rebuild
+from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules
 
 SHAPE = (512, 4096)

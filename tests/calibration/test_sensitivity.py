@@ -16,7 +16,7 @@ from seedlm.codes.registry import parse_format
 from seedlm.compress import allocate
 from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import EvaluationError
-from seedlm.evaluation import models
+from seedlm.integrations.transformers import models
 from seedlm.storage.inspect import inspect_checkpoint
 from tiny_models import SMALL, STORIES, tiny_llama, tiny_model
 

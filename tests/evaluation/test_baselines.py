@@ -11,10 +11,10 @@ import torch
 
 from seedlm.codes.block.format import PRESETS
 from seedlm.errors import EvaluationError
-from seedlm.evaluation import models
 from seedlm.evaluation.baselines import METHODS, apply_baseline, baseline_names, divisor, parse_baseline, rebuild
 from seedlm.evaluation.measure import perplexity
 from seedlm.evaluation.run import Settings, Text, evaluate
+from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules
 from tiny_models import STORIES
 

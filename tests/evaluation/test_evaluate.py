@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlm import inspect_checkpoint
 from seedlm.errors import BackendError, EvaluationError, OutputError, SourceError
-from seedlm.evaluation import measure, models
+from seedlm.evaluation import measure
 from seedlm.evaluation import run as evaluate
 from seedlm.evaluation.run import Settings, Text
+from seedlm.integrations.transformers import models
 from seedlm.modeling.linear import SeedLinear
 from straightforward import straightforward
 from tiny_models import SMALL, STORY, tiny_gguf, tiny_llama

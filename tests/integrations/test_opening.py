@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from seedlm.errors import CheckpointError, SourceError
-from seedlm.evaluation.models import load_model, longest_text
 from seedlm.integrations.transformers.generate import generate
+from seedlm.integrations.transformers.models import load_model, longest_text
 from seedlm.integrations.transformers.opening import open_language_model
 from seedlm.modeling.quantize import seed_linears
 from tiny_models import STORIES, run, tiny_llama, tiny_model

@@ -53,7 +53,8 @@ def test_adapters_of_packed_layers_are_trained_and_the_codes_are_not(folder):
     assert losses[-1] < losses[0]
     assert not torch.equal(logits(model), before)
     after = [part for _, layer in seed_linears(model) for part in layer.parts.values()]
-    assert len(after) == len(codes) and all(map(torch.equal, after, codes))
+    assert len(after) == len(codes)
+    assert all(map(torch.equal, after, codes))
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -54,12 +55,13 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(dense, tmp_path_factory):
-    """The same model packed, written without the package's own writer."""
-    tensors = {}
+    """The same model packed, in version 1 of the format and written without the package's own writer."""
+    tensors, described = {}, {}
     for name, tensor in load_file(dense / "model.safetensors").items():
         if name.endswith("proj.weight"):
             encoded, _ = encode(tensor, FORMAT, backend="torch")
             module = name.removesuffix(".weight")
+            described[module] = {"shape": list(tensor.shape), "format": FORMAT.spec}
             tensors |= {stored_name(module, part): codes for part, codes in encoded.parts.items()}
         else:
             tensors[name] = tensor
@@ -72,17 +74,23 @@ def packed(dense, tmp_path_factory):
         "modules_to_not_convert": ["lm_head"],
     }
     config["fusion_config"] = {GUARD: False}
-    return write(tmp_path_factory.mktemp("packed"), config, tensors)
+    metadata = {"seedlm": json.dumps({"format_version": 1, "tensors": described})}
+    return write(tmp_path_factory.mktemp("packed"), config, tensors, metadata)
 
 
-def write(folder, config, tensors):
+def write(folder, config, tensors, metadata):
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata})
     return folder
 
 
 def read(folder):
     return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+def metadata_of(folder):
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return file.metadata()
 
 
 def load(folder, **options):
@@ -93,7 +101,7 @@ def test_a_packed_folder_loads_packed_and_generates(packed):
     model = load(packed)
     layers = dict(seed_linears(model))
     assert len(layers) == 14
-    assert all(layer.weight.dtype == torch.int32 for layer in layers.values())
+    assert all(layer.parts["words"].dtype == torch.int32 for layer in layers.values())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert layers["model.layers.0.self_attn.q_proj"].bias.shape == (64,)
     assert model.generate(IDS, max_new_tokens=4, do_sample=False).shape == (2, 10)
@@ -105,7 +113,9 @@ def test_saving_and_loading_again_changes_no_bit(packed, tmp_path):
     model = load(packed)
     model.save_pretrained(tmp_path)
     (config, tensors), (config_again, tensors_again) = read(packed), read(tmp_path)
-    assert config_again["quantization_config"] == config["quantization_config"]
+    assert config_again["quantization_config"] == {**config["quantization_config"], "format_version": 2}
+    codes = {name for name, tensor in tensors.items() if tensor.dtype == torch.int32}
+    assert json.loads(metadata_of(tmp_path)["seedlm"])["sha256"].keys() == codes
     assert config_again["fusion_config"] == config["fusion_config"]
     assert tensors.keys() == tensors_again.keys()
     assert all(t.dtype == tensors_again[n].dtype and torch.equal(t, tensors_again[n]) for n, t in tensors.items())
@@ -147,7 +157,7 @@ def test_a_dense_folder_is_compressed_while_it_loads(dense, packed, tmp_path):
     model = load(dense, quantization_config=hf.SeedLMConfig(format=FORMAT.spec))
     assert torch.equal(model(IDS).logits, load(packed)(IDS).logits)
     model.save_pretrained(tmp_path)
-    assert read(tmp_path)[0]["quantization_config"] == read(packed)[0]["quantization_config"]
+    assert read(tmp_path)[0]["quantization_config"] == {**read(packed)[0]["quantization_config"], "format_version": 2}
     assert torch.equal(load(tmp_path)(IDS).logits, model(IDS).logits)
 
 
@@ -167,12 +177,12 @@ Q_PROJ = "model.layers.1.self_attn.q_proj"
     [
         (lambda c, t: t[f"{Q_PROJ}.weight"][3].zero_(), f"{Q_PROJ}: .* seed 0, the first at row 3"),
         (lambda c, t: t[f"{Q_PROJ}.weight_exponent_bias"].fill_(500), f"{Q_PROJ}: exponent bias must be"),
-        (lambda c, t: t.pop(f"{Q_PROJ}.weight"), rf"{Q_PROJ}\.weight must be .*got None"),
-        (lambda c, t: t.update({f"{Q_PROJ}.weight": t[f"{Q_PROJ}.weight"][:, 1:].contiguous()}), r"got .*\(64, 5\)"),
+        (lambda c, t: t.pop(f"{Q_PROJ}.weight"), rf"{Q_PROJ}\.weight is missing, it holds the words"),
+        (lambda c, t: t.update({f"{Q_PROJ}.weight": t[f"{Q_PROJ}.weight"][:, 1:].contiguous()}), r"got I32 \[64, 5\]"),
         (lambda c, t: t.update({f"{Q_PROJ}.weight": t[f"{Q_PROJ}.weight"].float()}), "got .*F32"),
-        (lambda c, t: t.update({"model.layers.7.up.weight_exponent_bias": torch.zeros(1)}), "layers.7.up is packed, but Llama"),
-        (lambda c, t: [t.pop(n) for n in list(t) if "exponent" in n], "no weight is packed"),
-        (lambda c, t: c["quantization_config"].update(format_version=2), "format_version must be 1 .. 1, got 2"),
+        (lambda c, t: t.update({"model.layers.7.up.weight_exponent_bias": torch.zeros(1)}), "layers.7.up.* looks like"),
+        (lambda c, t: [t.pop(n) for n in list(t) if "exponent" in n], "_exponent_bias is missing"),
+        (lambda c, t: c["quantization_config"].update(format_version=3), "format_version must be 1 .. 2, got 3"),
         (lambda c, t: c["quantization_config"].update(surprise=1), "no option surprise"),
         (lambda c, t: c["quantization_config"]["format"].update(seed_bits=99), "seed_bits must be"),
     ],
@@ -182,7 +192,7 @@ def test_a_damaged_folder_is_refused(packed, tmp_path, damage, message):
     config, tensors = read(packed)
     damage(config, tensors)
     with pytest.raises((CheckpointError, FormatError), match=message):
-        load(write(tmp_path, config, tensors))
+        load(write(tmp_path, config, tensors, metadata_of(packed)))
 
 
 def test_an_option_that_transformers_would_ignore_says_what_to_do():
@@ -217,7 +227,7 @@ def plain(packed, tmp_path_factory):
     """What transformers says when it opens the packed folder, and it without its guard, every way without this package."""
     config, tensors = read(packed)
     del config["fusion_config"]
-    bare = write(tmp_path_factory.mktemp("bare"), config, tensors)
+    bare = write(tmp_path_factory.mktemp("bare"), config, tensors, metadata_of(packed))
     run = subprocess.run(
         [sys.executable, "-c", PLAIN, packed, bare],
         capture_output=True,

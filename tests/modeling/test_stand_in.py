@@ -6,9 +6,11 @@ from torch import nn
 
 from seedlm.errors import TensorError
 from seedlm.modeling.linear import compress_module
-from seedlm.modeling.quantize import compress_model, seed_linears
+from seedlm.modeling.quantize import compress_model, dequantize_model, seed_linears
+from tiny_models import tiny_model
 
 SPEC = "block-k8-c8-p3-q4-e4"
+IDS = torch.arange(1, 9).view(2, 4)
 
 
 @pytest.fixture
@@ -77,6 +79,11 @@ def test_values_are_refused_with_what_to_do(layer, use):
         use(layer.weight)
 
 
+def test_transformers_has_no_values_to_initialise(layer):
+    initialization = pytest.importorskip("transformers.initialization")
+    initialization.normal_(layer.weight, mean=0.0, std=0.1)
+
+
 def test_a_compiler_sees_the_values(layer):
     def ask(x):
         return x.to(layer.weight.dtype) @ layer.weight.T
@@ -107,11 +114,10 @@ def test_t5_which_asks_for_its_weights_dtype_computes_as_if_dense(dtype, activat
     for name, layer in list(seed_linears(model)):
         if name.endswith(".wo"):
             layer.float()  # what transformers does to the dense model, in float16
-    ids = torch.arange(1, 9).view(2, 4)
-    packed = model(input_ids=ids, decoder_input_ids=ids).logits
+    packed = model(input_ids=IDS, decoder_input_ids=IDS).logits
     for name, layer in list(seed_linears(model)):
         model.set_submodule(name, layer.to_dense(layer.weight.dtype))
-    dense = model(input_ids=ids, decoder_input_ids=ids).logits
+    dense = model(input_ids=IDS, decoder_input_ids=IDS).logits
     assert packed.dtype == dense.dtype
     assert torch.equal(packed, dense)
 
@@ -119,22 +125,21 @@ def test_t5_which_asks_for_its_weights_dtype_computes_as_if_dense(dtype, activat
 def test_rwkv_which_divides_its_weights_is_told_what_to_do():
     model = tiny("rwkv")
     compress_model(model, SPEC, backend="torch")
-    ids = torch.arange(1, 9).view(2, 4)
     with torch.no_grad(), pytest.raises(TensorError, match=r"div_ needs the values .* layer\.to_dense\(dtype\)"):
-        model(ids)
+        model(IDS)
     model.config.rescale_every = 0  # its own switch for that
     with torch.no_grad():
-        assert model(ids).logits.shape == (2, 4, 64)
+        assert model(IDS).logits.shape == (2, 4, 64)
 
 
-def test_deepseeks_indexer_finds_its_projections_dtype():
-    modeling = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32")
-    configs = pytest.importorskip("transformers.models.deepseek_v32.configuration_deepseek_v32")
-    names = {name: kind for name, kind in vars(modeling).items() if name.endswith("Indexer")}
-    (indexer,) = names.values()
-    assert indexer is not None
-    assert configs is not None
-    projection = compress_module(nn.Linear(32, 8, bias=False), SPEC, backend="torch")[0]
-    hidden = torch.randn(2, 3, 32, dtype=torch.bfloat16)
-    weights = projection(hidden.to(projection.weight.dtype)).float()  # its line
-    assert torch.equal(weights, projection.to_dense()(hidden.float()))
+def test_deepseeks_indexer_which_casts_to_its_projections_dtype_computes_as_if_dense():
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 24}
+    indexer = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 4, "mlp_layer_types": ["dense", "sparse"]}
+    model = tiny_model("deepseek_v32", num_key_value_heads=4, head_dim=None, **sizes, **experts, **indexer)
+    compress_model(model, SPEC, backend="torch", include=["*.weights_proj"], exclude=["*.mlp.*"])
+    model.bfloat16()
+    packed = model(IDS).logits
+    assert "model.layers.1.self_attn.indexer.weights_proj" in dict(seed_linears(model))
+    dequantize_model(model, torch.bfloat16)
+    assert torch.equal(packed, model(IDS).logits)

@@ -1,5 +1,6 @@
 """The packed checkpoint: golden bytes, and one test for each way in which an untrusted folder can be wrong."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ from seedlm.storage.checkpoint import Checkpoint, PackedInfo, check_codes, store
 from seedlm.storage.source import open_source
 from tiny_models import SMALL, join, save_tensors, split, tiny_llama
 
-# FORMAT.md, "The checkpoint", spelled out: model.safetensors of a model with one compressed layer, in both presets.
+# FORMAT.md, "The checkpoint", spelled out: model.safetensors of a model with one compressed layer, in both presets. These are
+# version 1.
 GOLDEN = {
     "4": (
         '{"__metadata__":{"format":"pt","seedlm":"{\\"format_version\\":1,\\"tensors\\":{\\"layers.0.up\\":'
@@ -36,9 +38,34 @@ GOLDEN = {
 }
 
 
-def golden_bytes(bits: str) -> bytes:
+# The header in version 2, which has the digests. The data are the same.
+GOLDEN_2 = {
+    "4": (
+        '{"__metadata__":{"format":"pt","seedlm":"{\\"format_version\\":2,\\"tensors\\":{\\"layers.0.up\\":'
+        '{\\"shape\\":[2,12],\\"format\\":\\"block-k16-c8-p3-q4-e4\\"}},\\"sha256\\":{'
+        '\\"norm.weight\\":\\"bd05505f2ba72688a5380c71d962cac9fcb7ce0dbb0f4cd94bb4f47c567bab07\\",'
+        '\\"layers.0.up.weight\\":\\"23960aeb1f6f94dab966ae703739c76f3ad463137c647b6dd6ca76c6c81bc632\\",'
+        '\\"layers.0.up.weight_exponent_bias\\":\\"9e93e007784629be1bedf0843d0f61d0c6697640f288e7673186fd66668463e0\\"}}"},'
+        '"layers.0.up.weight":{"dtype":"I32","shape":[2,2],"data_offsets":[0,16]},'
+        '"layers.0.up.weight_exponent_bias":{"dtype":"I32","shape":[1],"data_offsets":[16,20]},'
+        '"norm.weight":{"dtype":"BF16","shape":[2],"data_offsets":[20,24]}}       '
+    ),
+    "3": (
+        '{"__metadata__":{"format":"pt","seedlm":"{\\"format_version\\":2,\\"tensors\\":{\\"layers.0.up\\":'
+        '{\\"shape\\":[2,24],\\"format\\":\\"block-k16-c12-p4-q4-e4\\"}},\\"sha256\\":{'
+        '\\"norm.weight\\":\\"bd05505f2ba72688a5380c71d962cac9fcb7ce0dbb0f4cd94bb4f47c567bab07\\",'
+        '\\"layers.0.up.weight\\":\\"4cab29acf0572edae311d8a4a495dc0fcefd723bc216e793018fdc35a220efae\\",'
+        '\\"layers.0.up.weight_exponent_bias\\":\\"b40151886387b6cb80ed6c92fb6ba6717d69a4888be817689e3ea01561bcc9e2\\"}}"},'
+        '"layers.0.up.weight":{"dtype":"I32","shape":[2,3],"data_offsets":[0,24]},'
+        '"layers.0.up.weight_exponent_bias":{"dtype":"I32","shape":[1],"data_offsets":[24,28]},'
+        '"norm.weight":{"dtype":"BF16","shape":[2],"data_offsets":[28,32]}}      '
+    ),
+}
+
+
+def golden_bytes(bits: str, version: int = 1) -> bytes:
     header, data = GOLDEN[bits]
-    return join(header, bytes.fromhex(data))
+    return join(header if version == 1 else GOLDEN_2[bits], bytes.fromhex(data))
 
 
 def golden_source(bits: str, folder):
@@ -77,12 +104,27 @@ class TestGolden:
     def test_a_run_writes_these_bytes(self, tmp_path, bits):
         source, _ = golden_source(bits, tmp_path / "m")
         compress_checkpoint(source, tmp_path / "out", format=bits, backend="torch")
-        assert (tmp_path / "out" / "model.safetensors").read_bytes() == golden_bytes(bits)
+        assert (tmp_path / "out" / "model.safetensors").read_bytes() == golden_bytes(bits, version=2)
 
-    def test_these_bytes_are_read_as_these_weights(self, tmp_path, bits):
+    def test_its_digests_are_those_of_the_format(self, bits):
+        """By FORMAT.md's words alone: a line of JSON that says what a tensor is, then its bytes."""
+        header, data = json.loads(GOLDEN_2[bits]), bytes.fromhex(GOLDEN[bits][1])
+        described = json.loads(header["__metadata__"]["seedlm"])
+        weight = described["tensors"]["layers.0.up"]
+        for name, known in described["sha256"].items():
+            entry = header[name]
+            facts = [name, entry["dtype"], entry["shape"]]
+            facts += [weight["format"], weight["shape"]] if name.startswith("layers.0.up.") else []
+            line = json.dumps(facts, separators=(",", ":")) + "\n"
+            assert hashlib.sha256(line.encode() + data[slice(*entry["data_offsets"])]).hexdigest() == known
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_these_bytes_are_read_as_these_weights(self, tmp_path, bits, version):
         source, weight = golden_source(bits, tmp_path / "m")
         compress_checkpoint(source, tmp_path / "out", format=bits, backend="torch")
-        (tmp_path / "out" / "model.safetensors").write_bytes(golden_bytes(bits))
+        (tmp_path / "out" / "model.safetensors").write_bytes(golden_bytes(bits, version))
+        edit_json(tmp_path / "out" / "config.json", lambda data: data["quantization_config"].update(format_version=version))
+        Checkpoint.open(tmp_path / "out").verify()
         found = Checkpoint.open(tmp_path / "out").tensor("layers.0.up").dequantize()
         expected = torch.tensor(rows_by_the_book(bits), dtype=torch.float64)
         torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=0)
@@ -163,10 +205,10 @@ CONFIG = {
         "has no quantization_config",
     ),
     "other-method": (config(lambda q: q.update(quant_method="awq")), "quant_method must be 'seedlm', got 'awq'"),
-    "newer-version": (config(lambda q: q.update(format_version=2)), "format_version 2 is newer than this package reads"),
+    "newer-version": (config(lambda q: q.update(format_version=3)), "format_version 3 is newer than this package reads"),
     "no-version": (config(lambda q: q.pop("format_version")), "format_version must be a positive integer, got None"),
     "bool-version": (config(lambda q: q.update(format_version=True)), "format_version must be a positive integer, got True"),
-    "family": (config(lambda q: q["format"].update(family="trellis")), "unknown format family 'trellis'"),
+    "family": (config(lambda q: q["format"].update(family="nix")), "unknown format family 'nix'"),
     "format-range": (config(lambda q: q["format"].update(seed_bits=99)), "seed_bits must be an integer from 2 to 24, got 99"),
     "format-keys": (config(lambda q: q["format"].update(extra=1)), "a block format has the keys"),
     "format-type": (config(lambda q: q.update(format=7)), "a format must be a JSON object, got int"),
@@ -303,7 +345,12 @@ def drop_bias(folder):
 METADATA = {
     "not-json": (header(lambda h: h["__metadata__"].update(seedlm="{")), "metadata, seedlm: not valid JSON"),
     "duplicate": (header(lambda h: h["__metadata__"].update(seedlm='{"a":1,"a":1}')), "the key 'a' stands twice"),
-    "keys": (described(lambda d: d.update(x=1)), "seedlm must have format_version and tensors"),
+    "keys": (described(lambda d: d.update(x=1)), "seedlm must not have 'x'"),
+    "no-tensors": (described(lambda d: d.pop("tensors")), "seedlm must have format_version and tensors"),
+    "digests-in-version-1": (described(lambda d: d.update(format_version=1)), "seedlm must not have 'sha256'"),
+    "digest-type": (described(lambda d: d["sha256"].update({WORDS: 7})), "the sha256 of .*up_proj.weight must be 64 digits"),
+    "digest-digits": (described(lambda d: d["sha256"].update({WORDS: "F" * 64})), "must be 64 digits of 0-9a-f, got 'FFF"),
+    "digest-of-nothing": (described(lambda d: d["sha256"].update(gone="0" * 64)), "gone is missing, the metadata has its SHA"),
     "version": (described(lambda d: d.update(format_version=9)), "format_version 9 is newer than this package reads"),
     "item": (described(lambda d: d["tensors"].update({UP: []})), "up_proj must have shape and format"),
     "shape-type": (described(lambda d: d["tensors"][UP].update(shape=[44, "32"])), "impossible shape"),

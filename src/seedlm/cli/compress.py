@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seedlm.cli.console import in_bytes, number, show_progress
+from seedlm.cli.console import in_bytes, number, show, show_progress, stopped
 from seedlm.codes.registry import DEFAULT, family, parse_format
 from seedlm.errors import FormatError
+from seedlm.storage.untrusted import printable
 
 if TYPE_CHECKING:
     from seedlm.codes.base import Format
@@ -80,12 +81,13 @@ def compress(
                 device=device,
                 backend=backend,
                 on_progress=on_progress,
-                on_note=lambda note: print(f"seedlm: {note}", file=sys.stderr),
+                on_note=lambda note: print(printable(f"seedlm: {note}"), file=sys.stderr),
                 **({"rounding": rounding} if rounding is not None else {}),
             )
-    except KeyboardInterrupt:
-        print(f"seedlm: stopped; run the same command again to go on ({out}.partial holds what is done)", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        partial = out.with_name(out.name + ".partial")
+        kept = f"; run the same command again to go on ({partial} holds what is done)" if partial.exists() else ""
+        stopped(error, kept)
     run = {"seconds": round(time.monotonic() - start, 2), "weights_per_second": rate()}
     if as_json:
         print(json.dumps({**report.to_dict(), **run}, indent=2))
@@ -123,7 +125,9 @@ def _format(source: str, bits: str, format: str | None, sensitivity: Path | None
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A compressed model.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Also read and check every code.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also read everything: check every code, and every tensor against its SHA-256.")
+    ] = False,
 ) -> None:
     """Show the compressed tensors of a model: shape, format, bits per weight, error; then the totals."""
     from seedlm.storage.checkpoint import Checkpoint
@@ -132,6 +136,7 @@ def inspect(
     report = inspect_checkpoint(folder)
     if check:
         checkpoint = Checkpoint.open(folder)
+        checkpoint.verify()
         for module in checkpoint.packed:
             checkpoint.tensor(module)
     if as_json:
@@ -139,28 +144,28 @@ def inspect(
         return
     header = ("module", "shape", "format", "bits", "error")
     rows = [
-        (t.module, f"{t.shape[0]} x {t.shape[1]}", t.format, f"{t.bits_per_weight:.3f}", number(t.relative_error))
+        (printable(t.module), f"{t.shape[0]} x {t.shape[1]}", t.format, f"{t.bits_per_weight:.3f}", number(t.relative_error))
         for t in report.tensors
     ]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print()
     _print_totals(report)
 
 
 def _print_totals(report: "Report") -> None:
     share = f", the original {in_bytes(report.source_bytes)}" if report.source_bytes else ""
-    print(f"model             {report.folder}")
+    show(f"model             {report.folder}")
     sixteen = 2 * (report.compressed_weights + report.dense_weights)
-    print(f"size              {in_bytes(report.bytes)}{share}; at 16 bits a weight it would be {in_bytes(sixteen)}")
-    print(
+    show(f"size              {in_bytes(report.bytes)}{share}; at 16 bits a weight it would be {in_bytes(sixteen)}")
+    show(
         f"compressed        {len(report.tensors)} tensors, {report.compressed_weights:,} weights, "
         f"{report.bits_per_weight:.4f} bits each"
     )
-    print(
+    show(
         f"left as it was    {report.dense_weights:,} weights; the whole model {report.model_bits_per_weight:.4f} bits a weight"
     )
     if report.relative_error is not None and report.tensors:
         worst = max(report.tensors, key=lambda tensor: tensor.relative_error or 0.0)
-        print(f"relative error    {report.relative_error:.4f}, largest {number(worst.relative_error)} in {worst.module}")
+        show(f"relative error    {report.relative_error:.4f}, largest {number(worst.relative_error)} in {worst.module}")

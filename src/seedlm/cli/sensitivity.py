@@ -33,7 +33,7 @@ def sensitivity(
 
     from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, write_sensitivity
     from seedlm.device import choose_device
-    from seedlm.evaluation.models import load_model
+    from seedlm.integrations.transformers.models import load_model
 
     logging.disable_progress_bar()
     text = OwnText(sequences=sequences, length=length, seed=seed)

@@ -30,7 +30,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     has_original = original is not None or any(run.results["reference"] for run in runs)
     made = sorted(
         (run for run in runs if run is not original),
-        key=lambda run: (-(_bits(run) or 0), run.results["metrics"]["nll"]["mean"], run.label),
+        key=lambda run: (-(_bits(run) or 0), _nll(run), run.label),
     )
     columns: list[Run | None] = [*made]
     rows = [_row(run) for run in made]
@@ -133,6 +133,11 @@ def _baseline_size(model: dict[str, Any], baseline: dict[str, Any]) -> dict[str,
     return size
 
 
+def _nll(run: Run) -> float:
+    mean: float | None = run.results["metrics"]["nll"]["mean"]
+    return math.inf if mean is None else mean
+
+
 def _bits(run: Run) -> float | None:
     bits: float | None = (run.baseline or run.results["model"])["bits_per_weight"]
     return bits
@@ -166,7 +171,7 @@ def _front(rows: list[dict[str, Any]], metric: str, cost: str) -> list[int]:
     points = []
     for place, row in enumerate(rows):
         found = row["tasks_mean"] if metric == "tasks" else row["metrics"].get(metric)
-        if found and row[cost] is not None and not row["original"]:
+        if found and found["mean"] is not None and row[cost] is not None and not row["original"]:
             points.append((row[cost], -_QUALITY[metric] * found["mean"], place))
     front: list[int] = []
     best = math.inf

@@ -8,7 +8,7 @@ configuration, by `LoraConfig._register_custom_module`, which peft documents for
     model = PeftModel.from_pretrained(packed, folder, config=for_packed(folder))
     dense = model.merge_and_unload()                                       # adapted layers dense, all others still packed
 
-Gradients flow through packed layers, not into them. There are no values to add an update to, so merging makes a layer dense, and
+Gradients flow through packed layers, not into them. There are no values to add an update to: merging makes a layer dense, and
 what starts or scales an adapter by the values of the weight (DoRA, PiSSA, OLoRA, ...) is refused.
 """
 

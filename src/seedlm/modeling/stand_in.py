@@ -20,7 +20,7 @@ class PackedWeight(Tensor):
     """A weight without values. It has no gradient: `requires_grad` is False, and cannot be changed."""
 
     _is_hf_initialized = True
-    """For transformers, whose GPTBigCode starts its layers' weights anew by name, unless they say that they are loaded."""
+    """Models of transformers initialise weights of their layers by name after loading (T5), except those that are marked."""
 
     @staticmethod
     def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "PackedWeight":

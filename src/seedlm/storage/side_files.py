@@ -7,7 +7,6 @@ What describes weights that are no longer there does not: indexes, settings of a
 
 import hashlib
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -19,6 +18,7 @@ SIDE_SUFFIXES: Final = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoke
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 _SIDE_NAMES: Final = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\..*)?", re.IGNORECASE)
+_MAX_SIDE_BYTES: Final = 1 << 30
 _SIDE_PATTERNS: Final = ("*", "additional_chat_templates/*.jinja")
 _NOT_KEPT: Final = re.compile(
     r"config\.json|.*\.index\.json|seedlm_report\.json|quantize_config\.json|quant_config\.json|hf_quant_config\.json"
@@ -50,7 +50,7 @@ class SideFiles:
         for path in self.paths:
             copied = target / path.relative_to(self._folder)
             copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copied)
+            copied.write_bytes(read_bytes(path, _MAX_SIDE_BYTES, SourceError))
 
     def _beside(self) -> Iterator[Path]:
         adapted = (self._folder / _ADAPTER_WEIGHTS).is_file()
