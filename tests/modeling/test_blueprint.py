@@ -139,9 +139,7 @@ def test_a_head_may_be_missing_and_a_shape_may_not_differ(tmp_path):
     rewrite(tmp_path / "m", lambda tensors: tensors.pop("lm_head.weight"))
     run(tmp_path / "m", tmp_path / "out")
     config_of(tmp_path / "m", intermediate_size=45)
-    with pytest.raises(
-        SourceError, match=r"mlp\.\w+_proj\.weight: is \[.*44.*\] in the source, and \[.*45"
-    ):
+    with pytest.raises(SourceError, match=r"mlp\.\w+_proj\.weight: is \[.*44.*\] in the source, and \[.*45"):
         run(tmp_path / "m", tmp_path / "other")
 
 
