@@ -4,8 +4,9 @@
 
 Times are medians of CUDA graph replays, in microseconds for one product; weights take turns so that none is read from a
 cache. `alone`: each kernel starts when the one before it has ended; `in a row`: as layers run them, where on Hopper a kernel
-may start while the one before it ends. Activations are prepared inside the products. Ratios are to cuBLAS FP16 with as many
-tokens in the same run. The last line is JSON. --keep-going times what failed its check too, and says so.
+may start while the one before it ends; `wide kernel`: that one, where the backend may choose torch's product. Activations are
+prepared inside the products. Ratios are to cuBLAS FP16 with as many tokens in the same run. The last line is JSON.
+--keep-going times what failed its check too, and says so.
 """
 
 import argparse
@@ -74,6 +75,15 @@ def relative_error(y: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
     return torch.where(error.isfinite(), ratio, torch.inf).max().item()
 
 
+def multiply(x: Tensor, prepared: list[Tensor], format: BlockFormat, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+    """The backend's product; of many tokens the wide kernel's also where the backend would take torch's product."""
+    if len(x) > 16:
+        plan = launch.wide_plan(format, shape[1], len(x), 0, launch.has_vector_loads(prepared[0], format))
+        if plan is not None:
+            return launch.wide_product(x, *prepared, plan, bias)
+    return BACKEND.linear(x, prepared, format, shape, bias)
+
+
 def check(presets: list[str], counts: list[int]) -> dict[str, float]:
     """The largest relative error of each kernel and dtype over formats, shapes and inputs, against float64."""
     worst: dict[str, float] = {}
@@ -93,7 +103,7 @@ def check(presets: list[str], counts: list[int]) -> dict[str, float]:
                     for name, x in hard_inputs(tokens, width, dtype).items():
                         shift = None if name == "subnormal" else bias
                         reference = x.double() @ weight.double().T + (0 if shift is None else shift.double())
-                        y = BACKEND.linear(x, prepared, format, shape, shift)
+                        y = multiply(x, prepared, format, shape, shift)
                         kernel = "vector" if tokens == 1 else "batch" if tokens <= 16 else "wide"
                         key = f"{kernel} {str(dtype).removeprefix('torch.')}" + (" outliers" if name == "outliers" else "")
                         worst[key] = max(worst.get(key, 0.0), relative_error(y, reference, dtype))
@@ -143,6 +153,8 @@ def measure(format: BlockFormat, out: int, width: int, tokens: int) -> dict[str,
     x = torch.randn(tokens, width, device="cuda", dtype=torch.float16)
     times = {"in a row": microseconds([lambda w=w: BACKEND.linear(x, w, format, shape, None) for w in weights])}
     vector_loads = launch.has_vector_loads(weights[0][0], format)
+    if tokens > 16:
+        times["wide kernel"] = microseconds([lambda w=w: multiply(x, w, format, shape, None) for w in weights])
     alone = launch.plan(format, shape, tokens, 0, vector_loads, overlap=False)
     if alone is not None:
         times["alone"] = microseconds([lambda w=w: launch.product(x, *w, alone, None) for w in weights])

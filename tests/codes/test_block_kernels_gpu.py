@@ -113,6 +113,14 @@ def test_all_presets_have_fused_products():
         assert sources.reason_no_halves(format) is None
 
 
+def test_wide_products_are_chosen_where_they_were_measured_to_be_faster():
+    assert sources.wide_pays((57344, 8192), 64, 132)
+    assert sources.wide_pays((57344, 8192), 256, 132)
+    assert not sources.wide_pays((57344, 8192), 2048, 132)
+    assert not sources.wide_pays((4096, 14336), 64, 132)
+    assert not sources.wide_pays((4096, 14336), 2048, 132)
+
+
 def test_formats_without_a_fast_path_say_what_they_lack():
     assert sources.reason_no_vector(parse_spec("block-k16-c16-p8-q4-e4")) == "at most 4 coefficients and 4 exponent bits"
     assert sources.reason_no_vector(parse_spec("block-k8-c8-p3-q4-e4")) == "registers of 13 to 16 bits"
@@ -182,6 +190,26 @@ class TestOnADevice:
             with monkeypatch.context() as patch:
                 poisoned(patch)
                 assert relative_error(product(parts, format, shape, x), expected) < 2.5e-3
+
+    @pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="wgmma is Hopper's alone"
+    )
+    @pytest.mark.parametrize("tokens", [17, 64, 65, 130, 600])
+    @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=str)
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_wide_products_where_the_backend_would_not_choose_them(self, preset, dtype, tolerance, tokens, monkeypatch):
+        format, index = PRESETS[preset], torch.cuda.current_device()
+        for shape in ((1000, 576), (83, 1013)):
+            parts = even_parts(format, *shape)
+            words, exponent_bias = BACKEND.prepare(parts, format, shape)
+            x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+            bias = torch.randn(shape[0], device="cuda", dtype=dtype)
+            expected = reference(parts, format, shape, x, bias)
+            plan = launch.wide_plan(format, shape[1], tokens, index, launch.has_vector_loads(words, format))
+            assert plan is not None
+            with monkeypatch.context() as patch:
+                poisoned(patch)
+                assert relative_error(launch.wide_product(x, words, exponent_bias, plan, bias), expected) < tolerance
 
     @pytest.mark.parametrize("tokens", [1, 7, 30])
     @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=str)

@@ -12,7 +12,8 @@
 //
 // mma.m16n8k32: a lane owns its four blocks (rows g and g + 8), and the B operand is block-diagonal: columns 2t and 2t + 1 hold
 // the high and low parts of what lane t's block meets, so the block's P results come back to the lane that has its coefficients.
-// The weights of x stay in registers while the warp walks down the rows. Counted: 4 instructions a weight at 4 bits.
+// The weights of x stay in registers while the warp walks down the rows. Counted in machine code: 4.6 instructions a weight
+// at 4 bits and 3 bits, half of them on the pipe for shifts and logic.
 //
 // include: common.cuh
 
