@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from seedlm.lfsr import step
 
 from seedlm.codes import hadamard
+from seedlm.codes.block.lfsr import step
 
 
 def matrix(width: int, largest: int) -> torch.Tensor:
     """The transform as a matrix float64 [width, width]: x -> matrix @ x."""
     blocks = []
     for size in hadamard.block_sizes(width, largest):
-        state, block = 1, torch.empty(size, size, dtype=torch.float64)
+        state, block = hadamard.SIGN_SEED, torch.empty(size, size, dtype=torch.float64)
         for j in range(size):
             state = step(state, 16)
             for i in range(size):

@@ -1,9 +1,10 @@
 """The command line: a module for every command. What takes time to import is imported inside the commands.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 refused with one line that says why, 130 stopped by
-Ctrl-C.
+Ctrl-C, 143 by SIGTERM.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -12,12 +13,14 @@ import typer
 
 from seedlm.cli.compare import compare
 from seedlm.cli.compress import compress, inspect
+from seedlm.cli.console import on_sigterm
 from seedlm.cli.design import design
 from seedlm.cli.evaluate import evaluate
 from seedlm.cli.generate import generate
 from seedlm.cli.rtl import rtl
 from seedlm.cli.sensitivity import sensitivity
 from seedlm.errors import SeedLMError
+from seedlm.storage.untrusted import printable
 from seedlm.version import __version__
 
 app = typer.Typer(
@@ -37,10 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     arguments   what follows the program's name; None takes them from the command line
     """
+    if arguments is None:
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         app(arguments, standalone_mode=True)
     except SeedLMError as error:
-        print(f"seedlm: {error}", file=sys.stderr)
+        print(printable(f"seedlm: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -30,7 +30,7 @@ def compare(
     for path in filter(None, (out, json_out)):
         check_free(path)
     comparison = compare_runs(load_runs(runs))
-    text = json.dumps(comparison, indent=1, ensure_ascii=False)
+    text = json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False)
     try:
         for file, content in ((out, to_html(comparison) if out else ""), (json_out, text)):
             if file:
@@ -38,4 +38,4 @@ def compare(
                     stream.write(content.encode())
     except OSError as reason:
         raise EvaluationError(f"{reason.filename}: cannot be written ({reason.strerror})") from None
-    print(text if as_json else to_markdown(comparison), end="\n" if as_json else "")
+    print(json.dumps(comparison, indent=1) if as_json else to_markdown(comparison), end="\n" if as_json else "")

@@ -1,9 +1,37 @@
-"""What the commands share: a progress bar on stderr, and numbers as people read them."""
+"""What the commands share: a progress bar on stderr, numbers as people read them, and other people's texts made harmless.
 
+Names of modules, tasks and files come from models, and a terminal obeys what is printed: a name may hold a command to it, or a
+line end that forges a row of a table. So whatever is not printable is shown as its escape.
+"""
+
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
+
+from seedlm.storage.untrusted import printable
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which asks for the same as Ctrl-C."""
+
+
+def on_sigterm(number: int, frame: object) -> NoReturn:
+    """A handler that lets a command end as after Ctrl-C."""
+    raise Terminated
+
+
+def stopped(error: KeyboardInterrupt, kept: str = "") -> NoReturn:
+    """Say that a command was stopped, and what is kept; exit as a shell expects it."""
+    print(printable(f"seedlm: stopped{kept}"), file=sys.stderr)
+    sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
+
+
+def show(line: str) -> None:
+    """Print a line that may hold texts of others."""
+    print(printable(line))
 
 
 def number(value: float | None) -> str:
@@ -40,6 +68,8 @@ def show_progress() -> Iterator[tuple[Any, Any]]:
         disable=not console.is_terminal,
     )
     labels = {
+        "text": ("Writing a text", ("k", "tokens")),
+        "statistics": ("Observing layers", ("k", "tokens")),
         "read": ("Reading the source", ("M", "bytes")),
         "compress": ("Searching seeds", ("M", "weights")),
         "evaluate": ("Scoring", ("k", "tokens")),

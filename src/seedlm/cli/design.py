@@ -1,11 +1,12 @@
 """``seedlm design``."""
 
 import json
-import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from seedlm.cli.console import stopped
 
 if TYPE_CHECKING:
     from seedlm.compress.design import Measured
@@ -59,9 +60,8 @@ def design(
                 on_progress=lambda count: bar.advance(task, count),
             )
             measured = list(measuring)
-    except KeyboardInterrupt:
-        print("seedlm: stopped", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        stopped(error)
     measured.sort(key=lambda m: m.nmse)
     seconds = round(time.monotonic() - start, 2)
     if as_json:

@@ -1,13 +1,12 @@
 """``seedlm evaluate``."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from seedlm.cli.console import in_bytes, show_progress
+from seedlm.cli.console import in_bytes, show, show_progress, stopped
 from seedlm.errors import EvaluationError
 
 
@@ -42,7 +41,7 @@ def evaluate(
     tokens_out: Annotated[Path | None, typer.Option(help=".npz file to create: every prediction.", metavar="FILE")] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Zero-shot tasks too: names with commas between, or 'paper' for its five.", metavar="NAMES"),
+        typer.Option(help="Zero-shot tasks or groups too: names with commas, or 'paper' for its five.", metavar="NAMES"),
     ] = None,
     task_data: Annotated[
         Path | None, typer.Option(help="Folder of local files for the tasks, instead of the Hub.", metavar="FOLDER")
@@ -105,13 +104,12 @@ def evaluate(
                 revision=revision,
                 on_progress=on_progress,
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         partial = Path(f"{out}.partial")
         kept = f"; run the same command again to go on ({partial} holds what is done)" if partial.exists() else ""
-        print(f"seedlm: stopped{kept}", file=sys.stderr)
-        sys.exit(130)
+        stopped(error, kept)
     if as_json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print(json.dumps(results, indent=2))
     else:
         _print_results(results)
 
@@ -119,34 +117,38 @@ def evaluate(
 def _print_results(results: dict[str, Any]) -> None:
     def estimate(name: str) -> str:
         value, error = results["metrics"][name].values()
+        if value is None:
+            return "not finite"
         return f"{value:.4f}" + (f" +- {error:.4f}" if error is not None else "")
 
     for role in ("model", "reference"):
         if info := results[role]:
             bits = [f"{info['bits_per_weight']:.4f} bits a weight"] if info["bits_per_weight"] else []
             bits += [f"the whole model {info['model_bits_per_weight']:.4f}"] if info["model_bits_per_weight"] else []
-            print(f"{role:17} {info['name']} ({', '.join([info['format'], *bits, in_bytes(info['bytes'])])})")
+            show(f"{role:17} {info['name']} ({', '.join([info['format'], *bits, in_bytes(info['bytes'])])})")
     if quantized := results["run"]["baseline"]:
         libraries = ", ".join(f"{library} {number}" for library, number in quantized["libraries"].items())
         kind = "calibrated" if quantized["calibrated"] else "data-free"
-        print(f"quantised by      {quantized['name']} ({libraries}; {kind}): {quantized['bits_per_weight']:.4f} bits a weight")
+        show(f"quantised by      {quantized['name']} ({libraries}; {kind}): {quantized['bits_per_weight']:.4f} bits a weight")
     facts, run, place = results["text"], results["run"], results["environment"]
     bos = "starting with" if facts["starts_with_bos"] else "without"
-    print(f"text              {facts['path']}: {facts['form']}; {facts['tokens']:,} tokens, {bos} BOS")
-    print(
+    show(f"text              {facts['path']}: {facts['form']}; {facts['tokens']:,} tokens, {bos} BOS")
+    show(
         f"protocol          {facts['windows']} windows of {results['settings']['context']} tokens, each alone, "
         f"{facts['predictions']:,} predictions; errors are standard errors over windows"
     )
-    print(f"perplexity        {estimate('perplexity')}")
+    show(f"perplexity        {estimate('perplexity')}")
     if results["reference"]:
-        print(f"of the reference  {estimate('reference_perplexity')}; ratio {estimate('perplexity_ratio')}")
-        print(f"KL divergence     {estimate('kl')} nats a token")
-        print(f"same top token    {estimate('top1_agreement')} of all")
+        show(f"of the reference  {estimate('reference_perplexity')}; ratio {estimate('perplexity_ratio')}")
+        show(f"KL divergence     {estimate('kl')} nats a token")
+        show(f"same top token    {estimate('top1_agreement')} of all")
     speed = [f"{run['tokens_per_second']:,.0f} tokens/s"] if run["tokens_per_second"] else []
     memory = [f"at most {in_bytes(run['peak_memory_bytes'])} of memory"] if run["peak_memory_bytes"] else []
     for task, answer in results["tasks"].items():
-        kind = "acc_norm" if "acc_norm" in answer else "acc"
-        accuracy, error = answer[kind].values()
-        print(f"{task:17} {accuracy:.4f} +- {error:.4f} ({kind}, {answer['questions']} questions, version {answer['version']})")
-    print("time              " + ", ".join([f"{run['seconds']:.1f} s", *speed, *memory]))
-    print(f"on                {place['device_name']} ({place['device']}), {run['dtype']}, torch {place['torch']}")
+        best = "acc_norm" if "acc_norm" in answer else "acc"
+        for kind, found in (answer.get("metrics") or {best: answer[best]}).items():
+            value, error = found.values()
+            spread = f" +- {error:.4f}" if error is not None else ""
+            show(f"{task:17} {value:.4f}{spread} ({kind}, {answer['questions']} questions, version {answer['version']})")
+    show("time              " + ", ".join([f"{run['seconds']:.1f} s", *speed, *memory]))
+    show(f"on                {place['device_name']} ({place['device']}), {run['dtype']}, torch {place['torch']}")

@@ -6,7 +6,7 @@ with B = 256 is 256 + 256 + 64; 100 with 64 is 64 + 32 + 4). A block x of size b
     H_b (sign * x) / sqrt(b)          H_b the Hadamard matrix in Sylvester's order, H[i, j] = (-1)^popcount(i & j)
 
 and sign[i] belongs to the position in the block, so that every slice of columns that starts at a block is transformed alike.
-sign[i] is -1 where bit i of the 16-bit register's stream from seed 1 is set; the first recorded bit is the lowest bit of
+sign[i] is -1 where bit i of the 16-bit register's stream from seed 0xACE1 is set; the first recorded bit is the lowest bit of
 the state after one step (paper Algorithm 1).
 
 The transform is orthogonal: applied to the inputs and to a weight's rows it leaves products as they are.
@@ -20,7 +20,7 @@ from torch import Tensor
 from seedlm.codes.block.lfsr import states
 
 SIGN_REGISTER_BITS = 16
-SIGN_SEED = 1
+SIGN_SEED = 0xACE1
 
 
 def block_sizes(width: int, largest: int) -> list[int]:
@@ -30,15 +30,17 @@ def block_sizes(width: int, largest: int) -> list[int]:
     return sizes + [1 << bit for bit in reversed(range(largest.bit_length())) if rest >> bit & 1]
 
 
-@functools.lru_cache(maxsize=16)
-def _signs(size: int) -> Tensor:
-    bits = torch.tensor(states(SIGN_SEED, size, SIGN_REGISTER_BITS)) & 1
-    return (1 - 2 * bits).to(torch.float32)
+@functools.lru_cache(maxsize=64)
+def _signs(size: int, device: torch.device) -> Tensor:
+    """`signs`, kept for each device: copying them at every call would stop CUDA graphs."""
+    with torch.inference_mode(False):
+        bits = torch.tensor(states(SIGN_SEED, size, SIGN_REGISTER_BITS), device="cpu") & 1
+        return (1 - 2 * bits).to(device, torch.float32)
 
 
 def signs(size: int) -> Tensor:
     """float32 [size] of +1 and -1: what a block's inputs are multiplied by before the Hadamard matrix."""
-    return _signs(size).clone()
+    return _signs(size, torch.device("cpu")).clone()
 
 
 def _butterflies(x: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def _blockwise(x: Tensor, largest: int, before: bool) -> Tensor:
     for size in sorted(set(sizes), reverse=True):
         width = size * sizes.count(size)
         part = x[..., first : first + width].unflatten(-1, (-1, size))
-        sign = _signs(size).to(device=x.device, dtype=x.dtype)
+        sign = _signs(size, x.device).to(x.dtype)
         part = _butterflies(part * sign) if before else _butterflies(part) * sign
         out[..., first : first + width] = part.flatten(-2)
         first += width

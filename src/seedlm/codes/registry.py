@@ -7,7 +7,7 @@ from typing import Any, Final
 from seedlm.codes.base import Family, Format
 from seedlm.errors import FormatError
 
-DEFAULT: Final = "block"
+DEFAULT: Final = "trellis"
 """The family whose presets are meant where a number of bits is given alone."""
 
 _HOMES: Final = {"block": "seedlm.codes.block.family", "trellis": "seedlm.codes.trellis.family"}
@@ -50,7 +50,8 @@ def parse_format(format: "str | float | Format", code: str | None = None) -> For
     """
     if isinstance(format, Format):
         return format
-    text = format if isinstance(format, str) else f"{format:g}" if isinstance(format, int | float) else repr(format)
+    number = isinstance(format, int | float) and -1e9 < format < 1e9
+    text = format if isinstance(format, str) else f"{format:g}" if number else f"{type(format).__name__}"
     chosen = family(DEFAULT if code is None else code)
     if text in chosen.presets:
         return chosen.presets[text]

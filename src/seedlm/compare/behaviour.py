@@ -39,7 +39,8 @@ def compare_tokens(columns: Columns) -> list[dict[str, Any]]:
     for run, found in known[1:]:
         if found["token_ids"] != first["token_ids"]:
             raise EvaluationError(f"{first_run.path} and {run.path} cannot be compared: their tokens differ")
-    divergence = np.array([found["kl"] for _, found in known])
+    divergence = np.array([found["kl"] for _, found in known], np.float64)  # None becomes NaN
+    divergence[np.isnan(divergence)] = np.inf
     share = _share(len(known))
     flat = divergence.reshape(len(known), -1)
     chosen = np.unique(np.argsort(-flat, axis=1, kind="stable")[:, :share])
@@ -150,9 +151,9 @@ def _changed_questions(task: str, answers: list[dict[int, Any]], columns: Column
 
 def _answer(row: dict[str, Any]) -> dict[str, Any]:
     """The chosen answer, and the probability of the right one if one of them must be."""
-    scores = row["log_likelihoods"]
+    scores = [-math.inf if score is None else score for score in row["log_likelihoods"]]
     top = max(scores)
-    weights = [math.exp(score - top) for score in scores]
+    weights = [1.0 if score == top else math.exp(score - top) for score in scores]
     return {"chosen": row["chosen"], "probability": round(weights[row["right"]] / sum(weights), 4)}
 
 
@@ -164,5 +165,5 @@ def _share(runs: int) -> int:
     return max(10, _SHOWN // max(1, runs))
 
 
-def _probability(nll: float) -> float:
-    return float(f"{math.exp(-nll):.3g}")
+def _probability(nll: float | None) -> float:
+    return 0.0 if nll is None else float(f"{math.exp(-max(nll, 0.0)):.3g}")

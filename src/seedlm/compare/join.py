@@ -30,7 +30,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     has_original = original is not None or any(run.results["reference"] for run in runs)
     made = sorted(
         (run for run in runs if run is not original),
-        key=lambda run: (-(_bits(run) or 0), run.results["metrics"]["nll"]["mean"], run.label),
+        key=lambda run: (-(_bits(run) or 0), _nll(run), run.label),
     )
     columns: list[Run | None] = [*made]
     rows = [_row(run) for run in made]
@@ -40,7 +40,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     for row, run in zip(rows, columns, strict=True):
         row["original"] = row is rows[0] and has_original
         row["parent"] = 0 if run and run is not original and _made_from(run, rows[0]) else None
-    tasks = list(dict.fromkeys(task for run in runs for task in run.results["tasks"]))
+    tasks = list(dict.fromkeys(task for run in runs for task in _accuracies(run.results)))
     for row in rows:
         row["tasks_mean"] = _mean_of(row["tasks"], tasks)
     first = runs[0].results
@@ -81,7 +81,7 @@ def _row(run: Run) -> dict[str, Any]:
     if run.baseline:
         row |= _baseline_size(model, run.baseline)
     row["metrics"] = {name: estimate for name, estimate in results["metrics"].items() if not name.startswith("reference_")}
-    row["tasks"] = {task: _accuracy(result) for task, result in results["tasks"].items()}
+    row["tasks"] = _accuracies(results)
     about, place = results["run"], results["environment"]
     row |= {key: about.get(key) for key in ("dtype", "tokens_per_second", "peak_memory_bytes")}
     row |= {key: place.get(key) for key in ("device_name", "torch", "transformers", "commit")}
@@ -133,14 +133,24 @@ def _baseline_size(model: dict[str, Any], baseline: dict[str, Any]) -> dict[str,
     return size
 
 
+def _nll(run: Run) -> float:
+    mean: float | None = run.results["metrics"]["nll"]["mean"]
+    return math.inf if mean is None else mean
+
+
 def _bits(run: Run) -> float | None:
     bits: float | None = (run.baseline or run.results["model"])["bits_per_weight"]
     return bits
 
 
-def _accuracy(result: dict[str, Any]) -> dict[str, Any]:
-    metric = "acc_norm" if "acc_norm" in result else "acc"
-    return {"metric": metric, "questions": result["questions"], **result[metric]}
+def _accuracies(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of the tasks that have one; tasks that generate text are measured otherwise, each in its own way, and not compared."""
+    found = {}
+    for task, result in results["tasks"].items():
+        metric = "acc_norm" if "acc_norm" in result else "acc"
+        if metric in result:
+            found[task] = {"metric": metric, "questions": result["questions"], **result[metric]}
+    return found
 
 
 def _mean_of(results: dict[str, Any], tasks: list[str]) -> dict[str, float] | None:
@@ -161,7 +171,7 @@ def _front(rows: list[dict[str, Any]], metric: str, cost: str) -> list[int]:
     points = []
     for place, row in enumerate(rows):
         found = row["tasks_mean"] if metric == "tasks" else row["metrics"].get(metric)
-        if found and row[cost] is not None and not row["original"]:
+        if found and found["mean"] is not None and row[cost] is not None and not row["original"]:
             points.append((row[cost], -_QUALITY[metric] * found["mean"], place))
     front: list[int] = []
     best = math.inf

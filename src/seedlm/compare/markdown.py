@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from seedlm.storage.untrusted import printable
+
 
 def to_markdown(comparison: dict[str, Any]) -> str:
     """The table, what stands behind it, and what to beware of."""
@@ -54,6 +56,8 @@ def _estimate(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
     mean, error = found["mean"], found["standard_error"]
+    if mean is None:
+        return "not finite"
     digits = 1 if abs(mean) >= 100 else 2 if abs(mean) >= 10 else 3
     return f"{mean:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error is not None else "")
 
@@ -62,6 +66,8 @@ def _percent(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
     error = found["standard_error"]
+    if found["mean"] is None:
+        return ""
     return f"{100 * found['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
@@ -69,4 +75,4 @@ def _escape(text: str) -> str:
     """What Markdown, and HTML inside it, would take for more than text."""
     for character in "\\|`*_[]<>":
         text = text.replace(character, f"&#{ord(character)};" if character in "<>" else f"\\{character}")
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

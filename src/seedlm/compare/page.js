@@ -74,7 +74,7 @@ function drawQuality() {
     const values = [];
     models.forEach((row, model) => {
       const found = estimate(row, name);
-      if (row.original || !found || row[field] === null) return;
+      if (row.original || !found || found.mean === null || row[field] === null) return;
       const error = found.standard_error || 0;
       values.push({
         model: row.label, name: names[model], method: row.method, place: model, x: row[field] / unit, y: found.mean, error,
@@ -99,7 +99,7 @@ function drawQuality() {
       })),
     ].filter((each) => !each.data || each.data.values.length);
     const known = original && estimate(original, name);
-    if (known && name !== "kl") {
+    if (known && known.mean !== null && name !== "kl") {
       layer.unshift(
         { data: { values: [{ y: known.mean }] }, mark: { type: "rule", color: "#1a1a1a", strokeDash: [2, 2] }, encoding: { y } },
         { data: { values: [{ y: known.mean, text: `original ${known.mean.toPrecision(4)}` }] }, mark: { type: "text", align: "left", x: 4, dy: -6, fontSize: 12 }, encoding: { y, text: { field: "text" } } },

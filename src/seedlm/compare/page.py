@@ -43,7 +43,7 @@ def to_html(comparison: dict[str, Any]) -> str:
         table=_table(comparison),
         lineage=_lineage(comparison["models"]),
         counts=_counts(comparison),
-        data=json.dumps(comparison, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        data=json.dumps(comparison, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         library=library,
         script=script,
     )

@@ -1,13 +1,14 @@
 """Results files and the records beside them, read and found to be of one kind."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from seedlm.errors import EvaluationError
 from seedlm.evaluation.records import EVALUATION_VERSION, read_records
+from seedlm.evaluation.schema import check_results
+from seedlm.storage.untrusted import parse_json, read_bytes
 
 _SAME: Final = (
     ("text", ("text", "sha256")),
@@ -17,19 +18,8 @@ _SAME: Final = (
 )
 """What must be equal for two perplexities to mean anything beside each other."""
 
-_SIZES: Final = ("bits_per_weight", "model_bits_per_weight", "weights", "bytes")
-_PARTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "model": ("name", "fingerprint", "format", *_SIZES),
-    "reference": (),
-    "settings": ("context",),
-    "text": ("path", "sha256", "tokens", "windows"),
-    "protocol": (),
-    "metrics": ("nll", "perplexity"),
-    "tasks": (),
-    "environment": (),
-    "run": (),
-}
-"""What a results file must have at least: its parts, and what is in them."""
+_MAX_BYTES: Final = 1 << 26
+"""Of a results file; those of an evaluation have some kilobytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,27 +60,17 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    text = read_bytes(path, _MAX_BYTES, EvaluationError, "results")
     try:
-        results = json.loads(path.read_bytes())
-    except OSError as reason:
-        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
-    except ValueError:
-        raise EvaluationError(f"{path}: is not JSON; a run is a file that `seedlm evaluate --out` wrote") from None
+        results = parse_json(text, str(path), EvaluationError)
+    except EvaluationError as reason:
+        raise EvaluationError(f"{reason}; a run is a file that `seedlm evaluate --out` wrote") from None
     if not isinstance(results, dict) or "evaluation_version" not in results:
         raise EvaluationError(f"{path}: is not a results file of `seedlm evaluate --out`")
     if results["evaluation_version"] != EVALUATION_VERSION:
         found = results["evaluation_version"]
-        raise EvaluationError(f"{path}: has version {found}, this package reads {EVALUATION_VERSION}")
-    missing = [part for part in _PARTS if part not in results]
-    missing += [
-        f"{part} {key}"
-        for part, keys in _PARTS.items()
-        if part in results
-        for key in keys
-        if not isinstance(results[part], dict) or key not in results[part]
-    ]
-    if missing:
-        raise EvaluationError(f"{path}: lacks {', '.join(missing)}")
+        raise EvaluationError(f"{path}: has version {found!r:.40}, this package reads {EVALUATION_VERSION}")
+    check_results(results, str(path))
     return results
 
 

@@ -19,15 +19,21 @@ import torch
 from torch import Tensor
 
 from seedlm.codes.base import EncodeOptions, Facts, Format, Tell, totals
+from seedlm.codes.encoded import EncodedTensor
 from seedlm.codes.registry import family_of
 from seedlm.compress.workfolder import Writer, sync, writing
 from seedlm.errors import SourceError, TensorError
 from seedlm.storage.metadata import PackedInfo, heading, stored_name
 from seedlm.storage.safetensors import TensorInfo, torch_dtype
 from seedlm.storage.source import Source, open_source
+from seedlm.storage.statistics import Statistics
 
 PIECE_WEIGHTS: Final = {"cpu": 1 << 22, "cuda": 1 << 23}
 """Weights of a tensor that are in memory at a time. 2^22 are 16 MiB in float32 and 32 MiB while their squares are added up."""
+
+
+_MARGIN: Final = 4
+"""Codes may stand for more than the largest weight; where that is beyond this share of a dtype's range, they are decoded."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Job:
     token         by which the folder above is known (`workfolder.is_held`)
     formats       that will be encoded
     options       how
+    statistics    file of the layers' statistics, for error feedback; None without
     """
 
     source: str
@@ -48,6 +55,7 @@ class Job:
     token: str
     formats: tuple[Format, ...]
     options: EncodeOptions
+    statistics: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +122,7 @@ class Worker:
         self._own = threading.local()
         self._opening = threading.Lock()
         self._files: dict[str, FileIO] = {}
+        self._statistics: Statistics | None = None
 
     def warm_up(self) -> None:
         """Build the tables and compile what encoding needs, which takes seconds, on the least matrix."""
@@ -169,10 +178,13 @@ class Worker:
         format, module = packed.format, f"{item.module}"
         parts = format.parts(rows, columns)
         start, errors = 0, []
+        dtype = torch_dtype(self.source.tensors[item.name].dtype)
+        kept: dict[str, list[Tensor]] | None = {} if largest > torch.finfo(dtype).max / _MARGIN else None
         on_gpu = self.device.type == "cuda"
         weights = PIECE_WEIGHTS["cuda" if on_gpu else "cpu"]
         with torch.cuda.stream(self._stream()):
-            encoder = family_of(format).encoder(format, packed.shape, Facts(largest), self.job.options, self.device)
+            facts = self._facts(module, largest)
+            encoder = family_of(format).encoder(format, packed.shape, facts, self.job.options, self.device)
             for piece in pieces(self.source, item.name, module, packed, weights, pinned=on_gpu):
                 left = len(piece) * columns
 
@@ -188,15 +200,35 @@ class Worker:
                     entry_bytes = part.nbytes // part.shape[0]
                     first = start // part.rows_per_entry * entry_bytes
                     writer.write(stored_name(module, name), first, as_bytes(tensor.cpu()))
+                    if kept is not None:
+                        kept.setdefault(name, []).append(tensor.cpu())
                 errors.append(found)
                 tell(left)
                 start += len(piece)
             for name, tensor in encoder.rest().items():
                 writer.write(stored_name(module, name), 0, as_bytes(tensor.cpu()))
+                if kept is not None:
+                    kept[name] = [tensor.cpu()]
+        if kept is not None:
+            weight = EncodedTensor(format, packed.shape, {name: torch.cat(kept[name]) for name in parts}).dequantize(dtype)
+            if count := int((~weight.isfinite()).sum()):
+                raise TensorError(
+                    f"{item.name}: holds {largest:g}, and {count} of its weights would decode to infinity in {dtype}; "
+                    "--exclude keeps it as it is"
+                )
         error, norm = totals(errors)
         if not math.isfinite(norm):
             raise SourceError(f"{item.name}: has NaN or Inf values that it did not have before; it changed while being read")
         return {"squared_error": error, "squared_norm": norm}
+
+    def _facts(self, module: str, largest: float) -> Facts:
+        """What is known of a matrix; statistics are read by the first that has some."""
+        if self.job.statistics is None:
+            return Facts(largest)
+        with self._opening:
+            if self._statistics is None:
+                self._statistics = Statistics.load(self.job.statistics)
+        return self._statistics.facts_of(module, largest)
 
     def _stream(self) -> torch.cuda.Stream | None:
         if self.device.type == "cuda" and not hasattr(self._own, "stream"):

@@ -2,8 +2,10 @@
 
     lock            held while a run is at work; its content is a random number by which other machines know the folder
     plan.json       everything that the result depends on but the weights; a run goes on only if its own plan is equal
+    statistics.safetensors, statistics.json   what the model was found to be like, and from what (`statistics`)
     journal.jsonl   one line per finished tensor, written after its bytes have reached the disk: the SHA-256 of what was read,
                     and of what was written
+    side/           the small files beside the weights, copied before the first tensor so that what cannot be is known then
     finishing       there from when every tensor is done: what else lies in ``model/`` is ours
     model/          the folder that becomes OUT, by one rename at the end
 
@@ -22,7 +24,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +37,9 @@ _PLAN: Final = "plan.json"
 _JOURNAL: Final = "journal.jsonl"
 _LOCK: Final = "lock"
 _FINISHING: Final = "finishing"
+_SIDE: Final = "side"
 _MODEL: Final = "model"
+_STATISTICS: Final = ("statistics.safetensors", "statistics.json", "statistics.json.new")
 
 
 class WorkFolder:
@@ -108,7 +112,7 @@ class WorkFolder:
             if self.out.exists():
                 raise OutputError(f"{self.out}: exists already, and {self.path} holds an unfinished run; delete one of them")
         else:
-            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (_LOCK, f"{_PLAN}.new"))
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (_LOCK, f"{_PLAN}.new", *_STATISTICS))
             if strangers:
                 raise OutputError(f"{self.path}: holds {strangers[0]}, which is not from a run; move it away")
             self._check_space(sum(layout.nbytes for layout in layouts.values()))
@@ -216,8 +220,20 @@ class WorkFolder:
         """Put a JSON file into the model folder, whole or not at all."""
         self._write_whole(self.model / name, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
 
+    def stage(self, copy: Callable[[Path], None]) -> None:
+        """Have all small files but ours put beside the run; if that fails, a run that has just begun leaves no trace."""
+        side = self.path / _SIDE
+        try:
+            shutil.rmtree(side, ignore_errors=True)
+            side.mkdir()
+            copy(side)
+        except BaseException:
+            if not self.resumed:
+                self.remove()
+            raise
+
     def finish(self, layouts: Mapping[str, Layout]) -> None:
-        """All tensors are done: put the final headers, as long as those before, into their files.
+        """All tensors are done: put the final headers, as long as those before, into their files, and the small files beside.
 
         Raises OutputError if a file lies beside them that no run put there.
         """
@@ -228,6 +244,8 @@ class WorkFolder:
         for name, layout in layouts.items():
             with open(self.model / name, "r+b") as file:
                 file.write(layout.header)
+        for path in (self.path / _SIDE).iterdir():
+            os.replace(path, self.model / path.name)
 
     def publish(self) -> None:
         """Make the model folder the output: the one step after which it exists."""

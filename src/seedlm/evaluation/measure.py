@@ -209,5 +209,6 @@ def _estimate(means: np.ndarray) -> Estimate:
 def _exponential(means: np.ndarray) -> Estimate:
     """The exponential of the mean; its standard error to first order."""
     inner = _estimate(means)
-    value = float(np.exp(inner.mean))
+    with np.errstate(over="ignore"):  # a perplexity may be beyond float64
+        value = float(np.exp(inner.mean))
     return Estimate(value, None if inner.standard_error is None else value * inner.standard_error)

@@ -9,24 +9,33 @@
     tasks     task -> its questions: which answer was right and which was chosen, and the log likelihood of each; texts of the
               first 500
 
-JSON, since it is read by people's tools too; the same run leaves the same bytes.
+JSON, since it is read by people's tools too; the same run leaves the same bytes. A number that is not finite, which JSON does
+not have, is null (`finite`). A file that was packed to become far larger than any of ours is not unpacked.
 """
 
 import gzip
 import hashlib
 import json
+import math
+import zlib
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from seedlm.errors import EvaluationError
+from seedlm.storage.untrusted import parse_json, read_bytes
 
 EVALUATION_VERSION: Final = 1
 """Of the results' layout."""
 
 RECORDS_VERSION: Final = 1
 """Of the records' layout."""
+
+_MAX_BYTES: Final = 1 << 28
+_MAX_RATIO, _FREE_BYTES = 16, 1 << 16
+"""Records are read up to 256 MiB, and unpacked to at most 16 times their size: those of an evaluation shrink to a quarter,
+tasks with their texts to an eighth."""
 
 PREDICTIONS: Final = 1 << 15
 """Predictions that are kept one by one: 16 windows of the papers' length, a third of a megabyte."""
@@ -39,7 +48,8 @@ def records_path(out: Path) -> Path:
 
 def pack_records(records: dict[str, Any]) -> bytes:
     """The file's bytes."""
-    text = json.dumps({"records_version": RECORDS_VERSION, **records}, ensure_ascii=False, separators=(",", ":"))
+    data = finite({"records_version": RECORDS_VERSION, **records})
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return gzip.compress(text.encode(), mtime=0)
 
 
@@ -49,9 +59,11 @@ def read_records(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
     They are looked for beside it, under the name that they were written with, and under the one that goes with `path`'s.
     Raises EvaluationError for a file that is not the one the results name.
     """
+    from seedlm.evaluation.schema import check_records
+
     named = results.get("records")
     places = dict.fromkeys((path.with_name(Path(named["file"]).name), records_path(path)) if named else ())
-    found = {file: file.read_bytes() for file in places if file.is_file()}
+    found = {file: read_bytes(file, _MAX_BYTES, EvaluationError, "records") for file in places if file.is_file()}
     if not named or not found:
         return None
     file = next((file for file, data in found.items() if hashlib.sha256(data).hexdigest() == named["sha256"]), None)
@@ -59,13 +71,37 @@ def read_records(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
         raise EvaluationError(
             f"{next(iter(found))}: is not the file that {path} names (its SHA-256 differs); restore it, or delete it"
         )
-    try:
-        records: dict[str, Any] = json.loads(gzip.decompress(found[file]))
-    except (OSError, EOFError, ValueError) as reason:
-        raise EvaluationError(f"{file}: is damaged ({reason})") from None
-    if records.get("records_version") != RECORDS_VERSION:
-        raise EvaluationError(f"{file}: has version {records.get('records_version')}, this package reads {RECORDS_VERSION}")
+    records = parse_json(_unpack(found[file], file), str(file), EvaluationError)
+    if not isinstance(records, dict) or records.get("records_version") != RECORDS_VERSION:
+        version = records.get("records_version") if isinstance(records, dict) else None
+        raise EvaluationError(f"{file}: has version {version!r:.40}, this package reads {RECORDS_VERSION}")
+    check_records(records, str(file))
+    if records.get("tokens") and any(len(row) != results["settings"]["context"] for row in records["tokens"]["token_ids"]):
+        raise EvaluationError(f"{file}: its windows are not of {results['settings']['context']} tokens, as {path} says")
     return records
+
+
+def _unpack(data: bytes, file: Path) -> bytes:
+    limit = _MAX_RATIO * len(data) + _FREE_BYTES
+    unpacking = zlib.decompressobj(wbits=31)
+    try:
+        text = unpacking.decompress(data, limit + 1)
+    except zlib.error as reason:
+        raise EvaluationError(f"{file}: is damaged ({reason})") from None
+    if len(text) > limit:
+        raise EvaluationError(f"{file}: would become more than {_MAX_RATIO} times its size, which no evaluation's records do")
+    if not unpacking.eof or unpacking.unused_data:
+        raise EvaluationError(f"{file}: is damaged ({'ends early' if not unpacking.eof else 'goes on after its end'})")
+    return text
+
+
+def finite(data: Any) -> Any:
+    """JSON data with None for every number that JSON does not have."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def token_records(windows: np.ndarray, records: np.ndarray, tokenizer: Any) -> dict[str, Any]:

@@ -10,10 +10,9 @@ import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,14 +23,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from seedlm.device import choose_device
+from seedlm.device import choose_device, peak_host_memory
 from seedlm.errors import EvaluationError
 from seedlm.evaluation import measure
 from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
 from seedlm.evaluation.journal import Journal, check_free, replacing
 from seedlm.evaluation.layer_errors import compare_layers
 from seedlm.evaluation.prompts import continue_prompts
-from seedlm.evaluation.records import EVALUATION_VERSION, pack_records, records_path, token_records
+from seedlm.evaluation.records import EVALUATION_VERSION, finite, pack_records, records_path, token_records
 from seedlm.evaluation.zeroshot import check_tasks, zero_shot
 from seedlm.integrations.transformers import models
 from seedlm.storage.source import locate
@@ -82,7 +81,7 @@ class Settings:
     packed       leave packed weights packed, instead of expanding them once: less memory, slower
     baseline     quantise the model by another method first, one of `baselines.baseline_names`
     calibration  UTF-8 file of text for a baseline that is calibrated
-    tasks        zero-shot tasks to do after the text, as `zeroshot.zero_shot` names them
+    tasks        zero-shot tasks to do after the text, or groups of them, as the harness names them
     task_data    folder of local files for them; None for the Hub
     task_limit   at most this many questions of each
     task_batch   questions' answers in one forward pass
@@ -160,7 +159,7 @@ def evaluate(
     for path in filter(None, (out, out and records_path(out), tokens_out)):
         check_free(path)
     if settings.tasks:
-        check_tasks(settings.tasks, settings.task_data)
+        settings = replace(settings, tasks=check_tasks(settings.tasks, settings.task_data))
     device = choose_device(settings.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -230,14 +229,14 @@ def evaluate(
                 file.write(packed)
         run["seconds"] = round(time.monotonic() - start, 3)
         accuracies = {task: accuracy for task, (accuracy, _) in tasks.items()}
-        results = {**plan, "metrics": metrics, "tasks": accuracies, "records": companion, "run": run}
+        results: dict[str, Any] = finite({**plan, "metrics": metrics, "tasks": accuracies, "records": companion, "run": run})
         if tokens_out is not None:
             columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
             with replacing(tokens_out) as file:
                 np.savez_compressed(file, token_ids=windows.numpy().astype(np.int32), **columns)
         if out is not None:
             with replacing(out) as file:
-                file.write(json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     journal.remove()
     return results
 
@@ -362,11 +361,7 @@ def _peak_memory(device: torch.device) -> int | None:
     """Bytes: what torch had allocated on a CUDA device, models and reference together; on a CPU the process's largest size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu" or sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (peak_host_memory() or None) if device.type == "cpu" else None
 
 
 def _read_text(path: str | Path) -> str:

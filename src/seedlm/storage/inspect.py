@@ -6,6 +6,7 @@ bytes of the original's files. A checkpoint without that file is as good, only i
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from seedlm.storage.untrusted import read_json
 
 REPORT_NAME: Final = "seedlm_report.json"
 _REPORT_VERSION: Final = 1
+_MOST: Final = 1e280
+"""Of a squared error or norm: squares of float32, 2^62 of them, stay far below, and a folder's sum below float64's end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +106,8 @@ def inspect_checkpoint(folder: str | Path) -> Report:
         bytes=total_bytes,
         compressed_weights=weights,
         dense_weights=dense,
-        bits_per_weight=8 * sum(info.nbytes for info in checkpoint.packed.values()) / weights if weights else math.nan,
-        model_bits_per_weight=8 * total_bytes / (weights + dense) if weights + dense else math.nan,
+        bits_per_weight=8 * sum(info.nbytes for info in checkpoint.packed.values()) / weights if weights else 0.0,
+        model_bits_per_weight=8 * total_bytes / (weights + dense) if weights + dense else 0.0,
         relative_error=_ratio(*map(math.fsum, zip(*errors.values(), strict=True))) if known else None,
         tensors=[
             TensorReport(
@@ -125,18 +128,23 @@ def _ratio(squared_error: float, squared_norm: float) -> float:
 
 
 def _read_recorded(path: Path, packed: Mapping[str, PackedInfo]) -> tuple[int | None, dict[str, tuple[float, float]]]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None, {}
     data = read_json(path, CheckpointError)
     source_bytes, tensors = data.get("source_bytes"), data.get("tensors")
-    if data.get("format_version") != _REPORT_VERSION or type(source_bytes) is not int or not isinstance(tensors, dict):
+    if (
+        data.get("format_version") != _REPORT_VERSION
+        or type(source_bytes) is not int
+        or source_bytes < 0
+        or not isinstance(tensors, dict)
+    ):
         raise CheckpointError(
             f"{path}: must have format_version {_REPORT_VERSION}, source_bytes and tensors; it may be deleted"
         )
     errors = {}
     for module, item in tensors.items():
         values: list[Any] = [item.get("squared_error"), item.get("squared_norm")] if isinstance(item, dict) else [None]
-        if module not in packed or not all(isinstance(v, float | int) and math.isfinite(v) and v >= 0 for v in values):
+        if module not in packed or not all(type(v) in (float, int) and 0 <= v <= _MOST for v in values):
             raise CheckpointError(f"{path}: {module!r} is not a compressed module with its errors; the file may be deleted")
         errors[module] = (float(values[0]), float(values[1]))
     return source_bytes, errors

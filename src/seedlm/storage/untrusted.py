@@ -121,3 +121,8 @@ def check_inside(path: Path, folder: Path, error: type[SeedLMError]) -> None:
     if not stays_inside(path, folder):
         target = os.readlink(path) if path.is_symlink() else path
         raise error(f"{path}: links to {target}, outside of the folder")
+
+
+def printable(text: str) -> str:
+    """A text on one line, whatever is not printable as its escape."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
