@@ -28,7 +28,7 @@ LOSES_ITS_NORM = "DeepseekV4ForCausalLM"
 REARRANGED = {"Ernie4_5_VLMoeForConditionalGeneration", "Inkling2ForCausalLM", "Inkling2ForConditionalGeneration"}
 REARRANGED |= {"Inkling2LoopForCausalLM", "Inkling2LoopForConditionalGeneration", "HrmTextForCausalLM"}
 REARRANGED |= {"LaraMiniForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "Molmo2ForConditionalGeneration"}
-REARRANGED |= {"Nemotron3_5TranscribeForConditionalGeneration"}
+REARRANGED |= {"Nemotron3_5TranscribeForConditionalGeneration", "InklingForConditionalGeneration"}
 """Whose weights are interleaved, split, joined or shared out on loading: what that happens to stays dense."""
 SHARED_STACKS = {"InklingForCausalLM", "InklingForConditionalGeneration"}
 """Whose shared experts are stacks that all tokens go through: they stay dense."""
