@@ -32,7 +32,7 @@ REARRANGED |= {"Nemotron3_5TranscribeForConditionalGeneration", "InklingForCondi
 """Whose weights are interleaved, split, joined or shared out on loading: what that happens to stays dense."""
 SHARED_STACKS = {"InklingForCausalLM", "InklingForConditionalGeneration"}
 """Whose shared experts are stacks that all tokens go through: they stay dense."""
-FORMAT = parse_format("4")
+FORMAT = parse_format("4", "block")
 
 
 def architectures():
