@@ -132,7 +132,12 @@ def _read_recorded(path: Path, packed: Mapping[str, PackedInfo]) -> tuple[int | 
         return None, {}
     data = read_json(path, CheckpointError)
     source_bytes, tensors = data.get("source_bytes"), data.get("tensors")
-    if data.get("format_version") != _REPORT_VERSION or type(source_bytes) is not int or source_bytes < 0 or not isinstance(tensors, dict):
+    if (
+        data.get("format_version") != _REPORT_VERSION
+        or type(source_bytes) is not int
+        or source_bytes < 0
+        or not isinstance(tensors, dict)
+    ):
         raise CheckpointError(
             f"{path}: must have format_version {_REPORT_VERSION}, source_bytes and tensors; it may be deleted"
         )

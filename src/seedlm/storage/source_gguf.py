@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from seedlm.errors import SourceError
+from seedlm.storage.gguf_check import check_decoder, read_gguf_header
 from seedlm.storage.safetensors import TensorInfo
+from seedlm.storage.untrusted import opened
 
 _ARCHITECTURES: Final = frozenset({"llama", "qwen2", "qwen3"})
 _TOKENIZERS: Final = {"llama": "PreTrainedTokenizerFast", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
@@ -52,6 +54,7 @@ class GGUFSource:
             import gguf
         except ImportError:
             raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
+        header = read_gguf_header(path, gguf.GGML_QUANT_SIZES)
         try:
             reader = gguf.GGUFReader(path)
         except Exception as reason:  # whatever numpy or the enums raise on a damaged file
@@ -65,6 +68,7 @@ class GGUFSource:
                 f"{', '.join(sorted(_ARCHITECTURES))}; let transformers convert it once: from_pretrained(folder, "
                 f"gguf_file={path.name!r}, quantization_config=GgufConfig(dequantize=True)), then save_pretrained"
             )
+        check_decoder(header)
         heads = {}
         if architecture == "llama":
             query = int(_field(reader, "llama.attention.head_count", path))
@@ -77,10 +81,10 @@ class GGUFSource:
             dtype = _PLAIN.get(tensor.tensor_type.name, "F32")
             self.tensors[name] = TensorInfo(dtype, tuple(int(n) for n in reversed(tensor.shape)))
         self.config = self._config()
-        with open(path, "rb") as file:
-            header = file.read(int(reader.data_offset))
+        with opened(path, SourceError) as file:
+            head = file.read(int(reader.data_offset))
         self.fingerprint: dict[str, Any] = {
-            path.name: hashlib.sha256(header).hexdigest(),
+            path.name: hashlib.sha256(head).hexdigest(),
             "bytes": self.nbytes,
             "config.json": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
         }
@@ -105,7 +109,10 @@ class GGUFSource:
         from transformers import GenerationConfig
 
         tokenizer = getattr(transformers, _TOKENIZERS.get(self.config["model_type"], "AutoTokenizer"))
-        tokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
+        try:
+            tokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
+        except Exception as reason:  # whatever a damaged vocabulary led to
+            raise SourceError(f"{self.path}: its tokenizer cannot be built ({_one_line(reason)})") from reason
         tokens = {key: self.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in self.config}
         GenerationConfig(**tokens).save_pretrained(folder)
 
@@ -125,7 +132,10 @@ class GGUFSource:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        try:
+            config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        except Exception as reason:  # whatever damaged metadata led to
+            raise SourceError(f"{self.path}: no configuration can be made of its metadata ({_one_line(reason)})") from reason
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
         data.pop("quantization_config", None)
@@ -142,6 +152,10 @@ def _field(reader: Any, key: str, path: Path, default: Any = None) -> Any:
             raise SourceError(f"{path}: has no {key} in its metadata")
         return default
     return field.contents()
+
+
+def _one_line(reason: BaseException) -> str:
+    return " ".join(str(reason).split())[:300] or type(reason).__name__
 
 
 def _model_name(name: str, path: Path) -> str:

@@ -17,6 +17,7 @@ import torch
 from seedlm.errors import SourceError
 from seedlm.modeling.quantize import dequantize_model, seed_linears
 from seedlm.storage.checkpoint import QUANT_METHOD
+from seedlm.storage.gguf_check import read_gguf_header
 from seedlm.storage.inspect import inspect_checkpoint
 from seedlm.storage.safetensors import DTYPE_BITS, TORCH_NAMES, TensorInfo
 from seedlm.storage.source import FolderSource
@@ -137,6 +138,7 @@ def _describe_gguf(name: str, path: Path) -> ModelInfo:
         import gguf
     except ImportError:
         raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
+    read_gguf_header(path, gguf.GGML_QUANT_SIZES)
     try:
         tensors = gguf.GGUFReader(path).tensors
     except Exception as reason:  # whatever numpy or the enums raise on a damaged file
