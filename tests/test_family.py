@@ -104,7 +104,7 @@ def test_float_parts_survive_half_and_bfloat16(dense, tmp_path, spec):
     opened = Checkpoint.open(tmp_path / "packed")
     module = next(iter(opened.packed))
     stored = opened.tensor(module).parts
-    for converted in (model, model.half(), model.double()):
+    for converted in (model, torch.nn.Module.half(model), torch.nn.Module.double(model)):
         parts = converted.get_submodule(module).parts
         assert all(torch.equal(parts[name], stored[name]) and parts[name].dtype == stored[name].dtype for name in stored)
 

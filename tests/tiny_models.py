@@ -63,8 +63,35 @@ def tiny_llama(folder: Path, *, dtype=torch.bfloat16, seed=0, shard="5GB", layer
     return model
 
 
-def tiny_gguf(path: Path, architecture="llama", **extra) -> None:
-    """A random GGUF file of one layer, in seven types; `extra` tensors by name, as (shape, type)."""
+_GGUF_MLP = {"blk.0.ffn_gate.weight": (96, 64), "blk.0.ffn_up.weight": (96, 64), "blk.0.ffn_down.weight": (64, 96)}
+_GGUF_QKV = {"blk.0.attn_q.weight": (64, 64), "blk.0.attn_k.weight": (32, 64), "blk.0.attn_v.weight": (32, 64)}
+_GGUF_NORMS = {"blk.0.attn_q_norm.weight": (16,), "blk.0.attn_k_norm.weight": (16,)}
+_GGUF_SANDWICH = {"blk.0.post_attention_norm.weight": (64,), "blk.0.post_ffw_norm.weight": (64,)}
+_GGUF_STACKS = {"gate": (3, 32, 64), "up": (3, 32, 64), "down": (3, 64, 32)}
+GGUF_LAYERS = {
+    "llama": {**_GGUF_QKV, **_GGUF_MLP},
+    "qwen2": {**_GGUF_QKV, **_GGUF_MLP, "blk.0.attn_q.bias": (64,), "blk.0.attn_k.bias": (32,), "blk.0.attn_v.bias": (32,)},
+    "qwen3": {**_GGUF_QKV, **_GGUF_MLP, **_GGUF_NORMS},
+    "qwen3moe": {
+        **_GGUF_QKV,
+        **_GGUF_NORMS,
+        "blk.0.ffn_gate_inp.weight": (3, 64),
+        **{f"blk.0.ffn_{name}_exps.weight": shape for name, shape in _GGUF_STACKS.items()},
+    },
+    "gemma2": {**_GGUF_QKV, **_GGUF_MLP, **_GGUF_SANDWICH},
+    "gemma3": {**_GGUF_QKV, **_GGUF_MLP, **_GGUF_SANDWICH, **_GGUF_NORMS},
+    "phi3": {"blk.0.attn_qkv.weight": (128, 64), "blk.0.ffn_up.weight": (192, 64), "blk.0.ffn_down.weight": (64, 96)},
+}
+"""Of the architectures that are read: a layer's tensors but for those that all have."""
+
+
+def tiny_gguf(path: Path, architecture="llama", *, metadata=None, leave_out=(), **extra) -> None:
+    """A random GGUF file of one layer, in several types.
+
+    metadata    entries of the architecture to add, by what follows its name
+    leave_out   names of tensors
+    extra       tensors by name, as (shape, type), or an array
+    """
     gguf = pytest.importorskip("gguf")
     rng = torch.Generator().manual_seed(0)
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -76,27 +103,43 @@ def tiny_gguf(path: Path, architecture="llama", **extra) -> None:
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(32)
+    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3"):
+        writer.add_key_length(16)
+    if architecture == "qwen3moe":
+        writer.add_expert_count(3)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(32)
+    for key, value in (metadata or {}).items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(f"{architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*(chr(65 + n) for n in range(30)), "DE", "FG"])
     writer.add_token_merges(["D E", "F G"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if architecture == "phi3":  # whose default is 32000
+        writer.add_pad_token_id(0)
     kinds = gguf.GGMLQuantizationType
+    types = {"attn_v": kinds.F16, "attn_output": kinds.BF16, "ffn_gate": kinds.Q8_0, "token_embd": kinds.Q8_0}
     shapes = {
-        "token_embd.weight": ((32, 64), kinds.Q8_0),
-        "output_norm.weight": ((64,), kinds.F32),
-        "blk.0.attn_norm.weight": ((64,), kinds.F32),
-        "blk.0.ffn_norm.weight": ((64,), kinds.F32),
-        "blk.0.attn_q.weight": ((64, 64), kinds.Q4_1),
-        "blk.0.attn_k.weight": ((32, 64), kinds.Q4_1),
-        "blk.0.attn_v.weight": ((32, 64), kinds.F16),
-        "blk.0.attn_output.weight": ((64, 64), kinds.BF16),
-        "blk.0.ffn_gate.weight": ((96, 64), kinds.Q8_0),
-        "blk.0.ffn_up.weight": ((96, 64), kinds.Q4_1),
-        "blk.0.ffn_down.weight": ((64, 96), kinds.Q4_1),
-        **extra,
+        "token_embd.weight": (32, 64),
+        "output_norm.weight": (64,),
+        "blk.0.attn_norm.weight": (64,),
+        "blk.0.ffn_norm.weight": (64,),
+        **GGUF_LAYERS.get(architecture, GGUF_LAYERS["llama"]),
+        "blk.0.attn_output.weight": (64, 64),
     }
-    for name, (shape, kind) in shapes.items():
+    tensors = {
+        name: (shape, kinds.F32 if len(shape) == 1 else types.get(name.split(".")[-2], kinds.Q4_1))
+        for name, shape in shapes.items()
+    }
+    for name, given in {**tensors, **extra}.items():
+        if name in leave_out:
+            continue
+        if not isinstance(given, tuple):
+            writer.add_tensor(name, given)
+            continue
+        shape, kind = given
         values = torch.randn(shape, generator=rng).numpy()
         if kind == kinds.F32:
             writer.add_tensor(name, values)

@@ -33,14 +33,18 @@ def choose_devices(names: str) -> list[torch.device]:
     return [choose_device(name.strip()) for name in names.split(",")]
 
 
+def peak_host_memory() -> int:
+    """The most bytes that this process has had resident; 0 on Windows, which has no such call."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_memory(device: torch.device) -> tuple[int, int]:
     """The most bytes of host memory that this process has had resident, and of the device's that torch has held, so far.
 
     The first is 0 on Windows, which has no such call.
     """
-    host = 0
-    if sys.platform != "win32":
-        import resource
-
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return host, torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    return peak_host_memory(), torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seedlm.codes.block.basis import basis
-from seedlm.codes.block.encode import reason_unavailable
+from seedlm.codes.block.encode import reason_no_search
 from seedlm.codes.block.format import PRESETS
 from seedlm.codes.block.search.groups import groups
 from seedlm.codes.registry import parse_format
@@ -53,7 +53,7 @@ def test_the_4_bit_preset_shares_two_rows_among_sixteen_seeds():
 
 
 def test_without_a_gpu_the_backend_says_so():
-    assert "NVIDIA GPU" in reason_unavailable("triton", torch.device("cpu"))
+    assert "NVIDIA GPU" in reason_no_search("triton", torch.device("cpu"))
 
 
 def test_a_mixture_of_all_presets_builds_every_table_once():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from seedlm.lfsr import step
 
 from seedlm.codes import hadamard
+from seedlm.codes.block.lfsr import step
 
 
 def matrix(width: int, largest: int) -> torch.Tensor:

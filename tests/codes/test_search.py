@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from seedlm.codes.base import totals
 from seedlm.codes.block.basis import basis
 from seedlm.codes.block.codec import BlockCodes, decode
-from seedlm.codes.block.encode import BACKENDS, dequantize_rows, encode_rows, reason_unavailable
+from seedlm.codes.block.encode import SEARCHES, dequantize_rows, encode_rows, reason_no_search
 from seedlm.codes.block.format import PRESETS
 from seedlm.codes.block.search import torch_search
 from seedlm.codes.encoded import encode
@@ -29,8 +29,8 @@ SMALL = [
 
 
 def _backend_params():
-    for name in BACKENDS:
-        reason = reason_unavailable(name, torch.device("cpu"))
+    for name in SEARCHES:
+        reason = reason_no_search(name, torch.device("cpu"))
         yield pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=reason or ""))
 
 

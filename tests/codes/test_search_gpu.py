@@ -7,7 +7,7 @@ import torch
 
 from seedlm.codes.block.basis import basis
 from seedlm.codes.block.codec import BlockCodes, choose_exponent_bias
-from seedlm.codes.block.encode import reason_unavailable
+from seedlm.codes.block.encode import reason_no_search
 from seedlm.codes.block.format import PRESETS
 from seedlm.codes.block.search import torch_search
 from seedlm.codes.encoded import encode
@@ -116,11 +116,11 @@ def test_encode_takes_this_backend_and_equals_the_cpu():
     weight = torch.randn(7, 130).bfloat16()
     on_gpu, gpu_error = encode(weight.cuda(), format, backend="triton")
     on_cpu, cpu_error = encode(weight, format, backend="torch")
-    assert torch.equal(on_gpu.tensors["words"].cpu(), on_cpu.tensors["words"])
+    assert torch.equal(on_gpu.parts["words"].cpu(), on_cpu.parts["words"])
     assert gpu_error == pytest.approx(cpu_error, rel=1e-12)
 
 
 def test_refused_formats_say_why():
     device = torch.device("cuda")
-    assert "seed bits" in reason_unavailable("triton", device, parse_format("block-k18-c8-p3-q4-e4"))
-    assert reason_unavailable("triton", device, parse_format("4")) is None
+    assert "seed bits" in reason_no_search("triton", device, parse_format("block-k18-c8-p3-q4-e4"))
+    assert reason_no_search("triton", device, parse_format("4")) is None

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from seedlm.codes.block.codec import choose_exponent_bias
 from seedlm.codes.encoded import encode
 from seedlm.codes.registry import parse_format
 from seedlm.compress import worker
-from seedlm.compress.run import parse_size
+from seedlm.compress.plan import parse_size
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
 from seedlm.storage.checkpoint import GUARD, Checkpoint
@@ -217,13 +219,15 @@ class TestRefusals:
             run(llama, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_disk_that_is_full_halfway_loses_nothing(self, llama, finished, tmp_path):
+    def test_a_disk_that_is_full_halfway_loses_nothing(self, llama, finished, tmp_path, monkeypatch):
         """A limit of the system that is met when the first tensors are finished: this process's files end at one byte."""
         resource = pytest.importorskip("resource")
+        monkeypatch.setattr(os, "fsync", lambda fd: None)  # a slow disk would finish tensors after the last is encoded
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         journal = tmp_path / "out.partial" / "journal.jsonl"
 
         def look(phase, done, total):
+            time.sleep(0.01 * (phase == "compress"))
             if journal.exists() and journal.stat().st_size:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
 

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from seedlm.codes.block.format import parse_format
+from seedlm.codes.registry import parse_format
 from seedlm.compress.scan import Scan, scan
 from seedlm.compress.worker import Item
 from seedlm.errors import TensorError

@@ -123,7 +123,7 @@ def test_code_of_its_own_runs_only_when_trusted_and_nothing_is_asked(tmp_path, m
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked on stdin"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(SourceError, match="comes with code of its own .* --trust-remote-code"):
+    with pytest.raises(SourceError, match=r"comes with code of its own .* --trust-remote-code"):
         open_language_model(folder)
     assert type(open_language_model(folder, trust_remote_code=True)).__name__ == "OwnForCausalLM"
 

@@ -167,3 +167,20 @@ def test_a_number_of_bits_is_a_format_and_one_pattern_needs_no_list():
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(16, 8))
     assert compress_model(model, 3.5, exclude="1", include="*", backend="torch").keys() == {"0"}
     assert "tensor(" not in repr(encode(torch.zeros(4, 16), 3.5, backend="torch")[0])
+
+
+def test_layers_of_one_input_share_it_where_their_family_is_fused():
+    import toy_family
+
+    def attention():
+        return nn.ModuleDict({name: nn.Linear(16, 16) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([attention(), attention()])})
+    compress_model(model, toy_family.ToyFormat(4))
+    first, second = ({name: layer._shared for name, layer in block.items()} for block in model["layers"])
+    assert first["o_proj"] is None
+    assert first["q_proj"][0] is first["k_proj"][0] is first["v_proj"][0] is not second["q_proj"][0]
+    assert [first[name][1] for name in ("q_proj", "k_proj", "v_proj")] == [0, 1, 2]
+    block = nn.ModuleDict({"layers": nn.ModuleList([attention()])})
+    compress_model(block, SPEC, backend="torch")
+    assert all(layer._shared is None for layer in block["layers"][0].values())

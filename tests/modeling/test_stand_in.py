@@ -79,6 +79,11 @@ def test_values_are_refused_with_what_to_do(layer, use):
         use(layer.weight)
 
 
+def test_transformers_has_no_values_to_initialise(layer):
+    initialization = pytest.importorskip("transformers.initialization")
+    initialization.normal_(layer.weight, mean=0.0, std=0.1)
+
+
 def test_a_compiler_sees_the_values(layer):
     def ask(x):
         return x.to(layer.weight.dtype) @ layer.weight.T

@@ -1,6 +1,5 @@
 """Sources: folders, GGUF files, Hub repositories, and what is refused."""
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from seedlm.errors import SourceError
 from seedlm.storage.source import open_source
-from tiny_models import folder_bytes, save_tensors, tiny_gguf, tiny_llama
+from tiny_models import save_tensors, tiny_llama
 
 
 def loaded(source):
@@ -147,71 +146,3 @@ class TestHub:
     def test_a_revision_of_a_local_folder_is_refused(self, tmp_path):
         with pytest.raises(SourceError, match="a revision belongs to a Hub repository"):
             open_source(save_tensors(tmp_path / "m", {"w": torch.zeros(1)}), revision="main")
-
-
-class TestGGUF:
-    """Held against transformers' own reading of the same file."""
-
-    def test_tensors_equal_transformers_reading(self, tmp_path):
-        pytest.importorskip("accelerate")
-        from transformers import AutoModelForCausalLM, GgufConfig
-
-        tiny_gguf(tmp_path / "m.gguf")
-        source = open_source(tmp_path / "m.gguf")
-        model = AutoModelForCausalLM.from_pretrained(
-            tmp_path, gguf_file="m.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        expected = model.state_dict()
-        assert source.tensors.keys() == expected.keys() - {"lm_head.weight"}  # tied
-        for name, tensor in loaded(source).items():
-            assert torch.equal(tensor.float(), expected[name]), name
-            assert b"".join(source.chunks(name)) == tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        assert source.tensors["model.layers.0.self_attn.v_proj.weight"].dtype == "F16"
-        assert source.tensors["model.layers.0.self_attn.o_proj.weight"].dtype == "BF16"
-        assert source.tensors["model.layers.0.mlp.up_proj.weight"].dtype == "F32"
-
-    def test_config_and_tokenizer_come_along(self, tmp_path):
-        from transformers import AutoConfig, AutoTokenizer
-
-        tiny_gguf(tmp_path / "m.gguf")
-        source = open_source(tmp_path)  # a folder with one GGUF file will do
-        assert source.config["architectures"] == ["LlamaForCausalLM"]
-        assert source.config["tie_word_embeddings"] is True
-        out = tmp_path / "out"
-        out.mkdir()
-        source.copy_side_files(out)
-        (out / "config.json").write_text(json.dumps(source.config))
-        assert AutoConfig.from_pretrained(out).num_key_value_heads == 2
-        assert AutoTokenizer.from_pretrained(out)("EFGE").input_ids == [4, 31, 4]
-
-    @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-    def test_the_tokenizer_is_the_one_that_transformers_chooses(self, tmp_path, architecture):
-        from transformers import AutoTokenizer
-
-        tiny_gguf(tmp_path / "m.gguf", architecture)
-        for folder in ("out", "expected"):
-            (tmp_path / folder).mkdir()
-        open_source(tmp_path / "m.gguf").copy_side_files(tmp_path / "out")
-        AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf").save_pretrained(tmp_path / "expected")
-        found = folder_bytes(tmp_path / "out")
-        del found["generation_config.json"]
-        assert found == folder_bytes(tmp_path / "expected")
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"architecture": "gemma2"}, "architecture 'gemma2' are not read here.*save_pretrained"),
-            ({"rope_freqs.weight": ((8,), 0)}, "'rope_freqs.weight' that is not part of a dense decoder"),
-        ],
-        ids=["architecture", "unknown-tensor"],
-    )
-    def test_what_would_be_read_wrongly_is_refused(self, tmp_path, change, message):
-        tiny_gguf(tmp_path / "m.gguf", **change)
-        with pytest.raises(SourceError, match=message):
-            open_source(tmp_path / "m.gguf")
-
-    def test_a_damaged_file_is_one_line(self, tmp_path):
-        pytest.importorskip("gguf")
-        (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\xff" * 40)
-        with pytest.raises(SourceError, match="not a readable GGUF file"):
-            open_source(tmp_path / "m.gguf")

@@ -68,6 +68,8 @@ def show_progress() -> Iterator[tuple[Any, Any]]:
         disable=not console.is_terminal,
     )
     labels = {
+        "text": ("Writing a text", ("k", "tokens")),
+        "statistics": ("Observing layers", ("k", "tokens")),
         "read": ("Reading the source", ("M", "bytes")),
         "compress": ("Searching seeds", ("M", "weights")),
         "evaluate": ("Scoring", ("k", "tokens")),

@@ -97,12 +97,17 @@ def reason_no_smaller(format: Format, out_features: int, in_features: int) -> st
 class Facts:
     """What an encoder may ask of a matrix before it sees the first row.
 
-    largest   magnitude, finite
-    hessian   float32 or float64 [in_features, in_features]: X'X of the inputs, for error feedback; None without
+    largest      magnitude, finite
+    hessian      float32 or float64 [in_features, in_features]: mean of x x' over the inputs, for error feedback; None without.
+                 Matrices that read the same input share the tensor: what is derived from it is kept as long as it lives
+    tokens       how many inputs it is a mean of
+    importance   float32 [out_features], 0 or more: what a squared error of each output counts, in any unit; None for all alike
     """
 
     largest: float
     hessian: "Tensor | None" = None
+    tokens: int = 0
+    importance: "Tensor | None" = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +226,7 @@ class Family(Protocol):
     presets         bits as written on the command line -> format
     defaults        settings of encoding and their default values, such as ``{"rounding": "best"}``; all are text
     mixture         formats that mixed precision chooses from -> ||W - W^||^2 / ||W||^2 that they leave on normal weights
+    feedback        whether its encoders use `Facts.hessian`: then a run gathers statistics unless told not to
     fused           whether modules that read the same input are multiplied as one, and so have to share a format
     """
 
@@ -229,6 +235,7 @@ class Family(Protocol):
     presets: Mapping[str, Format]
     defaults: Mapping[str, str]
     mixture: Mapping[Format, float]
+    feedback: bool
     fused: bool
 
     def parse(self, text: str) -> Format | None:

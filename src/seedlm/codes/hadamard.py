@@ -30,15 +30,17 @@ def block_sizes(width: int, largest: int) -> list[int]:
     return sizes + [1 << bit for bit in reversed(range(largest.bit_length())) if rest >> bit & 1]
 
 
-@functools.lru_cache(maxsize=16)
-def _signs(size: int) -> Tensor:
-    bits = torch.tensor(states(SIGN_SEED, size, SIGN_REGISTER_BITS)) & 1
-    return (1 - 2 * bits).to(torch.float32)
+@functools.lru_cache(maxsize=64)
+def _signs(size: int, device: torch.device) -> Tensor:
+    """`signs`, kept for each device: copying them at every call would stop CUDA graphs."""
+    with torch.inference_mode(False):
+        bits = torch.tensor(states(SIGN_SEED, size, SIGN_REGISTER_BITS), device="cpu") & 1
+        return (1 - 2 * bits).to(device, torch.float32)
 
 
 def signs(size: int) -> Tensor:
     """float32 [size] of +1 and -1: what a block's inputs are multiplied by before the Hadamard matrix."""
-    return _signs(size).clone()
+    return _signs(size, torch.device("cpu")).clone()
 
 
 def _butterflies(x: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def _blockwise(x: Tensor, largest: int, before: bool) -> Tensor:
     for size in sorted(set(sizes), reverse=True):
         width = size * sizes.count(size)
         part = x[..., first : first + width].unflatten(-1, (-1, size))
-        sign = _signs(size).to(device=x.device, dtype=x.dtype)
+        sign = _signs(size, x.device).to(x.dtype)
         part = _butterflies(part * sign) if before else _butterflies(part) * sign
         out[..., first : first + width] = part.flatten(-2)
         first += width

@@ -34,7 +34,7 @@ class Mixture:
     """
 
     bits: float
-    sensitivity: Mapping[str, float]
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
     formats: Mapping[Format, float] = field(default_factory=lambda: family(DEFAULT).mixture)
 
     def assign(self, shapes: Mapping[str, tuple[int, int]], groups: Iterable[Sequence[str]] = ()) -> dict[str, Format]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from seedlm.codes.block.basis import generator, greville
 from seedlm.codes.block.codec import best_exponent, power_of_two
-from seedlm.codes.block.format import MAX_BLOCK_BITS, ROUNDINGS, BlockFormat, Rounding
+from seedlm.codes.block.format import MAX_BLOCK_BITS, BlockFormat, Rounding, check_rounding
 from seedlm.compress.worker import pieces
 from seedlm.errors import FormatError, TensorError
 from seedlm.storage.checkpoint import PackedInfo
@@ -159,8 +159,7 @@ def measure(
     on_progress   told the number of formats just dealt with, any number of times
     The exponent's range lies about the exponents that a format needs on these blocks: a tensor's bias can put it there.
     """
-    if rounding not in ROUNDINGS:
-        raise TensorError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    check_rounding(rounding)
     by_shape: dict[tuple[int, int, int], list[BlockFormat]] = {}
     for format in formats:
         by_shape.setdefault((format.seed_bits, format.block_size, format.num_coefficients), []).append(format)

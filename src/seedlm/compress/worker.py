@@ -21,6 +21,7 @@ from torch import Tensor
 from seedlm.codes.base import EncodeOptions, Facts, Format, Tell, totals
 from seedlm.codes.encoded import EncodedTensor
 from seedlm.codes.registry import family_of
+from seedlm.compress.facts import StatisticsReader
 from seedlm.compress.workfolder import Writer, sync, writing
 from seedlm.errors import SourceError, TensorError
 from seedlm.storage.metadata import PackedInfo, heading, stored_name
@@ -45,6 +46,7 @@ class Job:
     token         by which the folder above is known (`workfolder.is_held`)
     formats       that will be encoded
     options       how
+    statistics    file of the layers' statistics, for error feedback; None without
     """
 
     source: str
@@ -53,6 +55,7 @@ class Job:
     token: str
     formats: tuple[Format, ...]
     options: EncodeOptions
+    statistics: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +122,7 @@ class Worker:
         self._own = threading.local()
         self._opening = threading.Lock()
         self._files: dict[str, FileIO] = {}
+        self._statistics: StatisticsReader | None = None
 
     def warm_up(self) -> None:
         """Build the tables and compile what encoding needs, which takes seconds, on the least matrix."""
@@ -179,7 +183,8 @@ class Worker:
         on_gpu = self.device.type == "cuda"
         weights = PIECE_WEIGHTS["cuda" if on_gpu else "cpu"]
         with torch.cuda.stream(self._stream()):
-            encoder = family_of(format).encoder(format, packed.shape, Facts(largest), self.job.options, self.device)
+            facts = self._facts(module, largest)
+            encoder = family_of(format).encoder(format, packed.shape, facts, self.job.options, self.device)
             for piece in pieces(self.source, item.name, module, packed, weights, pinned=on_gpu):
                 left = len(piece) * columns
 
@@ -215,6 +220,15 @@ class Worker:
         if not math.isfinite(norm):
             raise SourceError(f"{item.name}: has NaN or Inf values that it did not have before; it changed while being read")
         return {"squared_error": error, "squared_norm": norm}
+
+    def _facts(self, module: str, largest: float) -> Facts:
+        """What is known of a matrix; statistics are read by the first that has some."""
+        if self.job.statistics is None:
+            return Facts(largest)
+        with self._opening:
+            if self._statistics is None:
+                self._statistics = StatisticsReader(self.job.statistics, self.device)
+        return self._statistics.facts(module, largest)
 
     def _stream(self) -> torch.cuda.Stream | None:
         if self.device.type == "cuda" and not hasattr(self._own, "stream"):

@@ -2,6 +2,7 @@
 
     lock            held while a run is at work; its content is a random number by which other machines know the folder
     plan.json       everything that the result depends on but the weights; a run goes on only if its own plan is equal
+    statistics.safetensors, statistics.json   what the model was found to be like, and from what (`statistics`)
     journal.jsonl   one line per finished tensor, written after its bytes have reached the disk: the SHA-256 of what was read,
                     and of what was written
     side/           the small files beside the weights, copied before the first tensor so that what cannot be is known then
@@ -38,6 +39,7 @@ _LOCK: Final = "lock"
 _FINISHING: Final = "finishing"
 _SIDE: Final = "side"
 _MODEL: Final = "model"
+_STATISTICS: Final = ("statistics.safetensors", "statistics.json", "statistics.json.new")
 
 
 class WorkFolder:
@@ -110,7 +112,7 @@ class WorkFolder:
             if self.out.exists():
                 raise OutputError(f"{self.out}: exists already, and {self.path} holds an unfinished run; delete one of them")
         else:
-            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (_LOCK, f"{_PLAN}.new"))
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (_LOCK, f"{_PLAN}.new", *_STATISTICS))
             if strangers:
                 raise OutputError(f"{self.path}: holds {strangers[0]}, which is not from a run; move it away")
             self._check_space(sum(layout.nbytes for layout in layouts.values()))

@@ -10,7 +10,6 @@ import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from seedlm.device import choose_device
+from seedlm.device import choose_device, peak_host_memory
 from seedlm.errors import EvaluationError
 from seedlm.evaluation import measure
 from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
@@ -362,11 +361,7 @@ def _peak_memory(device: torch.device) -> int | None:
     """Bytes: what torch had allocated on a CUDA device, models and reference together; on a CPU the process's largest size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu" or sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (peak_host_memory() or None) if device.type == "cpu" else None
 
 
 def _read_text(path: str | Path) -> str:

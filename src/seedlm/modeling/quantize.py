@@ -1,7 +1,8 @@
 """The walks over a model: which of its layers are packed, packing them in place, and putting dense ones back.
 
-compress_model(model)   every chosen linear layer, and the experts of mixtures
-dequantize_model(model)     every packed layer back to a dense one
+compress_model(model)     every chosen linear layer, and the experts of mixtures
+dequantize_model(model)   every packed layer back to a dense one
+share_inputs(model)       packed layers that read the same tensor: what comes before their products is done once
 """
 
 import math
@@ -13,11 +14,11 @@ import torch
 from torch import nn
 
 from seedlm.codes.base import Format, Tell
-from seedlm.codes.registry import parse_format
+from seedlm.codes.registry import family_of, parse_format
 from seedlm.errors import TensorError
 from seedlm.modeling.experts import SeedExperts, compress_experts, projections_of
-from seedlm.modeling.linear import SeedLinear, compress_module, is_linear
-from seedlm.storage.selection import as_patterns, left_by_default
+from seedlm.modeling.linear import SeedLinear, compress_module, is_linear, share_input
+from seedlm.storage.selection import as_patterns, groups_of, left_by_default
 
 
 def compress_model(
@@ -60,6 +61,7 @@ def compress_model(
             raise TensorError(f"{name}.{reason}") from None
         errors |= {f"{name}.{matrix}": error for matrix, error in found.items()}
         model.set_submodule(name, experts)
+    share_inputs(model)
     return errors
 
 
@@ -111,6 +113,13 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> No
 def seed_linears(model: nn.Module) -> Iterator[tuple[str, SeedLinear]]:
     """The packed layers of a model, those of experts among them, by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SeedLinear))
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let packed layers that read the same tensor (q, k, v; gate, up) share what their backend does to it first."""
+    layers = {name: layer for name, layer in seed_linears(model) if family_of(layer.format).fused}
+    for group in groups_of(layers):
+        share_input(*(layers[name] for name in group))
 
 
 def weights_of(model: nn.Module, name: str) -> int:

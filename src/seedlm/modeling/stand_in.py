@@ -19,6 +19,9 @@ _LIKE_NEW = frozenset({"new_empty", "new_zeros", "new_ones", "new_full"})
 class PackedWeight(Tensor):
     """A weight without values. It has no gradient: `requires_grad` is False, and cannot be changed."""
 
+    _is_hf_initialized = True
+    """Models of transformers initialise weights of their layers by name after loading (T5), except those that are marked."""
+
     @staticmethod
     def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "PackedWeight":
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)

@@ -1,9 +1,9 @@
-"""The header of a GGUF file, read before gguf-py or transformers get to see the file: what it declares, held against what is there.
+"""The header of a GGUF file, read before gguf-py or transformers see the file: what it declares, held against what is there.
 
-gguf-py believes counts and offsets: a length of 2^32 keeps it busy for hours, offsets may overlap or wrap, and a model may declare
-more layers than it has, which then start from random values. Here every length is held against the bytes that are left before
-anything is walked, tensors must lie apart and inside the file, and those of a dense decoder must be all there, in the shapes that
-the metadata gives.
+gguf-py believes counts and offsets: a length of 2^32 keeps it busy for hours, offsets may overlap or wrap, and a model may
+declare more layers than it has, which then start from random values. Here every length is held against the bytes that are left
+before anything is walked, tensors must lie apart and inside the file, and those of a decoder must be all there, in the shapes
+that the metadata gives.
 
     GGUF  version  tensors  keys | key: text, type, value | tensor: text, dimensions, type, offset | padding | data
 
@@ -11,9 +11,10 @@ A text is a 64-bit length and UTF-8. Numbers are little-endian.
 """
 
 import mmap
+import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +27,9 @@ _TEXT, _ARRAY = 8, 9
 _MAX_DIMENSIONS: Final = 4
 _MAX_TEXT: Final = 1 << 24
 _MAX_SIZE: Final = 1 << 40
+_LAYER: Final = re.compile(r"blk\.(\d{1,9})\.(.+)", re.ASCII)
+_PLAIN: Final = frozenset({"llama", "qwen2", "qwen3"})
+"""Architectures whose layers are `_decoder`."""
 _LISTS: Final = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 
 
@@ -180,14 +184,23 @@ def _place(
     return GGUFTensor(shape, kind, start + offset, prod(shape) // weights * nbytes)
 
 
-def check_decoder(header: GGUFHeader) -> None:
-    """Raise SourceError unless a dense decoder is all there: every layer, every weight, in the shapes that the metadata gives."""
+def check_decoder(files: Sequence[GGUFHeader]) -> None:
+    """Raise SourceError unless a decoder is all there: every layer with the same weights, in the shapes that the metadata gives.
+
+    files   the headers of its files, that with the metadata first
+    """
+    tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    if len(tensors) < sum(len(file.tensors) for file in files):
+        raise SourceError(f"{files[0].path}: a tensor is in two of its files")
+    header = replace(files[0], tensors=tensors)
     architecture = header.fields.get("general.architecture")
 
     def size(key: str, default: int | None = None) -> int:
         return header.size(f"{architecture}.{key}", default)
 
-    width, inner, layers = size("embedding_length"), size("feed_forward_length"), size("block_count")
+    width, layers = size("embedding_length"), size("block_count")
+    _check_layers(header, layers)
+    _check_vocabulary(header, f"{architecture}", width)
     heads = size("attention.head_count")
     shared = size("attention.head_count_kv", heads)
     if heads % shared:
@@ -198,40 +211,52 @@ def check_decoder(header: GGUFHeader) -> None:
     values = size("attention.value_length", head)
     if head % 2:
         raise SourceError(f"{header.path}: rotary embedding needs heads of even size, got {head}")
-    expected = {
+    if architecture in _PLAIN:
+        shapes = _decoder(width, size("feed_forward_length"), heads * head, shared * head, shared * values, heads * values)
+        for layer in range(layers):
+            for part, shape in shapes.items():
+                _check_shape(header, f"blk.{layer}.{part}.weight", shape)
+                _check_shape(header, f"blk.{layer}.{part}.bias", shape[:1], optional=True)
+            for part in ("attn_q_norm", "attn_k_norm"):
+                _check_shape(header, f"blk.{layer}.{part}.weight", (head,), optional=True)
+
+
+def _decoder(width: int, inner: int, queries: int, keys: int, values: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    """The weights of a layer of the architectures in `_PLAIN`, by llama.cpp's names."""
+    return {
         "attn_norm": (width,),
-        "attn_q": (heads * head, width),
-        "attn_k": (shared * head, width),
-        "attn_v": (shared * values, width),
-        "attn_output": (width, heads * values),
+        "attn_q": (queries, width),
+        "attn_k": (keys, width),
+        "attn_v": (values, width),
+        "attn_output": (width, outputs),
         "ffn_norm": (width,),
         "ffn_gate": (inner, width),
         "ffn_up": (inner, width),
         "ffn_down": (width, inner),
     }
-    optional = {"attn_q_norm": (head,), "attn_k_norm": (head,)}
-    if layers > len(header.tensors):
-        raise SourceError(f"{header.path}: declares {layers} layers and has {len(header.tensors)} tensors")
-    for layer in range(layers):
-        for part, shape in expected.items():
-            _check_shape(header, f"blk.{layer}.{part}.weight", shape)
-            _check_shape(header, f"blk.{layer}.{part}.bias", shape[:1], optional=True)
-        for part, shape in optional.items():
-            _check_shape(header, f"blk.{layer}.{part}.weight", shape, optional=True)
+
+
+def _check_layers(header: GGUFHeader, count: int) -> None:
+    """All layers that are declared and no other, each with what the first one has."""
+    parts: dict[str, set[str]] = {}
     for name in header.tensors:
-        number = name.split(".")[1] if name.startswith("blk.") and name.count(".") > 1 else "0"
-        if not number.isdigit() or int(number[:20]) >= layers:
-            raise SourceError(f"{header.path}: holds {name!r:.80}, its metadata declares {layers} layers")
-    _check_vocabulary(header, f"{architecture}", width)
+        if match := _LAYER.fullmatch(name):
+            parts.setdefault(match[1], set()).add(match[2])
+    if count != len(parts):
+        raise SourceError(f"{header.path}: declares {count} layers, and has tensors of {len(parts)}")
+    for layer in map(str, range(count)):
+        if layer not in parts:
+            raise SourceError(f"{header.path}: declares {count} layers, and has no tensor of number {layer}")
+        if other := sorted(parts[layer] ^ parts["0"]):
+            raise SourceError(f"{header.path}: layers 0 and {layer} do not have the same tensors: {other[0]}")
 
 
 def _check_vocabulary(header: GGUFHeader, architecture: str, width: int) -> None:
     tokens = header.lengths.get("tokenizer.ggml.tokens")
-    rows = header.fields.get(f"{architecture}.vocab_size", tokens)
     embedding = header.tensors.get("token_embd.weight")
-    rows = embedding.shape[0] if rows is None and embedding else rows
-    for name, optional in (("token_embd.weight", False), ("output.weight", True)):
-        _check_shape(header, name, (header.size(f"{architecture}.vocab_size", rows), width), optional=optional)
+    rows = header.size(f"{architecture}.vocab_size", tokens or (embedding.shape[0] if embedding else None))
+    _check_shape(header, "token_embd.weight", (rows, width))
+    _check_shape(header, "output.weight", (rows, width), optional=True)
     _check_shape(header, "output_norm.weight", (width,))
     for key in _LISTS:
         if tokens is not None and header.lengths.get(key, tokens) != tokens:

@@ -27,6 +27,7 @@ from typing import Any, Final
 from seedlm.codes.base import Format
 from seedlm.errors import SourceError
 from seedlm.storage.checkpoint import Stack
+from seedlm.storage.refusals import TRANSPOSED_MODELS
 from seedlm.storage.safetensors import TensorInfo
 
 _EMBEDDINGS: Final = ("*embed*", "*wte", "*wpe", "*word_embeddings*", "*relative_attention_bias")
@@ -37,9 +38,6 @@ _LEFT_DENSE: Final = {
     "an output head": ("*lm_head*", "*embed_out", "output"),
 }
 _ENCODABLE: Final = frozenset({"F32", "F16", "BF16"})
-_TRANSPOSED_MODELS: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-"""Architectures whose linear layers are transformers' Conv1D, which stores [in_features, out_features]."""
-
 _STACKS: Final = (
     ("experts.gate_up_proj", "experts.down_proj"),
     ("experts.up_proj", "experts.down_proj"),
@@ -301,7 +299,7 @@ def _is_stack(name: str, info: TensorInfo, survey: Survey) -> bool:
 
 def _refuse_transposed(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    kind = next((part["model_type"] for part in parts if part.get("model_type") in _TRANSPOSED_MODELS), None)
+    kind = next((part["model_type"] for part in parts if part.get("model_type") in TRANSPOSED_MODELS), None)
     for name, info in tensors.items():
         # The fused projection shows the orientation: [n, 3n] is Conv1D's, [3n, n] a linear layer's.
         if name.endswith("c_attn.weight") and len(info.shape) == 2 and info.shape[1] == 3 * info.shape[0]:

@@ -12,19 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from seedlm.errors import SourceError
+from seedlm.storage.refusals import no_weights, refuse_pickle, refuse_quantized
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles, TensorInfo
-from seedlm.storage.untrusted import opened, read_bytes, read_config, stays_inside
+from seedlm.storage.side_files import PICKLE_SUFFIXES, SIDE_SUFFIXES, SideFiles
+from seedlm.storage.untrusted import opened, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-
-_SIDE_SUFFIXES: Final = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".py"})
-_SIDE_NAMES: Final = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\..*)?", re.IGNORECASE)
-_SIDE_PATTERNS: Final = ("*", "additional_chat_templates/*.jinja")
-_MAX_SIDE_BYTES: Final = 1 << 30
-_PICKLE_STARTS: Final = (b"\x80", b"PK")
+_GGUF_PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -34,6 +30,7 @@ class Source(Protocol):
     config        its config.json
     tensors       name -> dtype and shape, in the order of the files
     nbytes        bytes of the weights' files on disk
+    notes         what a user should know before it is compressed, a line each
     fingerprint   what must not change while a run over this source is going on, as JSON: headers, sizes, other files'
                   content. The weights' own content is not in it; a run checks that tensor by tensor.
     """
@@ -41,6 +38,7 @@ class Source(Protocol):
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     nbytes: int
+    notes: list[str]
     fingerprint: dict[str, Any]
 
     def rows(self, name: str, start: int, stop: int, into: "Tensor | None" = None) -> "Tensor":
@@ -55,7 +53,7 @@ class Source(Protocol):
         ...
 
     def copy_side_files(self, folder: Path) -> None:
-        """Put everything but config and weights into a folder: tokenizer, generation settings, chat templates, licence."""
+        """Put what belongs beside the weights into a folder: tokenizer, generation settings, chat templates, licence."""
         ...
 
 
@@ -64,7 +62,7 @@ class FolderSource:
 
     def __init__(self, folder: Path) -> None:
         if not (folder / SINGLE_NAME).exists() and not (folder / INDEX_NAME).exists():
-            raise SourceError(_no_weights(folder))
+            raise SourceError(no_weights(folder))
         self.folder = folder
         self.config = read_config(folder, SourceError)
         self._files = TensorFiles.open(folder, SourceError)
@@ -72,18 +70,16 @@ class FolderSource:
         self.nbytes = self._files.nbytes
         self.rows = self._files.read
         self.chunks = self._files.chunks
-        self._side_files = _side_files(folder)
+        self._side_files = SideFiles(folder)
+        self.notes = self._side_files.notes
         self.fingerprint = {
             "config.json": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
-            **{str(path.relative_to(folder)): _digest(path) for path in self._side_files},
+            **self._side_files.digests(),
             **{path.name: _header_digest(path) for path in self._files.metadata},
         }
 
     def copy_side_files(self, folder: Path) -> None:
-        for path in self._side_files:
-            target = folder / path.relative_to(self.folder)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(read_bytes(path, _MAX_SIDE_BYTES, SourceError))
+        self._side_files.copy(folder)
 
 
 def open_source(source: str | Path, *, revision: str | None = None) -> Source:
@@ -96,7 +92,9 @@ def open_source(source: str | Path, *, revision: str | None = None) -> Source:
         from seedlm.storage.source_gguf import GGUFSource
 
         return GGUFSource(path)
-    return _check(FolderSource(path), str(source))
+    found = FolderSource(path)
+    refuse_quantized(str(source), found.config, found.tensors)
+    return found
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
@@ -114,16 +112,37 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
         raise SourceError(f"{path}: a revision belongs to a Hub repository, this is a local path")
     if path.is_file():
         if path.suffix in PICKLE_SUFFIXES:
-            raise SourceError(_refuse_pickle(path, path.parent))
+            raise SourceError(refuse_pickle(path))
         if path.suffix != ".gguf":
             raise SourceError(f"{path}: a source is a folder of safetensors, a .gguf file or a Hub repository, not this file")
         return path
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs and not any(path.glob("*.safetensors")):
-        if len(ggufs) > 1:
+        if len(ggufs) > 1 and ggufs != gguf_parts(ggufs[0]):
             raise SourceError(f"{path}: has {len(ggufs)} GGUF files, name one of them: {', '.join(p.name for p in ggufs)}")
         return ggufs[0]
     return path
+
+
+def gguf_parts(path: Path, count: int | None = None) -> list[Path]:
+    """The files of a model of which `path` is one: ``NAME-00001-of-00003.gguf`` and so on, or `path` alone.
+
+    count   how many there must be, if that is known. Raises SourceError for one that is not there.
+    """
+    match = _GGUF_PART.fullmatch(path.name)
+    if match is None:
+        if count is not None and count > 1:
+            raise SourceError(
+                f"{path}: is one of {count} files of a model, which are known by names such as x-00001-of-00003.gguf"
+            )
+        return [path]
+    parts = [path.with_name(f"{match[1]}-{number + 1:05d}-of-{match[2]}.gguf") for number in range(int(match[2]))]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise SourceError(f"{path}: is one of {len(parts)} files of a model, of which {', '.join(missing[:4])} are not there")
+    if count is not None and count != len(parts):
+        raise SourceError(f"{path}: is one of {count} files of a model by its metadata, of {len(parts)} by its name")
+    return parts
 
 
 def is_repository(source: str | Path) -> bool:
@@ -131,20 +150,11 @@ def is_repository(source: str | Path) -> bool:
     return isinstance(source, str) and _HUB_ID.fullmatch(source) is not None
 
 
-def _check(source: FolderSource, name: str) -> Source:
-    """Refuse what is already quantized: its integer weights are codes of another format."""
-    quantized = source.config.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else "an unknown method"
-        raise SourceError(f"{name}: is already quantized ({method}); start from the original fp32, fp16 or bf16 weights")
-    return source
-
-
 def _download(repository: str, revision: str | None) -> Path:
     """A Hub repository's config, tokenizer and safetensors, in the Hub's own cache. Pickles are never fetched."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "LICENSE*", "LICENCE*", "NOTICE*", *(f"*{suffix}" for suffix in sorted(_SIDE_SUFFIXES))]
+    patterns = ["*.safetensors", "LICENSE*", "LICENCE*", "NOTICE*", *(f"*{suffix}" for suffix in sorted(SIDE_SUFFIXES))]
     try:
         folder = snapshot_download(
             repository,
@@ -157,42 +167,6 @@ def _download(repository: str, revision: str | None) -> Path:
         summary = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
         raise SourceError(f"{repository}: no local folder of that name, and the Hub did not give it ({summary})") from reason
     return Path(folder)
-
-
-def _no_weights(folder: Path) -> str:
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        return _refuse_pickle(pickles[0], folder)
-    return f"{folder}: has no {SINGLE_NAME}, no {INDEX_NAME} and no .gguf file"
-
-
-def _refuse_pickle(path: Path, folder: Path) -> str:
-    return (
-        f"{path}: is a pickle, which can run code when opened, and is not read; convert it once, if you trust it: "
-        f"""python -c "from transformers import AutoModelForCausalLM as M; """
-        f"""M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""""
-    )
-
-
-def _side_files(folder: Path) -> list[Path]:
-    """Small files that belong to the model whatever its weights are stored as."""
-    found = []
-    for path in sorted(path for pattern in _SIDE_PATTERNS for path in folder.glob(pattern)):
-        wanted = path.suffix in _SIDE_SUFFIXES or _SIDE_NAMES.fullmatch(path.name)
-        if not wanted or path.name == "config.json" or path.name.endswith(".index.json") or not path.is_file():
-            continue
-        if not stays_inside(path, folder):
-            raise SourceError(f"{path}: links to {path.resolve()}, outside of the folder")
-        with opened(path, SourceError) as file:
-            if file.read(2).startswith(_PICKLE_STARTS):  # a tokenizer.model may be anything
-                continue
-        found.append(path)
-    return found
-
-
-def _digest(path: Path) -> str:
-    with opened(path, SourceError) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _header_digest(path: Path) -> str:

@@ -1,9 +1,9 @@
 """A GGUF file as a source: llama.cpp's container, whose blocks are expanded a row range at a time.
 
-Blocks are expanded by gguf-py; config and tokenizer come from transformers' reading of the file's metadata. Only
-architectures whose conversion is a renaming, plus the row order of Llama's q and k, are read here (`_ARCHITECTURES`):
-others permute, split or offset tensors in ways of their own, and are refused with the way out. So is a tensor that is not
-in the table, such as the rotary factors of Llama 3.1, which the config that transformers derives would leave out.
+Blocks are expanded by gguf-py; config and tokenizer come from transformers' reading of the file's metadata, and what that
+passes over is added (`gguf_rope`, `_CARRIED`). Architectures are read here whose conversion is a renaming, the row order of
+Llama's q and k, the 1 that Gemma's norms leave out, or a stack of experts: others, and tensors that are not in the tables, are
+refused. A model in several files (``split.count``) is read from all of them.
 
 Expanded blocks are float32, which is what transformers expands them to; F32, F16 and BF16 tensors keep their dtype.
 """
@@ -19,10 +19,34 @@ from torch import Tensor
 
 from seedlm.errors import SourceError
 from seedlm.storage.gguf_check import check_decoder, read_gguf_header
+from seedlm.storage.gguf_rope import rope_parameters
 from seedlm.storage.safetensors import TensorInfo
+from seedlm.storage.source import gguf_parts
 from seedlm.storage.untrusted import opened
 
-_ARCHITECTURES: Final = frozenset({"llama", "qwen2", "qwen3"})
+_GEMMA: Final = {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_ARCHITECTURES: Final[dict[str, dict[str, str]]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3moe": {"ffn_gate_inp": "mlp.gate"},
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "nemotron": {},
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    "starcoder2": {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+}
+"""Architecture -> the names of its tensors that differ from `_MODULES`."""
+_LESS_ONE: Final = frozenset({"gemma2", "gemma3", "nemotron"})
+"""Architectures whose norms multiply by 1 + weight in transformers, and by the sum in GGUF files."""
+_EXPERTS: Final = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+_CARRIED: Final = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
+"""Metadata that transformers passes over for some architectures -> the setting that it is."""
+_UNSUPPORTED: Final = ("attention.scale", "logit_scale", "embedding_scale", "residual_scale", "attention.clamp_kqv")
 _TOKENIZERS: Final = {"llama": "PreTrainedTokenizerFast", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 """Model type -> what AutoTokenizer would take, had it parsed the whole metadata to learn the type: 2 s for 49,152 tokens."""
 _PLAIN: Final = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
@@ -47,55 +71,80 @@ _MODULES: Final = {
 
 
 class GGUFSource:
-    """One GGUF file. Raises SourceError if gguf is not installed, or for an architecture or tensor that is not known here."""
+    """One GGUF file, or a model in several.
+
+    Raises SourceError if gguf is not installed, for an architecture, a tensor or metadata that is not known here, and for files
+    of a model that are not there.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
             import gguf
         except ImportError:
             raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
+        self._gguf = gguf
         header = read_gguf_header(path, gguf.GGML_QUANT_SIZES)
-        try:
-            reader = gguf.GGUFReader(path)
-        except Exception as reason:  # whatever numpy or the enums raise on a damaged file
-            raise SourceError(f"{path}: not a readable GGUF file ({str(reason) or type(reason).__name__})") from reason
-        self.path = path
-        self.nbytes = path.stat().st_size
-        architecture = _field(reader, "general.architecture", path)
+        paths = gguf_parts(path, header.size("split.count", 1))
+        headers = [header if part == path else read_gguf_header(part, gguf.GGML_QUANT_SIZES) for part in paths]
+        readers = [self._open(part) for part in paths]
+        reader, self.path = readers[0], paths[0]
+        self.nbytes = sum(part.stat().st_size for part in paths)
+        architecture = str(_field(reader, "general.architecture", self.path))
         if architecture not in _ARCHITECTURES:
             raise SourceError(
                 f"{path}: GGUF files of architecture {architecture!r} are not read here, only "
-                f"{', '.join(sorted(_ARCHITECTURES))}; let transformers convert it once: from_pretrained(folder, "
-                f"gguf_file={path.name!r}, quantization_config=GgufConfig(dequantize=True)), then save_pretrained"
+                f"{', '.join(sorted(_ARCHITECTURES))}; start from the original model's safetensors"
             )
-        check_decoder(header)
-        heads = {}
+        check_decoder(headers)
+        self.notes: list[str] = []
+        self._architecture, self._heads = architecture, {}
         if architecture == "llama":
             query = int(_field(reader, "llama.attention.head_count", path))
-            heads = {"q_proj": query, "k_proj": int(_field(reader, "llama.attention.head_count_kv", path, query))}
-        self._gguf, self._tensors, self._heads = gguf, {}, heads
+            self._heads = {"q_proj": query, "k_proj": int(_field(reader, "llama.attention.head_count_kv", path, query))}
+        self._tensors: dict[str, tuple[Any, int | None]] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        for tensor in reader.tensors:
-            name = _model_name(tensor.name, path)
-            self._tensors[name] = tensor
-            dtype = _PLAIN.get(tensor.tensor_type.name, "F32")
-            self.tensors[name] = TensorInfo(dtype, tuple(int(n) for n in reversed(tensor.shape)))
-        self.config = self._config()
-        with opened(path, SourceError) as file:
-            head = file.read(int(reader.data_offset))
+        freqs = None
+        for tensor in (tensor for each in readers for tensor in each.tensors):
+            if tensor.name == "rope_freqs.weight":
+                freqs = [float(value) for value in tensor.data.reshape(-1)]
+            else:
+                self._add(tensor)
+        self.config = self._config(reader, freqs)
         self.fingerprint: dict[str, Any] = {
-            path.name: hashlib.sha256(head).hexdigest(),
+            **{part.name: _digest(part, int(each.data_offset)) for part, each in zip(paths, readers, strict=True)},
             "bytes": self.nbytes,
             "config.json": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
         }
 
+    def _open(self, path: Path) -> Any:
+        try:
+            return self._gguf.GGUFReader(path)
+        except Exception as reason:  # whatever numpy or the enums raise on a damaged file
+            raise SourceError(f"{path}: not a readable GGUF file ({str(reason) or type(reason).__name__})") from reason
+
+    def _add(self, tensor: Any) -> None:
+        """List a tensor of the file; a stack of experts as the matrices that the original has."""
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        dtype = _PLAIN.get(tensor.tensor_type.name, "F32")
+        layer, _, kind = tensor.name.removesuffix(".weight").rpartition(".")
+        if kind in _EXPERTS and layer.startswith("blk.") and len(shape) == 3 and self._architecture == "qwen3moe":
+            for expert in range(shape[0]):
+                name = f"model.layers.{layer[4:]}.mlp.experts.{expert}.{_EXPERTS[kind]}.weight"
+                self._tensors[name], self.tensors[name] = (tensor, expert), TensorInfo(dtype, shape[1:])
+            return
+        name = _model_name(tensor.name, self._architecture, self.path)
+        self._tensors[name], self.tensors[name] = (tensor, None), TensorInfo(dtype, shape)
+
     def rows(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
-        tensor, info = self._tensors[name], self.tensors[name]
-        data = tensor.data[self._row_order(name)[start:stop]]
+        (tensor, expert), info = self._tensors[name], self.tensors[name]
+        stored = tensor.data if expert is None else tensor.data[expert]
+        data = stored[self._row_order(name)[start:stop]]
         kind = tensor.tensor_type
         if kind.name == "BF16":  # gguf-py hands bfloat16 out as bytes
             return torch.from_numpy(data.copy()).view(torch.bfloat16)
         values = torch.from_numpy(data.copy() if kind.name in _PLAIN else self._gguf.dequantize(data, kind))
+        if self._architecture in _LESS_ONE and "norm.weight" in name:
+            values = values - 1
         return values.view(-1, *info.shape[1:])
 
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -128,7 +177,7 @@ class GGUFSource:
         heads = self._heads.get(name.split(".")[-2]) if "." in name else None
         return rows if heads is None else rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, reader: Any, freqs: list[float] | None) -> dict[str, Any]:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -138,11 +187,48 @@ class GGUFSource:
             raise SourceError(f"{self.path}: no configuration can be made of its metadata ({_one_line(reason)})") from reason
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-        data.pop("quantization_config", None)
-        data.pop("_name_or_path", None)
+        for key in ("quantization_config", "_name_or_path", "transformers_version"):
+            data.pop(key, None)
+        said = self._said(reader)
+        for key, setting in _CARRIED.items():
+            if key in said and hasattr(config, setting):
+                data[setting] = int(said[key])
+        for key in _UNSUPPORTED:
+            if float(said.get(key, 0.0)) not in (0.0, 1.0):
+                raise SourceError(
+                    f"{self.path}: its metadata has {key} {said[key]}, which transformers does not read from GGUF files; start "
+                    f"from the original model's safetensors"
+                )
+        data["tie_word_embeddings"] = "lm_head.weight" not in self.tensors
+        self._set_rope(data, config.to_dict().get("rope_parameters") or {}, said, freqs)
         plain = {info.dtype for info in self.tensors.values() if len(info.shape) > 1}
         data["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(plain.pop() if len(plain) == 1 else "F32", "float32")
         return data
+
+    def _said(self, reader: Any) -> dict[str, Any]:
+        """The metadata of the architecture, by what follows its name."""
+        prefix = f"{self._architecture}."
+        return {key.removeprefix(prefix): field.contents() for key, field in reader.fields.items() if key.startswith(prefix)}
+
+    def _set_rope(
+        self, data: dict[str, Any], parameters: dict[str, Any], said: dict[str, Any], freqs: list[float] | None
+    ) -> None:
+        """Put what the file says of rotary embeddings into the config. A model with several kinds of layers scales the full."""
+        scaling = {key.removeprefix("rope.scaling."): value for key, value in said.items() if key.startswith("rope.scaling.")}
+        if "rope.scale_linear" in said:
+            scaling["scale_linear"] = said["rope.scale_linear"]
+        several = "full_attention" in parameters
+        base = parameters["full_attention"] if several else parameters
+        theta = float(said.get("rope.freq_base", base.get("rope_theta", 10000.0)))
+        found = rope_parameters(scaling, freqs, theta, int(data.get("max_position_embeddings", 0)), f"{self.path}")
+        if found:
+            changed = {**base, "rope_theta": theta, **found}
+            data["rope_parameters"] = {**parameters, "full_attention": changed} if several else changed
+
+
+def _digest(path: Path, nbytes: int) -> str:
+    with opened(path, SourceError) as file:
+        return hashlib.sha256(file.read(nbytes)).hexdigest()
 
 
 def _field(reader: Any, key: str, path: Path, default: Any = None) -> Any:
@@ -158,13 +244,15 @@ def _one_line(reason: BaseException) -> str:
     return " ".join(str(reason).split())[:300] or type(reason).__name__
 
 
-def _model_name(name: str, path: Path) -> str:
+def _model_name(name: str, architecture: str, path: Path) -> str:
     """The name in transformers of a GGUF tensor: ``blk.3.ffn_up.weight`` -> ``model.layers.3.mlp.up_proj.weight``."""
     *module, part = name.split(".")
     prefix = ""
     if module[:1] == ["blk"] and len(module) == 3 and module[1].isdigit():
         prefix, module = f"model.layers.{module[1]}.", module[2:]
-    known = _MODULES.get(module[0]) if len(module) == 1 else None
+    known = {**_MODULES, **_ARCHITECTURES[architecture]}.get(module[0]) if len(module) == 1 else None
     if known is None or part not in ("weight", "bias"):
-        raise SourceError(f"{path}: holds a tensor {name!r} that is not part of a dense decoder; convert it with transformers")
+        raise SourceError(
+            f"{path}: holds a tensor {name!r} that is not known for {architecture}; start from the original model's safetensors"
+        )
     return f"{prefix}{known}.{part}"

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from seedlm.codes.block.basis import Basis, generator, seed_positions
-from seedlm.codes.block.format import EXPONENT_BIAS_RANGE, ROUNDINGS, BlockFormat, Rounding
-from seedlm.errors import TensorError
+from seedlm.codes.block.format import EXPONENT_BIAS_RANGE, BlockFormat, Rounding, check_rounding
 
 
 class BlockCodes(NamedTuple):
@@ -142,8 +141,7 @@ def best_exponent(solution: Tensor, exponent_bias: int, format: BlockFormat) -> 
 
 def _candidates(solution: Tensor, exponent_bias: int, format: BlockFormat, rounding: Rounding):
     """The (exponent int64 [...], coefficients int64 [..., P]) to score for least-squares solutions float64 [..., P]."""
-    if rounding not in ROUNDINGS:
-        raise TensorError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    check_rounding(rounding)
     start = best_exponent(solution, exponent_bias, format)
     for shift in (0,) if rounding == "nearest" else (-1, 0, 1):
         exponents = (start + shift).clamp(*format.exponent_range)

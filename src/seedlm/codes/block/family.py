@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from seedlm.codes.base import CODES, EncodeOptions, Encoder, Facts, Format, LinearBackend
 from seedlm.codes.block import format as formats
-from seedlm.codes.block.format import EXPONENT_BIAS_RANGE, PRESETS, ROUNDINGS, BlockFormat
-from seedlm.errors import FormatError, TensorError
+from seedlm.codes.block.format import EXPONENT_BIAS_RANGE, PRESETS, BlockFormat, check_rounding
+from seedlm.errors import TensorError
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ class BlockFamily:
     presets: Mapping[str, Format] = PRESETS
     defaults: Mapping[str, str] = {"rounding": "best"}
     mixture = _NMSE
+    feedback: Final = False
     fused: Final = False
 
     def parse(self, text: str) -> Format | None:
@@ -47,8 +48,7 @@ class BlockFamily:
 
     def check_settings(self, settings: Mapping[str, str]) -> None:
         rounding = settings.get("rounding", "best")
-        if rounding not in ROUNDINGS:
-            raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+        check_rounding(rounding)
 
     def check(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int]) -> None:
         """Raise TensorError for an exponent bias out of range, a zero seed, a padding bit that is set."""

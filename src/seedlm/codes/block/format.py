@@ -28,6 +28,13 @@ Rounding = Literal["best", "nearest"]
 
 ROUNDINGS: Final = get_args(Rounding)
 
+
+def check_rounding(rounding: str) -> None:
+    """Raise FormatError unless it is one of the two."""
+    if rounding not in ROUNDINGS:
+        raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+
+
 WORD_BITS: Final = 32
 """Packed codes are stored as int32 words."""
 

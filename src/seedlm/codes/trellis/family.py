@@ -23,6 +23,7 @@ class TrellisFamily:
     presets: Mapping[str, Format] = PRESETS
     defaults: Mapping[str, str] = {}
     mixture: Mapping[Format, float] = {PRESETS[bits]: nmse for bits, nmse in _NMSE.items()}
+    feedback: Final = True
     fused: Final = True
 
     def parse(self, text: str) -> Format | None:

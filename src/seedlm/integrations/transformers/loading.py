@@ -23,7 +23,7 @@ from seedlm.integrations.transformers.files import Verification
 from seedlm.modeling.experts import PACKED, SeedExperts, projections_of
 from seedlm.modeling.linear import SeedLinear, own_name
 from seedlm.modeling.places import LAST_NUMBER, Names, Place
-from seedlm.modeling.quantize import seed_linears
+from seedlm.modeling.quantize import seed_linears, share_inputs
 from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint, Stack, stored_name
 
 
@@ -146,6 +146,7 @@ class Places:
             for place in places.values():
                 templates |= names.template(place)
             model.set_submodule(name, _empty_experts(model.get_submodule(name), places, stacks, empty))
+        share_inputs(model)
         return cls(model, checkpoint, filled, [*([ExpertNames(templates)] if templates else []), CodeNames.of(model)])
 
     def conversions(self, others: Iterable[Any]) -> list[Any]:

@@ -1,0 +1,67 @@
+"""How much a model's predictions suffer from coding each matrix, when errors are fed back: what mixed precision goes by.
+
+Feedback leaves of a row's error d what the inputs' product H has in it after elimination: with H = M S M', M upper triangular
+with ones on its diagonal, d H d' is the sum over columns j of S_j e_j^2, e the code's own error on its targets. That is a share
+`nmse` of the row's energy in every column, so with g_r the gradient at output r (`statistics`)
+
+    KL  =  sensitivity * nmse,     sensitivity  =  1/2 sum over rows r of  E[g_r^2] mean(W_r^2) * sum over columns of S_j
+
+Without feedback it would be the trace of H in place of that of S (`sensitivity`), which says too much of layers whose inputs
+are correlated. H is taken in the basis that codes with feedback work in, where the transform has spread out what is large.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from seedlm.codes import hadamard
+from seedlm.errors import SourceError
+from seedlm.storage.selection import matrices_of
+from seedlm.storage.source import Source
+from seedlm.storage.statistics import Statistics
+
+_TRANSFORM = 128
+_DAMPING = 0.01
+
+
+def sensitivities(statistics: Statistics, shapes: Mapping[str, tuple[int, int]], source: Source) -> dict[str, float]:
+    """Module -> KL in nats a token, per unit of relative squared error of its code.
+
+    shapes   of the modules to be compressed
+    Six digits; 0 for a layer that was not observed or that no token reached (`allocate` takes it as the least of the others).
+    Raises SourceError if the statistics have no gradients.
+    """
+    if not statistics.rows:
+        raise SourceError("these statistics have no gradients; measure them again, or give --sensitivity FILE")
+    tensors = matrices_of(shapes, source.tensors, source.config)
+    left: dict[str, float] = {}
+    found = {}
+    for module, (rows, columns) in shapes.items():
+        name, squares = statistics.reads.get(module), statistics.rows.get(module)
+        if name is None or squares is None:
+            found[module] = 0.0
+            continue
+        if name not in left:
+            left[name] = after_elimination(statistics.inputs[name].product())
+        tensor, _, stack = tensors[module]
+        if stack is None:
+            weight = source.rows(tensor, 0, rows).float()
+        else:
+            weight = source.rows(tensor, stack.expert(module), stack.expert(module) + 1)[0].float()
+            weight = weight.T if stack.transposed else weight
+        energy = weight.square().sum(1).double() / columns
+        value = 0.5 * float((squares.double() * energy).sum()) * left[name]
+        found[module] = float(f"{value:.6g}") if math.isfinite(value) else 0.0
+    return found
+
+
+def after_elimination(product: Tensor) -> float:
+    """Sum of the pivots S of a product [in, in], damped, in the transformed basis."""
+    rotated = hadamard.forward(hadamard.forward(product.double(), _TRANSFORM).T.contiguous(), _TRANSFORM)
+    mean = float(rotated.diagonal().mean())
+    if not mean > 0:
+        return 0.0
+    damped = rotated + torch.eye(len(rotated), dtype=torch.float64) * (mean * _DAMPING)
+    return float(torch.linalg.cholesky(damped.flip(0, 1)).diagonal().square().sum())

@@ -1,0 +1,121 @@
+"""Text that a model writes by itself: what its statistics are taken from, so that compressing it needs no data.
+
+Every sequence starts as the model's own texts do, with its token for a beginning (BOS), or with any token where it has none,
+and goes on as the model says, drawn from its predictions at temperature 1 without truncation. Calibrating a language model on
+its own text is known (Williams et al. 2024, arXiv 2410.17170). Measured on SmolLM2-135M-Instruct with error feedback at 3 bits
+(KL on WikiText-2, 64 sequences of 256): BOS and temperature 1 0.180, random first tokens 0.191, temperature 0.8 0.207.
+
+What is drawn depends on predictions and on numbers that are drawn beforehand, for each sequence and position its own. So the
+same model, seed and machine write the same text, in batches of any size but for rounding in the predictions; another device
+rounds otherwise and writes another text as soon as one token differs. Whoever needs the same text keeps it.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from seedlm.errors import EvaluationError
+
+Progress = Callable[[str, int, int], None]
+"""Called with "text", the tokens written so far, and all tokens."""
+
+BATCH: Final = 64
+"""Sequences written at a time: the time of a step hardly depends on them until their caches fill the memory."""
+
+_OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnText:
+    """How much text, and which.
+
+    sequences    how many
+    length       tokens in each, the first one included
+    seed         of the numbers that are drawn
+    temperature  of the predictions; 1 as the model makes them
+    Raises EvaluationError for a value that cannot be.
+    """
+
+    sequences: int = 64
+    length: int = 256
+    seed: int = 0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequences", 1), ("length", 2), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise EvaluationError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.temperature < float("inf"):
+            raise EvaluationError(f"temperature must be above 0, got {self.temperature}")
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+@torch.no_grad()
+def write_text(model: Any, text: OwnText, *, batch: int = BATCH, on_progress: Progress | None = None) -> Tensor:
+    """Let a causal language model write.
+
+    model     as transformers makes it, in evaluation mode, on any device; Mamba and its like write without a cache, slowly
+    batch     sequences at a time
+    returns   int64 [sequences, length], on the CPU
+    Raises EvaluationError for text longer than the model's context, and for predictions that are not finite.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and text.length > longest:
+        raise EvaluationError(
+            f"the model knows {longest} positions, the text has {text.length} tokens: choose a shorter length"
+        )
+    progress = on_progress or (lambda phase, done, total: None)
+    random = torch.Generator().manual_seed(text.seed)
+    first = _first_tokens(model, text, random)
+    draws = torch.rand(text.sequences, text.length - 1, generator=random, dtype=torch.float64)
+    written = []
+    progress("text", 0, text.tokens)
+    for start in range(0, text.sequences, batch):
+        rows = slice(start, start + batch)
+        written.append(_continue(model, first[rows], draws[rows], text.temperature))
+        progress("text", sum(part.numel() for part in written), text.tokens)
+    return torch.cat(written)
+
+
+def text_hash(tokens: Tensor) -> str:
+    """What tells one text from another: SHA-256 of its shape and tokens, as hexadecimal digits."""
+    content = tokens.to("cpu", torch.int64).contiguous()
+    return hashlib.sha256(repr(tuple(content.shape)).encode() + content.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _first_tokens(model: Any, text: OwnText, random: torch.Generator) -> Tensor:
+    """int64 [sequences, 1]: the model's BOS token, or any tokens if it has none."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    bos = getattr(getattr(model, "generation_config", None), "bos_token_id", None)
+    bos = getattr(model.config, "bos_token_id", None) if bos is None else bos
+    if isinstance(bos, int) and 0 <= bos < vocabulary:
+        return torch.full((text.sequences, 1), bos)
+    return torch.randint(vocabulary, (text.sequences, 1), generator=random)
+
+
+def _continue(model: Any, first: Tensor, draws: Tensor, temperature: float) -> Tensor:
+    """Sequences int64 [batch, length] on the CPU, from their first tokens and a number in [0, 1) for each further one."""
+    tokens, cache = [first.to(model.device)], None
+    for draw in draws.to(model.device).T:
+        before = tokens[-1] if cache is not None else torch.cat(tokens, 1)
+        output = model(input_ids=before, past_key_values=cache, use_cache=True)
+        cache = output.get("past_key_values")
+        logits = output.logits[:, -1].float()
+        if not logits.isfinite().all():
+            raise EvaluationError(f"the model's predictions are not finite; {_OVERFLOW}")
+        tokens.append(_draw((logits / temperature).softmax(-1), draw))
+    return torch.cat(tokens, 1).cpu()
+
+
+def _draw(probabilities: Tensor, draw: Tensor) -> Tensor:
+    """int64 [batch, 1]: the token in whose share of [0, 1) the number lies; probabilities [batch, vocabulary], draw [batch]."""
+    upper = probabilities.double().cumsum(-1)
+    chosen = torch.searchsorted(upper, draw[:, None] * upper[:, -1:], right=True)
+    return chosen.clamp_max(probabilities.shape[-1] - 1)

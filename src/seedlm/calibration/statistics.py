@@ -1,0 +1,282 @@
+"""What each linear layer's inputs look like, and how much its outputs matter: X'X and squared gradients over a text.
+
+One pass over the text, forwards and backwards. Forwards, each input x is kept; backwards comes the gradient g of the text's
+negative log-likelihood at each output, and the sums
+
+    over tokens  t x x'     with t = root of the layer's mean over rows of  g_r^2 / E[g_r^2]
+    over tokens  g_r^2      for each row r
+
+are added to. Tokens that the predictions depend on count more (GuidedQuant, Kim et al. 2025, arXiv 2505.07004, takes the
+square itself: that needs several times the text for the same accuracy), and an encoder that knows E[g_r^2] lets rows that
+matter little have the errors. On a model's own text the gradients are the Fisher information's (see `sensitivity`). Without
+`gradients` there is only the forward pass, and every token counts the same.
+
+Layers that are given one and the same tensor (q, k and v; gate and up) share its sums, each adding its own t. Experts have
+sums of their own, of the tokens that reach them, stacked or not. Products are float32, totals float64. E[g_r^2] is what the
+tokens before have shown, so the order of the text matters a little, and the batch.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from seedlm.calibration.own_text import text_hash
+from seedlm.errors import EvaluationError
+from seedlm.modeling.experts import SeedExperts, experts_traits, projections_of
+from seedlm.storage.statistics import InputStatistics, Statistics, StatisticsFacts
+
+Progress = Callable[[str, int, int], None]
+"""Called with "statistics", the tokens seen so far, and all tokens."""
+
+OWN_TEXT: Final = "own text"
+_SAMPLES: Final = 1024
+_TINY: Final = 1e-300
+_OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
+
+
+def measure_statistics(
+    model: Any,
+    tokens: Tensor,
+    *,
+    gradients: bool = True,
+    layers: Collection[str] | None = None,
+    batch: int = 8,
+    source: str = OWN_TEXT,
+    on_progress: Progress | None = None,
+) -> Statistics:
+    """The statistics of a causal language model's linear layers, experts included, on a text.
+
+    tokens     int64 [sequences, length], such as `write_text` returns
+    gradients  whether tokens and rows are weighted by squared gradients; takes three times as long, and the activations'
+               memory of a batch
+    layers     names to observe, all by default: with few at a time the sums of a large model fit the memory
+    batch      sequences at a time
+    source     what the text is, for whoever reads the statistics
+    returns    by the names that the model is saved under, an expert of a stack by its number
+    The model comes back as it was. Raises EvaluationError if there is nothing to observe, or for activations and gradients
+    that are not finite.
+    """
+    watch = _Watch(gradients)
+    progress = on_progress or (lambda phase, done, total: None)
+    with _watched(model, watch, layers):
+        for start in range(0, len(tokens), batch):
+            progress("statistics", start * tokens.shape[1], tokens.numel())
+            piece = tokens[start : start + batch].to(model.device)
+            with torch.set_grad_enabled(gradients):
+                logits = model(input_ids=piece, use_cache=False).logits
+                if gradients:
+                    likelihood = logits[:, :-1].float().flatten(0, 1), piece[:, 1:].flatten()
+                    nn.functional.cross_entropy(*likelihood, reduction="sum").backward()
+            watch.settle()
+        progress("statistics", tokens.numel(), tokens.numel())
+    facts = StatisticsFacts(
+        model=model_fingerprint(model),
+        text=text_hash(tokens),
+        source=source,
+        sequences=len(tokens),
+        length=tokens.shape[1],
+        weighting="gradient" if gradients else "none",
+    )
+    return _finished(model, watch, facts)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """What tells one model from another: SHA-256 of its parameters' names and shapes, and of 1024 values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        digest.update(f"{name} {[*parameter.shape]}\n".encode())
+        places = torch.arange(min(_SAMPLES, flat.numel()), device=flat.device) * max(flat.numel() // _SAMPLES, 1)
+        digest.update(flat[places].float().cpu().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+class _Watch:
+    """The sums, by keys of matrices (`_matrices`), and who reads what.
+
+    reads      matrix -> the one that reads the same input first
+    products   of those: float64 [in, in], sum of t x x'
+    weights    of those: float64 scalar, sum of t
+    tokens     of those: how many
+    rows       matrix -> float64 [out], sum of squared gradients
+    seen       matrix -> tokens in that sum
+    """
+
+    def __init__(self, gradients: bool) -> None:
+        self.gradients = gradients
+        self.reads: dict[str, str] = {}
+        self.products: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        self.rows: dict[str, Tensor] = {}
+        self.seen: dict[str, int] = {}
+        self._now: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+
+    def note(self, matrix: str, given: Tensor, output: Tensor) -> None:
+        """A matrix has been multiplied by an input [..., in], which gave an output [..., out]."""
+        first = self._first_reader(matrix, given)
+        x = given.detach().reshape(-1, given.shape[-1])
+        if not x.isfinite().all():
+            raise EvaluationError(f"{matrix}: its input is not finite; {_OVERFLOW}")
+        if first == matrix:
+            self.tokens[first] = self.tokens.get(first, 0) + len(x)
+        if self.gradients and output.requires_grad:
+            output.register_hook(lambda gradient: self._backwards(matrix, first, x, gradient))
+        elif first == matrix:
+            self._add(first, x, torch.ones(len(x), device=x.device))
+
+    def settle(self) -> None:
+        """A pass over the model is over."""
+        self._now.clear()
+
+    def _backwards(self, matrix: str, first: str, x: Tensor, gradient: Tensor) -> None:
+        squares = gradient.detach().reshape(len(x), -1).float().square()
+        if not squares.isfinite().all():
+            raise EvaluationError(f"{matrix}: the gradient is not finite; {_OVERFLOW}")
+        self.rows[matrix] = squares.sum(0, dtype=torch.float64) + self.rows.get(matrix, 0)
+        self.seen[matrix] = self.seen.get(matrix, 0) + len(x)
+        mean = (self.rows[matrix] / self.seen[matrix]).float()
+        self._add(first, x, torch.where(mean > 0, squares / mean, 0.0).mean(1).sqrt())
+
+    def _first_reader(self, matrix: str, given: Tensor) -> str:
+        """The matrix that has read this very tensor first."""
+        known = self._now.get(id(given))
+        first = known[1] if known is not None and known[0]() is given else matrix
+        if first == matrix:
+            self._now[id(given)] = (weakref.ref(given), matrix)
+        before = self.reads.setdefault(matrix, first)
+        if before != first:
+            raise EvaluationError(f"{matrix}: reads what {first} reads, but before it read what {before} did")
+        return first
+
+    def _add(self, name: str, x: Tensor, weight: Tensor) -> None:
+        """Sum up t x x', [tokens, in] and [tokens]."""
+        x, width = x.float(), x.shape[1]
+        if name not in self.products:
+            self.products[name] = torch.zeros(width, width, dtype=torch.float64, device=x.device)
+            self.weights[name] = torch.zeros((), dtype=torch.float64, device=x.device)
+        self.products[name] += (x * weight[:, None]).T @ x
+        self.weights[name] += weight.sum(dtype=torch.float64)
+
+
+class _WatchedExperts(SeedExperts):
+    """Dense experts that say what each of them reads."""
+
+    def __init__(self, dense: nn.Module, name: str, watch: _Watch) -> None:
+        super().__init__(dense, {}, {}, {})
+        self.stacks_name, self.watch = name, watch
+
+    def _project(self, projection: str, expert: int, x: Tensor) -> Tensor:
+        output = super()._project(projection, expert, x)
+        if len(x):
+            self.watch.note(_member(f"{self.stacks_name}.{projection}", expert), x, output)
+        return output
+
+
+def _member(parameter: str, expert: int) -> str:
+    return f"{parameter}.{expert}"
+
+
+@contextmanager
+def _watched(model: Any, watch: _Watch, layers: Collection[str] | None) -> Iterator[None]:
+    """While hooks are in place, and gradients reach outputs but no parameter. Raises EvaluationError without a matrix."""
+    keys = list(_matrices(model))
+    numbers = _as_saved(model, {key: torch.full((rows,), float(i)) for i, (key, rows) in enumerate(_matrices(model).items())})
+    wanted = {keys[int(n)] for name, values in numbers.items() if layers is None or name in layers for n in values.unique()}
+    if not wanted:
+        raise EvaluationError(f"{type(model).__name__} has no linear layer to observe")
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modules, handles, experts = dict(model.named_modules()), [], {}
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and f"{name}.weight" in wanted:
+            handles.append(module.register_forward_hook(_linear_hook(f"{name}.weight", watch), with_kwargs=True))
+        stacks = projections_of(module)
+        if any(_member(f"{name}.{stack}", i) in wanted for stack, sizes in stacks.items() for i in range(sizes[0])):
+            experts[name] = module
+    try:
+        for name, module in experts.items():
+            model.set_submodule(name, _WatchedExperts(module, name, watch).train(module.training))
+        model.requires_grad_(False)
+        if watch.gradients:
+            handles.append(model.get_input_embeddings().register_forward_hook(lambda m, given, x: x.requires_grad_()))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, module in experts.items():
+            model.set_submodule(name, module)
+        for parameter, needed in before.items():
+            parameter.requires_grad_(needed)
+
+
+def _linear_hook(matrix: str, watch: _Watch) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        watch.note(matrix, args[0] if args else kwargs["input"], output)
+
+    return hook
+
+
+def _matrices(model: nn.Module) -> dict[str, int]:
+    """Key -> rows, of every linear layer's weight and of every expert's: the parameter's name, and the expert's number."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[f"{name}.weight"] = module.weight.shape[0]
+        for projection, (experts, rows, _) in projections_of(module).items():
+            found.update({_member(f"{name}.{projection}", expert): rows for expert in range(experts)})
+    return found
+
+
+def _as_saved(model: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers for each row, float [out], by the names of the layers that a checkpoint holds; stacks' are PARAMETER.NUMBER.
+
+    values   by keys of `_matrices`; what is missing is NaN
+    """
+    parameters = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            rows = torch.full((module.weight.shape[0],), torch.nan)
+            parameters[f"{name}.weight"] = values.get(f"{name}.weight", rows)[:, None]
+        traits = experts_traits(module) or {}
+        for projection, (experts, out, _) in projections_of(module).items():
+            key = f"{name}.{projection}"
+            rows = torch.full((out,), torch.nan)
+            stack = torch.stack([values.get(_member(key, expert), rows) for expert in range(experts)])
+            parameters[key] = stack[:, None] if traits["is_transposed"] else stack[:, :, None]
+    saved = {}
+    for name, value in revert_weight_conversion(model, parameters).items():
+        layer = name.removesuffix(".weight")
+        if value.dim() == 3:
+            saved.update({_member(layer, expert): rows.flatten() for expert, rows in enumerate(value)})
+        else:
+            saved[layer] = value.flatten()
+    return saved
+
+
+def _finished(model: Any, watch: _Watch, facts: StatisticsFacts) -> Statistics:
+    """Means, by the names that a checkpoint has."""
+    matrices, firsts = _matrices(model), list(watch.products)
+    numbers = {
+        key: torch.full((matrices[key],), float(firsts.index(first))) for key, first in watch.reads.items() if first in firsts
+    }
+    reads = {}
+    for layer, found in _as_saved(model, numbers).items():
+        if len(found) and bool((found == found[0]).all()):  # all rows read the same, and did
+            reads[layer] = firsts[int(found[0])]
+    names: dict[str, str] = {}
+    for layer, first in reads.items():
+        names.setdefault(first, layer)
+    inputs = {
+        names[first]: InputStatistics.of(watch.products[first] / watch.weights[first].clamp_min(_TINY), watch.tokens[first])
+        for first in firsts
+        if first in names
+    }
+    means = {key: (total / watch.seen[key]).float().cpu() for key, total in watch.rows.items()}
+    rows = {layer: values for layer, values in _as_saved(model, means).items() if layer in reads and values.isfinite().all()}
+    return Statistics(facts, inputs, {layer: names[first] for layer, first in reads.items()}, rows)

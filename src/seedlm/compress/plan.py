@@ -1,0 +1,192 @@
+"""What a run will do, before it does anything: each tensor's fate, its place in the output, and the arguments to hold a
+resumed run against. All of it follows from headers, arguments and, for mixed precision, statistics; no weight is read.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final
+
+from seedlm.codes.base import Format
+from seedlm.codes.registry import family_of
+from seedlm.compress.allocate import Mixture, most_common
+from seedlm.compress.worker import Item, Place
+from seedlm.errors import OutputError, SourceError
+from seedlm.modeling.blueprint import survey
+from seedlm.storage import checkpoint
+from seedlm.storage.checkpoint import PackedInfo, stored_name
+from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part
+from seedlm.storage.safetensors import SINGLE_NAME, Layout, TensorInfo, layout
+from seedlm.storage.selection import Survey, dense_linears, groups_of, largest_left, matrices_of, select, stack_of
+from seedlm.storage.source import Source
+from seedlm.version import __version__
+
+DTYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Which matrices of a model are compressed.
+
+    modules   module -> (out_features, in_features)
+    dense     linear modules that are not
+    notes     what a user should know of it, a line each
+    """
+
+    modules: Mapping[str, tuple[int, int]]
+    dense: list[str]
+    notes: list[str]
+    survey: Survey
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, decided.
+
+    format      of most matrices; `formats` has all
+    shards      file -> what it holds, in order
+    layouts     file -> its header and every tensor's place
+    arguments   that the result depends on besides the source, as JSON
+    """
+
+    format: Format
+    formats: Mapping[str, Format]
+    shards: Mapping[str, list[Item]]
+    layouts: Mapping[str, Layout]
+    arguments: dict[str, Any]
+    source: Any
+
+    @property
+    def overrides(self) -> dict[str, Format]:
+        """The formats that are not that of most."""
+        return {module: other for module, other in self.formats.items() if other != self.format}
+
+    @property
+    def items(self) -> list[Item]:
+        """All tensors, in the order of the files."""
+        return [item for shard in self.shards.values() for item in shard]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is kept beside an unfinished run."""
+        return {"seedlm": __version__, "arguments": self.arguments, "source": self.source}
+
+    def places(self) -> dict[Item, Place]:
+        """Where each item goes, in the order of the work: that of the files, one format after the other."""
+        places = {
+            item: Place(file, {name: self.layouts[file].offsets[name] for name in item.stored})
+            for file, shard in self.shards.items()
+            for item in shard
+        }
+        return dict(sorted(places.items(), key=lambda pair: pair[0].packed.format.spec if pair[0].packed else ""))
+
+    def headings(self) -> dict[str, bytes]:
+        return {name: line for item in self.items for name, line in item.headings.items()}
+
+
+def choose(source: Source, candidates: Iterable[Format], include: tuple[str, ...], exclude: tuple[str, ...]) -> Selected:
+    """What `selection` and the model's own class say of a source. Raises SourceError as they do."""
+    widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
+    found = survey(source.config, source.tensors)
+    modules, left = select(source.tensors, source.config, widest, include, exclude, found)
+    matrices = matrices_of(modules, source.tensors, source.config, found)
+    return Selected(
+        {module: shape for module, (_, shape, _) in matrices.items()},
+        dense_linears(source.tensors, left, found),
+        [*source.notes, *found.notes, *largest_left(source.tensors, left)],
+        found,
+    )
+
+
+def assign(format: Format | Mixture, selected: Selected) -> dict[str, Format]:
+    """A format for every matrix; modules that are multiplied as one share theirs where the family asks for it."""
+    if not isinstance(format, Mixture):
+        return dict.fromkeys(selected.modules, format)
+    fused = any(family_of(each).fused for each in format.formats)
+    return format.assign(selected.modules, groups_of(selected.modules) if fused else ())
+
+
+def make(
+    source: Source,
+    selected: Selected,
+    formats: Mapping[str, Format],
+    *,
+    dtype: str | None,
+    shard_bytes: int,
+    arguments: Mapping[str, Any],
+) -> Plan:
+    """The plan for these formats. Raises SourceError if two tensors would be stored under one name."""
+    format = most_common(formats)
+    items = _items(source, formats, DTYPES.get(dtype or ""), selected.survey)
+    shards = _shards(items, shard_bytes)
+    layouts = {name: file_layout(shard) for name, shard in shards.items()}
+    overrides = {module: other.spec for module, other in formats.items() if other != format}
+    known = {"format": format.spec, "overrides": overrides, "dtype": dtype, "max_shard_size": shard_bytes, **arguments}
+    return Plan(format, formats, shards, layouts, known, source.fingerprint)
+
+
+def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, survey: Survey) -> list[Item]:
+    """What becomes of every tensor, in the source's order. SourceError for a name that is, or looks like, a part's.
+
+    formats   module -> how its weight is to be stored, of every matrix to be compressed
+    """
+    items: list[Item] = []
+    taken: dict[str, str] = {}
+    kinds = set(formats.values())
+    for name, info in source.tensors.items():
+        module = name.removesuffix(".weight")
+        experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config, survey)
+        if experts:
+            found = [_packed(name, expert, PackedInfo(formats[expert], experts.matrix, experts)) for expert in experts.modules]
+        elif module in formats and module != name:
+            found = [_packed(name, module, PackedInfo(formats[module], (info.shape[0], info.shape[1])))]
+        else:
+            convert = dtype is not None and info.dtype in DTYPES.values()
+            stored = TensorInfo(dtype, info.shape) if dtype and convert else info
+            if reason := reason_like_part(name, stored, kinds):
+                raise SourceError(f"{name}: would be taken for a part of a compressed weight: {reason}")
+            found = [Item(name, None, None, {name: stored})]
+        for key in (key for item in found for key in item.stored):
+            if taken.setdefault(key, name) != name:
+                raise SourceError(f"{name} and {taken[key]} would both be stored as {key}; --exclude one of them")
+        items += found
+    return items
+
+
+def _packed(name: str, module: str, packed: PackedInfo) -> Item:
+    return Item(name, module, packed, {stored_name(module, part): spec for part, spec in packed.stored.items()})
+
+
+def _shards(items: list[Item], max_bytes: int) -> dict[str, list[Item]]:
+    """Deal the tensors out to files of at most `max_bytes`, in order; a larger tensor has a file of its own."""
+    groups: list[list[Item]] = [[]]
+    filled = 0
+    for item in items:
+        size = sum(info.nbytes for info in item.stored.values())
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(item)
+        filled += size
+    if len(groups) == 1:
+        return {SINGLE_NAME: groups[0]}
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
+
+
+def file_layout(items: list[Item], digests: Mapping[str, str] | None = None) -> Layout:
+    """A file that holds these; the same with zeros for digests that are not known yet."""
+    stored = {name: info for item in items for name, info in item.stored.items()}
+    packed = {item.module: item.packed for item in items if item.module and item.packed}
+    return layout(stored, checkpoint.metadata(packed, {name: (digests or {}).get(name, UNKNOWN_DIGEST) for name in stored}))
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or a text: ``"5GB"`` is 5 * 10^9, ``"5GiB"`` is 5 * 2^30. Raises OutputError."""
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if match:
+        step = 1024 if match[3] else 1000
+        size = int(Decimal(match[1]) * step ** " KMGT".index(match[2].upper() or " ")) if len(match[1]) < 20 else 0
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise OutputError(f"a shard size must be a positive number of bytes or a text such as '5GB', got {size!r:.40}")
+    return size
