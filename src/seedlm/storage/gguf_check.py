@@ -185,7 +185,7 @@ def _place(
 
 
 def check_decoder(files: Sequence[GGUFHeader]) -> None:
-    """Raise SourceError unless a decoder is all there: every layer with the same weights, in the shapes that the metadata gives.
+    """Raise SourceError unless a decoder is all there: layers with the same weights, in the shapes that the metadata gives.
 
     files   the headers of its files, that with the metadata first
     """

@@ -84,7 +84,7 @@ class GGUFSource:
             raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
         self._gguf = gguf
         header = read_gguf_header(path, gguf.GGML_QUANT_SIZES)
-        paths = gguf_parts(path, header.size("split.count", 1))
+        paths = gguf_parts(path, header.size("split.count") if header.fields.get("split.count") else 1)
         headers = [header if part == path else read_gguf_header(part, gguf.GGML_QUANT_SIZES) for part in paths]
         readers = [self._open(part) for part in paths]
         reader, self.path = readers[0], paths[0]

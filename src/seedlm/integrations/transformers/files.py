@@ -15,11 +15,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from seedlm.errors import CheckpointError
-from seedlm.storage.checkpoint import Checkpoint
+from seedlm.errors import CheckpointError, SourceError
+from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint
+from seedlm.storage.gguf_check import read_gguf_header
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles
+from seedlm.storage.untrusted import read_config
 
 VERIFY_VARIABLE: Final = "SEEDLM_VERIFY"
+
+
+def check_model(path: Path) -> None:
+    """Read the headers of a local folder or GGUF file, whatever it holds. Raises SourceError or CheckpointError."""
+    if path.is_file():
+        import gguf
+
+        read_gguf_header(path, gguf.GGML_QUANT_SIZES)
+        return
+    if not path.is_dir():
+        return
+    section = read_config(path, SourceError).get("quantization_config")
+    if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD:
+        Checkpoint.open(path)
+    elif any(os.path.lexists(path / file) for file in (SINGLE_NAME, INDEX_NAME)):
+        TensorFiles.open(path, SourceError)
 
 
 def check_folder(name: Any) -> None:

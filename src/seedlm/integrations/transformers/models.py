@@ -71,6 +71,8 @@ def describe(name: str, path: Path) -> ModelInfo:
     sizes: Counter[str] = Counter()
     for info in files.tensors.values():
         sizes[info.dtype] += prod(info.shape)
+    if not sizes:
+        raise SourceError(f"{path}: holds no tensors")
     dtype = sizes.most_common(1)[0][0]
     return _info(name, TORCH_NAMES[dtype], float(DTYPE_BITS[dtype]), sizes.total(), files.nbytes, fingerprint)
 
