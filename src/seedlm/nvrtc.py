@@ -55,13 +55,15 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def compile_only(source: str, arch: int, options: Sequence[str] = ()) -> bytes:
+def compile_only(source: str, arch: int, options: Sequence[str] = (), specific: bool = False) -> bytes:
     """The cubin of CUDA C++ text for one architecture (90 stands for sm_90), through the cache on disk.
+
+    specific: with the instructions that only this very architecture has (sm_90a).
 
     Raises BackendError with the compiler's own words if the text does not compile, or if there is no compiler.
     """
     folder = cache_folder()
-    flags = (f"-arch=sm_{arch}", *STANDARD, *options)
+    flags = (f"-arch=sm_{arch}{'a' if specific else ''}", *STANDARD, *options)
     key = hashlib.sha256("\0".join((source, *flags, _version())).encode()).hexdigest()
     path = folder / f"{key[:40]}.cubin"
     try:
@@ -88,14 +90,15 @@ def cache_folder() -> Path:
 class Kernel:
     """One kernel on one device, to be called with a grid, a block and its arguments. Made by `load`."""
 
-    def __init__(self, function: Any, context: Any, name: str, signature: str, device: int) -> None:
-        self.name, self.device = name, device
+    def __init__(self, function: Any, context: Any, name: str, signature: str, device: int, overlap: bool) -> None:
+        self.name, self.device, self.overlap = name, device, overlap
         self._function, self._context = function, context
         self._pack = struct.Struct(signature)
         self._offsets = [struct.calcsize(signature[: i + 1]) - struct.calcsize(signature[i]) for i in range(len(signature))]
         self._thread = threading.local()
         driver = _bindings()[0]
-        self._launch, self._success = driver.cuLaunchKernel, driver.CUresult.CUDA_SUCCESS
+        self._launch, self._launch_configured = driver.cuLaunchKernel, driver.cuLaunchKernelEx
+        self._success = driver.CUresult.CUDA_SUCCESS
         self._stream = _raw_stream()
 
     def __call__(self, grid: tuple[int, ...], block: int, *arguments: Tensor | int | float | None, shared: int = 0) -> None:
@@ -109,19 +112,25 @@ class Kernel:
             with torch.cuda.device(self.device):
                 return self(grid, block, *arguments, shared=shared)
         try:
-            buffer, addresses = self._thread.memory
+            buffer, addresses, config = self._thread.memory
         except AttributeError:
-            buffer, addresses = self._first_call_of_thread()
+            buffer, addresses, config = self._first_call_of_thread()
         values = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in arguments]
         self._pack.pack_into(buffer, 0, *values)
         x, y, z = (*grid, 1, 1)[:3]
-        (result,) = self._launch(self._function, x, y, z, block, 1, 1, shared, self._stream(self.device), addresses, 0)
+        stream = self._stream(self.device)
+        if config is None:
+            (result,) = self._launch(self._function, x, y, z, block, 1, 1, shared, stream, addresses, 0)
+        else:
+            config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
+            config.blockDimX, config.sharedMemBytes, config.hStream = block, shared, stream
+            (result,) = self._launch_configured(config, self._function, addresses, 0)
         if result is not self._success and result != self._success:
             raise BackendError(f"CUDA kernel {self.name} could not be started: {result.name}, grid {grid}, block {block}")
         return None
 
-    def _first_call_of_thread(self) -> tuple[Any, int]:
-        """A buffer for arguments and the address of the pointers into it, for this thread; it gets a context if it has none."""
+    def _first_call_of_thread(self) -> tuple[Any, int, Any]:
+        """What a thread keeps: a buffer for arguments, the address of the pointers into it, a launch's settings or None."""
         driver = _bindings()[0]
         if not int(_checked(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")):
             _checked(driver.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")
@@ -129,8 +138,20 @@ class Kernel:
         start = ctypes.addressof(buffer)
         table = (ctypes.c_void_p * max(len(self._offsets), 1))(*(start + offset for offset in self._offsets))
         self._thread.keep = table
-        self._thread.memory = buffer, ctypes.addressof(table)
+        self._thread.memory = buffer, ctypes.addressof(table), self._overlapping() if self.overlap else None
         return self._thread.memory
+
+    @staticmethod
+    def _overlapping() -> Any:
+        """Settings that let a kernel start before the one in front of it in the stream has ended."""
+        driver = _bindings()[0]
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.attrs, config.numAttrs = [attribute], 1
+        config.blockDimY = config.blockDimZ = 1
+        return config
 
 
 _loaded: dict[tuple[Any, ...], Kernel] = {}
@@ -138,26 +159,40 @@ _loading = threading.Lock()
 
 
 def load(
-    source: str, name: str, signature: str, *, device: torch.device, options: Sequence[str] = (), shared: int = 0
+    source: str,
+    name: str,
+    signature: str,
+    *,
+    device: torch.device,
+    options: Sequence[str] = (),
+    shared: int = 0,
+    overlap: bool = False,
+    specific: bool = False,
 ) -> Kernel:
     """The kernel `name` (declared extern "C") of CUDA C++ text, ready to run on a device.
 
     signature: a letter for each parameter (see the module); options: further flags for the compiler; shared: the most
-    dynamic shared memory, in bytes, that a call will ask for. Compiled once for each architecture and loaded once for
-    each device. Raises BackendError with the compiler's or the driver's reason.
+    dynamic shared memory, in bytes, that a call will ask for;
+    overlap: from compute capability 9.0 on, start while
+    the kernel before it in the stream still runs, once all of that one's blocks have executed griddepcontrol.launch_dependents
+    (or ended); specific: see `compile_only`. An overlapping kernel has to execute griddepcontrol.wait before it touches what others write or read.
+
+    Compiled once for each architecture and loaded once for each device. Raises BackendError with the compiler's or the
+    driver's reason.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (source, name, signature, index, *options, shared)
+    key = (source, name, signature, index, *options, shared, overlap, specific)
     if (kernel := _loaded.get(key)) is not None:
         return kernel
     with _loading:
         if (kernel := _loaded.get(key)) is None:
-            cubin = compile_only(source, architecture(torch.device("cuda", index)), options)
-            kernel = _loaded[key] = _load(cubin, name, signature, index, shared)
+            arch = architecture(torch.device("cuda", index))
+            cubin = compile_only(source, arch, options, specific)
+            kernel = _loaded[key] = _load(cubin, name, signature, index, shared, overlap and arch >= 90)
     return kernel
 
 
-def _load(cubin: bytes, name: str, signature: str, index: int, shared: int) -> Kernel:
+def _load(cubin: bytes, name: str, signature: str, index: int, shared: int, overlap: bool) -> Kernel:
     driver = _bindings()[0]
     with torch.cuda.device(index):
         torch.cuda.current_stream().synchronize()
@@ -170,7 +205,7 @@ def _load(cubin: bytes, name: str, signature: str, index: int, shared: int) -> K
         if shared > _PLAIN_SHARED:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(function, attribute, shared), f"{shared} bytes of shared memory for {name}")
-    return Kernel(function, context, name, signature, index)
+    return Kernel(function, context, name, signature, index, overlap)
 
 
 def _compile(source: str, flags: Sequence[str]) -> bytes:

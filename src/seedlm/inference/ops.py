@@ -9,8 +9,8 @@ outputs, "<spec> *x<in> <backend>", so that layers of different heights call it 
 are kept on disk and run by other processes, where a number would mean something else; a call looks it up in a dictionary.
 
 An operator is opaque to torch.compile; its fake gives the shape. `linear` keeps no weight for the backward pass, which
-dequantizes again, and codes have no gradient. Going through torch's dispatcher and Python's side of it takes 10 us and more,
-so `linear` below, which modules call, leaves it out where nothing in it has anything to do.
+dequantizes again, and codes have no gradient. Through torch's dispatcher and back into Python a call takes 8 us besides its
+kernel (on an H100's host); `linear` below, which modules call, takes 2, by leaving them out where they have nothing to do.
 """
 
 from collections.abc import Sequence

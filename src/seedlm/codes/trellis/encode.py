@@ -16,16 +16,16 @@ from torch import Tensor
 from seedlm.codes import hadamard
 from seedlm.codes.base import CODES, EncodeOptions, Facts, RowErrors, Tell, row_sums
 from seedlm.codes.trellis import codec
+from seedlm.codes.trellis.columns import encode_with_feedback, feedback_for
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.viterbi import viterbi
 from seedlm.errors import BackendError
 
 GAINS: Final[Mapping[int, Mapping[int, float]]] = {
-    16: {1: 0.95, 2: 1.0, 3: 1.05, 4: 1.1, 5: 1.12, 6: 1.2, 7: 1.3, 8: 1.4},
-    12: {1: 0.97, 2: 1.02, 3: 1.08, 4: 1.14, 5: 1.2, 6: 1.25},
+    16: {1: 0.9, 2: 1.0, 3: 1.06, 4: 1.1, 5: 1.13, 6: 1.19, 7: 1.25, 8: 1.33},
+    12: {1: 0.94, 2: 1.02, 3: 1.09, 4: 1.14, 5: 1.19, 6: 1.26},
 }
-"""By state bits and rate: a row's scale is this times its root mean square. Measured on N(0,1) but for rates 1 and 7 and L = 12
-with rate 6, which are interpolated (docs/log/quality.md)."""
+"""By state bits and rate: a row's scale is this times its root mean square. Measured on N(0,1), docs/log/encoder.md."""
 
 _SEQUENCES: Final = 1 << 14
 """Sequences that a search is given at a time."""
@@ -40,6 +40,9 @@ class TrellisEncoder:
         if reason := _reason(options.backend, device):
             raise BackendError(reason)
         self._format, self._backend = format, options.backend
+        self._given = feedback_for(facts, format, device)
+        self._importance = None if facts.importance is None else facts.importance.to(device)
+        self._row = 0
         # The largest row's root mean square is at most the largest magnitude, so scales in this unit are at most about 2^8.
         exponent = math.frexp(facts.largest)[1] if facts.largest else 0
         self._unit = 2.0 ** max(-140, min(120, exponent - 8))
@@ -49,6 +52,21 @@ class TrellisEncoder:
         rotated = hadamard.forward(weight.detach().float(), format.transform)
         scales = self.row_scales(rotated)
         units = (scales.float() * self._unit).unsqueeze(1)
+        if self._given is not None:
+            piece = None if self._importance is None else self._importance[self._row : self._row + len(rotated)]
+            self._row += len(rotated)
+            words = encode_with_feedback(rotated, units.squeeze(1), self._given, piece, format, self._backend, tell)
+        else:
+            words = self._search(rotated, units, tell)
+        error = (
+            (codec.decode_values(words, format, (len(rotated), rotated.shape[1])).float() * units - rotated).double().square_()
+        )
+        errors = RowErrors(row_sums(error).cpu(), row_sums(rotated.double().square_()).cpu())
+        return {CODES: words, "scales": scales}, errors
+
+    def _search(self, rotated: Tensor, units: Tensor, tell: Tell) -> Tensor:
+        """Words of rows that are coded as they are."""
+        format = self._format
         targets = torch.where(units > 0, rotated / units, 0.0)
         streams = []
         for first, count in format.strips(len(rotated)):
@@ -59,12 +77,7 @@ class TrellisEncoder:
                 found.append(viterbi(part, len(rows), format, backend=self._backend)[0])
                 tell(len(part) * len(rows))
             streams.append(torch.cat(found))
-        words = codec.assemble(streams, format)
-        error = (
-            (codec.decode_values(words, format, (len(rotated), rotated.shape[1])).float() * units - rotated).double().square_()
-        )
-        errors = RowErrors(row_sums(error).cpu(), row_sums(rotated.double().square_()).cpu())
-        return {CODES: words, "scales": scales}, errors
+        return codec.assemble(streams, format)
 
     def row_scales(self, rotated: Tensor) -> Tensor:
         """float16 [rows]: each row's scale in the tensor's unit."""

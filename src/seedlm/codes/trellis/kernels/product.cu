@@ -14,18 +14,22 @@
 // A part is a token's int8 activations, or one of the two int8 halves of its 16-bit ones (exact mode).
 //
 // Work is a line of steps of 16 columns, panel after panel, cut into equal runs for the blocks of the grid; inside a block
-// the warps take turns. A warp fetches its steps STAGES - 1 ahead into shared memory, where it alone reads them. Sums are
-// int32 and exact, so atomics in any order give the same bits: panels that several blocks share are added up in `sums`,
-// and the block that comes last scales and writes. It leaves zeros behind.
+// WARPS warps take turns. A warp fetches its steps STAGES - 1 ahead into shared memory, where it alone reads them. At the
+// end of a panel it leaves its sums in shared memory and goes on; four more warps add them up and finish the rows.
 //
-// x_parts: int8 [steps][parts][16]. words: int32 [segments, steps * 16 * R]. sums: int32 [parts][panels * 256], zero.
-// arrived: int32 [panels], zero. x_scale: float [tokens]; x_sum: int32 [parts]; y: [tokens, out].
+// Sums are exact integers, so atomics in any order give the same bits. A row that several blocks share is one 64-bit word in
+// `sums`: the sum in its lower 48 bits, above it how many blocks have added theirs. Whoever makes it complete scales, writes,
+// and leaves a zero behind; no fence and no second look is needed.
 //
-// Compile-time beside RATE, STATE_BITS, MULTIPLIER: WARPS, STAGES, BLOCKS (a multiprocessor), TILES (0 is narrow),
+// x_parts: int8 [steps][parts][16]. words: int32 [segments, steps * 16 * R]. sums: int64 [tokens][slots * 256], zero, a slot
+// for each panel, or for each block (a block begins at most one shared panel), whichever are fewer.
+// x_scale: float [tokens]; x_sum: int32 [parts]; y: [tokens, out].
+//
+// Compile-time beside RATE, STATE_BITS, MULTIPLIER: WARPS (that decode), STAGES, TILES (0 is narrow),
 // NEIGHBOURS (1: the strip's next segment is not always in the same panel, so its first words are fetched too).
 
 constexpr int STEP = 16;
-constexpr int THREADS = WARPS * 32;
+constexpr int FINISHERS = 128, THREADS = WARPS * 32 + FINISHERS;
 constexpr bool NARROW = TILES == 0;
 constexpr int FRAGMENTS = NARROW ? 8 : 16;
 constexpr int COLUMN_TILES = NARROW ? 1 : TILES;
@@ -71,8 +75,7 @@ struct Problem {
   const float* scale;
   const void* bias;
   void* y;
-  int* sums;
-  int* arrived;
+  u64* sums;
   int out, steps, segments, strip, tokens, parts_each, half_base, type;
 };
 
@@ -158,6 +161,25 @@ DEVICE int wide_slot(int row, int part) {
   return ((part >> 3) * 32 + row % 32) * 64 + (part & 1) * 32 + (row / 32) * 4 + (part >> 1 & 3);
 }
 
+// Barriers in shared memory: `full` counts the warps that have left a panel's sums, `drained` the finishers that have read.
+DEVICE void barrier_init(u32 barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+DEVICE void barrier_arrive(u32 barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
+}
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+  u32 done;
+  do
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+#else
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+#endif
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  while (!done);
+}
+
 // Put the warp's accumulators where the block adds them up: side by side (narrow), or by atomics (wide).
 DEVICE void deposit(const int (&acc)[COLUMN_TILES][FRAGMENTS][4], int* totals, int parts, int warp, int lane) {
   const int g = lane >> 2, t = lane & 3;
@@ -191,83 +213,78 @@ DEVICE int total(int* totals, int parts, int row, int part) {
   return sum;
 }
 
-// Integer sums to one output. In exact mode a token's parts are its high and low halves; the base between them is 255.
-DEVICE void write_output(const Problem& p, int row, int token, int high, int low) {
-  const int part = token * p.parts_each;
-  float value = (float)(high - 510 * p.x_sum[part]);
-  if (p.parts_each == 2) {
-    const long long whole = (long long)(high - 510 * p.x_sum[part]) * p.half_base + (low - 510 * p.x_sum[part + 1]);
-    value = (float)whole;
+// The share of one block: its columns' run of steps.
+struct Share {
+  long long all;
+  int begin, end;
+  DEVICE Share(int panels, int steps) {
+    all = (long long)panels * steps;
+    begin = (int)(blockIdx.x * all / gridDim.x), end = (int)((blockIdx.x + 1) * all / gridDim.x);
   }
-  value *= from_half(p.row_scales[row]) * *p.scale;
-  value *= p.x_scale[token];
-  if (p.bias) value += load_number(p.bias, row, p.type);
-  store_number(p.y, (u64)token * p.out + row, p.type, value);
-}
+  DEVICE int block_of(long long step) const { return (int)(((step + 1) * gridDim.x - 1) / all); }
+};
 
-DEVICE void finish(const Problem& p, int panel, bool whole, int shares, int* totals, int* flag) {
-  const int parts = p.tokens * p.parts_each, stride = (p.segments + 7) / 8 * 256;
-  for (int i = threadIdx.x; i < 256 * p.tokens; i += THREADS) {
-    const int row = i & 255, token = i >> 8, part = token * p.parts_each;
-    const int high = total(totals, parts, row, part), low = p.parts_each == 2 ? total(totals, parts, row, part + 1) : 0;
-    if (whole) {
-      if (panel * 256 + row < p.out) write_output(p, panel * 256 + row, token, high, low);
-    } else {
-      atomicAdd(p.sums + (u64)part * stride + panel * 256 + row, high);
-      if (p.parts_each == 2) atomicAdd(p.sums + (u64)(part + 1) * stride + panel * 256 + row, low);
+DEVICE void finish_panel(const Problem& p, const Share& share, int panel, int* totals, int thread) {
+  const int parts = p.tokens * p.parts_each, panels = (p.segments + 7) / 8;
+  const long long first = (long long)panel * p.steps;
+  const int beginner = share.block_of(first), shares = share.block_of(first + p.steps - 1) - beginner + 1;
+  const int slots = min(panels, (int)gridDim.x), slot = panels <= (int)gridDim.x ? panel : beginner;
+  const float scale = *p.scale;
+  for (int i = thread; i < 256 * p.tokens; i += FINISHERS) {
+    const int row = i & 255, token = i >> 8, part = token * p.parts_each, y_row = panel * 256 + row;
+    long long sum = total(totals, parts, row, part);
+    if (p.parts_each == 2) sum = sum * p.half_base + total(totals, parts, row, part + 1);
+    if (y_row >= p.out) continue;
+    const float factor = from_half(p.row_scales[y_row]) * scale;
+    if (shares > 1) {
+      u64* word = p.sums + ((u64)token * slots + slot) * 256 + row;
+      const u64 now = atomicAdd(word, (1ull << 48) + (u64)sum) + (1ull << 48) + (u64)sum;
+      const u64 arrived = (now + (1ull << 47)) >> 48;
+      if (arrived != shares) continue;
+      *word = 0;
+      sum = (long long)(now - (arrived << 48));
     }
+    const long long middle = p.parts_each == 2 ? (long long)p.x_sum[part] * p.half_base + p.x_sum[part + 1] : p.x_sum[part];
+    float value = (float)(sum - 510 * middle) * factor * p.x_scale[token];
+    if (p.bias) value += load_number(p.bias, y_row, p.type);
+    store_number(p.y, (u64)token * p.out + y_row, p.type, value);
   }
-  if (whole) return;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *flag = atomicAdd(p.arrived + panel, 1) == shares - 1;
-  __syncthreads();
-  if (!*flag) return;
-  __threadfence();
-  for (int i = threadIdx.x; i < 256 * p.tokens; i += THREADS) {
-    const int row = i & 255, token = i >> 8;
-    int* high = p.sums + (u64)token * p.parts_each * stride + panel * 256 + row;
-    int* low = high + stride;
-    if (panel * 256 + row < p.out)
-      write_output(p, panel * 256 + row, token, __ldcg(high), p.parts_each == 2 ? __ldcg(low) : 0);
-    *high = 0;
-    if (p.parts_each == 2) *low = 0;
-  }
-  if (threadIdx.x == 0) p.arrived[panel] = 0;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-product(const u32* words, const u32* x_parts, const float* x_scale, const int* x_sum, const u16* row_scales,
-        const float* scale, const void* bias, void* y, int* sums, int* arrived,
-        int out, int steps, int segments, int strip, int tokens, int half_base, int type) {
-  const Problem p = {words, x_parts, x_scale, x_sum, row_scales, scale, bias, y, sums, arrived,
-                     out, steps, segments, strip, tokens, half_base ? 2 : 1, half_base, type};
-  extern __shared__ int4 memory[];
-  __shared__ int flag;
-  int* totals = (int*)((char*)memory + RING);
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int parts = p.tokens * p.parts_each;
-  let_next_kernel_start();
+// The last four warps: they wait for a panel's sums, of which there are two places, and finish its rows.
+DEVICE void finish(const Problem& p, int* totals, int totals_size, u32 full, u32 drained) {
+  const Share share((p.segments + 7) / 8, p.steps);
+  const int thread = threadIdx.x - WARPS * 32;
+  wait_for_previous_kernel();
+  int turn = 0;
+  for (int panel = share.begin / p.steps; (long long)panel * p.steps < share.end; panel++, turn++) {
+    const int place = turn & 1;
+    barrier_wait(full + 8 * place, turn >> 1 & 1);
+    finish_panel(p, share, panel, totals + place * totals_size, thread);
+    barrier_arrive(drained + 8 * place);
+  }
+}
 
-  const u64 all = (u64)((segments + 7) / 8) * steps;
-  const int begin = (int)(blockIdx.x * all / gridDim.x), end = (int)((blockIdx.x + 1) * all / gridDim.x);
-  const char* own = (const char*)memory + warp * STAGES * STAGE;
+DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int totals_size, u32 full, u32 drained) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int parts = p.tokens * p.parts_each, steps = p.steps;
+  const Share share((p.segments + 7) / 8, steps);
+  const char* own = memory + warp * STAGES * STAGE;
   const u32 ring = smem_address(own);
   const u32 slot = pinned((lane / CHUNKS * PITCH + swizzle(lane / CHUNKS, lane % CHUNKS)) * 16);
   const u32 reads = pinned((g * PITCH + swizzle(g, t * R)) * 16);
   Fetcher ahead;
-  ahead.start(p, begin + warp, end, lane);
+  ahead.start(p, share.begin + warp, share.end, lane);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) ahead.fetch(p, ring + s * STAGE, slot, lane);
-  if (!NARROW)
-    for (int i = threadIdx.x; i < COLUMN_TILES * 2048; i += THREADS) totals[i] = 0;
   wait_for_previous_kernel();
 
-  int position = begin + warp;
+  int position = share.begin + warp, turn = 0;
   u32 stage = 0, free = (STAGES - 1) * STAGE;  // of the ring: to be computed with, and to be filled
-  for (int panel = begin / steps; panel * (long long)steps < end; panel++) {
-    const int from = max(begin, panel * steps), to = min(end, (panel + 1) * steps);
-    const int next_lane = NEIGHBOURS ? 0 : (next_segment(min(panel * 8 + g, segments - 1), segments, strip) - panel * 8) * 4 + t;
+  for (int panel = share.begin / steps; (long long)panel * steps < share.end; panel++, turn++) {
+    const int to = min((long long)share.end, (panel + 1ll) * steps);
+    const int segment = min(panel * 8 + g, p.segments - 1);
+    const int next_lane = NEIGHBOURS ? 0 : (next_segment(segment, p.segments, p.strip) - panel * 8) * 4 + t;
     const int rounds = position < to ? (to - position - 1) / WARPS + 1 : 0;
     const u32* x_at[COLUMN_TILES];
     u32 x_next[COLUMN_TILES];
@@ -276,7 +293,7 @@ product(const u32* words, const u32* x_parts, const float* x_scale, const int* x
     for (int n = 0; n < COLUMN_TILES; n++) {
       const int part = NARROW ? g >> 1 : n * 8 + g;
       used[n] = part < parts;
-      x_at[n] = x_parts + ((u64)(position - panel * steps) * parts + part) * 4 + t;
+      x_at[n] = p.x_parts + ((u64)(position - panel * steps) * parts + part) * 4 + t;
       x_next[n] = used[n] && rounds ? __ldg(x_at[n]) : 0u;
     }
     int acc[COLUMN_TILES][FRAGMENTS][4] = {};
@@ -311,11 +328,31 @@ product(const u32* words, const u32* x_parts, const float* x_scale, const int* x
       stage = stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;
     }
     position += rounds * WARPS;
-    __syncthreads();
-    deposit(acc, totals, parts, warp, lane);
-    __syncthreads();
-    const long long first = (long long)panel * steps, last = first + steps - 1;
-    const int shares = (int)(((last + 1) * gridDim.x - 1) / (long long)all - ((first + 1) * gridDim.x - 1) / (long long)all) + 1;
-    finish(p, panel, to - from == steps, shares, totals, &flag);
+    const int place = turn & 1;
+    if (turn >= 2) barrier_wait(drained + 8 * place, (turn >> 1 & 1) ^ 1);
+    deposit(acc, totals + place * totals_size, parts, warp, lane);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(full + 8 * place);
   }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+product(const u32* words, const u32* x_parts, const float* x_scale, const int* x_sum, const u16* row_scales,
+        const float* scale, const void* bias, void* y, u64* sums,
+        int out, int steps, int segments, int strip, int tokens, int half_base, int type) {
+  const Problem p = {words, x_parts, x_scale, x_sum, row_scales, scale, bias, y, sums,
+                     out, steps, segments, strip, tokens, half_base ? 2 : 1, half_base, type};
+  extern __shared__ int4 memory[];
+  __shared__ u64 barriers[4];
+  int* totals = (int*)((char*)memory + RING);
+  const int totals_size = NARROW ? WARPS * p.tokens * p.parts_each * 8 * ROW_PAD : COLUMN_TILES * 2048;
+  const u32 full = smem_address(barriers), drained = full + 16;
+  let_next_kernel_start();
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 2; i++) barrier_init(full + 8 * i, WARPS), barrier_init(drained + 8 * i, FINISHERS);
+  if (!NARROW)
+    for (int i = threadIdx.x; i < 2 * totals_size; i += THREADS) totals[i] = 0;
+  __syncthreads();
+  if (threadIdx.x < WARPS * 32) decode_and_multiply(p, (char*)memory, totals, totals_size, full, drained);
+  else finish(p, totals, totals_size, full, drained);
 }

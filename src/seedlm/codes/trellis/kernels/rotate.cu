@@ -7,8 +7,11 @@
 // x_parts: int8 [steps][tokens * parts_each][16], zero past `in`. x_scale: float [tokens]. x_sum: int32 [parts], the sum of
 // the part's int8. `zero`: int32 [zeros], cleared on the way for the product that follows.
 //
+// HALVES = 1, for `gemm`: no int8, but halves, x_parts being half [column blocks][padded][64] in that kernel's swizzle; a
+// token's scale is a power of two that takes its largest number to 2^13 .. 2^14.
+//
 // With half_base = 0 a token is one part of -levels..levels; else the integer is high * half_base + low, both in
-// -levels..levels. Compile-time: HADAMARD, LANE_NUMBERS, SIGN_WORDS, WARPS, CLUSTER, ROUNDS (pieces of a warp).
+// -levels..levels. Compile-time: HADAMARD, LANE_NUMBERS, SIGN_WORDS, WARPS, CLUSTER, ROUNDS (pieces of a warp), HALVES.
 
 DEVICE u32 cluster_rank() {
 #if __CUDA_ARCH__ >= 900 && CLUSTER > 1
@@ -75,7 +78,7 @@ __cluster_dims__(CLUSTER, 1, 1)
 #endif
 __launch_bounds__(WARPS * 32)
 rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int* zero,
-       int in, int steps, int half_base, int levels, int type, int zeros) {
+       int in, int padded_in, int half_base, int levels, int type, int zeros, int padded_tokens) {
   __shared__ u32 largest[WARPS];
   __shared__ u32 slots[CLUSTER];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rank = cluster_rank();
@@ -104,11 +107,31 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int* zer
   }
   top = __reduce_max_sync(~0u, top);
   if (lane == 0) largest[warp] = top;
-  if (rank == 0 && threadIdx.x < parts_each) x_sum[token * parts_each + threadIdx.x] = 0;
+  if (!HALVES && rank == 0 && threadIdx.x < parts_each) x_sum[token * parts_each + threadIdx.x] = 0;
   __syncthreads();
   for (int i = 0; i < WARPS; i++) top = max(top, largest[i]);
   top = cluster_max(top, slots);
 
+#if HALVES
+  const int exponent = min(max((int)(top >> 23), 14), 254);
+  const float inverse = __uint_as_float((127 + 127 + 13 - exponent) << 23);
+  if (rank == 0 && threadIdx.x == 0)
+    x_scale[token] = top < 0x7f800000u ? __uint_as_float(exponent - 13 << 23) : __uint_as_float(top);
+#pragma unroll
+  for (int k = 0; k < ROUNDS; k++) {
+    const int first = (((k * WARPS + warp) * CLUSTER + rank) * 32 + lane) * E;
+    if (first >= padded_in) continue;
+    u16* to = (u16*)x_parts + ((u64)(first / 64) * padded_tokens + token) * 64;
+#pragma unroll
+    for (int e = 0; e < E; e += 8) {
+      u32 pairs[4] = {};
+      if (first < in)
+#pragma unroll
+        for (int i = 0; i < 4; i++) pairs[i] = to_half(v[k][e + 2 * i] * inverse) | (u32)to_half(v[k][e + 2 * i + 1] * inverse) << 16;
+      *(uint4*)(to + (((first + e) / 8 & 7) ^ (token & 7)) * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+  }
+#else
   const float most = __uint_as_float(top), limit = half_base ? (float)(levels * half_base + levels) : (float)levels;
   const float boost = most < 0x1p-100f ? 0x1p100f : 1.0f;  // So that limit / most is finite.
   const float inverse = top ? limit / (most * boost) : 0.0f;
@@ -117,7 +140,7 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int* zer
 #pragma unroll
   for (int k = 0; k < ROUNDS; k++) {
     const int first = (((k * WARPS + warp) * CLUSTER + rank) * 32 + lane) * E;
-    if (first >= steps * 16) continue;
+    if (first >= padded_in) continue;
     int high[E], low[E];
 #pragma unroll
     for (int e = 0; e < E; e++) {
@@ -136,5 +159,6 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int* zer
     low_sum = __reduce_add_sync(~0u, low_sum);
     if (lane == 0) atomicAdd(x_sum + token * parts_each + 1, low_sum);
   }
+#endif
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < zeros; i += gridDim.x * blockDim.x) zero[i] = 0;
 }

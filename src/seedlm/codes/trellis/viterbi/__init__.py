@@ -5,29 +5,39 @@ The same bits come out on every device, for any split of a batch: costs are inte
 
 import importlib
 from types import ModuleType
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
+from seedlm.codes.trellis.viterbi.cost import row_roots
 from seedlm.errors import BackendError, TensorError
 
-OVERLAP = 32
+OVERLAP: Final = 32
 """Rows on each side of a stream's seam that decide which state it closes with."""
 
-_BACKENDS = ("cuda", "numba", "reference")
-"""Fastest first; modules of this package with `search` and, but for the reference, `reason_unavailable`."""
+_BACKENDS: Final = ("cuda", "numba", "reference")
+"""Fastest first; modules of this package with `search`, or `encode` and `encode_panel`, and `reason_unavailable`."""
 
 
 def viterbi(
-    targets: Tensor, valid: int, format: TrellisFormat, *, overlap: int = OVERLAP, backend: str = "auto"
+    targets: Tensor,
+    valid: int,
+    format: TrellisFormat,
+    *,
+    row_weights: Tensor | None = None,
+    overlap: int = OVERLAP,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Encode sequences: one per column and strip of a matrix.
 
     targets     float32 [N, T'], finite: transformed weights over their row's scale, in units of the state values
                 (standard deviation about 148); T' a multiple of 32
     valid       rows from here on may take any value, 1 .. T'
+    row_weights float32 [T'] or [N, T'], what a row's squared error counts, None for 1 each. The usual one should be about 1:
+                roots are rounded to eighths from 1/8 to 8
     overlap     at most this many rows on each side of the seam are looked at before; at most T' / 2 are
     backend     "cuda", "numba", "reference", or "auto": the fastest that runs where the targets are
     returns     words int32 [N, T' * R / 32] and their values int16 [N, T'], on the device of the targets; on a GPU without
@@ -43,16 +53,39 @@ def viterbi(
         raise TensorError(f"valid rows must be 1 .. {targets.shape[1]}, got {valid}")
     if overlap < 8 or overlap % 8:
         raise ValueError(f"overlap must be a multiple of 8 from 8 up, got {overlap}")
+    overlap = min(overlap, targets.shape[1] // 2)
+    search = search_backend(backend, targets.device)
+    roots = _roots(targets, valid, row_weights)
+    if hasattr(search, "encode"):
+        return search.encode(targets, roots, format.trellis, overlap)
+    words = codec.pack(search.search(targets, roots, format.trellis, overlap), format.rate)
+    return words, codec.decode_streams(words, format.trellis)
+
+
+def _roots(targets: Tensor, valid: int, row_weights: Tensor | None) -> Tensor:
+    """Roots float32 [N, T'] of the rows' weights, 0 from row `valid` on."""
+    if row_weights is None:
+        roots = torch.ones(targets.shape[1], device=targets.device)
+    elif row_weights.dtype != torch.float32 or row_weights.shape not in (targets.shape, targets.shape[1:]):
+        raise TensorError(
+            f"row_weights must be float32 {[*targets.shape[1:]]} or {[*targets.shape]}, "
+            f"got {row_weights.dtype} {[*row_weights.shape]}"
+        )
+    else:
+        roots = row_roots(row_weights)
+    if valid < targets.shape[1]:
+        roots[..., valid:] = 0
+    return roots.expand(targets.shape)
+
+
+def search_backend(backend: str, device: torch.device) -> ModuleType:
+    """The module that searches, by its name or "auto". Raises BackendError with the reason if it cannot run."""
     if backend != "auto" and backend not in _BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; known: auto, {', '.join(_BACKENDS)}")
-    overlap = min(overlap, targets.shape[1] // 2)
-    name = choose(targets.device) if backend == "auto" else backend
-    if (reason := reason_unavailable(name, targets.device)) is not None:
+    name = choose(device) if backend == "auto" else backend
+    if (reason := reason_unavailable(name, device)) is not None:
         raise BackendError(f"the {name} search cannot run here: {reason}")
-    if name == "cuda":
-        return _load(name).encode(targets, valid, format.trellis, overlap)
-    words = codec.pack(_load(name).search(targets, valid, format.trellis, overlap), format.rate)
-    return words, codec.decode_streams(words, format.trellis)
+    return _load(name)
 
 
 def choose(device: torch.device) -> str:

@@ -17,7 +17,7 @@ Sequences are taken in chunks whose kept costs fit `_SCRATCH_BYTES`. Nothing wai
 
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from torch import Tensor
 from seedlm import nvrtc
 from seedlm.codes.trellis.format import Trellis
 from seedlm.codes.trellis.viterbi.cost import checkpoint_rows, period
+
+if TYPE_CHECKING:
+    from seedlm.codes.trellis.panel import PanelCodes, Strips
 
 _SCRATCH_BYTES = 2 << 30
 _SHARED_BYTES = 227 << 10
@@ -78,20 +81,30 @@ def source() -> str:
     return _SOURCE.read_text(encoding="utf-8")
 
 
-def encode(targets: Tensor, valid: int, trellis: Trellis, overlap: int) -> tuple[Tensor, Tensor]:
-    """Words int32 [N, T * R / 32] and values int16 [N, T] of targets float32 [N, T] on a GPU; see `reference.search`."""
+def encode(targets: Tensor, roots: Tensor, trellis: Trellis, overlap: int) -> tuple[Tensor, Tensor]:
+    """What `reference.search` finds, as words int32 [N, T * R / 32] and values int16 [N, T].
+
+    targets float32 [N, T] and roots float32 [N, T], which may be one row expanded, on a GPU; the rest as there.
+    """
     count, rows = targets.shape
     targets = targets.contiguous()
+    if roots.stride() != (0, 1):
+        roots = roots.contiguous()
     words = torch.empty(count, rows * trellis.rate // 32, dtype=torch.int32, device=targets.device)
     values = torch.empty(count, rows, dtype=torch.int16, device=targets.device)
-    slots = -(-max(rows, 2 * overlap) // checkpoint_rows(trellis))
+    slots = _slots(trellis, rows, overlap)
     pairs = (count + 1) // 2
     chunk = _chunk(pairs, 4 * trellis.groups * slots, targets.device)
     kept = torch.empty(min(chunk, pairs), slots, trellis.groups, dtype=torch.int32, device=targets.device)
     for first in range(0, count, 2 * chunk):
         part = slice(first, first + 2 * chunk)
-        _encode_chunk(targets[part], valid, trellis, overlap, kept, words[part], values[part])
+        _encode_chunk(targets[part], roots[part], trellis, overlap, kept, words[part], values[part])
     return words, values
+
+
+def _slots(trellis: Trellis, rows: int, overlap: int) -> int:
+    """Checkpoints of the longer run."""
+    return -(-max(rows, 2 * overlap) // checkpoint_rows(trellis))
 
 
 def _chunk(pairs: int, bytes_of_pair: int, device: torch.device) -> int:
@@ -103,36 +116,76 @@ def _chunk(pairs: int, bytes_of_pair: int, device: torch.device) -> int:
     return most // wave * wave or most
 
 
+def _global_costs(trellis: Trellis, pairs: int, device: torch.device) -> Tensor | None:
+    """Room for path costs that do not fit shared memory."""
+    if plan(trellis).shared_costs:
+        return None
+    return torch.empty(pairs, 2, trellis.groups, dtype=torch.int32, device=device)
+
+
+def _own_words(chosen: _Plan, trellis: Trellis) -> int:
+    """Words of shared memory that a pair takes without those for its rows."""
+    scratch = 2 * (chosen.threads // 32) + 2
+    return (2 * trellis.groups if chosen.shared_costs else 0) + -(-scratch // 4) * 4
+
+
 def _encode_chunk(
-    targets: Tensor, valid: int, trellis: Trellis, overlap: int, kept: Tensor, words: Tensor, values: Tensor
+    targets: Tensor, roots: Tensor, trellis: Trellis, overlap: int, kept: Tensor, words: Tensor, values: Tensor
 ) -> None:
     count, rows = targets.shape
-    slots, device = kept.shape[1], targets.device
+    slots, device, stride = kept.shape[1], targets.device, roots.stride(0)
     chosen = plan(trellis)
     grid = (-(-count // (2 * chosen.pairs)),)
-    seams = torch.empty(2, count, dtype=torch.int32, device=device)
-    costs = None
-    if not chosen.shared_costs:
-        costs = torch.empty(grid[0] * chosen.pairs, 2, trellis.groups, dtype=torch.int32, device=device)
-    warps = chosen.threads // 32
-    per_pair = rows + max(4, 2 * warps) + (2 * trellis.groups if chosen.shared_costs else 0)
-    forward_bytes = 4 * per_pair * chosen.pairs
-    reached = 2 << (trellis.rate * checkpoint_rows(trellis))
-    backward_bytes = 4 * _TRACE_WARPS * (reached + rows + rows // 4)
-    forward = nvrtc.load(source(), "forward", "PPPPPiiiiii", device=device, options=chosen.options, shared=forward_bytes)
-    backward = nvrtc.load(source(), "backward", "PPPPPPiiiiiii", device=device, options=chosen.options, shared=backward_bytes)
-    threads = chosen.threads * chosen.pairs
-    traces = (-(-count // _TRACE_WARPS),)
+    ends, seams = torch.empty(2, count, dtype=torch.int32, device=device)
+    costs = _global_costs(trellis, grid[0] * chosen.pairs, device)
+    room = 4 * chosen.pairs * (_own_words(chosen, trellis) + 2 * rows)
+    trace_room = 4 * _TRACE_WARPS * ((2 << (trellis.rate * checkpoint_rows(trellis))) + 2 * rows + rows // 4)
+    forward = nvrtc.load(source(), "forward", "PPPPPPiiiiii", device=device, options=chosen.options, shared=room)
+    backward = nvrtc.load(source(), "backward", "PPPPPPPiiiiiii", device=device, options=chosen.options, shared=trace_room)
+    threads, traces = chosen.threads * chosen.pairs, (-(-count // _TRACE_WARPS),)
 
-    begin, steps = rows - overlap, 2 * overlap
-    forward(grid, threads, targets, None, kept, seams[0], costs, count, rows, valid, begin, steps, slots, shared=forward_bytes)
-    backward(
-        traces, 32 * _TRACE_WARPS, targets, kept, seams[0], seams[1], None, None, count, rows, valid, begin, steps, overlap,
-        slots, shared=backward_bytes,
+    def run(starts: Tensor | None, found: Tensor | None, begin: int, steps: int) -> None:
+        forward(
+            grid, threads, targets, roots, starts, kept, found, costs, count, stride, rows, begin, steps, slots, shared=room
+        )
+
+    def trace(groups: Tensor, found: Tensor | None, begin: int, steps: int, stop: int) -> None:
+        outputs = (None, None) if found is not None else (words, values)
+        backward(
+            traces, 32 * _TRACE_WARPS, targets, roots, kept, groups, found, *outputs, count, stride, rows, begin, steps, stop,
+            slots, shared=trace_room,
+        )  # fmt: skip
+
+    run(None, ends, rows - overlap, 2 * overlap)
+    trace(ends, seams, rows - overlap, 2 * overlap, overlap)
+    run(seams, None, 0, rows)
+    trace(seams, None, 0, rows, 0)
+
+
+def encode_panel(
+    weight: Tensor, fed: Tensor | None, coefficients: Tensor | None, strips: "Strips", trellis: Trellis, overlap: int
+) -> "PanelCodes":
+    """`panel.encode_panel` in one kernel; arguments and result as there, on a GPU."""
+    from seedlm.codes.trellis.panel import PanelCodes
+
+    count, columns, rows = weight.shape
+    device, chosen = weight.device, plan(trellis)
+    words = torch.empty(count, columns, rows * trellis.rate // 32, dtype=torch.int32, device=device)
+    values = torch.empty(count, columns, rows, dtype=torch.int16, device=device)
+    errors = torch.empty(count, columns, rows, dtype=torch.float32, device=device)
+    slots = _slots(trellis, rows, overlap)
+    wanted = -(-count // (2 * chosen.pairs))
+    blocks = min(wanted, chosen.blocks * torch.cuda.get_device_properties(device).multi_processor_count)
+    if not blocks:
+        return PanelCodes(words, values, errors)
+    kept = torch.empty(blocks * chosen.pairs, slots, trellis.groups, dtype=torch.int32, device=device)
+    costs = _global_costs(trellis, blocks * chosen.pairs, device)
+    room = 4 * chosen.pairs * (_own_words(chosen, trellis) + 2 * rows + rows // 2)
+    kernel = nvrtc.load(source(), "panel", "PPPPPPPPPPPPPiiiii", device=device, options=chosen.options, shared=room)
+    scale, roots, take, per_unit, matrix = (part.contiguous() for part in strips)
+    kernel(
+        (blocks,), chosen.threads * chosen.pairs, weight.contiguous(), fed if fed is None else fed.contiguous(), take, per_unit,
+        scale, roots, coefficients if coefficients is None else coefficients.contiguous(), matrix, words, values, errors, kept,
+        costs, count, columns, rows, overlap, slots, shared=room,
     )  # fmt: skip
-    seam = seams[1]
-    forward(grid, threads, targets, seam, kept, None, costs, count, rows, valid, 0, rows, slots, shared=forward_bytes)
-    backward(
-        traces, 32 * _TRACE_WARPS, targets, kept, seam, None, words, values, count, rows, valid, 0, rows, 0,
-        slots, shared=backward_bytes,
-    )  # fmt: skip
+    return PanelCodes(words, values, errors)

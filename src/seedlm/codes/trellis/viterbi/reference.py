@@ -24,21 +24,21 @@ from seedlm.codes.trellis.format import Trellis
 from seedlm.codes.trellis.viterbi.cost import HIGHEST_PATH_COST, branch_costs, period, scaled_targets
 
 
-def search(targets: Tensor, valid: int, trellis: Trellis, overlap: int) -> Tensor:
+def search(targets: Tensor, roots: Tensor, trellis: Trellis, overlap: int) -> Tensor:
     """The rows' bits of the best cyclic streams that the procedure above finds.
 
     targets     float32 [N, T], in units of the values
-    valid       rows from here on cost nothing, whatever their value
+    roots       float32 [N, T], of `cost.row_roots`; 0 for rows that cost nothing, whatever their value
     overlap     W, 1 .. T
     returns     int64 [N, T], each in 0 .. 2^R - 1
     """
     rows = targets.shape[1]
-    scaled = scaled_targets(targets, trellis)
+    given = scaled_targets(targets, roots, trellis), roots
     around = [*range(rows - overlap, rows), *range(overlap)]
-    costs = _run(scaled, around, valid, trellis)
-    _, seam = _trace(scaled, around, valid, trellis, costs, _first_min(costs[-1]), stop=overlap)
-    costs = _run(scaled, list(range(rows)), valid, trellis, seam)
-    return _trace(scaled, list(range(rows)), valid, trellis, costs, seam, stop=0, start=seam)[0]
+    costs = _run(given, around, trellis)
+    _, seam = _trace(given, around, trellis, costs, _first_min(costs[-1]), stop=overlap)
+    costs = _run(given, list(range(rows)), trellis, seam)
+    return _trace(given, list(range(rows)), trellis, costs, seam, stop=0, start=seam)[0]
 
 
 def _first_min(costs: Tensor) -> Tensor:
@@ -47,23 +47,28 @@ def _first_min(costs: Tensor) -> Tensor:
     return (costs.long() * size + torch.arange(size, device=costs.device)).min(-1).values % size
 
 
-def _row_costs(scaled: Tensor, row: int, valid: int, values: Tensor, trellis: Trellis) -> Tensor:
+_Given = tuple[Tensor, Tensor]
+"""Scaled targets float16 [N, T] and roots float32 [N, T]."""
+
+
+def _row_costs(given: _Given, row: int, values: Tensor, trellis: Trellis) -> Tensor:
     """Branch costs int32 [N, M] of one row for values [N or 1, M]."""
-    costs = branch_costs(scaled[:, row].unsqueeze(1), values, trellis)
-    return costs if row < valid else torch.zeros_like(costs)
+    scaled, roots = given
+    return branch_costs(scaled[:, row, None], values, roots[:, row, None], trellis)
 
 
-def _run(scaled: Tensor, order: list[int], valid: int, trellis: Trellis, start: Tensor | None = None) -> list[Tensor]:
+def _run(given: _Given, order: list[int], trellis: Trellis, start: Tensor | None = None) -> list[Tensor]:
     """Path costs int32 [N, G] before the first row of `order` and after each; from group `start` [N] or from any."""
-    values = codec.value_table(trellis, scaled.device).unsqueeze(0)
+    device = given[0].device
+    values = codec.value_table(trellis, device).unsqueeze(0)
     groups, branches = trellis.groups, trellis.branches
-    before = torch.arange(trellis.states, device=scaled.device) % groups
-    cost = torch.zeros(len(scaled), groups, dtype=torch.int32, device=scaled.device)
+    before = torch.arange(trellis.states, device=device) % groups
+    cost = torch.zeros(len(given[0]), groups, dtype=torch.int32, device=device)
     if start is not None:
         cost.fill_(HIGHEST_PATH_COST).scatter_(1, start.unsqueeze(1), 0)
     costs = [cost]
     for step, row in enumerate(order):
-        reached = cost[:, before] + _row_costs(scaled, row, valid, values, trellis)
+        reached = cost[:, before] + _row_costs(given, row, values, trellis)
         cost = reached.unflatten(1, (groups, branches)).amin(2).clamp(max=HIGHEST_PATH_COST)
         if (step + 1) % period(trellis) == 0:
             cost = cost - cost.amin(1, keepdim=True)
@@ -72,9 +77,8 @@ def _run(scaled: Tensor, order: list[int], valid: int, trellis: Trellis, start: 
 
 
 def _trace(
-    scaled: Tensor,
+    given: _Given,
     order: list[int],
-    valid: int,
     trellis: Trellis,
     costs: list[Tensor],
     group: Tensor,
@@ -86,12 +90,12 @@ def _trace(
     returns     their bits int64 [N, rows traced], and the groups that they come from int64 [N]: `start` if it is given
     """
     rate, groups = trellis.rate, trellis.groups
-    choices = torch.arange(trellis.branches, device=scaled.device)
+    choices = torch.arange(trellis.branches, device=group.device)
     symbols = []
     for step in reversed(range(stop, len(order))):
         states = group.unsqueeze(1) * trellis.branches + choices
         values = codec.state_values(states, trellis.multiplier)
-        total = costs[step].gather(1, states % groups) + _row_costs(scaled, order[step], valid, values, trellis)
+        total = costs[step].gather(1, states % groups) + _row_costs(given, order[step], values, trellis)
         shared = trellis.state_bits - rate - rate * step  # bits that the group before this step shares with `start`
         if start is not None and shared > 0:
             wrong = (states - (start >> rate * step).unsqueeze(1)) % (1 << shared) != 0

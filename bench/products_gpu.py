@@ -1,0 +1,233 @@
+"""Fused products of the trellis code on one GPU: held against float64 first, then timed beside cuBLAS FP16 and tinygemm.
+
+    python bench/products_gpu.py [--bits 4 3 2] [--tokens 1 8] [--many 256 2048] [--shapes 57344x8192 ...]
+
+Times are medians of CUDA graph replays, in microseconds for one product; weights take turns so that none is read from a
+cache. `product` is the product alone, each kernel after the one before it has ended; `with input` is the rotation and
+quantisation of x and the product, as a layer runs them (they overlap on Hopper). Ratios are to cuBLAS FP16 at the same tokens
+in the same run. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from seedlm import nvrtc
+from seedlm.codes import hadamard
+from seedlm.codes.trellis import codec
+from seedlm.codes.trellis.format import TrellisFormat
+from seedlm.codes.trellis.kernels import launch
+from seedlm.codes.trellis.kernels.cuda import CudaBackend
+
+SHAPES = ["57344x8192", "8192x28672", "28672x4096", "4096x14336", "4096x4096"]
+"""Out and in of gate + up and of down of a 70B model, the same of an 8B model, and its q and o."""
+
+CACHE_BYTES = 200_000_000
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-4}
+EXACT, INT8 = CudaBackend("cuda", exact=True), CudaBackend("cuda-int8", exact=False)
+
+
+def random_weight(format: TrellisFormat, out: int, width: int) -> list[Tensor]:
+    """Parts of a weight on the GPU: every word is a code, so random ones are as good as any."""
+    shape = (format.segments(out), width * format.rate)
+    words = torch.randint(-(2**31), 2**31, shape, device="cuda", dtype=torch.int64).to(torch.int32)
+    scales = (torch.rand(out, device="cuda") * 0.02 + 0.01).half()
+    return [launch.padded(words, format, width), scales, torch.full((1,), 0.125, device="cuda")]
+
+
+def hard_inputs(tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Activations that make kernels fail: outliers, zeros, large, subnormal numbers."""
+    normal = torch.randn(tokens, width, device="cuda")
+    outliers = normal.clone()
+    outliers[:, ::97] *= 100
+    smallest = 6e-8 if dtype == torch.float16 else 1e-38
+    return {
+        "normal": normal.to(dtype),
+        "outliers": outliers.to(dtype),
+        "zeros": torch.zeros_like(normal).to(dtype),
+        "1e4": torch.full_like(normal, 1e4).to(dtype),
+        "subnormal": (normal * smallest * 8).to(dtype),
+    }
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    """Of the worst token. Infinite for NaN."""
+    error = (y.double() - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-300)
+    return torch.nan_to_num(error, nan=torch.inf).max().item()
+
+
+def check() -> int:
+    """Products and weights of many formats, sizes and inputs against float64; exits at the first that is wrong."""
+    count = 0
+    cases = [(TrellisFormat(rate=rate), 520, 576) for rate in range(1, 9)]
+    cases += [(TrellisFormat(rate=rate, state_bits=12, sequence_rows=128), 1000, 208) for rate in (2, 3, 4)]
+    cases += [(TrellisFormat(rate=4, sequence_rows=rows, transform=64), 700, 100) for rows in (32, 96, 512)]
+    cases += [(TrellisFormat(rate=3, transform=512), 130, 1100), (TrellisFormat(rate=2), 33, 40000)]
+    for format, out, width in cases:
+        parts = random_weight(format, out, width)
+        words = parts[0][:, : width * format.rate].contiguous()
+        rotated = codec.rotated_weight(words, *parts[1:], format, (out, width))
+        weight = torch.full((out, width), torch.nan, device="cuda")
+        launch.dequantize(weight, parts, format, original=True)
+        if not torch.equal(weight, hadamard.inverse(rotated, format.transform)):
+            sys.exit(f"{format} {out}x{width}: dequantize differs from the definition")
+        for tokens in (1, 3, 8, 16, 70):
+            for dtype in TOLERANCE:
+                for name, x in hard_inputs(tokens, width, dtype).items():
+                    reference = hadamard.forward(x.double(), format.transform) @ rotated.double().T
+                    for backend in (EXACT, INT8):
+                        y = backend.linear(x, parts, format, (out, width), None)
+                        if reference.abs().max() > 60000 and dtype == torch.float16:
+                            continue
+                        allowed = TOLERANCE[dtype] + (2.5e-2 if backend is INT8 else 0.0)
+                        tiny = reference.abs().max() < 1e-4 and dtype == torch.float16  # subnormal outputs
+                        if relative_error(y, reference) > (0.5 if tiny else allowed):
+                            sys.exit(f"{format} {out}x{width}, {tokens} tokens, {dtype}, {name}, {backend.name}: wrong")
+                        count += 1
+    return count
+
+
+def microseconds(calls: list[Callable[[], object]], repeats: int = 15) -> float:
+    """Median time of one of the calls, which are captured in a graph one after another."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def copies(nbytes: int) -> int:
+    """How many weights of a size have to take turns so that none stays in the cache."""
+    return max(1, CACHE_BYTES // nbytes + 1)
+
+
+def dense(out: int, width: int, tokens: list[int]) -> dict[int, float]:
+    """Times of FP16 weights through cuBLAS, by tokens."""
+    weights = [torch.randn(out, width, device="cuda", dtype=torch.float16) for _ in range(copies(2 * out * width))]
+    inputs = {count: torch.randn(count, width, device="cuda", dtype=torch.float16) for count in tokens}
+    return {count: microseconds([lambda w=w, x=x: x @ w.T for w in weights]) for count, x in inputs.items()}
+
+
+def tinygemm(out: int, width: int, tokens: list[int]) -> dict[int, float]:
+    """Times of torch's own 4-bit product, groups of 128, bfloat16; {} where it is missing."""
+    try:
+        packed = []
+        for _ in range(copies(out * width // 2)):
+            codes = torch.randint(0, 256, (out, width // 2), device="cuda", dtype=torch.uint8)
+            packed.append(torch.ops.aten._convert_weight_to_int4pack(codes, 8))
+        tables = torch.randn(width // 128, out, 2, device="cuda", dtype=torch.bfloat16)
+        multiply = torch.ops.aten._weight_int4pack_mm
+        inputs = {count: torch.randn(count, width, device="cuda", dtype=torch.bfloat16) for count in tokens}
+        return {
+            count: microseconds([lambda w=w, x=x: multiply(x, w, 128, tables) for w in packed]) for count, x in inputs.items()
+        }
+    except (RuntimeError, AttributeError):
+        return {}
+
+
+def measure(format: TrellisFormat, out: int, width: int, tokens: int, kind: launch.Kind) -> dict[str, float]:
+    """Times of the input's part, of the product alone, and of both as a layer runs them."""
+    shape, dtype = (out, width), torch.float16
+    weights = [random_weight(format, out, width) for _ in range(copies(out * width * format.rate // 8))]
+    x, y = torch.randn(tokens, width, device="cuda", dtype=dtype), torch.empty(tokens, out, device="cuda", dtype=dtype)
+
+    def steps(overlap: bool) -> tuple[Callable[[], None], Callable[[list[Tensor]], None]]:
+        inputs = launch.input_plan(format.transform, width, tokens, dtype, kind, 0, overlap)
+        plan = launch.product_plan(format, shape, tokens, dtype, kind, 0, None, overlap)
+        work = torch.empty(inputs.size, dtype=torch.int32, device="cuda")
+        launch.rotate(x, inputs, work)
+        return (lambda: launch.rotate(x, inputs, work)), (lambda w: launch.product(y, w, plan, inputs, work, None))
+
+    rotate, multiply = steps(overlap=False)
+    rotate_over, multiply_over = steps(overlap=True)
+
+    def both(w: list[Tensor]) -> None:
+        rotate_over()
+        multiply_over(w)
+
+    return {
+        "input": microseconds([rotate] * 20),
+        "product": microseconds([lambda w=w: multiply(w) for w in weights]),
+        "with input": microseconds([lambda w=w: both(w) for w in weights]),
+    }
+
+
+def rows(options: argparse.Namespace, copy: float) -> Iterator[dict[str, object]]:
+    """Measure and print, line by line."""
+    for text in options.shapes:
+        out, width = map(int, text.split("x"))
+        base = dense(out, width, [*options.tokens, *options.many])
+        tiny = tinygemm(out, width, options.tokens)
+        print(f"{text}: cuBLAS FP16 " + ", ".join(f"{count} tokens {time:.1f} us" for count, time in base.items()))
+        for count, time in tiny.items():
+            print(f"  tinygemm 4 bit, {count:4} tokens {time:8.1f} us {base[count] / time:5.2f}x", flush=True)
+            yield {"shape": text, "what": "tinygemm", "bits": 4, "tokens": count, "us": time, "ratio": base[count] / time}
+        kinds: list[tuple[int, launch.Kind]] = []
+        for count in options.tokens:
+            kinds += [(count, kind) for kind in ("exact", "int8") if count * launch.parts_of_token(kind) <= 16]
+        kinds += [(count, "halves") for count in options.many]
+        for bits in options.bits:
+            for count, kind in kinds:
+                times = measure(TrellisFormat(rate=bits), out, width, count, kind)
+                rate = out * width * bits / 8 / times["product"] / 1e6
+                ratio, whole = base[count] / times["product"], base[count] / times["with input"]
+                print(
+                    f"  {bits} bit {kind:6} {count:4} tokens {times['product']:8.1f} us {ratio:5.2f}x  {rate:5.2f} TB/s = "
+                    f"{rate / copy:4.0%} of copy; input {times['input']:.1f} us, "
+                    f"with product {times['with input']:8.1f} us {whole:5.2f}x",
+                    flush=True,
+                )
+                yield {
+                    "shape": text,
+                    "what": kind,
+                    "bits": bits,
+                    "tokens": count,
+                    "ratio": ratio,
+                    "ratio with input": whole,
+                } | times
+
+
+def copy_bandwidth() -> float:
+    """TB/s of a large copy on the device, read and written bytes."""
+    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / microseconds([lambda: b.copy_(a)] * 4) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--many", type=int, nargs="*", default=[256, 2048])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    options = parser.parse_args()
+    if not torch.cuda.is_available() or (reason := nvrtc.reason_unavailable()):
+        sys.exit("no CUDA device" if not torch.cuda.is_available() else reason)
+    torch.manual_seed(0)
+    device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}: {check()} products checked against float64", flush=True)
+    copy = copy_bandwidth()
+    print(f"copy {copy:.2f} TB/s", flush=True)
+    table = list(rows(options, copy))
+    print(json.dumps({"device": device, "torch": torch.__version__, "copy TB/s": copy, "rows": table}, default=float))
+
+
+if __name__ == "__main__":
+    main()

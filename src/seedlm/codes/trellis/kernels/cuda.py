@@ -1,0 +1,107 @@
+"""The trellis family's backend on NVIDIA GPUs: products without weights in memory.
+
+By the number of tokens:
+
+    to 8 (16 in int8)   `product`: decoded and multiplied on int8 tensor cores; activations as 16-bit integers with a scale for
+                        each token (relative error 1e-4 and less), or int8 ("cuda-int8", about 5e-3)
+    more, on Hopper     `gemm`: decoded into tensor-core tiles, activations rounded to half precision in the transformed basis
+    more, elsewhere     the weight is formed in x's dtype for torch's product
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final, cast
+
+import torch
+from torch import Tensor
+
+from seedlm import nvrtc
+from seedlm.codes.base import CODES, Format
+from seedlm.codes.trellis.format import TrellisFormat
+from seedlm.codes.trellis.kernels import launch, sources
+from seedlm.codes.trellis.kernels.launch import Kind
+
+_GEMM_ARCHITECTURE: Final = 90
+
+
+class CudaBackend:
+    """Fused products on devices of compute capability 8.0 and more. `exact`: 16-bit activations, else int8."""
+
+    def __init__(self, name: str, exact: bool) -> None:
+        self.name = name
+        self._few: Kind = "exact" if exact else "int8"
+
+    def reason_unavailable(self, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
+        if device.type != "cuda":
+            return f"CUDA kernels need a CUDA device, this is {device}"
+        if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+            return "CUDA kernels need an NVIDIA GPU of compute capability 8.0 or more"
+        assert isinstance(format, TrellisFormat)
+        if format.transform not in sources.TRANSFORMS:
+            return (
+                f"CUDA kernels know transforms of {', '.join(map(str, sources.TRANSFORMS))}, this format has {format.transform}"
+            )
+        return nvrtc.reason_unavailable()
+
+    def prepare(self, parts: Mapping[str, Tensor], format: Format, shape: tuple[int, int]) -> list[Tensor]:
+        """Words, scales, scale as stored; words of a width that is no multiple of 16 are a padded copy."""
+        assert isinstance(format, TrellisFormat)
+        return [launch.padded(parts[CODES], format, shape[1]), parts["scales"], parts["scale"]]
+
+    def empty_transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
+        tokens = x.numel() // in_features
+        if (kind := self._kind(x, tokens)) is None:
+            return []
+        size = launch.workspace(in_features, tokens, kind, _index(x.device))[-1]
+        return [torch.empty(size, dtype=torch.int32, device=x.device)]
+
+    def transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
+        """The workspace of `launch`; [] for no tokens and where the weight is formed."""
+        tokens = x.numel() // in_features
+        if (kind := self._kind(x, tokens)) is None:
+            return []
+        block = cast(TrellisFormat, format).transform
+        plan = launch.input_plan(block, in_features, tokens, x.dtype, kind, _index(x.device))
+        work = torch.empty(plan.size, dtype=torch.int32, device=x.device)
+        launch.rotate(x.contiguous(), plan, work)
+        return [work]
+
+    def linear(
+        self,
+        x: Tensor,
+        prepared: Sequence[Tensor],
+        format: Format,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        transformed: Sequence[Tensor] = (),
+    ) -> Tensor:
+        tokens = x.numel() // shape[1]
+        if (kind := self._kind(x, tokens)) is None:
+            return torch.nn.functional.linear(x, self.dequantize(prepared, format, shape, x.dtype), bias)
+        trellis, index = cast(TrellisFormat, format), _index(x.device)
+        (work,) = transformed or self.transform(x, format, shape[1])
+        inputs = launch.input_plan(trellis.transform, shape[1], tokens, x.dtype, kind, index)
+        plan = launch.product_plan(trellis, shape, tokens, x.dtype, kind, index)
+        y = torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype, device=x.device)
+        launch.product(y, prepared, plan, inputs, work, bias)
+        return y
+
+    def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        assert isinstance(format, TrellisFormat)
+        kernel_dtype = dtype if dtype in launch.TYPES else torch.float32
+        weight = torch.empty(shape, dtype=kernel_dtype, device=prepared[0].device)
+        if weight.numel():
+            launch.dequantize(weight, prepared, format, original=True)
+        return weight.to(dtype)
+
+    def _kind(self, x: Tensor, tokens: int) -> Kind | None:
+        """How activations are multiplied, None if the weight is formed for torch's product."""
+        if x.dtype not in launch.TYPES or tokens == 0:
+            return None
+        if tokens * launch.parts_of_token(self._few) <= sources.MOST_PARTS:
+            return self._few
+        gemm = x.dtype != torch.float32 and launch.architecture(_index(x.device)) == _GEMM_ARCHITECTURE
+        return "halves" if gemm else None
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -1,0 +1,208 @@
+"""The texts of the trellis family's CUDA kernels, and which variant serves a format, a size and an architecture. Needs no GPU.
+
+A kernel is its constants, the shared headers and its .cu file, one text after another; the .cu files say how they work and
+what their tensors hold. Warps, stages and tiles are functions of rate, parts and architecture alone: nothing is tried at
+run time.
+
+    rotate       x -> int8 parts in the transformed basis, or halves for `gemm`
+    product      a few tokens' parts with packed weights
+    gemm         many tokens, on Hopper's tensor cores
+    dequantize   the weight itself
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from seedlm.codes import hadamard
+from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
+
+STEP: Final = 16
+"""Columns of a step of `product`; packed weights are padded to whole steps."""
+
+DEPTH: Final = 64
+"""Columns of a stage of `gemm`."""
+
+PANEL_ROWS: Final = 256
+"""Rows of a panel, eight segments: what a warp of `product` decodes at once."""
+
+FINISHERS: Final = 128
+"""Threads of a block of `product` that finish rows, beside the decoding warps."""
+
+MOST_PARTS: Final = 16
+"""int8 parts of one product: its tokens, or twice that in exact mode."""
+
+TRANSFORMS: Final = (8, 16, 32, 64, 128, 256, 512)
+"""Largest Hadamard blocks that the kernels know."""
+
+_SHARED_KIB: Final = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+_INT32: Final = (1 << 31) - 1
+_LARGEST_VALUE: Final = 510
+_WHOLE_VALUE_RATES: Final = (1, 2, 4, 8)
+
+Defines = tuple[tuple[str, str | int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Compile-time choices of `product`.
+
+    tiles          tiles of eight B columns, 0 for the narrow form (up to 4 parts)
+    warps          that decode, in a block; a block has a multiprocessor for itself
+    stages         steps of a warp in flight or at work
+    masks_by_dot   every how many rows a state is masked by the multiplying pipe; 0: none
+    """
+
+    tiles: int
+    warps: int
+    stages: int
+    masks_by_dot: int = 0
+
+
+def levels(in_features: int) -> int:
+    """Largest int8 magnitude of activations: 127, or less for rows so long that their sum could leave int32."""
+    return min(127, _INT32 // (_LARGEST_VALUE * in_features))
+
+
+def steps(in_features: int) -> int:
+    return -(-in_features // STEP)
+
+
+def panels(out_features: int) -> int:
+    return -(-out_features // PANEL_ROWS)
+
+
+def strip(format: TrellisFormat) -> int:
+    """Segments of a full strip."""
+    return format.sequence_rows // SEGMENT_ROWS
+
+
+def needs_neighbours(format: TrellisFormat) -> bool:
+    """Whether a segment's successor in its strip can lie in another panel."""
+    return PANEL_ROWS % format.sequence_rows != 0
+
+
+def most_shared(arch: int) -> int:
+    """Bytes of dynamic shared memory that a block may ask for, a little left for what kernels declare themselves."""
+    return _SHARED_KIB.get(arch, 99) * 1024 - 2048
+
+
+def shared_bytes(format: TrellisFormat, variant: Variant, parts: int) -> int:
+    """Dynamic shared memory of `product`: the ring of stages, and two places for a panel's sums."""
+    pitch = 4 * format.rate + (format.rate in (2, 6))
+    stage = (PANEL_ROWS // SEGMENT_ROWS * pitch + (32 if needs_neighbours(format) else 0)) * 16
+    totals = variant.tiles * 8192 if variant.tiles else variant.warps * parts * 8 * 36 * 4
+    return variant.warps * variant.stages * stage + 2 * totals
+
+
+def choose(format: TrellisFormat, parts: int, arch: int) -> Variant:
+    """The variant for a format, a number of int8 parts and an architecture. Measured on an H100 (docs/log/products.md)."""
+    tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
+    warps = 4 if tiles == 2 else 12
+    stages = {1: 6, 2: 6, 3: 5, 4: 4}.get(format.rate, 3)
+    masks = 0 if format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16 else 3
+    variant = Variant(tiles=tiles, warps=warps, stages=stages, masks_by_dot=masks)
+    while shared_bytes(format, variant, 4 if tiles == 0 else parts) > most_shared(arch):
+        if variant.stages > 2:
+            variant = Variant(tiles=tiles, warps=variant.warps, stages=variant.stages - 1, masks_by_dot=masks)
+        else:
+            variant = Variant(tiles=tiles, warps=variant.warps // 2, stages=stages, masks_by_dot=masks)
+    return variant
+
+
+def product_blocks(out_features: int, in_features: int, processors: int, variant: Variant) -> int:
+    """Blocks of the grid of `product`: one a multiprocessor, but no more than have a step for a quarter of their warps."""
+    return min(processors, -(-panels(out_features) * steps(in_features) // max(variant.warps // 4, 1)))
+
+
+def gemm_tokens(tokens: int) -> int:
+    """Tokens of a tile of `gemm`."""
+    return 64 if tokens <= 64 else 128 if tokens <= 128 else 256
+
+
+def gemm_stages(width: int, arch: int) -> int:
+    """Stages of `gemm`, of 128 rows and `width` tokens, that shared memory holds."""
+    return min(6, (most_shared(arch) - 1024) // gemm_stage_bytes(width))
+
+
+def gemm_stage_bytes(width: int) -> int:
+    return (128 + width) * DEPTH * 2
+
+
+def rotate_blocks(transform: int, in_features: int, arch: int) -> tuple[int, int, int]:
+    """How `rotate` divides a token: blocks of a cluster, warps of a block, pieces of a warp."""
+    lane_numbers = 16 if transform > 256 else 8
+    pieces = -(-(-(-in_features // DEPTH) * DEPTH) // (32 * lane_numbers))
+    cluster = 8 if arch >= 90 else 1
+    warps = min(16 if cluster > 1 else 32, -(-pieces // cluster))
+    return cluster, warps, -(-pieces // (cluster * warps))
+
+
+@cache
+def _text(name: str, headers: tuple[str, ...], defines: Defines) -> str:
+    folder = Path(__file__).parent
+    constants = "".join(f"#define {key} {value}\n" for key, value in defines)
+    return constants + "".join((folder / file).read_text(encoding="utf-8") for file in (*headers, f"{name}.cu"))
+
+
+def _decoding(format: TrellisFormat, masks_by_dot: int = 0) -> Defines:
+    return (
+        ("RATE", format.rate),
+        ("STATE_BITS", format.state_bits),
+        ("MULTIPLIER", f"0x{format.multiplier:08X}u"),
+        ("MASKS_BY_DOT", masks_by_dot),
+    )
+
+
+@cache
+def _transforming(transform: int) -> Defines:
+    """Constants of hadamard.cuh."""
+    negative = (hadamard.signs(transform) < 0).int().tolist()
+    words = [sum(bit << i for i, bit in enumerate(negative[at : at + 32])) for at in range(0, transform, 32)]
+    return (
+        ("HADAMARD", transform),
+        ("LANE_NUMBERS", 16 if transform > 256 else 8),
+        ("SIGN_WORDS", ", ".join(f"0x{word:08X}u" for word in words)),
+    )
+
+
+def rotate_source(transform: int, in_features: int, arch: int, halves: bool) -> str:
+    cluster, warps, rounds = rotate_blocks(transform, in_features, arch)
+    dividing = (("WARPS", warps), ("CLUSTER", cluster), ("ROUNDS", rounds), ("HALVES", int(halves)))
+    defines = (*_decoding(TrellisFormat(rate=1)), *_transforming(transform), *dividing)
+    return _text("rotate", ("decode.cuh", "hadamard.cuh"), defines)
+
+
+def product_source(format: TrellisFormat, variant: Variant) -> str:
+    choices = (
+        ("WARPS", variant.warps),
+        ("STAGES", variant.stages),
+        ("TILES", variant.tiles),
+        ("NEIGHBOURS", int(needs_neighbours(format))),
+    )
+    return _text("product", ("decode.cuh",), (*_decoding(format, variant.masks_by_dot), *choices))
+
+
+def gemm_source(format: TrellisFormat, width: int, stages: int) -> str:
+    """The text of `gemm` for tiles of `width` tokens, with the wgmma of that width, which has to be spelled out."""
+    count = width // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(c[{i}])' for i in range(count))
+    instruction = (
+        f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.f16.f16 {{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
+    )
+    multiply = f"""
+__device__ __forceinline__ void multiply_tile(float (&c)[{count}], unsigned long long a, unsigned long long b) {{
+  asm volatile("{instruction}" : {outputs} : "l"(a), "l"(b));
+}}
+__device__ __forceinline__ void wait_for_multiplies(float (&c)[{count}]) {{
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : {outputs} :: "memory");
+}}
+"""
+    return multiply + _text("gemm", ("decode.cuh",), (*_decoding(format), ("TOKENS", width), ("STAGES", stages)))
+
+
+def dequantize_source(format: TrellisFormat, original: bool) -> str:
+    defines = (*_decoding(format), *_transforming(format.transform), ("ORIGINAL", int(original)))
+    return _text("dequantize", ("decode.cuh", "hadamard.cuh"), defines)

@@ -1,0 +1,234 @@
+"""The trellis code's CUDA kernels against float64 of the definition: every rate, odd shapes, hard inputs, poisoned outputs."""
+
+import threading
+
+import pytest
+import torch
+
+from seedlm import nvrtc
+from seedlm.codes import hadamard
+from seedlm.codes.trellis import codec
+from seedlm.codes.trellis.format import TrellisFormat
+from seedlm.codes.trellis.kernels import launch, sources
+from seedlm.codes.trellis.kernels.cuda import CudaBackend
+
+COMPILER = pytest.mark.skipif(nvrtc.reason_unavailable() is not None, reason=str(nvrtc.reason_unavailable()))
+GPU = [COMPILER, pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+EXACT, INT8 = CudaBackend("cuda", exact=True), CudaBackend("cuda-int8", exact=False)
+TOLERANCES = [(torch.float16, 2e-3), (torch.bfloat16, 8e-3), (torch.float32, 1e-4)]
+
+FORMATS = [
+    *(TrellisFormat(rate=rate) for rate in range(1, 9)),
+    *(TrellisFormat(rate=rate, state_bits=12) for rate in (1, 3, 4, 6)),
+    *(TrellisFormat(rate=4, sequence_rows=rows) for rows in (32, 64, 96, 128, 512, 1024)),
+    *(TrellisFormat(rate=3, transform=block) for block in (8, 16, 64, 256, 512)),
+]
+SHAPES = [(256, 256), (33, 48), (130, 100), (1000, 576), (8, 4112), (520, 24)]
+
+
+def random_parts(format, out, width):
+    words = torch.randint(-(2**31), 2**31, (format.segments(out), width * format.rate), dtype=torch.int64).to(torch.int32)
+    scales = (torch.rand(out) * 0.02 + 0.01).half()
+    return {"words": words.cuda(), "scales": scales.cuda(), "scale": torch.tensor([0.125], device="cuda")}
+
+
+def exact_weight(parts, format, shape):
+    """float64 [out, in] in the transformed basis."""
+    return codec.rotated_weight(parts["words"], parts["scales"], parts["scale"], format, shape).double()
+
+
+def poisoned(monkeypatch):
+    """torch.empty gives NaN, and int32 memory that is not zero."""
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: empty(*a, **k).fill_(-1 if k.get("dtype") == torch.int32 else torch.nan)
+    )
+
+
+def relative_error(y, reference):
+    error = (y.double() - reference).norm(dim=-1) / reference.norm(dim=-1).clamp_min(1e-300)
+    return torch.nan_to_num(error, nan=torch.inf).max().item()
+
+
+@COMPILER
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("rate", [3, 4])
+def test_kernels_compile_for_every_architecture_without_a_gpu(rate, arch):
+    format = TrellisFormat(rate=rate)
+    texts = [sources.product_source(format, sources.choose(format, parts, arch)) for parts in (1, 8, 16)]
+    texts += [sources.rotate_source(128, 4096, arch, halves) for halves in (False, True)]
+    texts.append(sources.dequantize_source(format, original=True))
+    for text in texts:
+        assert nvrtc.compile_only(text, arch).startswith(b"\x7fELF")
+    if arch == 90:
+        text = sources.gemm_source(format, 256, sources.gemm_stages(256, arch))
+        assert nvrtc.compile_only(text, arch, specific=True).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("parts", [1, 4, 8, 16])
+def test_every_variant_fits_shared_memory(parts, arch):
+    for format in FORMATS:
+        variant = sources.choose(format, parts, arch)
+        assert sources.shared_bytes(format, variant, parts) <= sources.most_shared(arch)
+        assert variant.stages >= 2
+        assert variant.warps >= 1
+
+
+@pytest.mark.parametrize("width", [1, 4096, 33156, 33157, 53248, 1 << 20])
+def test_integer_sums_cannot_overflow(width):
+    assert 510 * sources.levels(width) * width < 2**31
+    assert sources.levels(width) >= 1
+
+
+def test_other_devices_and_transforms_are_refused_with_a_reason():
+    assert "CUDA device" in EXACT.reason_unavailable(torch.device("cpu"), FORMATS[0], (8, 8))
+
+
+class TestOnADevice:
+    pytestmark = GPU
+
+    @pytest.mark.parametrize("format", FORMATS, ids=str)
+    def test_weights_are_the_definitions_bits(self, format, monkeypatch):
+        for shape in SHAPES:
+            parts = random_parts(format, *shape)
+            prepared = EXACT.prepare(parts, format, shape)
+            expected = codec.dequantize(*parts.values(), format, shape)
+            poisoned(monkeypatch)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                assert torch.equal(EXACT.dequantize(prepared, format, shape, dtype), expected.to(dtype))
+            monkeypatch.undo()
+
+    @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9, 16, 17, 100, 300])
+    @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=str)
+    def test_products_of_every_number_of_tokens(self, tokens, dtype, tolerance, monkeypatch):
+        format, shape = TrellisFormat(rate=4), (1000, 576)
+        parts = random_parts(format, *shape)
+        prepared = EXACT.prepare(parts, format, shape)
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+        bias = torch.randn(shape[0], device="cuda", dtype=dtype)
+        poisoned(monkeypatch)
+        y = EXACT.linear(x, prepared, format, shape, bias)
+        reference = hadamard.forward(x.double(), format.transform) @ exact_weight(parts, format, shape).T + bias.double()
+        assert y.dtype == dtype
+        assert relative_error(y, reference) < tolerance
+
+    @pytest.mark.parametrize("format", FORMATS, ids=str)
+    def test_products_of_every_format_and_odd_shapes(self, format, monkeypatch):
+        for shape in SHAPES:
+            parts = random_parts(format, *shape)
+            prepared = EXACT.prepare(parts, format, shape)
+            weight = exact_weight(parts, format, shape)
+            for tokens in (1, 4, 7, 40):
+                x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+                poisoned(monkeypatch)
+                y = EXACT.linear(x, prepared, format, shape, None)
+                monkeypatch.undo()
+                assert relative_error(y, hadamard.forward(x.double(), format.transform) @ weight.T) < 2e-3
+
+    @pytest.mark.parametrize("tokens", [1, 8, 40])
+    @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e4, 1e30])
+    def test_outlier_channels_and_extreme_magnitudes(self, tokens, scale):
+        format, shape = TrellisFormat(rate=3), (300, 1024)
+        parts = random_parts(format, *shape)
+        x = torch.randn(tokens, shape[1], device="cuda") * scale
+        x[:, ::97] *= 100
+        x = x.bfloat16()
+        y = EXACT.linear(x, EXACT.prepare(parts, format, shape), format, shape, None)
+        reference = hadamard.forward(x.double(), format.transform) @ exact_weight(parts, format, shape).T
+        assert relative_error(y, reference) < 8e-3
+
+    @pytest.mark.parametrize("tokens", [2, 40])
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_what_is_not_finite_stays_in_its_token(self, tokens, bad):
+        format, shape = TrellisFormat(rate=4), (300, 256)
+        parts = random_parts(format, *shape)
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+        x[1, 17] = bad
+        y = EXACT.linear(x, EXACT.prepare(parts, format, shape), format, shape, None)
+        assert not y[1].isfinite().any()
+        assert y[0].isfinite().all()
+
+    @pytest.mark.parametrize("rate", [2, 4])
+    def test_int8_activations_are_rounded_and_nothing_else(self, rate):
+        format, shape = TrellisFormat(rate=rate), (520, 1024)
+        parts = random_parts(format, *shape)
+        x = torch.randn(5, shape[1], device="cuda")
+        rotated = hadamard.forward(x.double(), format.transform)
+        scale = rotated.abs().amax(1, keepdim=True) / 127
+        reference = (rotated / scale).round() * scale @ exact_weight(parts, format, shape).T
+        y = INT8.linear(x, INT8.prepare(parts, format, shape), format, shape, None)
+        assert relative_error(y, reference) < 1e-4
+
+    def test_the_same_bits_every_time_and_however_rows_are_shared(self):
+        format, shape = TrellisFormat(rate=4), (4096, 2048)
+        parts = random_parts(format, *shape)
+        prepared = EXACT.prepare(parts, format, shape)
+        x = torch.randn(3, shape[1], device="cuda", dtype=torch.float16)
+        first = EXACT.linear(x, prepared, format, shape, None)
+        for _ in range(20):
+            assert torch.equal(EXACT.linear(x, prepared, format, shape, None), first)
+        some = {"words": parts["words"][:8], "scales": parts["scales"][:256], "scale": parts["scale"]}
+        alone = EXACT.linear(x, EXACT.prepare(some, format, (256, shape[1])), format, (256, shape[1]), None)
+        assert torch.equal(alone, first[:, :256])
+
+    @pytest.mark.parametrize("tokens", [1, 6, 64])
+    def test_a_shared_transform_gives_the_same_bits(self, tokens):
+        format = TrellisFormat(rate=2)
+        x = torch.randn(tokens, 512, device="cuda", dtype=torch.float16)
+        layers = [(random_parts(format, out, 512), (out, 512)) for out in (512, 128, 1024)]
+        transformed = EXACT.transform(x, format, 512)
+        empty = EXACT.empty_transform(x, format, 512)
+        assert [(t.shape, t.dtype) for t in transformed] == [(t.shape, t.dtype) for t in empty]
+        for parts, shape in layers:
+            prepared = EXACT.prepare(parts, format, shape)
+            shared = EXACT.linear(x, prepared, format, shape, None, transformed)
+            assert torch.equal(shared, EXACT.linear(x, prepared, format, shape, None))
+
+    @pytest.mark.parametrize("tokens", [1, 40])
+    def test_graphs_streams_and_threads(self, tokens):
+        format, shape = TrellisFormat(rate=4), (512, 512)
+        prepared = EXACT.prepare(random_parts(format, *shape), format, shape)
+        x = torch.randn(tokens, 512, device="cuda", dtype=torch.float16)
+        expected = EXACT.linear(x, prepared, format, shape, None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(5):
+                y = EXACT.linear(x, prepared, format, shape, None)
+        for _ in range(3):
+            y.zero_()
+            graph.replay()
+            assert torch.equal(y, expected)
+        wrong = []
+
+        def work():
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(50):
+                    if not torch.equal(EXACT.linear(x, prepared, format, shape, None), expected):
+                        wrong.append(1)
+
+        torch.cuda.synchronize()
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    def test_empty_and_strided_inputs(self):
+        format, shape = TrellisFormat(rate=4), (256, 128)
+        parts = random_parts(format, *shape)
+        prepared = EXACT.prepare(parts, format, shape)
+        assert EXACT.linear(torch.empty(0, 128, device="cuda"), prepared, format, shape, None).shape == (0, 256)
+        x = torch.randn(2, 3, 256, device="cuda")[..., ::2]
+        y = EXACT.linear(x, prepared, format, shape, None)
+        assert y.shape == (2, 3, 256)
+        assert torch.equal(y, EXACT.linear(x.contiguous(), prepared, format, shape, None))
+
+    def test_words_are_read_where_they_are(self):
+        format, shape = TrellisFormat(rate=3), (256, 128)
+        parts = random_parts(format, *shape)
+        assert all(a is b for a, b in zip(EXACT.prepare(parts, format, shape), parts.values(), strict=True))
+        assert launch.padded(parts["words"], format, 128) is parts["words"]
