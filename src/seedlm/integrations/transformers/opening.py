@@ -58,7 +58,7 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
             )
     except SeedLMError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as reason:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as reason:
         raise SourceError(_ask_for_trust(model, reason) or f"{model}: cannot be loaded ({_one_line(reason)})") from reason
     _check_whole(model, network, info)
     return network.eval()
