@@ -19,7 +19,7 @@ from seedlm.errors import CheckpointError, SourceError
 from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint
 from seedlm.storage.gguf_check import read_gguf_header
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles
-from seedlm.storage.untrusted import read_config
+from seedlm.storage.untrusted import read_config, read_json
 
 VERIFY_VARIABLE: Final = "SEEDLM_VERIFY"
 
@@ -45,6 +45,8 @@ def check_folder(name: Any) -> None:
     folder = Path(name) if isinstance(name, str | os.PathLike) and name else None
     if folder is not None and any(os.path.lexists(folder / file) for file in (SINGLE_NAME, INDEX_NAME)):
         Checkpoint.open(folder)
+        if os.path.lexists(folder / INDEX_NAME) and "metadata" not in read_json(folder / INDEX_NAME, CheckpointError):
+            raise CheckpointError(f"{folder / INDEX_NAME}: has no metadata, without which transformers does not read it")
 
 
 def open_files(files: Iterable[str]) -> Checkpoint:
