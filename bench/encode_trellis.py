@@ -20,7 +20,7 @@ from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.encode import GAINS
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.codes.trellis.panel import Strips, encode_panel
-from seedlm.codes.trellis.viterbi import OVERLAP, choose, cost, viterbi
+from seedlm.codes.trellis.viterbi import OVERLAPS, choose, cost, viterbi
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
@@ -60,7 +60,7 @@ def panel_run(format: TrellisFormat, device: torch.device, count: int, rows: int
     coefficients = (torch.randn(1, 64, 64, device=device) * 2.0**16).round().double().triu(1)
     matrix = torch.zeros(count, dtype=torch.int32, device=device)
     strips = Strips(one, cost.row_roots(one), unit * 2.0**-20, 1 / unit, matrix)
-    return lambda: encode_panel(weight, None, coefficients, strips, format.trellis, min(OVERLAP, rows // 2))
+    return lambda: encode_panel(weight, None, coefficients, strips, format.trellis, min(OVERLAPS[format.state_bits], rows // 2))
 
 
 def measure(format: TrellisFormat, device: torch.device, columns: int, rows: int, repeats: int) -> dict[str, float | str]:
@@ -107,7 +107,7 @@ def main() -> None:
     for format in formats:
         results.append(measure(format, device, columns, options.rows, options.repeats))
         print("  ".join(f"{key} {value}" for key, value in results[-1].items()), flush=True)
-    print(json.dumps({"device": name, "columns": columns, "rows": options.rows, "overlap": OVERLAP, "results": results}))
+    print(json.dumps({"device": name, "columns": columns, "rows": options.rows, "overlap": OVERLAPS, "results": results}))
 
 
 if __name__ == "__main__":

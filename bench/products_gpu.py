@@ -22,14 +22,14 @@ from seedlm.codes import hadamard
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.codes.trellis.kernels import launch
-from seedlm.codes.trellis.kernels.cuda import CudaBackend
+from seedlm.codes.trellis.kernels.cuda import CudaBackend, CudaInt8Backend
 
 SHAPES = ["57344x8192", "8192x28672", "28672x4096", "4096x14336", "4096x4096"]
 """Out and in of gate + up and of down of a 70B model, the same of an 8B model, and its q and o."""
 
 CACHE_BYTES = 200_000_000
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-4}
-EXACT, INT8 = CudaBackend("cuda", exact=True), CudaBackend("cuda-int8", exact=False)
+EXACT, INT8 = CudaBackend(), CudaInt8Backend()
 
 
 def random_weight(format: TrellisFormat, out: int, width: int) -> list[Tensor]:

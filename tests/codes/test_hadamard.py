@@ -11,7 +11,7 @@ def matrix(width: int, largest: int) -> torch.Tensor:
     """The transform as a matrix float64 [width, width]: x -> matrix @ x."""
     blocks = []
     for size in hadamard.block_sizes(width, largest):
-        state, block = 1, torch.empty(size, size, dtype=torch.float64)
+        state, block = hadamard.SIGN_SEED, torch.empty(size, size, dtype=torch.float64)
         for j in range(size):
             state = step(state, 16)
             for i in range(size):

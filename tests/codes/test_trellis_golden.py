@@ -9,8 +9,8 @@ from seedlm.codes.registry import parse_format
 
 
 def signs(count):
-    """The sign stream: the paper's 16-bit register from seed 1, taps 0, 1, 3, 12."""
-    state, found = 1, []
+    """The sign stream: the paper's 16-bit register from seed 0xACE1, taps 0, 1, 3, 12."""
+    state, found = 0xACE1, []
     for _ in range(count):
         bit = (state ^ state >> 1 ^ state >> 3 ^ state >> 12) & 1
         state = state >> 1 | bit << 15

@@ -10,12 +10,12 @@ from seedlm.codes import hadamard
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.codes.trellis.kernels import launch, sources
-from seedlm.codes.trellis.kernels.cuda import CudaBackend
+from seedlm.codes.trellis.kernels.cuda import CudaBackend, CudaInt8Backend
 
 COMPILER = pytest.mark.skipif(nvrtc.reason_unavailable() is not None, reason=str(nvrtc.reason_unavailable()))
 GPU = [COMPILER, pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-EXACT, INT8 = CudaBackend("cuda", exact=True), CudaBackend("cuda-int8", exact=False)
+EXACT, INT8 = CudaBackend(), CudaInt8Backend()
 TOLERANCES = [(torch.float16, 2e-3), (torch.bfloat16, 8e-3), (torch.float32, 1e-4)]
 
 FORMATS = [

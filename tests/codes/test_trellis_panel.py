@@ -68,7 +68,7 @@ def test_without_feedback_columns_are_coded_alone():
 
 
 @pytest.mark.parametrize(
-    ("rate", "state_bits", "count"), [(3, 12, 5), (4, 12, 18), (1, 16, 3), (2, 16, 3), (4, 16, 5), (8, 16, 4)]
+    ("rate", "state_bits", "count"), [(3, 12, 5), (4, 12, 18), (1, 16, 2), (2, 16, 1), (4, 16, 3), (8, 16, 2)]
 )
 @pytest.mark.parametrize("backend", ["numba", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_backends_give_the_reference_bits(backend, rate, state_bits, count):
@@ -78,7 +78,7 @@ def test_backends_give_the_reference_bits(backend, rate, state_bits, count):
     if reason := reason_unavailable(backend, device):
         pytest.skip(reason)
     trellis = TrellisFormat(rate=rate, state_bits=state_bits).trellis
-    weight, fed, coefficients, strips = problem(count, 3, 32)
+    weight, fed, coefficients, strips = problem(count, 2, 32)
     expected = encode_panel(weight, fed, coefficients, strips, trellis, 16, "reference")
     there = [part.to(device) for part in (weight, fed, coefficients)]
     found = encode_panel(*there, Strips(*(part.to(device) for part in strips)), trellis, 16, backend)

@@ -6,7 +6,7 @@ with B = 256 is 256 + 256 + 64; 100 with 64 is 64 + 32 + 4). A block x of size b
     H_b (sign * x) / sqrt(b)          H_b the Hadamard matrix in Sylvester's order, H[i, j] = (-1)^popcount(i & j)
 
 and sign[i] belongs to the position in the block, so that every slice of columns that starts at a block is transformed alike.
-sign[i] is -1 where bit i of the 16-bit register's stream from seed 1 is set; the first recorded bit is the lowest bit of
+sign[i] is -1 where bit i of the 16-bit register's stream from seed 0xACE1 is set; the first recorded bit is the lowest bit of
 the state after one step (paper Algorithm 1).
 
 The transform is orthogonal: applied to the inputs and to a weight's rows it leaves products as they are.
@@ -20,7 +20,7 @@ from torch import Tensor
 from seedlm.codes.block.lfsr import states
 
 SIGN_REGISTER_BITS = 16
-SIGN_SEED = 1
+SIGN_SEED = 0xACE1
 
 
 def block_sizes(width: int, largest: int) -> list[int]:

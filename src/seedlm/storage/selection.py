@@ -33,7 +33,10 @@ from seedlm.storage.safetensors import TensorInfo
 _EMBEDDINGS: Final = ("*embed*", "*wte", "*wpe", "*word_embeddings*", "*relative_attention_bias")
 _LEFT_DENSE: Final = {
     "a router": ("*router*", "*.gate", "*.gate.*", "*.shared_expert_gate"),
-    "a weight that Mamba layers read by themselves": ("*.dt_proj", "*.x_proj", "*.mamba.out_proj", "*.mixer.out_proj"),
+    "a weight that is read without calling its layer": (
+        *("*.dt_proj", "*.x_proj", "*.mamba.out_proj", "*.mixer.out_proj"),  # Mamba
+        *("*.attention.output", "*.feed_forward.value"),  # RWKV
+    ),
     "part of a vision or audio tower": ("*vision*", "*visual*", "*audio*", "*multi_modal_projector*", "*mm_projector*"),
     "an output head": ("*lm_head*", "*embed_out", "output"),
 }

@@ -3,7 +3,7 @@
 Strips of one length are a batch, and a panel of their columns is coded in one call (`panel`). Rows may count unequally: an
 error of one unit of a row makes an error of as many units at the output, and that costs what the row's importance says. The
 search moves errors to rows that cost little, without a bit more. With importances from gradients the KL at 3 bits falls by
-11 % (SmolLM2, docs/log/quality.md); without feedback it does not, so they are used together.
+11 % (SmolLM2, docs/log/quality.md). Without feedback nothing was won, so they are used together.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from seedlm.codes.feedback import Coefficients, Panel, coefficients, damping_for
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.panel import Strips, encode_panel
-from seedlm.codes.trellis.viterbi import OVERLAP
+from seedlm.codes.trellis.viterbi import OVERLAPS
 from seedlm.codes.trellis.viterbi.cost import row_roots
 
 _known: Final[WeakIdKeyDictionary] = WeakIdKeyDictionary()
@@ -96,7 +96,7 @@ def _encode_strips(
     tell: Callable[[int], None],
 ) -> Tensor:
     """Streams int32 [N, in, T' * R / 32] of weights [N, T', in], with scales and roots [N, T']."""
-    overlap = min(OVERLAP, weight.shape[1] // 2)
+    overlap = min(OVERLAPS[format.state_bits], weight.shape[1] // 2)
     matrix = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
 
     def encode(panel: Panel) -> tuple[list[Tensor], Tensor]:

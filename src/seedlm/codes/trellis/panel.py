@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import Trellis
 from seedlm.codes.trellis.viterbi import search_backend
 
@@ -64,9 +65,7 @@ def encode_panel(
     """
     search = search_backend(backend, weight.device)
     if hasattr(search, "encode_panel"):
-        return search.encode_panel(weight, fed, coefficients, strips, trellis, overlap)
-    from seedlm.codes.trellis import codec
-
+        return PanelCodes(*search.encode_panel(weight, fed, coefficients, strips, trellis, overlap))
     count, columns, rows = weight.shape
     errors = torch.zeros_like(weight)
     words, values = [], []

@@ -9,7 +9,7 @@ By the number of tokens:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final, cast
+from typing import ClassVar, Final, cast
 
 import torch
 from torch import Tensor
@@ -24,11 +24,11 @@ _GEMM_ARCHITECTURE: Final = 90
 
 
 class CudaBackend:
-    """Fused products on devices of compute capability 8.0 and more. `exact`: 16-bit activations, else int8."""
+    """Fused products on devices of compute capability 8.0 and more, activations in 16 bits."""
 
-    def __init__(self, name: str, exact: bool) -> None:
-        self.name = name
-        self._few: Kind = "exact" if exact else "int8"
+    name: ClassVar[str] = "cuda"
+    few: ClassVar[Kind] = "exact"
+    """What the activations of a few tokens become."""
 
     def reason_unavailable(self, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
         if device.type != "cuda":
@@ -97,10 +97,17 @@ class CudaBackend:
         """How activations are multiplied, None if the weight is formed for torch's product."""
         if x.dtype not in launch.TYPES or tokens == 0:
             return None
-        if tokens * launch.parts_of_token(self._few) <= sources.MOST_PARTS:
-            return self._few
+        if tokens * launch.parts_of_token(self.few) <= sources.MOST_PARTS:
+            return self.few
         gemm = x.dtype != torch.float32 and launch.architecture(_index(x.device)) == _GEMM_ARCHITECTURE
         return "halves" if gemm else None
+
+
+class CudaInt8Backend(CudaBackend):
+    """The same with int8 activations, for up to twice the tokens at a price."""
+
+    name: ClassVar[str] = "cuda-int8"
+    few: ClassVar[Kind] = "int8"
 
 
 def _index(device: torch.device) -> int:

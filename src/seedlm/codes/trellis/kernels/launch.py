@@ -154,11 +154,13 @@ def product_plan(
     base = 2 * sources.levels(in_features) + 1 if kind == "exact" else 0
     text = sources.product_source(format, variant)
     most = sources.most_shared(arch)
+    blocks = sources.product_blocks(out_features, in_features, processors(index), variant)
+    run, longer = divmod(sources.panels(out_features) * sources.steps(in_features), blocks)
     return ProductPlan(
-        kernel=nvrtc.load(text, "product", "PPPPPPPPPiiiiiii", device=device, shared=most, overlap=overlap),
-        grid=(sources.product_blocks(out_features, in_features, processors(index), variant),),
+        kernel=nvrtc.load(text, "product", "PPPPPPPPPiiiiiiiii", device=device, shared=most, overlap=overlap),
+        grid=(blocks,),
         block=variant.warps * 32 + FINISHERS,
-        numbers=(*common, base, TYPES[dtype]),
+        numbers=(*common, base, TYPES[dtype], run, longer),
         shared=sources.shared_bytes(format, variant, parts),
     )
 

@@ -37,7 +37,7 @@ constexpr int CHUNKS = 4 * R;                          // 16-byte chunks of one 
 constexpr int PITCH = CHUNKS + (R == 2 || R == 6);     // in shared memory: chosen so that no two lanes meet in a bank
 constexpr int STAGE = (8 * PITCH + (NEIGHBOURS ? 32 : 0)) * 16;  // bytes
 constexpr int RING = WARPS * STAGES * STAGE;
-constexpr int ROW_PAD = 36;
+constexpr int ROW_PAD = 36, WIDE_PITCH = 65;  // against bank conflicts
 
 // With R = 4 and 8 a padding cannot do it: the chunks of a segment are exchanged among each other instead.
 DEVICE int swizzle(int segment, int chunk) {
@@ -77,6 +77,7 @@ struct Problem {
   void* y;
   u64* sums;
   int out, steps, segments, strip, tokens, parts_each, half_base, type;
+  u32 run, longer;
 };
 
 // The warp's next step to fetch. The lane copies R chunks of 16 bytes: `at` is the first, the others lie `apart` from it.
@@ -158,7 +159,7 @@ DEVICE void multiply(const u32 (&w)[4][R + 1], const u32 (&x)[COLUMN_TILES], int
 
 // Where the block's sum of one row (0..255) and part lies in shared memory.
 DEVICE int wide_slot(int row, int part) {
-  return ((part >> 3) * 32 + row % 32) * 64 + (part & 1) * 32 + (row / 32) * 4 + (part >> 1 & 3);
+  return ((part >> 3) * 32 + row % 32) * WIDE_PITCH + (part & 1) * 32 + (row / 32) * 4 + (part >> 1 & 3);
 }
 
 // Barriers in shared memory: `full` counts the warps that have left a panel's sums, `drained` the finishers that have read.
@@ -213,54 +214,83 @@ DEVICE int total(int* totals, int parts, int row, int part) {
   return sum;
 }
 
-// The share of one block: its columns' run of steps.
+// Runs of steps: the first `longer` blocks have one step more than `run`, both worked out by the host.
 struct Share {
-  long long all;
-  int begin, end;
-  DEVICE Share(int panels, int steps) {
-    all = (long long)panels * steps;
-    begin = (int)(blockIdx.x * all / gridDim.x), end = (int)((blockIdx.x + 1) * all / gridDim.x);
+  u32 run, longer, begin, end;
+  DEVICE Share(u32 run, u32 longer) : run(run), longer(longer) {
+    begin = blockIdx.x * run + min(blockIdx.x, longer);
+    end = begin + run + (blockIdx.x < longer);
   }
-  DEVICE int block_of(long long step) const { return (int)(((step + 1) * gridDim.x - 1) / all); }
+  DEVICE u32 block_of(u32 step) const {
+    const u32 in_longer = longer * (run + 1);
+    return step < in_longer ? step / (run + 1) : longer + (step - in_longer) / run;
+  }
 };
 
-DEVICE void finish_panel(const Problem& p, const Share& share, int panel, int* totals, int thread) {
-  const int parts = p.tokens * p.parts_each, panels = (p.segments + 7) / 8;
-  const long long first = (long long)panel * p.steps;
-  const int beginner = share.block_of(first), shares = share.block_of(first + p.steps - 1) - beginner + 1;
-  const int slots = min(panels, (int)gridDim.x), slot = panels <= (int)gridDim.x ? panel : beginner;
-  const float scale = *p.scale;
-  for (int i = thread; i < 256 * p.tokens; i += FINISHERS) {
-    const int row = i & 255, token = i >> 8, part = token * p.parts_each, y_row = panel * 256 + row;
-    long long sum = total(totals, parts, row, part);
-    if (p.parts_each == 2) sum = sum * p.half_base + total(totals, parts, row, part + 1);
-    if (y_row >= p.out) continue;
-    const float factor = from_half(p.row_scales[y_row]) * scale;
-    if (shares > 1) {
-      u64* word = p.sums + ((u64)token * slots + slot) * 256 + row;
-      const u64 now = atomicAdd(word, (1ull << 48) + (u64)sum) + (1ull << 48) + (u64)sum;
-      const u64 arrived = (now + (1ull << 47)) >> 48;
-      if (arrived != shares) continue;
-      *word = 0;
-      sum = (long long)(now - (arrived << 48));
+// What a finisher knows of a panel before its sums are there. A thread has two rows, 128 apart.
+struct Rows {
+  int panel, shares, slot, slots;
+  float factors[2], biases[2], first_x_scale;
+  long long first_middle;
+
+  DEVICE Rows(const Problem& p, const Share& share, int panel, int thread) : panel(panel) {
+    const int panels = (p.segments + 7) / 8, beginner = share.block_of(panel * p.steps);
+    shares = share.block_of(panel * p.steps + p.steps - 1) - beginner + 1;
+    slots = min(panels, (int)gridDim.x), slot = panels <= (int)gridDim.x ? panel : beginner;
+    first_middle = middle_of(p, 0), first_x_scale = p.x_scale[0];
+    const float scale = *p.scale;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const int row = panel * 256 + k * FINISHERS + thread;
+      factors[k] = row < p.out ? from_half(p.row_scales[row]) * scale : 0.0f;
+      biases[k] = row < p.out && p.bias ? load_number(p.bias, row, p.type) : 0.0f;
     }
-    const long long middle = p.parts_each == 2 ? (long long)p.x_sum[part] * p.half_base + p.x_sum[part + 1] : p.x_sum[part];
-    float value = (float)(sum - 510 * middle) * factor * p.x_scale[token];
-    if (p.bias) value += load_number(p.bias, y_row, p.type);
-    store_number(p.y, (u64)token * p.out + y_row, p.type, value);
   }
-}
+
+  // The sum of a token's activations: 510 of it is in every row's sum of bytes.
+  static DEVICE long long middle_of(const Problem& p, int token) {
+    const int part = token * p.parts_each;
+    return p.parts_each == 2 ? (long long)p.x_sum[part] * p.half_base + p.x_sum[part + 1] : p.x_sum[part];
+  }
+
+  DEVICE void finish(const Problem& p, int* totals, int thread) const {
+    const int parts = p.tokens * p.parts_each;
+    for (int token = 0; token < p.tokens; token++) {
+      const int part = token * p.parts_each;
+      const long long middle = token ? middle_of(p, token) : first_middle;
+      const float x_scale = token ? p.x_scale[token] : first_x_scale;
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const int row = k * FINISHERS + thread, y_row = panel * 256 + row;
+        long long sum = total(totals, parts, row, part);
+        if (p.parts_each == 2) sum = sum * p.half_base + total(totals, parts, row, part + 1);
+        if (y_row >= p.out) continue;
+        if (shares > 1) {
+          const u64 mine = (1ull << 48) + (u64)sum;
+          u64* word = p.sums + ((u64)token * slots + slot) * 256 + row;
+          const u64 now = atomicAdd(word, mine) + mine, arrived = (now + (1ull << 47)) >> 48;
+          if (arrived != shares) continue;
+          *word = 0;
+          sum = (long long)(now - (arrived << 48));
+        }
+        const float value = (float)(sum - 510 * middle) * factors[k] * x_scale;
+        store_number(p.y, (u64)token * p.out + y_row, p.type, p.bias ? value + biases[k] : value);
+      }
+    }
+  }
+};
 
 // The last four warps: they wait for a panel's sums, of which there are two places, and finish its rows.
 DEVICE void finish(const Problem& p, int* totals, int totals_size, u32 full, u32 drained) {
-  const Share share((p.segments + 7) / 8, p.steps);
+  const Share share(p.run, p.longer);
   const int thread = threadIdx.x - WARPS * 32;
   wait_for_previous_kernel();
   int turn = 0;
-  for (int panel = share.begin / p.steps; (long long)panel * p.steps < share.end; panel++, turn++) {
+  for (u32 panel = share.begin / p.steps; panel * p.steps < share.end; panel++, turn++) {
     const int place = turn & 1;
+    const Rows rows(p, share, panel, thread);
     barrier_wait(full + 8 * place, turn >> 1 & 1);
-    finish_panel(p, share, panel, totals + place * totals_size, thread);
+    rows.finish(p, totals + place * totals_size, thread);
     barrier_arrive(drained + 8 * place);
   }
 }
@@ -268,7 +298,7 @@ DEVICE void finish(const Problem& p, int* totals, int totals_size, u32 full, u32
 DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int totals_size, u32 full, u32 drained) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int parts = p.tokens * p.parts_each, steps = p.steps;
-  const Share share((p.segments + 7) / 8, steps);
+  const Share share(p.run, p.longer);
   const char* own = memory + warp * STAGES * STAGE;
   const u32 ring = smem_address(own);
   const u32 slot = pinned((lane / CHUNKS * PITCH + swizzle(lane / CHUNKS, lane % CHUNKS)) * 16);
@@ -281,8 +311,8 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
 
   int position = share.begin + warp, turn = 0;
   u32 stage = 0, free = (STAGES - 1) * STAGE;  // of the ring: to be computed with, and to be filled
-  for (int panel = share.begin / steps; (long long)panel * steps < share.end; panel++, turn++) {
-    const int to = min((long long)share.end, (panel + 1ll) * steps);
+  for (int panel = share.begin / steps; panel * steps < (int)share.end; panel++, turn++) {
+    const int to = min((int)share.end, (panel + 1) * steps);
     const int segment = min(panel * 8 + g, p.segments - 1);
     const int next_lane = NEIGHBOURS ? 0 : (next_segment(segment, p.segments, p.strip) - panel * 8) * 4 + t;
     const int rounds = position < to ? (to - position - 1) / WARPS + 1 : 0;
@@ -339,13 +369,13 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 product(const u32* words, const u32* x_parts, const float* x_scale, const int* x_sum, const u16* row_scales,
         const float* scale, const void* bias, void* y, u64* sums,
-        int out, int steps, int segments, int strip, int tokens, int half_base, int type) {
+        int out, int steps, int segments, int strip, int tokens, int half_base, int type, u32 run, u32 longer) {
   const Problem p = {words, x_parts, x_scale, x_sum, row_scales, scale, bias, y, sums,
-                     out, steps, segments, strip, tokens, half_base ? 2 : 1, half_base, type};
+                     out, steps, segments, strip, tokens, half_base ? 2 : 1, half_base, type, run, longer};
   extern __shared__ int4 memory[];
   __shared__ u64 barriers[4];
   int* totals = (int*)((char*)memory + RING);
-  const int totals_size = NARROW ? WARPS * p.tokens * p.parts_each * 8 * ROW_PAD : COLUMN_TILES * 2048;
+  const int totals_size = NARROW ? WARPS * p.tokens * p.parts_each * 8 * ROW_PAD : COLUMN_TILES * 32 * WIDE_PITCH;
   const u32 full = smem_address(barriers), drained = full + 16;
   let_next_kernel_start();
   if (threadIdx.x == 0)

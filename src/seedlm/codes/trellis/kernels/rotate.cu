@@ -5,7 +5,7 @@
 // NaN or Inf is the largest of all and becomes the token's scale: its outputs are not finite, as they should be.
 //
 // x_parts: int8 [steps][tokens * parts_each][16], zero past `in`. x_scale: float [tokens]. x_sum: int32 [parts], the sum of
-// the part's int8. `zero`: int32 [zeros], cleared on the way for the product that follows.
+// the part's int8. `zero`: int32 [zeros], a multiple of 4, cleared on the way for the products that follow.
 //
 // HALVES = 1, for `gemm`: no int8, but halves, x_parts being half [column blocks][padded][64] in that kernel's swizzle; a
 // token's scale is a power of two that takes its largest number to 2^13 .. 2^14.
@@ -23,9 +23,17 @@ DEVICE u32 cluster_rank() {
 #endif
 }
 
+// No block may write into another's shared memory before that one has started: said at the start, heard before writing.
+DEVICE void cluster_started() {
+#if __CUDA_ARCH__ >= 900 && CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
 // The largest of one value a block, over the cluster. What was written to global memory before is visible after.
 DEVICE u32 cluster_max(u32 value, u32 (&slots)[CLUSTER]) {
 #if __CUDA_ARCH__ >= 900 && CLUSTER > 1
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   if (threadIdx.x < CLUSTER) {
     u32 remote;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(&slots[cluster_rank()])), "r"(threadIdx.x));
@@ -77,13 +85,14 @@ extern "C" __global__ void
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
 __launch_bounds__(WARPS * 32)
-rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int* zero,
+rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int4* zero,
        int in, int padded_in, int half_base, int levels, int type, int zeros, int padded_tokens) {
   __shared__ u32 largest[WARPS];
   __shared__ u32 slots[CLUSTER];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rank = cluster_rank();
   const int token = blockIdx.x / CLUSTER, tokens = gridDim.x / CLUSTER;
   const int parts_each = half_base ? 2 : 1, parts = tokens * parts_each;
+  cluster_started();
   let_next_kernel_start();
   wait_for_previous_kernel();
 
@@ -108,6 +117,7 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int* zer
   top = __reduce_max_sync(~0u, top);
   if (lane == 0) largest[warp] = top;
   if (!HALVES && rank == 0 && threadIdx.x < parts_each) x_sum[token * parts_each + threadIdx.x] = 0;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < zeros / 4; i += gridDim.x * blockDim.x) zero[i] = make_int4(0, 0, 0, 0);
   __syncthreads();
   for (int i = 0; i < WARPS; i++) top = max(top, largest[i]);
   top = cluster_max(top, slots);
@@ -160,5 +170,4 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int* zer
     if (lane == 0) atomicAdd(x_sum + token * parts_each + 1, low_sum);
   }
 #endif
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < zeros; i += gridDim.x * blockDim.x) zero[i] = 0;
 }

@@ -92,15 +92,15 @@ def shared_bytes(format: TrellisFormat, variant: Variant, parts: int) -> int:
     """Dynamic shared memory of `product`: the ring of stages, and two places for a panel's sums."""
     pitch = 4 * format.rate + (format.rate in (2, 6))
     stage = (PANEL_ROWS // SEGMENT_ROWS * pitch + (32 if needs_neighbours(format) else 0)) * 16
-    totals = variant.tiles * 8192 if variant.tiles else variant.warps * parts * 8 * 36 * 4
+    totals = variant.tiles * 32 * 65 * 4 if variant.tiles else variant.warps * parts * 8 * 36 * 4
     return variant.warps * variant.stages * stage + 2 * totals
 
 
 def choose(format: TrellisFormat, parts: int, arch: int) -> Variant:
     """The variant for a format, a number of int8 parts and an architecture. Measured on an H100 (docs/log/products.md)."""
     tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
-    warps = 4 if tiles == 2 else 12
-    stages = {1: 6, 2: 6, 3: 5, 4: 4}.get(format.rate, 3)
+    warps = 4 if tiles == 2 else 16 if tiles == 0 and format.rate <= 4 else 12
+    stages = {1: 6, 2: 4, 3: 4}.get(format.rate, 3)
     masks = 0 if format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16 else 3
     variant = Variant(tiles=tiles, warps=warps, stages=stages, masks_by_dot=masks)
     while shared_bytes(format, variant, 4 if tiles == 0 else parts) > most_shared(arch):

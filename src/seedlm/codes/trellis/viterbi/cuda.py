@@ -17,7 +17,7 @@ Sequences are taken in chunks whose kept costs fit `_SCRATCH_BYTES`. Nothing wai
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from torch import Tensor
 from seedlm import nvrtc
 from seedlm.codes.trellis.format import Trellis
 from seedlm.codes.trellis.viterbi.cost import checkpoint_rows, period
-
-if TYPE_CHECKING:
-    from seedlm.codes.trellis.panel import PanelCodes, Strips
 
 _SCRATCH_BYTES = 2 << 30
 _SHARED_BYTES = 227 << 10
@@ -59,7 +56,7 @@ def reason_unavailable(device: torch.device) -> str | None:
 def plan(trellis: Trellis) -> _Plan:
     """The kernels' compile-time choices for a trellis."""
     shared_costs = 8 * trellis.groups + (20 << 10) <= _SHARED_BYTES
-    threads, pairs, blocks = (32, 4, 4) if trellis.state_bits <= 12 else (min(512, trellis.groups), 1, 1)
+    threads, pairs, blocks = (32, 1, 16) if trellis.state_bits <= 12 else (min(512, trellis.groups), 1, 1)
     constants = {
         "RATE": trellis.rate,
         "STATE_BITS": trellis.state_bits,
@@ -163,11 +160,14 @@ def _encode_chunk(
 
 
 def encode_panel(
-    weight: Tensor, fed: Tensor | None, coefficients: Tensor | None, strips: "Strips", trellis: Trellis, overlap: int
-) -> "PanelCodes":
-    """`panel.encode_panel` in one kernel; arguments and result as there, on a GPU."""
-    from seedlm.codes.trellis.panel import PanelCodes
-
+    weight: Tensor,
+    fed: Tensor | None,
+    coefficients: Tensor | None,
+    strips: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    trellis: Trellis,
+    overlap: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`seedlm.codes.trellis.panel.encode_panel` in one kernel: arguments as there, on a GPU; words, values and errors."""
     count, columns, rows = weight.shape
     device, chosen = weight.device, plan(trellis)
     words = torch.empty(count, columns, rows * trellis.rate // 32, dtype=torch.int32, device=device)
@@ -177,7 +177,7 @@ def encode_panel(
     wanted = -(-count // (2 * chosen.pairs))
     blocks = min(wanted, chosen.blocks * torch.cuda.get_device_properties(device).multi_processor_count)
     if not blocks:
-        return PanelCodes(words, values, errors)
+        return words, values, errors
     kept = torch.empty(blocks * chosen.pairs, slots, trellis.groups, dtype=torch.int32, device=device)
     costs = _global_costs(trellis, blocks * chosen.pairs, device)
     room = 4 * chosen.pairs * (_own_words(chosen, trellis) + 2 * rows + rows // 2)
@@ -188,4 +188,4 @@ def encode_panel(
         scale, roots, coefficients if coefficients is None else coefficients.contiguous(), matrix, words, values, errors, kept,
         costs, count, columns, rows, overlap, slots, shared=room,
     )  # fmt: skip
-    return PanelCodes(words, values, errors)
+    return words, values, errors
