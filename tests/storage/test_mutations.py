@@ -133,6 +133,27 @@ def test_an_override_that_the_files_contradict_is_refused(folders, tmp_path):
             way(spoiled)
 
 
+def test_a_file_is_verified_while_it_is_new_or_changed(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SEEDLM_VERIFY")
+    counted = []
+    monkeypatch.setattr(Checkpoint, "verify", lambda self, names=None, threads=None: counted.append(len(names)))
+    copy = attempt([], folders["packed"], tmp_path / "copy")
+    for _ in range(2):
+        by_transformers(copy)
+    total = len(Checkpoint.open(copy).files.entries)
+    assert counted == [total]
+    path = TensorFiles.open(copy, SourceError).entries[WORDS].path
+    times = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    by_transformers(copy)
+    assert 0 < counted[1] < total
+    monkeypatch.setenv("SEEDLM_VERIFY", "1")
+    by_transformers(copy)
+    assert counted[2] == total
+
+
 def test_verifying_while_loading_can_be_turned_off(folders, tmp_path, monkeypatch):
     spoiled = attempt([Mutation("", flip(NORM, 6, 1))], folders["packed"], tmp_path / "copy")
     monkeypatch.setenv("SEEDLM_VERIFY", "0")

@@ -41,9 +41,7 @@ def evaluate(
     tokens_out: Annotated[Path | None, typer.Option(help=".npz file to create: every prediction.", metavar="FILE")] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            help="Zero-shot tasks or groups too: names with commas, or 'paper' for its five.", metavar="NAMES"
-        ),
+        typer.Option(help="Zero-shot tasks or groups too: names with commas, or 'paper' for its five.", metavar="NAMES"),
     ] = None,
     task_data: Annotated[
         Path | None, typer.Option(help="Folder of local files for the tasks, instead of the Hub.", metavar="FOLDER")

@@ -5,8 +5,8 @@ in two shards, formats in config.json that the files contradict. So ours comes f
 name is known, before transformers opens a weight file, and when the files are known, which for a Hub repository is after they
 came.
 
-Digests are checked in threads while transformers copies and converts; what is damaged is known before the model is handed out.
-``SEEDLM_VERIFY=0`` in the environment turns that off (docs/integrity.md has what it costs).
+Digests of files that are new here are checked in threads while transformers copies and converts; what is damaged is known
+before the model is handed out. ``SEEDLM_VERIFY=1`` in the environment checks every time, 0 never (docs/integrity.md).
 """
 
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from seedlm.errors import CheckpointError, SourceError
+from seedlm.storage import verified
 from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint
 from seedlm.storage.gguf_check import read_gguf_header
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles
@@ -66,14 +67,28 @@ def open_files(files: Iterable[str]) -> Checkpoint:
 
 
 class Verification:
-    """Holds a checkpoint against its digests from now on, beside whatever else goes on."""
+    """Holds the files of a checkpoint that are new against their digests from now on, beside whatever else goes on."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._done: Future[None] | None = None
-        if os.environ.get(VERIFY_VARIABLE, "1") != "0":
+        wanted = os.environ.get(VERIFY_VARIABLE, "")
+        self._states = {
+            path: verified.state(path)
+            for path in checkpoint.files.metadata
+            if wanted != "0" and (wanted == "1" or not verified.is_known(path))
+        }
+        if self._states:
             pool = ThreadPoolExecutor(1, thread_name_prefix="seedlm verify")
-            self._done = pool.submit(checkpoint.verify)
+            self._done = pool.submit(self._verify)
             pool.shutdown(wait=False)
+
+    def _verify(self) -> None:
+        entries = self._checkpoint.files.entries
+        self._checkpoint.verify([name for name, entry in entries.items() if entry.path in self._states])
+        for path, before in self._states.items():
+            if os.environ.get(VERIFY_VARIABLE) != "1":
+                verified.remember(path, before)
 
     def finish(self) -> None:
         """Wait for it. Raises CheckpointError for a tensor that is not what was written."""
