@@ -33,7 +33,7 @@ REARRANGED |= {"Inkling2LoopForCausalLM", "Inkling2LoopForConditionalGeneration"
 """Whose weights are interleaved, split or shared out on loading, so that rows do not stay rows: they stay dense."""
 OF_THEIR_OWN = {"JetMoeForCausalLM", "LongcatFlashForCausalLM", "Step3p7ForCausalLM", "Zamba2ForCausalLM", "DbrxForCausalLM"}
 OF_THEIR_OWN |= {"Qwen3VLMoeForConditionalGeneration", "DeepseekV3ForCausalLM", "GraniteMoeForCausalLM", LOSES_ITS_NORM}
-FORMAT = parse_format("4")
+FORMAT = parse_format("4", "block")
 
 
 def architectures():

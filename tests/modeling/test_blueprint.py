@@ -105,7 +105,7 @@ def test_a_linear_layer_that_computes_something_else_stays_dense():
     found = survey(config.to_dict(), tensors)
     grouped = [name for name, reason in found.dense.items() if reason == "DeepseekV4GroupedLinear is no plain linear layer"]
     assert [name.rpartition("layers.")[2] for name in grouped] == [f"{n}.self_attn.o_a_proj.weight" for n in (0, 1)]
-    chosen, _ = select(tensors, {}, parse_format("4"), survey=found)
+    chosen, _ = select(tensors, {}, parse_format("4", "block"), survey=found)
     assert not {name.removesuffix(".weight") for name in grouped} & set(chosen)
 
 

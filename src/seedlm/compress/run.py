@@ -106,7 +106,8 @@ def compress_checkpoint(
         tell(note)
 
     with WorkFolder.claim(out) as work:
-        clock.phase("observe")
+        if wanted.kind != "none" and any(family_of(each).feedback for each in candidates):
+            clock.phase("observe")
         observed = gather(work, wanted, candidates, model, path, devices, progress, tell)
         clock.phase("prepare")
         if isinstance(format, Mixture) and not format.sensitivity:

@@ -67,7 +67,7 @@ class SeedLoraLinear(Linear):
                 if self.lora_bias[name]:
                     if dense.bias is None:
                         raise TensorError("lora_bias cannot be merged into a layer without a bias")
-                    dense.bias += self.lora_B[name].bias * self.scaling[name]
+                    dense.bias.add_(self.lora_B[name].bias * self.scaling[name])
             if safe_merge and not bool(torch.isfinite(dense.weight).all()):
                 raise TensorError(f"the merged weight is not finite: the adapters {', '.join(names)} are damaged")
         dense.weight.data = dense.weight.data.to(dtype)

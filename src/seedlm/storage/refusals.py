@@ -97,9 +97,10 @@ def refuse_pickle(path: Path) -> str:
         )
     names = config.get("architectures")
     known = isinstance(names, list) and names and isinstance(names[0], str) and names[0].isidentifier()
+    name = names[0] if known and names else "AutoModel"
     return (
         f"{path}: is a pickle, which can run code when opened, and is not read; convert it once, if you trust it: "
-        f"""python -c "from transformers import {names[0] if known else "AutoModel"} as M; """
+        f"""python -c "from transformers import {name} as M; """
         f"""M.from_pretrained('{path.parent}', dtype='auto').save_pretrained('{path.parent}-safetensors')\""""
     )
 

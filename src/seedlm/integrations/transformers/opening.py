@@ -53,13 +53,14 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
             _check_kind(model, config)
         # Expanding a GGUF file shows a bar that has no switch.
         with redirect_stderr(StringIO()) if options else nullcontext():
-            network, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )
     except SeedLMError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as reason:
         raise SourceError(_ask_for_trust(model, reason) or f"{model}: cannot be loaded ({_one_line(reason)})") from reason
+    network, info = loaded
     _check_whole(model, network, info)
     return network.eval()
 
