@@ -1,6 +1,6 @@
 """Which weight files were held against their digests already and have not changed since: a note for each, in the user's cache.
 
-SHA-256 takes longer than loading a file that is in memory already, and nothing beside reading one from a disk for the first time
+SHA-256 takes half as long as loading a file that is in memory already, and little beside reading one from a disk
 (docs/integrity.md). So a file is verified when it is new, and again when anything about it has changed: the system notes each
 change in its inode, and nobody can set that time back. A disk that loses bits without a write is found by `inspect --check`,
 which takes nobody's word.
