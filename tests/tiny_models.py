@@ -68,6 +68,8 @@ _GGUF_QKV = {"blk.0.attn_q.weight": (64, 64), "blk.0.attn_k.weight": (32, 64), "
 _GGUF_NORMS = {"blk.0.attn_q_norm.weight": (16,), "blk.0.attn_k_norm.weight": (16,)}
 _GGUF_SANDWICH = {"blk.0.post_attention_norm.weight": (64,), "blk.0.post_ffw_norm.weight": (64,)}
 _GGUF_STACKS = {"gate": (3, 32, 64), "up": (3, 32, 64), "down": (3, 64, 32)}
+_GGUF_PLAIN_MLP = {"blk.0.ffn_up.weight": (96, 64), "blk.0.ffn_down.weight": (64, 96)}
+_GGUF_NORM_BIASES = {f"{name}.bias": (64,) for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")}
 GGUF_LAYERS = {
     "llama": {**_GGUF_QKV, **_GGUF_MLP},
     "qwen2": {**_GGUF_QKV, **_GGUF_MLP, "blk.0.attn_q.bias": (64,), "blk.0.attn_k.bias": (32,), "blk.0.attn_v.bias": (32,)},
@@ -80,6 +82,14 @@ GGUF_LAYERS = {
     },
     "gemma2": {**_GGUF_QKV, **_GGUF_MLP, **_GGUF_SANDWICH},
     "gemma3": {**_GGUF_QKV, **_GGUF_MLP, **_GGUF_SANDWICH, **_GGUF_NORMS},
+    "nemotron": {**_GGUF_QKV, **_GGUF_PLAIN_MLP, **_GGUF_NORM_BIASES},
+    "starcoder2": {
+        **_GGUF_QKV,
+        **_GGUF_PLAIN_MLP,
+        **_GGUF_NORM_BIASES,
+        **{f"blk.0.{name}.bias": (n,) for name, n in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32), ("attn_output", 64))},
+        **{"blk.0.ffn_up.bias": (96,), "blk.0.ffn_down.bias": (64,)},
+    },
     "phi3": {"blk.0.attn_qkv.weight": (128, 64), "blk.0.ffn_up.weight": (192, 64), "blk.0.ffn_down.weight": (64, 96)},
 }
 """Of the architectures that are read: a layer's tensors but for those that all have."""
@@ -102,6 +112,7 @@ def tiny_gguf(path: Path, architecture="llama", *, metadata=None, leave_out=(), 
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(32)
     if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3"):
         writer.add_key_length(16)

@@ -74,6 +74,11 @@ def test_progress_counts_tokens(model):
     assert seen == [("text", 0, 72), ("text", 48, 72), ("text", 72, 72)]
 
 
+def test_there_is_more_text_where_it_costs_less():
+    assert OwnText.for_device(torch.device("cpu")) == OwnText(sequences=64, length=256)
+    assert OwnText.for_device(torch.device("cuda"), seed=3) == OwnText(sequences=256, length=256, seed=3)
+
+
 def test_hashes_tell_texts_apart():
     text = torch.arange(6).reshape(2, 3)
     assert text_hash(text) == text_hash(text.int())

@@ -188,10 +188,10 @@ def test_the_commands_measure_and_mix(tmp_path, monkeypatch):
 
     out = tmp_path / "out"
     options = ("compress", tmp_path / "dense", out, "--backend", "torch")
-    refused = run(*options, "--bits", "3.7")
+    refused = run(*options, "--bits", "3.7", "--code", "block")
     assert "seedlm sensitivity" in str(refused.exception)
     assert "a format of your own is not mixed" in str(run(*options, "--format", "4", "--sensitivity", file).exception)
-    result = run(*options, "--bits", "3.7", "--sensitivity", file)
+    result = run(*options, "--bits", "3.7", "--code", "block", "--sensitivity", file)
     assert result.exit_code == 0, result.output
     assert "was measured on" not in result.output
     report = inspect_checkpoint(out)
@@ -200,6 +200,6 @@ def test_the_commands_measure_and_mix(tmp_path, monkeypatch):
 
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model": "another"}))
     options = ("compress", tmp_path / "dense", tmp_path / "again", "--backend", "torch")
-    result = run(*options, "--bits", "3.7", "--sensitivity", file)
+    result = run(*options, "--bits", "3.7", "--code", "block", "--sensitivity", file)
     assert result.exit_code == 0, result.output
     assert "was measured on 'another', and says little of any other model" in result.output

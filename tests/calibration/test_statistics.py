@@ -89,6 +89,17 @@ def test_layers_that_read_the_same_share_it(measured):
     assert all(found.tokens == 45 for found in measured.inputs.values())
 
 
+def test_encoders_get_one_tensor_for_one_input(measured):
+    attention = "model.layers.0.self_attn"
+    k, o, q = (measured.facts_of(f"{attention}.{name}_proj", 2.0) for name in "koq")
+    assert k.hessian is q.hessian
+    assert o.hessian is not q.hessian
+    assert torch.equal(q.hessian, measured.input_of(f"{attention}.q_proj").product())
+    assert (q.largest, q.tokens, len(q.importance), len(k.importance)) == (2.0, 45, 32, 16)
+    nothing = measured.facts_of("elsewhere", 2.0)
+    assert (nothing.hessian, nothing.importance, nothing.tokens) == (None, None, 0)
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_model_comes_back_as_it_was(model, gradients):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -47,7 +47,7 @@ def test_a_complement_gives_the_residual_itself(spec):
 
 
 def test_the_4_bit_preset_shares_two_rows_among_sixteen_seeds():
-    shared, alone = groups(parse_format("4"))
+    shared, alone = groups(parse_format("4", "block"))
     assert shared.own.shape == (4064, 16, 8)
     assert alone.own.shape == (511, 1, 8)
 

@@ -23,7 +23,7 @@ FORMATS = [
     parse_spec("block-k15-c9-p5-q8-e8"),  # 63 bits, the widest
     parse_spec("block-k17-c8-p2-q8-e4"),  # int32 table
 ]
-NUMBA, TORCH = BACKENDS
+_, NUMBA, TORCH = BACKENDS
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)

@@ -93,7 +93,7 @@ def test_no_tile_seems_worse_than_its_margin_allows(spec):
 
 
 def test_open_blocks_are_redone_and_counted():
-    format = parse_format("4")
+    format = parse_format("4", "block")
     blocks = torch.cat([torch.randn(300, 8), torch.zeros(70, 8), torch.randn(50, 8) * 1e-6])
     redone = Counter()
     found = gpu_search(blocks, 0, format, redone=redone)
@@ -102,7 +102,7 @@ def test_open_blocks_are_redone_and_counted():
 
 
 def test_a_small_working_set_changes_nothing_and_is_kept():
-    format = parse_format("4")
+    format = parse_format("4", "block")
     blocks = torch.randn(20_000, 8)
     everything = gpu_search(blocks, 0, format)
     torch.cuda.reset_peak_memory_stats()
@@ -112,7 +112,7 @@ def test_a_small_working_set_changes_nothing_and_is_kept():
 
 
 def test_encode_takes_this_backend_and_equals_the_cpu():
-    format = parse_format("3")
+    format = parse_format("3", "block")
     weight = torch.randn(7, 130).bfloat16()
     on_gpu, gpu_error = encode(weight.cuda(), format, backend="triton")
     on_cpu, cpu_error = encode(weight, format, backend="torch")
@@ -123,4 +123,4 @@ def test_encode_takes_this_backend_and_equals_the_cpu():
 def test_refused_formats_say_why():
     device = torch.device("cuda")
     assert "seed bits" in reason_no_search("triton", device, parse_format("block-k18-c8-p3-q4-e4"))
-    assert reason_no_search("triton", device, parse_format("4")) is None
+    assert reason_no_search("triton", device, parse_format("4", "block")) is None

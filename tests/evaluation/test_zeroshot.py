@@ -1,6 +1,7 @@
 """Zero-shot tasks over local files, held against log likelihoods summed by hand."""
 
 import bz2
+import functools
 import json
 import sys
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from seedlm.cli.evaluate import _print_results
+from seedlm.compare import compare_runs, load_runs
 from seedlm.errors import EvaluationError
+from seedlm.evaluation import zeroshot
 from seedlm.evaluation.records import read_records
 from seedlm.evaluation.run import Settings, Text, evaluate
-from seedlm.evaluation.zeroshot import TASKS, read_local, score_answers, zero_shot
+from seedlm.evaluation.zeroshot import TASKS, check_tasks, read_local, score_answers, zero_shot
 from tiny_models import STORIES
 
 ENDINGS = ["a red ball.", "her mom and dad were very happy.", "the big dog", "ran and ran in the park."]
@@ -162,6 +166,89 @@ def test_unknown_tasks_are_refused(data):
         zero_shot(None, None, ["piqa"], data=data)
     with pytest.raises(EvaluationError, match="unknown task 'nonsense': `lm_eval ls tasks`"):
         zero_shot(None, None, ["arc_easy", "nonsense"])
+
+
+GENERATION = {
+    "task": "own_words",
+    "dataset_path": "json",
+    "output_type": "generate_until",
+    "test_split": "test",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": ["."], "max_gen_toks": 8, "do_sample": False},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    "metadata": {"version": 1.0},
+}
+ROLLING = {
+    **{key: GENERATION[key] for key in ("dataset_path", "test_split", "metadata")},
+    "task": "own_text",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{question}}",
+    "metric_list": [{"metric": "word_perplexity"}],
+}
+
+
+@pytest.fixture
+def own_tasks(tmp_path, monkeypatch):
+    """Tasks of their own kinds, and a group and a tag of them, in place of the harness' 14 thousand."""
+    lm_eval = pytest.importorskip("lm_eval.tasks")
+    rows = [{"question": "Once upon a time, there was a", "answer": "x"}, {"question": "Lily had a red", "answer": "ball"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}}
+    odd = {**GENERATION, **files, "task": "own_odd", "output_type": "something_else"}
+    definitions = [{**GENERATION, **files, "tag": ["own_tag"]}, {**ROLLING, **files}, odd]
+    definitions.append({"group": "own_group", "task": ["own_tag", "own_text", "own_words"]})
+    definitions.append({"group": "own_changed", "task": [{"task": "own_words", "num_fewshot": 3}]})
+    (tmp_path / "definitions").mkdir()
+    for number, definition in enumerate(definitions):
+        (tmp_path / "definitions" / f"{number}.yaml").write_text(json.dumps(definition))
+    manager = functools.partial(lm_eval.TaskManager, include_path=str(tmp_path / "definitions"), include_defaults=False)
+    monkeypatch.setattr(lm_eval, "TaskManager", manager)
+    zeroshot._manager.cache_clear()
+    yield
+    zeroshot._manager.cache_clear()
+
+
+def test_tasks_that_generate_or_score_texts_are_run_and_groups_are_opened(own_tasks):
+    model = AutoModelForCausalLM.from_pretrained(STORIES).eval()
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    found = {task: (result, rows) for task, result, rows in zero_shot(model, tokenizer, ["own_group"])}
+    assert list(found) == ["own_words", "own_text"]
+    words, text = found["own_words"][0], found["own_text"][0]
+    assert words["questions"] == text["questions"] == 2
+    assert words["metrics"]["exact_match"]["mean"] == 0.5  # after "Lily had a red" it does say "ball"
+    assert text["metrics"]["word_perplexity"]["mean"] > 1.0
+    assert not any(rows for _, rows in found.values())
+
+
+def test_what_a_task_asks_for_is_known_before_anything_runs(own_tasks):
+    assert check_tasks(["own_words", "own_group"], None) == ("own_words", "own_text")
+    with pytest.raises(EvaluationError, match="task 'own_odd' asks for 'something_else'; tasks that are run here ask for"):
+        check_tasks(["own_words", "own_odd"], None)
+    with pytest.raises(EvaluationError, match="the group 'own_changed' changes the tasks in it"):
+        check_tasks(["own_changed"], None)
+
+
+def test_results_of_such_tasks_are_printed_and_compared_without_them(own_tasks, tmp_path, capsys):
+    (tmp_path / "text").write_text("Once upon a time there was a ball. " * 5)
+    out = tmp_path / "run.json"
+    settings = Settings(context=16, limit=2, device="cpu", tasks=("own_group",))
+    results = evaluate(str(STORIES), Text.from_file(tmp_path / "text"), settings, out=out)
+    assert results["settings"]["tasks"] == ["own_words", "own_text"]
+    _print_results(results)
+    assert "own_words         0.5000 +- 0.5000 (exact_match, 2 questions, version 1.0)" in capsys.readouterr().out
+    second = tmp_path / "second.json"
+    second.write_text(json.dumps({**results, "records": None}))
+    assert compare_runs(load_runs([out, second]))["tasks"] == []
+
+
+def test_the_harness_own_groups_are_opened():
+    pytest.importorskip("lm_eval")
+    assert set(check_tasks(["ai2_arc"], None)) == {"arc_easy", "arc_challenge"}
+    mmlu = check_tasks(["mmlu", "gsm8k"], None)
+    assert len(mmlu) == 58
+    assert all(task.startswith("mmlu_") for task in mmlu[:-1])
 
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch):

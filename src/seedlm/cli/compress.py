@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,14 +25,28 @@ def compress(
     source: Annotated[str, typer.Argument(help="Folder of safetensors, GGUF file, or Hub repository (owner/name).")],
     out: Annotated[Path, typer.Argument(help="Folder to create. OUT.partial beside it holds the unfinished run.")],
     bits: Annotated[
-        str, typer.Option(help="Bits per weight: 5, 4.5, 4, 3.5, 3, 2.5 or 2; any number from 2 to 5 with --sensitivity.")
+        str, typer.Option(help="Bits per weight: any number from 2 to 8; 3-fast and the like take a tenth of the time.")
     ] = "4",
+    code: Annotated[
+        str, typer.Option(help="trellis, or block: the paper's own (5, 4.5, 4, 3.5, 3, 2.5, 2 bits).", metavar="NAME")
+    ] = DEFAULT,
+    feedback: Annotated[
+        str,
+        typer.Option(
+            help="What errors are weighed by: own (a text that the model writes), none (the weights alone), a file of "
+            "statistics, or a text, which calibrates on data. auto is own if the model can be run.",
+            metavar="auto|own|none|FILE",
+        ),
+    ] = "auto",
+    sequences: Annotated[
+        int | None, typer.Option(help="Sequences of 256 tokens to observe the model on: 256 on a GPU, 64 on a CPU.", min=1)
+    ] = None,
     sensitivity: Annotated[
         Path | None,
-        typer.Option(help="Mix formats, more bits where they matter: the file of `seedlm sensitivity`.", metavar="FILE"),
+        typer.Option(help="Mix formats by the file of `seedlm sensitivity`: for --code block.", metavar="FILE"),
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="A format instead of --bits, such as block-k16-c8-p3-q4-e4.", metavar="SPEC")
+        str | None, typer.Option(help="A format instead of --bits, such as trellis-r4-l16-t256-h128.", metavar="SPEC")
     ] = None,
     rounding: Annotated[
         str | None, typer.Option(help="How the block code chooses coefficients: best (default), or the paper's own nearest.")
@@ -50,9 +65,7 @@ def compress(
         str,
         typer.Option(help="Where to search: auto (every GPU, or else the CPU), cpu, cuda:1, cuda:0,cuda:1, or ray."),
     ] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="Search backend: auto, triton, numba or torch; all give the same bits.")
-    ] = "auto",
+    backend: Annotated[str, typer.Option(help="Search backend: auto, or one by name; all give the same bits.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -64,16 +77,18 @@ def compress(
     from seedlm.storage.source import locate
 
     start = time.monotonic()
-    wanted = _format(source, bits, format, sensitivity)
+    wanted = _format(source, bits, code, format, sensitivity)
     try:
         path = locate(source, revision=revision)
         from seedlm.compress.run import compress_checkpoint  # torch: what was mistyped has been answered without it
+        from seedlm.compress.statistics import Feedback
 
         with show_progress() as (on_progress, rate):
             report = compress_checkpoint(
                 path,
                 out,
                 format=wanted,
+                feedback=replace(Feedback.parse(feedback), sequences=sequences),
                 dtype=dtype,
                 include=include or (),
                 exclude=exclude or (),
@@ -99,27 +114,30 @@ def compress(
     print(f"memory            {in_bytes(report.peak_host_bytes)}{on_gpu}; on {', '.join(report.devices)}")
 
 
-def _format(source: str, bits: str, format: str | None, sensitivity: Path | None) -> "Format | Mixture":
+def _format(source: str, bits: str, code: str, format: str | None, sensitivity: Path | None) -> "Format | Mixture":
     """What is asked for: one format, or a mixture."""
     number = float(bits) if re.fullmatch(r"\d+(\.\d+)?", bits, re.ASCII) else None
-    if sensitivity is None:
-        presets = family(DEFAULT).presets
-        alone = sorted(map(float, presets))
-        if format is None and number is not None and alone[0] < number < alone[-1] and number not in alone:
-            raise FormatError(
-                f"{bits} bits a weight are a mixture of formats (one alone: {', '.join(presets)}): measure the model first, "
-                "seedlm sensitivity SOURCE -o FILE, and add --sensitivity FILE"
-            )
-        return parse_format(format or bits)
-    if format is not None or number is None:
-        raise FormatError("--sensitivity mixes formats to a number of --bits, such as 3.5; a format of your own is not mixed")
-    from seedlm.calibration.sensitivity import read_sensitivity
+    chosen = family(code)
+    alone = [each.bits_per_weight for each in chosen.mixture]
     from seedlm.compress.allocate import Mixture
 
-    model, values = read_sensitivity(sensitivity)
-    if model != source:  # rightly so for a fine-tuned model, or for another form of the same
-        print(f"seedlm: {sensitivity} was measured on {model!r}, and says little of any other model", file=sys.stderr)
-    return Mixture(bits=number, sensitivity=values)
+    if sensitivity is not None:
+        if format is not None or number is None:
+            raise FormatError("--sensitivity mixes formats to a number of --bits, such as 3.5; one of your own is not mixed")
+        from seedlm.calibration.sensitivity import read_sensitivity
+
+        model, values = read_sensitivity(sensitivity)
+        if model != source:  # rightly so for a fine-tuned model, or for another form of the same
+            print(f"seedlm: {sensitivity} was measured on {model!r}, and says little of any other model", file=sys.stderr)
+        return Mixture(bits=number, sensitivity=values, formats=chosen.mixture)
+    if format is None and number is not None and bits not in chosen.presets and min(alone) < number < max(alone):
+        if not chosen.feedback:
+            raise FormatError(
+                f"{bits} bits a weight are a mixture of formats (one alone: {', '.join(chosen.presets)}): measure the model "
+                "first, seedlm sensitivity SOURCE -o FILE, and add --sensitivity FILE"
+            )
+        return Mixture(bits=number, formats=chosen.mixture)
+    return parse_format(format or bits, code)
 
 
 def inspect(

@@ -41,7 +41,7 @@ def evaluate(
     tokens_out: Annotated[Path | None, typer.Option(help=".npz file to create: every prediction.", metavar="FILE")] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Zero-shot tasks too: names with commas between, or 'paper' for its five.", metavar="NAMES"),
+        typer.Option(help="Zero-shot tasks or groups too: names with commas, or 'paper' for its five.", metavar="NAMES"),
     ] = None,
     task_data: Annotated[
         Path | None, typer.Option(help="Folder of local files for the tasks, instead of the Hub.", metavar="FOLDER")
@@ -145,8 +145,10 @@ def _print_results(results: dict[str, Any]) -> None:
     speed = [f"{run['tokens_per_second']:,.0f} tokens/s"] if run["tokens_per_second"] else []
     memory = [f"at most {in_bytes(run['peak_memory_bytes'])} of memory"] if run["peak_memory_bytes"] else []
     for task, answer in results["tasks"].items():
-        kind = "acc_norm" if "acc_norm" in answer else "acc"
-        accuracy, error = answer[kind].values()
-        show(f"{task:17} {accuracy:.4f} +- {error:.4f} ({kind}, {answer['questions']} questions, version {answer['version']})")
+        best = "acc_norm" if "acc_norm" in answer else "acc"
+        for kind, found in (answer.get("metrics") or {best: answer[best]}).items():
+            value, error = found.values()
+            spread = f" +- {error:.4f}" if error is not None else ""
+            show(f"{task:17} {value:.4f}{spread} ({kind}, {answer['questions']} questions, version {answer['version']})")
     show("time              " + ", ".join([f"{run['seconds']:.1f} s", *speed, *memory]))
     show(f"on                {place['device_name']} ({place['device']}), {run['dtype']}, torch {place['torch']}")

@@ -7,7 +7,7 @@ from typing import Any, Final
 from seedlm.codes.base import Family, Format
 from seedlm.errors import FormatError
 
-DEFAULT: Final = "block"
+DEFAULT: Final = "trellis"
 """The family whose presets are meant where a number of bits is given alone."""
 
 _HOMES: Final = {"block": "seedlm.codes.block.family", "trellis": "seedlm.codes.trellis.family"}

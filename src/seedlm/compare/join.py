@@ -40,7 +40,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     for row, run in zip(rows, columns, strict=True):
         row["original"] = row is rows[0] and has_original
         row["parent"] = 0 if run and run is not original and _made_from(run, rows[0]) else None
-    tasks = list(dict.fromkeys(task for run in runs for task in run.results["tasks"]))
+    tasks = list(dict.fromkeys(task for run in runs for task in _accuracies(run.results)))
     for row in rows:
         row["tasks_mean"] = _mean_of(row["tasks"], tasks)
     first = runs[0].results
@@ -81,7 +81,7 @@ def _row(run: Run) -> dict[str, Any]:
     if run.baseline:
         row |= _baseline_size(model, run.baseline)
     row["metrics"] = {name: estimate for name, estimate in results["metrics"].items() if not name.startswith("reference_")}
-    row["tasks"] = {task: _accuracy(result) for task, result in results["tasks"].items()}
+    row["tasks"] = _accuracies(results)
     about, place = results["run"], results["environment"]
     row |= {key: about.get(key) for key in ("dtype", "tokens_per_second", "peak_memory_bytes")}
     row |= {key: place.get(key) for key in ("device_name", "torch", "transformers", "commit")}
@@ -143,9 +143,14 @@ def _bits(run: Run) -> float | None:
     return bits
 
 
-def _accuracy(result: dict[str, Any]) -> dict[str, Any]:
-    metric = "acc_norm" if "acc_norm" in result else "acc"
-    return {"metric": metric, "questions": result["questions"], **result[metric]}
+def _accuracies(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of the tasks that have one; tasks that generate text are measured otherwise, each in its own way, and not compared."""
+    found = {}
+    for task, result in results["tasks"].items():
+        metric = "acc_norm" if "acc_norm" in result else "acc"
+        if metric in result:
+            found[task] = {"metric": metric, "questions": result["questions"], **result[metric]}
+    return found
 
 
 def _mean_of(results: dict[str, Any], tasks: list[str]) -> dict[str, float] | None:

@@ -21,12 +21,12 @@ from torch import Tensor
 from seedlm.codes.base import EncodeOptions, Facts, Format, Tell, totals
 from seedlm.codes.encoded import EncodedTensor
 from seedlm.codes.registry import family_of
-from seedlm.compress.facts import StatisticsReader
 from seedlm.compress.workfolder import Writer, sync, writing
 from seedlm.errors import SourceError, TensorError
 from seedlm.storage.metadata import PackedInfo, heading, stored_name
 from seedlm.storage.safetensors import TensorInfo, torch_dtype
 from seedlm.storage.source import Source, open_source
+from seedlm.storage.statistics import Statistics
 
 PIECE_WEIGHTS: Final = {"cpu": 1 << 22, "cuda": 1 << 23}
 """Weights of a tensor that are in memory at a time. 2^22 are 16 MiB in float32 and 32 MiB while their squares are added up."""
@@ -122,7 +122,7 @@ class Worker:
         self._own = threading.local()
         self._opening = threading.Lock()
         self._files: dict[str, FileIO] = {}
-        self._statistics: StatisticsReader | None = None
+        self._statistics: Statistics | None = None
 
     def warm_up(self) -> None:
         """Build the tables and compile what encoding needs, which takes seconds, on the least matrix."""
@@ -227,8 +227,8 @@ class Worker:
             return Facts(largest)
         with self._opening:
             if self._statistics is None:
-                self._statistics = StatisticsReader(self.job.statistics, self.device)
-        return self._statistics.facts(module, largest)
+                self._statistics = Statistics.load(self.job.statistics)
+        return self._statistics.facts_of(module, largest)
 
     def _stream(self) -> torch.cuda.Stream | None:
         if self.device.type == "cuda" and not hasattr(self._own, "stream"):

@@ -36,6 +36,9 @@ _THREAD_BYTES: Final = 3 << 29
 """Units at once on a GPU, and memory that it should have free for each. On an H100 1, 2, 3 and 4 gave
 299, 430, 454 and 512 million weights/s (docs/log/pipeline.md). A search on a CPU has threads of its own."""
 
+_FEEDBACK_THREADS: Final = 16
+"""Units at once on a GPU with error feedback: column follows column, so a matrix of few rows fills few multiprocessors."""
+
 _TABLE_THREADS: Final = 4
 """Torch's threads on the processor beside a GPU, which make tables by thousands of small operations: spread over all
 processors by a process for each GPU, they wait for each other (docs/log/pipeline.md)."""
@@ -105,7 +108,8 @@ class Threads:
         self._worker: Worker | None = None
         count = 1
         if device.type == "cuda":
-            count = max(1, min(_GPU_THREADS, torch.cuda.mem_get_info(device)[0] // _THREAD_BYTES))
+            most = _GPU_THREADS if job.statistics is None else _FEEDBACK_THREADS
+            count = max(1, min(most, torch.cuda.mem_get_info(device)[0] // _THREAD_BYTES))
         self._threads = [threading.Thread(target=self._work, name=f"seedlm {device}") for _ in range(count)]
         self._settler = threading.Thread(target=self._settle, name=f"seedlm {device} disk")
         for thread in (*self._threads, self._settler):

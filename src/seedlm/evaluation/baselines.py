@@ -96,7 +96,7 @@ def apply_baseline(model: Any, baseline: str, windows: Tensor | None = None, tok
     """
     name, method, bits = parse_baseline(baseline)
     linears = {module: layer for module, layer in model.named_modules() if type(layer) is nn.Linear}
-    chosen = choose_modules(model, parse_format("4"))
+    chosen = choose_modules(model, parse_format("4", "block"))
     if stacks := [module for module in chosen if module not in linears]:
         raise EvaluationError(f"{stacks[0]} is a stack of experts: baselines take linear layers only")
     layers = {module: linears[module] for module in chosen}

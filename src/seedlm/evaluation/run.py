@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,7 +81,7 @@ class Settings:
     packed       leave packed weights packed, instead of expanding them once: less memory, slower
     baseline     quantise the model by another method first, one of `baselines.baseline_names`
     calibration  UTF-8 file of text for a baseline that is calibrated
-    tasks        zero-shot tasks to do after the text, as `zeroshot.zero_shot` names them
+    tasks        zero-shot tasks to do after the text, or groups of them, as the harness names them
     task_data    folder of local files for them; None for the Hub
     task_limit   at most this many questions of each
     task_batch   questions' answers in one forward pass
@@ -159,7 +159,7 @@ def evaluate(
     for path in filter(None, (out, out and records_path(out), tokens_out)):
         check_free(path)
     if settings.tasks:
-        check_tasks(settings.tasks, settings.task_data)
+        settings = replace(settings, tasks=check_tasks(settings.tasks, settings.task_data))
     device = choose_device(settings.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,7 @@
-r"""Multiple-choice tasks without examples, asked and scored by lm-evaluation-harness, from the Hub or from local files.
+r"""Tasks without examples, asked and scored by lm-evaluation-harness, from the Hub or from local files.
+
+What a task asks for stands in its definition (``output_type``), which is read before anything runs: a choice among answers, the
+likelihood of one answer or of a text, or a text to be generated. Groups and tags of tasks stand for the tasks in them.
 
 The harness' own task definitions stay in charge: prompts, targets, metrics and versions are theirs. Local files only take the
 place of the data set; `_READERS` turns their rows into the fields that the task's definition reads. They are:
@@ -31,6 +34,8 @@ TASKS: Final = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq")
 
 Row = dict[str, Any]
 
+_OUTPUTS: Final = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
+_NOT_METRICS: Final = frozenset({"alias", "sample_len", "name", "sample_count"})
 _TEXTS, _QUESTION, _CHOICE = 500, 600, 200
 """Questions of a task whose texts are recorded, and the characters of a question and of a choice: half a megabyte a task."""
 
@@ -51,11 +56,12 @@ def zero_shot(
     limit              only the first questions of each task
     yields             a task; its version, questions, and acc and, where the task has it, acc_norm (accuracy by log likelihood
                        per character of the answer), each as mean and standard_error; and every question with what was
-                       chosen, by acc_norm where the task has it
+                       chosen, by acc_norm where the task has it. Tasks without choices have `metrics` besides: all that the
+                       harness measures, by its names; and no questions
     Raises EvaluationError without lm-evaluation-harness, for a task it does not know, and for files not as above.
     """
-    check_tasks(tasks, data)
-    return (_ask(model, tokenizer, task, data, limit, batch_size) for task in tasks)
+    found = check_tasks(tasks, data)
+    return (_ask(model, tokenizer, task, data, limit, batch_size) for task in found)
 
 
 def _ask(
@@ -82,7 +88,8 @@ def _ask(
             results = lm_eval.evaluate(lm=harness, task_dict=loaded, limit=limit)
         except OSError as reason:  # a data set that cannot be fetched
             raise EvaluationError(f"{task} cannot be run ({' '.join(str(reason).split())[:300]})") from reason
-    return task, _read_result(task, results), _read_samples(results["samples"][task])
+    choices = loaded["tasks"][task].config.output_type == "multiple_choice"
+    return task, _read_result(task, results, choices), _read_samples(results["samples"][task]) if choices else []
 
 
 @torch.inference_mode()
@@ -132,19 +139,59 @@ def _manager() -> Any:
     return TaskManager()
 
 
-def check_tasks(tasks: Sequence[str], data: str | Path | None) -> None:
-    """Raise EvaluationError for what `zero_shot` would refuse, before anything large is loaded."""
+def check_tasks(tasks: Sequence[str], data: str | Path | None) -> tuple[str, ...]:
+    """The tasks that names stand for, groups and tags opened, each once.
+
+    Raises EvaluationError for what `zero_shot` would refuse, before anything large is loaded.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise EvaluationError("zero-shot tasks need lm-evaluation-harness: pip install 'seedlm[eval]'")
     if data is None:
-        known, where = _manager().all_subtasks, "`lm_eval ls tasks` lists those known"
-    else:
-        known, where = list(_READERS), f"local files are read for {', '.join(_READERS)}"
+        found = dict.fromkeys(leaf for task in tasks for leaf in _leaves(task, ()))
+        for task in found:
+            _check_output(task)
+        return tuple(found)
     for task in tasks:
-        if task not in known:
-            raise EvaluationError(f"unknown task {task!r}: {where}")
-        if data is not None:
-            read_local(task, data)
+        if task not in _READERS:
+            raise EvaluationError(f"unknown task {task!r}: local files are read for {', '.join(_READERS)}")
+        read_local(task, data)
+    return tuple(dict.fromkeys(tasks))
+
+
+def _leaves(name: Any, within: tuple[str, ...]) -> Iterator[str]:
+    """The tasks that a name stands for, or an entry of a group's definition.
+
+    within   the groups around it
+    """
+    if isinstance(name, dict) and "group" in name and set(name) <= {"group", "group_alias", "task", "aggregate_metric_list"}:
+        for member in name["task"]:
+            yield from _leaves(member, within)
+        return
+    entry = _manager().task_index.get(name) if isinstance(name, str) else None
+    if isinstance(name, dict) or (entry is None and within):
+        raise EvaluationError(f"the group {within[0]!r} changes the tasks in it, which is not done here: name its tasks")
+    if entry is None:
+        raise EvaluationError(f"unknown task {name!r}: `lm_eval ls tasks` lists those known")
+    if name in within:
+        raise EvaluationError(f"the group {name!r} holds itself")
+    if entry.kind.name == "TAG":
+        for member in sorted(entry.tags):
+            yield from _leaves(member, (*within, name))
+    elif entry.kind.name == "GROUP":
+        members = entry.cfg["task"]
+        for member in [members] if isinstance(members, str) else members:
+            yield from _leaves(member, (*within, name))
+    else:
+        yield name
+
+
+def _check_output(task: str) -> None:
+    """Raise EvaluationError for a task whose kind of answers is not known here."""
+    entry = _manager().task_index[task]
+    kind = (entry.cfg or {}).get("output_type", "generate_until")  # the harness' default
+    if entry.kind.name != "TASK" or kind not in _OUTPUTS:
+        what = "is defined by code of its own" if entry.kind.name != "TASK" else f"asks for {kind!r}"
+        raise EvaluationError(f"task {task!r} {what}; tasks that are run here ask for {', '.join(_OUTPUTS)}")
 
 
 def read_local(task: str, data: str | Path) -> list[Row]:
@@ -186,13 +233,26 @@ def _write_local(task: str, stock: str, rows: list[Row], folder: Path) -> str:
     return str(definition)
 
 
-def _read_result(task: str, results: Any) -> dict[str, Any]:
+def _read_result(task: str, results: Any, choices: bool) -> dict[str, Any]:
     found = results["results"][task]
     row: dict[str, Any] = {"version": results["versions"][task], "questions": results["n-samples"][task]["effective"]}
     for metric in ("acc", "acc_norm"):
         if f"{metric},none" in found:
-            row[metric] = {"mean": found[f"{metric},none"], "standard_error": found[f"{metric}_stderr,none"]}
+            row[metric] = _estimate(found, metric, "none")
+    if choices:
+        return row
+    names = [key.partition(",")[::2] for key in found if "," in key and "_stderr," not in key]
+    row["metrics"] = {
+        metric if filter == "none" else f"{metric}, {filter}": _estimate(found, metric, filter)
+        for metric, filter in names
+        if metric not in _NOT_METRICS
+    }
     return row
+
+
+def _estimate(found: Any, metric: str, filter: str) -> dict[str, Any]:
+    error = found.get(f"{metric}_stderr,{filter}")
+    return {"mean": found[f"{metric},{filter}"], "standard_error": error if isinstance(error, float) else None}
 
 
 def _read_samples(samples: list[Row]) -> list[Row]:

@@ -66,14 +66,15 @@ def _build(config: Mapping[str, Any]) -> Any:
     logging.set_verbosity_error()
     try:
         parsed = CONFIG_MAPPING[kind].from_dict(dict(config))
-        chosen = getattr(transformers, names[0], None)
+        chosen: Any = getattr(transformers, names[0], None)
         if not isinstance(chosen, type) or not issubclass(chosen, transformers.PreTrainedModel):
             chosen = transformers.AutoModelForCausalLM._model_mapping.get(type(parsed), None)
         if chosen is None or not isinstance(parsed, getattr(chosen, "config_class", None) or type(parsed)):
             raise _NotBuiltError(f"transformers {transformers.__version__} has no class {names[0]!r:.80} for {kind}")
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return chosen(parsed)
+            build: Any = chosen
+            return build(parsed)
     except _NotBuiltError:
         raise
     except Exception as reason:  # whatever a wrong config, a missing library or a class's own arithmetic led to
@@ -109,7 +110,7 @@ class _Surveyor:
                 dense[name] = reason
         self._refuse_missing()
         homeless = [name for name, reason in dense.items() if reason == self._no_place]
-        notes = ()
+        notes: tuple[str, ...] = ()
         if homeless:
             shown = ", ".join(homeless[:_SHOWN]) + (" ..." if len(homeless) > _SHOWN else "")
             notes = (f"{self._kind} has no place for {len(homeless)} tensors, which are kept as they are: {shown}",)

@@ -22,7 +22,7 @@ from seedlm.storage.checkpoint import Stack
 LAST_NUMBER: Final = re.compile(r"(.*)\.(\d+)((?:\.[^.\d][^.]*)*)")
 _JOINED_MATRICES: Final = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 """What transformers may do to matrices, one for each expert, so that rows stay rows."""
-_JOINED_STACKS: Final = ([], [("Transpose", None)], [("Concatenate", 1)])
+_JOINED_STACKS: Final[tuple[list[tuple[str, int | None]], ...]] = ([], [("Transpose", None)], [("Concatenate", 1)])
 """And to stacks of them. How a stack lies on the disk is in its description, whatever its parameter is like."""
 
 

@@ -18,14 +18,17 @@ ones give the same bytes.
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from seedlm.codes.base import Facts
 from seedlm.errors import SourceError
 from seedlm.storage.safetensors import parse_json, read_header
 from seedlm.version import __version__
@@ -34,6 +37,8 @@ STATISTICS_VERSION: Final = 1
 """Of the file's layout."""
 
 _KEY: Final = "statistics"
+_PRODUCTS_KEPT: Final = 2
+"""In checkpoints, k, o, q and v of a layer follow one another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +106,24 @@ class Statistics:
     inputs: Mapping[str, InputStatistics]
     reads: Mapping[str, str]
     rows: Mapping[str, Tensor]
+    _products: OrderedDict[str, Tensor] = field(default_factory=OrderedDict, init=False, repr=False)
+    _unpacking: Lock = field(default_factory=Lock, init=False, repr=False)
+
+    def facts_of(self, layer: str, largest: float) -> Facts:
+        """What an encoder may ask of a layer's weight; without statistics if it was not observed.
+
+        Layers that read the same input get the same tensor, while it is one of the last few: encoders keep what they derive
+        from it. Any thread may call this.
+        """
+        name = self.reads.get(layer)
+        if name is None:
+            return Facts(largest)
+        with self._unpacking:
+            product = self._products.pop(name, None)
+            self._products[name] = self.inputs[name].product() if product is None else product
+            while len(self._products) > _PRODUCTS_KEPT:
+                self._products.popitem(last=False)
+            return Facts(largest, self._products[name], self.inputs[name].tokens, self.rows.get(layer))
 
     def input_of(self, layer: str) -> InputStatistics | None:
         """What a layer reads; None if it was not observed."""
@@ -156,7 +179,7 @@ class Statistics:
 def _checked(content: dict[str, Any], path: Path) -> tuple[StatisticsFacts, dict[str, str], dict[str, int]]:
     """The metadata's parts, each of its type."""
     facts, reads, tokens = (content.get(key) for key in ("facts", "reads", "tokens"))
-    kinds = {field.name: field.type for field in fields(StatisticsFacts)}
+    kinds = {part.name: part.type for part in fields(StatisticsFacts)}
     if not isinstance(facts, dict) or {key: type(value) for key, value in facts.items()} != kinds:
         raise SourceError(f"{path}: facts must have {', '.join(kinds)}")
     if not isinstance(tokens, dict) or not all(type(count) is int and count >= 0 for count in tokens.values()):

@@ -3,7 +3,7 @@
 Strips of one length are a batch, and a panel of their columns is coded in one call (`panel`). Rows may count unequally: an
 error of one unit of a row makes an error of as many units at the output, and that costs what the row's importance says. The
 search moves errors to rows that cost little, without a bit more. With importances from gradients the KL at 3 bits falls by
-11 % (SmolLM2, docs/log/quality.md); without feedback it does not, so they are used together.
+11 % (SmolLM2, docs/log/quality.md). Without feedback nothing was won, so they are used together.
 """
 
 from collections.abc import Callable

@@ -154,13 +154,15 @@ class TrellisFormat:
         return {"family": self.family, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
 
-PRESETS: Final[Mapping[str, TrellisFormat]] = {str(rate): TrellisFormat(rate=rate) for rate in (2, 3, 4, 5, 6, 8)}
-"""By bits per weight, 16-bit states."""
+_PLAIN: Final = {str(rate): TrellisFormat(rate=rate) for rate in (2, 3, 4, 5, 6, 8)}
 
 FAST_PRESETS: Final[Mapping[str, TrellisFormat]] = {
-    str(rate): TrellisFormat(rate=rate, state_bits=12) for rate in (2, 3, 4, 5, 6)
+    f"{rate}-fast": TrellisFormat(rate=rate, state_bits=12) for rate in (2, 3, 4, 5, 6)
 }
-"""By bits per weight, 12-bit states: a sixteenth of the encoder's work, 10 to 20 % more error."""
+"""12-bit states: a sixteenth of the encoder's work, 5 to 10 % more error (docs/log/encoder.md)."""
+
+PRESETS: Final[Mapping[str, TrellisFormat]] = {**_PLAIN, **FAST_PRESETS}
+"""By bits per weight; the others have 16-bit states."""
 
 _SPEC = re.compile(r"trellis-r(\d)-l(\d{1,2})-t(\d{1,4})-h(\d{1,4})", re.ASCII)
 

@@ -5,6 +5,7 @@ from typing import Final
 
 from seedlm.codes.base import LinearBackend
 from seedlm.codes.block.kernels.backends import NumbaBackend, TorchBackend
+from seedlm.codes.block.kernels.cuda import CudaBackend
 
-BACKENDS: Final[Sequence[LinearBackend]] = (NumbaBackend(), TorchBackend())
+BACKENDS: Final[Sequence[LinearBackend]] = (CudaBackend(), NumbaBackend(), TorchBackend())
 """The last serves every device and every format."""

@@ -1,0 +1,107 @@
+"""Every causal and conditional-generation architecture of transformers: what becomes of its weights, told by its own model.
+
+A model of two layers is built on the meta device, its tensors are named as it would save them, and the source that this would
+be is surveyed: every tensor must have a place, none may be missing, and codes must find the way back to all that is selected.
+Nothing is computed, so all of them take half a minute; `test_architectures.py` runs the ones that people use.
+"""
+
+import pytest
+import torch
+import transformers
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from seedlm.codes.registry import parse_format
+from seedlm.modeling.blueprint import _Surveyor
+from seedlm.modeling.places import Names
+from seedlm.storage.refusals import TRANSPOSED_MODELS
+from seedlm.storage.safetensors import TensorInfo
+from seedlm.storage.selection import matrices_of, select
+
+MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
+LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth"}
+LAYERS |= {"num_decoder_layers", "num_encoder_layers"}
+LISTS = {"layer_types", "mlp_layer_types", "layers_block_type"}
+LOSES_ITS_NORM = "DeepseekV4ForCausalLM"
+"""transformers 5.24 saves its last norm under a name that it reads as another's."""
+REARRANGED = {"Ernie4_5_VLMoeForConditionalGeneration", "Inkling2ForCausalLM", "Inkling2ForConditionalGeneration"}
+REARRANGED |= {"Inkling2LoopForCausalLM", "Inkling2LoopForConditionalGeneration", "HrmTextForCausalLM"}
+REARRANGED |= {"LaraMiniForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "Molmo2ForConditionalGeneration"}
+REARRANGED |= {"Nemotron3_5TranscribeForConditionalGeneration", "InklingForConditionalGeneration"}
+"""Whose weights are interleaved, split, joined or shared out on loading: what that happens to stays dense."""
+SHARED_STACKS = {"InklingForCausalLM", "InklingForConditionalGeneration"}
+"""Whose shared experts are stacks that all tokens go through: they stay dense."""
+FORMAT = parse_format("4", "block")
+
+
+def architectures():
+    """Class name -> model type, of all."""
+    found = {}
+    for mapping in MAPPINGS:
+        for kind, names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {}).items():
+            found.setdefault(names if isinstance(names, str) else names[0], kind)
+    return dict(sorted(found.items()))
+
+
+ALL = architectures()
+
+
+def shrink(config):
+    """Two layers, in all parts of a configuration."""
+    for name, value in list(vars(config).items()):
+        if name in LAYERS and isinstance(value, int):
+            setattr(config, name, 2)
+        elif name in LISTS and isinstance(value, list):
+            setattr(config, name, value[:2])
+        elif isinstance(value, transformers.PreTrainedConfig):
+            shrink(value)
+    return config
+
+
+def build(name):
+    try:
+        config = shrink(CONFIG_MAPPING[ALL[name]]())
+        with torch.device("meta"):
+            return getattr(transformers, name)(config)
+    except Exception as reason:
+        pytest.skip(f"its default configuration makes no model of two layers here ({type(reason).__name__})")
+
+
+def saved(model):
+    """The tensors that it would be saved as."""
+    state, seen = {}, set()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in model.state_dict().items():
+        if id(parameters.get(name, tensor)) not in seen:
+            state[name] = tensor
+        seen.add(id(parameters.get(name, tensor)))
+    return {
+        name: TensorInfo("BF16" if tensor.is_floating_point() else "I64", tuple(tensor.shape))
+        for name, tensor in revert_weight_conversion(model, state).items()
+    }
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_tensor_has_its_place_and_codes_find_theirs(name):
+    if ALL[name] in TRANSPOSED_MODELS or name == "GPT2LMHeadModel":
+        pytest.skip("its layers are Conv1D, which is refused")
+    model = build(name)
+    tensors = saved(model)
+    if name == LOSES_ITS_NORM:
+        tensors["norm.weight"] = tensors.pop("model.norm.weight")
+    survey = _Surveyor(model).survey(tensors)
+    assert not survey.notes  # nothing without a place
+    config = model.config.to_dict()
+    chosen, left = select(tensors, config, FORMAT, survey=survey)
+    assert chosen
+    inside = {reason for tensor, reason in left.items() if "vision" not in tensor and "visual" not in tensor}
+    assert name in REARRANGED or "rearranged on loading" not in inside
+    assert name in SHARED_STACKS or "stacked experts of an unknown kind" not in inside
+    names, filled = Names(model), {}
+    for module, (tensor, shape, stack) in matrices_of(chosen, tensors, config, survey).items():
+        place = names.place(module, stack)
+        assert place is not None, module
+        assert filled.setdefault(place.layer, module) == module
+        if not place.projection:
+            assert tuple(model.get_parameter(f"{place.name}.weight").shape) == shape, tensor
