@@ -14,6 +14,8 @@ import pytest
 
 from synthetic_runs import original_run, synthetic, write
 
+os.environ.setdefault("SEEDLM_VERIFY", "1")  # every load is verified, and nothing is noted in the user's cache
+
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers share the processors: threads of OpenMP that outnumber them spin against each other, 37 s instead of 0.5 s for a
     # pass over a tiny model. Set before torch is imported, and for the processes that tests start.

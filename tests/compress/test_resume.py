@@ -115,6 +115,53 @@ class TestResume:
         run(llama, halfway)
         assert folder_bytes(halfway) == folder_bytes(finished[0])
 
+    @pytest.mark.parametrize("damage", ["flip", "zero", "cut", "link", "header"])
+    def test_what_was_damaged_since_is_made_again(self, llama, finished, halfway, tmp_path, damage):
+        work = halfway.with_name("out.partial")
+        path = work / "model" / "model.safetensors"
+        name = next(iter(json.loads((work / "journal.jsonl").read_text().splitlines()[2])["sha256"]))
+        data = bytearray(path.read_bytes())
+        length = int.from_bytes(data[:8], "little")
+        start, end = (8 + length + n for n in json.loads(data[8 : 8 + length])[name]["data_offsets"])
+        if damage == "flip":
+            data[start] ^= 4
+        elif damage == "zero":
+            data[start:end] = bytes(end - start)
+        elif damage == "cut":
+            del data[end:]
+        elif damage == "header":
+            data[20] ^= 1
+        path.write_bytes(data)
+        if damage == "link":
+            os.replace(path, tmp_path / "elsewhere")
+            path.symlink_to(tmp_path / "elsewhere")
+        run(llama, halfway)
+        assert folder_bytes(halfway) == folder_bytes(finished[0])
+        assert not (halfway / "model.safetensors").is_symlink()
+
+    @pytest.mark.parametrize("name", ["stranger.json", "config.json", "model-00001-of-00002.safetensors"])
+    def test_a_strangers_file_is_not_published(self, llama, finished, halfway, name):
+        stranger = halfway.with_name("out.partial") / "model" / name
+        stranger.write_text("{}")
+        with pytest.raises(OutputError, match=f"holds '{name}', which is not from this run; move it away"):
+            run(llama, halfway)
+        stranger.unlink()
+        run(llama, halfway)
+        assert folder_bytes(halfway) == folder_bytes(finished[0])
+
+    @pytest.mark.parametrize("line", ['{"tensor": []}', "[1]", "{}", '{"tensor": "x"}', '{"tensor": "x", "sha256": {"x": 1}}'])
+    def test_a_journal_that_is_none_is_refused_or_does_not_count(self, llama, finished, halfway, line):
+        journal = halfway.with_name("out.partial") / "journal.jsonl"
+        sound = journal.read_bytes()
+        journal.write_bytes(sound + line.encode() + b"\n")
+        try:
+            run(llama, halfway)
+        except OutputError as error:
+            assert "is damaged; delete" in str(error)  # noqa: PT017 (either is right)
+            journal.write_bytes(sound)
+            run(llama, halfway)
+        assert folder_bytes(halfway) == folder_bytes(finished[0])
+
     def test_a_lost_weight_file_is_made_again(self, llama, finished, halfway):
         (halfway.with_name("out.partial") / "model" / "model.safetensors").write_bytes(b"short")
         run(llama, halfway)

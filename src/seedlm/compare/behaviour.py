@@ -129,7 +129,7 @@ def _changed_questions(task: str, answers: list[dict[int, Any]], columns: Column
             if "question" not in row or run is None:
                 continue
             other = texts.setdefault(key, row)
-            if other["question"] != row["question"] or other["choices"] != row["choices"]:
+            if any(other[part] != row[part] for part in ("question", "choices", "right")):
                 raise EvaluationError(f"{owners[key].path} and {run.path} cannot be compared: question {key} of {task} differs")
             owners.setdefault(key, run)
     found = []

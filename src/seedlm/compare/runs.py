@@ -8,7 +8,7 @@ from typing import Any, Final
 from seedlm.errors import EvaluationError
 from seedlm.evaluation.records import EVALUATION_VERSION, read_records
 from seedlm.evaluation.schema import check_results
-from seedlm.storage.untrusted import parse_json, read_bytes
+from seedlm.storage.untrusted import parse_json, printable, read_bytes
 
 _SAME: Final = (
     ("text", ("text", "sha256")),
@@ -90,7 +90,7 @@ def _check_same(first: Run, other: Run) -> None:
     for what, (section, key) in _SAME:
         old, new = (run.results[section][key] for run in (first, other))
         if old != new:
-            old, new = (str(value)[:12] for value in (old, new))
+            old, new = (printable(str(value)[:12]) for value in (old, new))
             raise EvaluationError(f"{first.path} and {other.path} cannot be compared: {what} {old} and {new}")
 
 
@@ -101,8 +101,8 @@ def _check_references(runs: list[Run]) -> None:
         names = [r.results["reference"] for r in (with_reference[0], run)]
         if names[0]["fingerprint"] != names[1]["fingerprint"]:
             raise EvaluationError(
-                f"{with_reference[0].path} and {run.path} cannot be compared: their references differ ({names[0]['name']}, "
-                f"{names[1]['name']})"
+                f"{with_reference[0].path} and {run.path} cannot be compared: their references differ "
+                f"({printable(names[0]['name'])}, {printable(names[1]['name'])})"
             )
 
 
@@ -114,6 +114,6 @@ def _check_tasks(runs: list[Run]) -> None:
             other, expected = seen.setdefault(task, (run, found))
             if found != expected:
                 raise EvaluationError(
-                    f"{other.path} and {run.path} cannot be compared: {task} version {expected[0]} with {expected[1]} "
-                    f"questions, and version {found[0]} with {found[1]}"
+                    f"{other.path} and {run.path} cannot be compared: {printable(task)} version {expected[0]!r} with "
+                    f"{expected[1]} questions, and version {found[0]!r} with {found[1]}"
                 )

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from seedlm.errors import EvaluationError
+from seedlm.storage.untrusted import printable
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Text = Annotated[str, Field(max_length=1 << 20)]
@@ -245,4 +246,4 @@ def _check(schema: type[BaseModel], data: Any, where: str) -> None:
 
 
 def _place(keys: Iterable[int | str]) -> str:
-    return " ".join(map(str, keys))[:_SHOWN]
+    return printable(" ".join(map(str, keys))[:_SHOWN])

@@ -191,6 +191,8 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> tuple[For
     if section.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{where}: quant_method must be {QUANT_METHOD!r}, got {section.get('quant_method')!r}")
     _check_version(section.get("format_version"), where)
+    if (config.get("fusion_config") or {}).get(GUARD, False) is not False:
+        raise CheckpointError(f"{where}: the guard in fusion_config must be false")
     dense = section.get("modules_to_not_convert")
     if not isinstance(dense, list) or not all(isinstance(name, str) for name in dense):
         raise CheckpointError(f"{where}: modules_to_not_convert must be a list of names")

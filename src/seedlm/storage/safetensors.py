@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -48,6 +48,7 @@ _CHUNK_BYTES: Final = 1 << 24
 _HASH_BYTES: Final = 1 << 20
 _CUT_SHORT: Final = "; was its download cut short?"
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII | re.DOTALL)
 _NOT_PLAIN: Final = re.compile(r"[\\/:\x00-\x1f]")
 """_CONTROL: what would end a line or command a terminal: no module of a model has it in its name."""
 
@@ -105,9 +106,13 @@ class TensorFiles:
             return files
         if not os.path.lexists(index):
             raise error(f"{folder}: has no {SINGLE_NAME} and no {INDEX_NAME}")
-        weight_map = read_json(index, error).get("weight_map")
+        listing = read_json(index, error)
+        weight_map = listing.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise error(f"{index}: weight_map must map tensor names to file names")
+        if not isinstance(listing.get("metadata", {}), dict):
+            raise error(f"{index}: metadata must be an object")
+        _check_numbers(set(weight_map.values()), index, error)
         for name in sorted(set(weight_map.values())):
             files._add(_inside(folder, name, error))
         for tensor, name in weight_map.items():
@@ -266,6 +271,16 @@ def digest(path: Path, offset: int, nbytes: int, heading: bytes, error: type[See
             found.update(into[:got])
             nbytes -= got
     return found.hexdigest()
+
+
+def _check_numbers(names: Set[str], index: Path, error: type[SeedLMError]) -> None:
+    """Raise `error` if files are numbered, as in ``model-00001-of-00003.safetensors``, and some number is not listed."""
+    numbers: dict[tuple[str, int], set[int]] = {}
+    for match in filter(None, map(_SHARD.fullmatch, names)):
+        numbers.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (name, count), found in numbers.items():
+        if len(found) != count or min(found) != 1 or max(found) != count:
+            raise error(f"{index}: lists {len(found)} of the {count} files that {name} is said to have by their names")
 
 
 @dataclass(frozen=True)

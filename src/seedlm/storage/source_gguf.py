@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from seedlm.errors import SourceError
+from seedlm.storage.gguf_check import check_decoder, read_gguf_header
 from seedlm.storage.gguf_rope import rope_parameters
 from seedlm.storage.safetensors import TensorInfo
 from seedlm.storage.source import gguf_parts
@@ -82,9 +83,10 @@ class GGUFSource:
         except ImportError:
             raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
         self._gguf = gguf
-        reader = self._open(path)
-        paths = gguf_parts(path, int(_field(reader, "split.count", path, 1)))
-        readers = [reader if part == path else self._open(part) for part in paths]
+        header = read_gguf_header(path, gguf.GGML_QUANT_SIZES)
+        paths = gguf_parts(path, header.size("split.count") if header.fields.get("split.count") else 1)
+        headers = [header if part == path else read_gguf_header(part, gguf.GGML_QUANT_SIZES) for part in paths]
+        readers = [self._open(part) for part in paths]
         reader, self.path = readers[0], paths[0]
         self.nbytes = sum(part.stat().st_size for part in paths)
         architecture = str(_field(reader, "general.architecture", self.path))
@@ -93,6 +95,7 @@ class GGUFSource:
                 f"{path}: GGUF files of architecture {architecture!r} are not read here, only "
                 f"{', '.join(sorted(_ARCHITECTURES))}; start from the original model's safetensors"
             )
+        check_decoder(headers)
         self.notes: list[str] = []
         self._architecture, self._heads = architecture, {}
         if architecture == "llama":
@@ -155,7 +158,10 @@ class GGUFSource:
         from transformers import GenerationConfig
 
         tokenizer = getattr(transformers, _TOKENIZERS.get(self.config["model_type"], "AutoTokenizer"))
-        tokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
+        try:
+            tokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
+        except Exception as reason:  # whatever a damaged vocabulary led to
+            raise SourceError(f"{self.path}: its tokenizer cannot be built ({_one_line(reason)})") from reason
         tokens = {key: self.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in self.config}
         GenerationConfig(**tokens).save_pretrained(folder)
 
@@ -175,7 +181,10 @@ class GGUFSource:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        try:
+            config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        except Exception as reason:  # whatever damaged metadata led to
+            raise SourceError(f"{self.path}: no configuration can be made of its metadata ({_one_line(reason)})") from reason
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
         for key in ("quantization_config", "_name_or_path", "transformers_version"):
@@ -229,6 +238,10 @@ def _field(reader: Any, key: str, path: Path, default: Any = None) -> Any:
             raise SourceError(f"{path}: has no {key} in its metadata")
         return default
     return field.contents()
+
+
+def _one_line(reason: BaseException) -> str:
+    return " ".join(str(reason).split())[:300] or type(reason).__name__
 
 
 def _model_name(name: str, architecture: str, path: Path) -> str:

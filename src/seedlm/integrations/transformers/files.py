@@ -5,8 +5,8 @@ in two shards, formats in config.json that the files contradict. So ours comes f
 name is known, before transformers opens a weight file, and when the files are known, which for a Hub repository is after they
 came.
 
-Digests are checked in threads while transformers copies and converts; what is damaged is known before the model is handed out.
-``SEEDLM_VERIFY=0`` in the environment turns that off (docs/integrity.md has what it costs).
+Digests of files that are new here are checked in threads while transformers copies and converts; what is damaged is known
+before the model is handed out. ``SEEDLM_VERIFY=1`` in the environment checks every time, 0 never (docs/integrity.md).
 """
 
 import os
@@ -15,11 +15,30 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from seedlm.errors import CheckpointError
-from seedlm.storage.checkpoint import Checkpoint
+from seedlm.errors import CheckpointError, SourceError
+from seedlm.storage import verified
+from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint
+from seedlm.storage.gguf_check import read_gguf_header
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles
+from seedlm.storage.untrusted import read_config, read_json
 
 VERIFY_VARIABLE: Final = "SEEDLM_VERIFY"
+
+
+def check_model(path: Path) -> None:
+    """Read the headers of a local folder or GGUF file, whatever it holds. Raises SourceError or CheckpointError."""
+    if path.is_file():
+        import gguf
+
+        read_gguf_header(path, gguf.GGML_QUANT_SIZES)
+        return
+    if not path.is_dir():
+        return
+    section = read_config(path, SourceError).get("quantization_config")
+    if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD:
+        Checkpoint.open(path)
+    elif any(os.path.lexists(path / file) for file in (SINGLE_NAME, INDEX_NAME)):
+        TensorFiles.open(path, SourceError)
 
 
 def check_folder(name: Any) -> None:
@@ -27,6 +46,8 @@ def check_folder(name: Any) -> None:
     folder = Path(name) if isinstance(name, str | os.PathLike) and name else None
     if folder is not None and any(os.path.lexists(folder / file) for file in (SINGLE_NAME, INDEX_NAME)):
         Checkpoint.open(folder)
+        if os.path.lexists(folder / INDEX_NAME) and "metadata" not in read_json(folder / INDEX_NAME, CheckpointError):
+            raise CheckpointError(f"{folder / INDEX_NAME}: has no metadata, without which transformers does not read it")
 
 
 def open_files(files: Iterable[str]) -> Checkpoint:
@@ -46,14 +67,28 @@ def open_files(files: Iterable[str]) -> Checkpoint:
 
 
 class Verification:
-    """Holds a checkpoint against its digests from now on, beside whatever else goes on."""
+    """Holds the files of a checkpoint that are new against their digests from now on, beside whatever else goes on."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._done: Future[None] | None = None
-        if os.environ.get(VERIFY_VARIABLE, "1") != "0":
+        wanted = os.environ.get(VERIFY_VARIABLE, "")
+        self._states = {
+            path: verified.state(path)
+            for path in checkpoint.files.metadata
+            if wanted != "0" and (wanted == "1" or not verified.is_known(path))
+        }
+        if self._states:
             pool = ThreadPoolExecutor(1, thread_name_prefix="seedlm verify")
-            self._done = pool.submit(checkpoint.verify)
+            self._done = pool.submit(self._verify)
             pool.shutdown(wait=False)
+
+    def _verify(self) -> None:
+        entries = self._checkpoint.files.entries
+        self._checkpoint.verify([name for name, entry in entries.items() if entry.path in self._states])
+        for path, before in self._states.items():
+            if os.environ.get(VERIFY_VARIABLE) != "1":
+                verified.remember(path, before)
 
     def finish(self) -> None:
         """Wait for it. Raises CheckpointError for a tensor that is not what was written."""

@@ -17,6 +17,7 @@ import torch
 from seedlm.errors import SourceError
 from seedlm.modeling.quantize import dequantize_model, seed_linears
 from seedlm.storage.checkpoint import QUANT_METHOD
+from seedlm.storage.gguf_check import read_gguf_header
 from seedlm.storage.inspect import inspect_checkpoint
 from seedlm.storage.safetensors import DTYPE_BITS, TORCH_NAMES, TensorInfo
 from seedlm.storage.source import FolderSource
@@ -70,6 +71,8 @@ def describe(name: str, path: Path) -> ModelInfo:
     sizes: Counter[str] = Counter()
     for info in files.tensors.values():
         sizes[info.dtype] += prod(info.shape)
+    if not sizes:
+        raise SourceError(f"{path}: holds no tensors")
     dtype = sizes.most_common(1)[0][0]
     return _info(name, TORCH_NAMES[dtype], float(DTYPE_BITS[dtype]), sizes.total(), files.nbytes, fingerprint)
 
@@ -137,6 +140,7 @@ def _describe_gguf(name: str, path: Path) -> ModelInfo:
         import gguf
     except ImportError:
         raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
+    read_gguf_header(path, gguf.GGML_QUANT_SIZES)
     try:
         tensors = gguf.GGUFReader(path).tensors
     except Exception as reason:  # whatever numpy or the enums raise on a damaged file

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from seedlm.errors import SeedLMError, SourceError
+from seedlm.integrations.transformers.files import check_model
 
 _NO_HEAD: Final = re.compile(r".*(For\w*Classification|ForQuestionAnswering|ForMultipleChoice|Reward\w*)")
 _MASKED: Final = re.compile(r".*For(MaskedLM|PreTraining)")
@@ -22,6 +23,7 @@ def open_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
     """The tokenizer of a model. Raises SourceError if it has none that can be opened."""
     from transformers import AutoTokenizer
 
+    check_model(Path(model))
     where, options = _arguments(model)
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
@@ -41,6 +43,7 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_model(Path(model))
     where, options = _arguments(model)
     if options:
         dtype = "float32" if dtype == "auto" else dtype
@@ -55,7 +58,7 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
             )
     except SeedLMError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as reason:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as reason:
         raise SourceError(_ask_for_trust(model, reason) or f"{model}: cannot be loaded ({_one_line(reason)})") from reason
     network, info = loaded
     _check_whole(model, network, info)

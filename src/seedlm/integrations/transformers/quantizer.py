@@ -78,6 +78,8 @@ class SeedLMConfig(QuantizationConfigMixin):
         self.format_version = FORMAT_VERSION  # of what is saved
         self.format = parsed.to_dict()
         self.settings = {**family_of(parsed).defaults, **settings}
+        if not isinstance(modules_to_not_convert or [], list | tuple):
+            raise FormatError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r:.80}")
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.overrides = {name: format.to_dict() for name, format in others.items()}
 
