@@ -68,11 +68,12 @@ class TestSelection:
             ({}, {}, {"exclude": ["layers.9.*"]}, "no module with a weight matches --exclude"),
             ({}, {}, {"exclude": ["*"]}, "nothing to compress"),
             ({}, {"tie_word_embeddings": True}, {"include": ["lm_head"]}, "is tied to the embeddings"),
+            ({}, {"text_config": {"tie_word_embeddings": True}}, {"include": ["lm_head"]}, "is tied to the embeddings"),
             ({}, {"model_type": "gpt2"}, {}, r"'gpt2' store their matrices as \[in_features, out_features\]"),
             ({"h.0.attn.c_attn.weight": TensorInfo("F32", (8, 24))}, {}, {}, "Conv1D"),
             ({"model.layers.1.fc.weight": TensorInfo("F64", (8, 8))}, {}, {}, r"must be F32, F16 or BF16, got F64 \[8, 8\]"),
         ],
-        ids=["typo-include", "typo-exclude", "nothing", "tied", "gpt2", "conv1d-by-shape", "float64"],
+        ids=["typo-include", "typo-exclude", "nothing", "tied", "tied-in-a-part", "gpt2", "conv1d-by-shape", "float64"],
     )
     def test_what_cannot_be_meant_is_refused(self, tensors, config, options, message):
         with pytest.raises(SourceError, match=message):
