@@ -25,6 +25,8 @@ class TestSelection:
             "model.layers.0.mlp.gate_proj.weight": (8, 8),
             "model.layers.0.mlp.experts.3.up_proj.weight": (8, 8),
             "model.layers.0.mlp.experts.strange": (4, 8, 8),
+            "model.layers.0.mlp.experts.mlp.w1": (32, 8),
+            "model.layers.0.mlp.experts.up_proj_bias": (4, 8),
             "model.layers.0.conv1d.weight": (8, 1, 4),
             "block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 8),
             "vision_tower.layers.0.fc1.weight": (8, 8),
@@ -42,6 +44,8 @@ class TestSelection:
         assert chosen == list(self.DEFAULT)
         assert left["model.layers.0.mlp.gate.weight"] == "a router"
         assert left["model.layers.0.mlp.experts.strange"] == "stacked experts of an unknown kind"
+        assert left["model.layers.0.mlp.experts.mlp.w1"] == "stacked experts of an unknown kind"
+        assert left["model.layers.0.mlp.experts.up_proj_bias"] == "not a weight"
         assert left["lm_head.weight"] == "an output head"
         assert left["model.embed_tokens.weight"] == "an embedding"
         assert len(chosen) + len(left) == len(self.TENSORS)
