@@ -110,7 +110,7 @@ class _Reader:
         return int(count)
 
 
-def read_gguf_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> GGUFHeader:
+def read_gguf_header(path: Path, sizes: Mapping[Any, tuple[int, int]]) -> GGUFHeader:
     """The header of a GGUF file. Raises SourceError unless it is whole and its tensors lie apart, inside the file.
 
     sizes   of the known types: number -> (weights of a block, bytes of a block)
@@ -122,7 +122,7 @@ def read_gguf_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> GGUFHe
             return _read(path, _Reader(path, data), sizes, len(data))
 
 
-def _read(path: Path, reader: _Reader, sizes: Mapping[int, tuple[int, int]], end: int) -> GGUFHeader:
+def _read(path: Path, reader: _Reader, sizes: Mapping[Any, tuple[int, int]], end: int) -> GGUFHeader:
     reader.skip(4, "the magic number")
     version = reader.number("I", "the version")
     if version not in (2, 3):
@@ -172,7 +172,7 @@ def _read(path: Path, reader: _Reader, sizes: Mapping[int, tuple[int, int]], end
 
 
 def _place(
-    path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, sizes: Mapping[int, Any], start: int, alignment: int
+    path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, sizes: Mapping[Any, tuple[int, int]], start: int, alignment: int
 ) -> GGUFTensor:
     if kind not in sizes:
         raise SourceError(f"{path}: {name!r:.80} is of an unknown type {kind}")
