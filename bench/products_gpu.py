@@ -85,15 +85,20 @@ def check() -> int:
                         if reference.abs().max() > 60000 and dtype == torch.float16:
                             continue
                         allowed = TOLERANCE[dtype] + (2.5e-2 if backend is INT8 else 0.0)
-                        tiny = reference.abs().max() < 1e-4 and dtype == torch.float16  # subnormal outputs
-                        if relative_error(y, reference) > (0.5 if tiny else allowed):
+                        if name == "subnormal":  # of outputs or of scales: few digits are left
+                            allowed = 0.5 if dtype == torch.float16 else allowed + 1e-3
+                        if relative_error(y, reference) > allowed:
                             sys.exit(f"{format} {out}x{width}, {tokens} tokens, {dtype}, {name}, {backend.name}: wrong")
                         count += 1
     return count
 
 
 def microseconds(calls: list[Callable[[], object]], repeats: int = 15) -> float:
-    """Median time of one of the calls, which are captured in a graph one after another."""
+    """Median time of one of the calls, which are captured in a graph one after another.
+
+    At least ten to a graph, so that starting the graph (about 10 us) does not count.
+    """
+    calls = calls * -(-10 // len(calls))
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()

@@ -171,11 +171,13 @@ def load(
 ) -> Kernel:
     """The kernel `name` (declared extern "C") of CUDA C++ text, ready to run on a device.
 
-    signature: a letter for each parameter (see the module); options: further flags for the compiler; shared: the most
-    dynamic shared memory, in bytes, that a call will ask for;
-    overlap: from compute capability 9.0 on, start while
-    the kernel before it in the stream still runs, once all of that one's blocks have executed griddepcontrol.launch_dependents
-    (or ended); specific: see `compile_only`. An overlapping kernel has to execute griddepcontrol.wait before it touches what others write or read.
+    signature   a letter for each parameter (see the module)
+    options     further flags for the compiler
+    shared      the most dynamic shared memory, in bytes, that a call will ask for
+    overlap     from compute capability 9.0 on, start while the kernel before it in the stream still runs, once all of that
+                one's blocks have executed griddepcontrol.launch_dependents (or ended); such a kernel has to execute
+                griddepcontrol.wait before it touches what others write or read
+    specific    see `compile_only`
 
     Compiled once for each architecture and loaded once for each device. Raises BackendError with the compiler's or the
     driver's reason.

@@ -154,13 +154,19 @@ def _compress(
     return _run(work, runner, model, plan.places(), readers, progress)
 
 
+def _say_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A configuration that names another dtype wherever it names one: parts of a model have configurations of their own."""
+    said: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
+    return {key: said.get(key, _say_dtype(item, dtype) if isinstance(item, dict) else item) for key, item in config.items()}
+
+
 def _finish(
     work: WorkFolder, plan: Plan, model: Source, dtype: str | None, dense: list[str], record: Mapping[str, Any]
 ) -> None:
     """What follows the last tensor: digests in the headers, small files, config.json, the folder's name."""
     config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
     if dtype is not None:
-        config["dtype"] = dtype
+        config = {**_say_dtype(config, dtype), "dtype": dtype}
     config["quantization_config"] = checkpoint.quantization_config(plan.format, record, dense, plan.overrides)
     digests = {name: known for item in plan.items for name, known in work.done[item.key]["sha256"].items()}
     work.finish({name: plans.file_layout(shard, digests) for name, shard in plan.shards.items()})

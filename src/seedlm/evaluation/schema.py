@@ -58,17 +58,26 @@ class _Accuracy(_Part):
     standard_error: float
 
 
+class _Measured(_Part):
+    mean: float
+    standard_error: float | None
+
+
 class _Task(_Part):
     version: float | _Text
     questions: _Count
-    acc: _Accuracy
+    acc: _Accuracy | None = None
     acc_norm: _Accuracy | None = None
+    metrics: dict[str, _Measured] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _not_null(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("acc_norm", ...) is None:
-            raise ValueError("acc_norm must be left out or be an accuracy")
+        for name in ("acc", "acc_norm", "metrics"):
+            if isinstance(data, dict) and data.get(name, ...) is None:
+                raise ValueError(f"{name} must be left out or be what was measured")
+        if isinstance(data, dict) and not {"acc", "metrics"} & set(data):
+            raise ValueError("there must be acc or metrics")
         return data
 
 

@@ -66,7 +66,7 @@ def _build(config: Mapping[str, Any]) -> Any:
     logging.set_verbosity_error()
     try:
         parsed = CONFIG_MAPPING[kind].from_dict(dict(config))
-        chosen = getattr(transformers, names[0], None)
+        chosen: Any = getattr(transformers, names[0], None)
         if not isinstance(chosen, type) or not issubclass(chosen, transformers.PreTrainedModel):
             chosen = transformers.AutoModelForCausalLM._model_mapping.get(type(parsed), None)
         if chosen is None or not isinstance(parsed, getattr(chosen, "config_class", None) or type(parsed)):

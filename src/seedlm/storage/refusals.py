@@ -95,12 +95,11 @@ def refuse_pickle(path: Path) -> str:
             f"{path}: is a pickle, which is not read, of a {config['model_type']} model, which could not be compressed as "
             f"safetensors either: its layers are Conv1D, stored as [in_features, out_features]"
         )
-    names = config.get("architectures")
-    known = isinstance(names, list) and names and isinstance(names[0], str) and names[0].isidentifier()
-    name = names[0] if known and names else "AutoModel"
+    names = config.get("architectures") or ["AutoModel"]
+    chosen = names[0] if names[0].isidentifier() else "AutoModel"
     return (
         f"{path}: is a pickle, which can run code when opened, and is not read; convert it once, if you trust it: "
-        f"""python -c "from transformers import {name} as M; """
+        f"""python -c "from transformers import {chosen} as M; """
         f"""M.from_pretrained('{path.parent}', dtype='auto').save_pretrained('{path.parent}-safetensors')\""""
     )
 

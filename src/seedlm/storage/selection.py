@@ -118,7 +118,7 @@ def select(
             left[name] = reason
         elif info.dtype not in _ENCODABLE:
             raise SourceError(f"{name}: a weight must be F32, F16 or BF16, got {info}; convert the model, or --exclude it")
-        elif "lm_head" in name and config.get("tie_word_embeddings") is True:
+        elif "lm_head" in name and _is_tied(config):
             raise SourceError(f"{name}: is tied to the embeddings (tie_word_embeddings), which stay dense; do not --include it")
         else:
             chosen.append(name.removesuffix(".weight"))
@@ -128,6 +128,12 @@ def select(
             f"nothing to compress: none of the {len(tensors)} tensors is the weight of a linear layer to be packed"
         )
     return chosen, left
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a model's head is its embeddings; a model of several parts may say so of its text part alone."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    return next((part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part), False) is True
 
 
 def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:

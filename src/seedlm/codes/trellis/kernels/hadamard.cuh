@@ -51,30 +51,24 @@ DEVICE float block_factor(int size) {
   return __uint_as_float((127 - (log + 1) / 2) << 23) * (log & 1 ? 1.41421356237309504880f : 1.0f);
 }
 
-// All stages, strides ascending, in float32. Every lane of the warp takes part. Nearly always all blocks are whole.
+// All stages, strides ascending, in float32. Every lane of the warp takes part.
 DEVICE void butterflies(float (&v)[E], const Place& place, int lane) {
 #pragma unroll
   for (int h = 1; h < E; h *= 2) {
 #pragma unroll
     for (int e = 0; e < E; e++)
-      if (!(e & h) && (place.size >= E || place.size_of(e) > h)) {
+      if (!(e & h) && (place.size || place.size_of(e) > h)) {
         const float a = v[e], b = v[e + h];
         v[e] = a + b, v[e + h] = a - b;
       }
   }
-  const bool whole = __all_sync(~0u, place.size == HADAMARD);
 #pragma unroll
   for (int h = E; h < HADAMARD; h *= 2) {
-    const float sign = lane & (h / E) ? -1.0f : 1.0f;
-    if (whole) {
+    const bool mine = place.size > h, second = lane & (h / E);
 #pragma unroll
-      for (int e = 0; e < E; e++) v[e] = fmaf(v[e], sign, __shfl_xor_sync(~0u, v[e], h / E));
-    } else {
-#pragma unroll
-      for (int e = 0; e < E; e++) {
-        const float other = __shfl_xor_sync(~0u, v[e], h / E);
-        if (place.size > h) v[e] = fmaf(v[e], sign, other);
-      }
+    for (int e = 0; e < E; e++) {
+      const float other = __shfl_xor_sync(~0u, v[e], h / E);
+      if (mine) v[e] = second ? other - v[e] : v[e] + other;
     }
   }
 }

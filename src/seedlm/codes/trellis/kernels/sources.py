@@ -99,7 +99,8 @@ def shared_bytes(format: TrellisFormat, variant: Variant, parts: int) -> int:
 def choose(format: TrellisFormat, parts: int, arch: int) -> Variant:
     """The variant for a format, a number of int8 parts and an architecture. Measured on an H100 (docs/log/products.md)."""
     tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
-    warps = 4 if tiles == 2 else 16 if tiles == 0 and format.rate <= 4 else 12
+    few = {0: 16 if format.rate in (1, 2, 4) else 12, 1: 8 if format.rate >= 4 else 12, 2: 4}
+    warps = few[tiles]
     stages = {1: 6, 2: 4, 3: 4}.get(format.rate, 3)
     masks = 0 if format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16 else 3
     variant = Variant(tiles=tiles, warps=warps, stages=stages, masks_by_dot=masks)
