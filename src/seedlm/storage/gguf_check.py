@@ -172,7 +172,7 @@ def _read(path: Path, reader: _Reader, sizes: Mapping[Any, tuple[int, int]], end
 
 
 def _place(
-    path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, sizes: Mapping[Any, tuple[int, int]], start: int, alignment: int
+    path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, sizes: Mapping[Any, Any], start: int, alignment: int
 ) -> GGUFTensor:
     if kind not in sizes:
         raise SourceError(f"{path}: {name!r:.80} is of an unknown type {kind}")
