@@ -58,11 +58,11 @@ def test_packed_and_loaded_again_it_is_nearly_as_good(packed, tokenizer):
     assert 1.0 < ratio < {"4": 1.35, "3": 2.8}[bits]  # 1.22 and 2.23: harsh, as it is the original's own most likely text
 
 
-def test_it_tells_a_story_packed_or_expanded(packed):
+def test_it_tells_a_story_packed_or_dequantized(packed):
     bits, folder = packed
     timing = Timing()
     text = "".join(generate(folder, "Once upon a time", max_new_tokens=20, timing=timing))
     assert text.startswith("Once upon a time" + (", there was a little" if bits == "4" else " "))
     assert timing.tokens == 20
     assert timing.seconds > 0
-    assert text == "".join(generate(folder, "Once upon a time", max_new_tokens=20, expand=True))
+    assert text == "".join(generate(folder, "Once upon a time", max_new_tokens=20, dequantize=True))
