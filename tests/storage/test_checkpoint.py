@@ -469,7 +469,10 @@ def test_a_module_may_have_a_format_of_its_own(folder):
     assert Checkpoint.open(folder).packed[UP].format.seed_bits == 6
 
 
-@pytest.mark.parametrize(
+ODD = ["block-k15-c8-p2-q4-e4", "block-k24-c9-p5-q6-e3", "block-k2-c4-p1-q2-e1"]
+
+
+@pytest.mark.parametrize("spec", [*SPECS.values(), SMALL, *ODD])
     "spec", [*SPECS.values(), SMALL, "block-k15-c8-p2-q4-e4", "block-k24-c9-p5-q6-e3", "block-k2-c4-p1-q2-e1"]
 )
 def test_a_zero_seed_is_found_in_every_block(spec):
