@@ -9,7 +9,7 @@ DEMO ?= .demo
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz locked clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,18 @@ lint: $(VENV)/installed
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+
+# Damaged files by every way in, some minutes long.
+fuzz: $(VENV)/installed
+	$(PY) bench/fuzz.py --seconds $(or $(SECONDS),300)
+
+# The environment of `make test` with every version and file pinned; Linux on x86-64, Python 3.11.
+locked:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q --no-deps --require-hashes -r requirements-dev.lock
+	$(PY) -m pip install -q --no-deps -e .
+	touch $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(PY) bench/search_cpu.py

@@ -132,6 +132,8 @@ def _json_mutations(place: _Place, folder: Path) -> Iterator[Mutation]:
         if isinstance(parent, dict):
             renamed = {("zz" + key if key == at[-1] else key): item for key, item in parent.items()}
             yield put("renamed", at, json.dumps(_replaced(tree, at[:-1], renamed)))
+            commanding = {(f"\x1b[2J{key}\n" if key == at[-1] else key): item for key, item in parent.items()}
+            yield put("a command in", at, json.dumps(_replaced(tree, at[:-1], commanding)))
             other = next((key for key in parent if key != at[-1] and parent[key] != value), None)
             if other is not None:
                 swapped = {**parent, at[-1]: parent[other], other: value}

@@ -19,7 +19,7 @@ from typing import Any, Final
 from seedlm.codes.base import CODES, Format
 from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
 from seedlm.errors import CheckpointError, FormatError
-from seedlm.storage.safetensors import TensorInfo
+from seedlm.storage.safetensors import CONTROL, TensorInfo
 from seedlm.storage.untrusted import parse_json
 
 QUANT_METHOD: Final = "seedlm"
@@ -189,7 +189,7 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> tuple[For
         raise CheckpointError(f"{where}: has no quantization_config; this is not a compressed model")
     where += ", quantization_config"
     if section.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{where}: quant_method must be {QUANT_METHOD!r}, got {section.get('quant_method')!r}")
+        raise CheckpointError(f"{where}: quant_method must be {QUANT_METHOD!r}, got {section.get('quant_method')!r:.80}")
     _check_version(section.get("format_version"), where)
     if (config.get("fusion_config") or {}).get(GUARD, False) is not False:
         raise CheckpointError(f"{where}: the guard in fusion_config must be false")
@@ -199,6 +199,8 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> tuple[For
     overrides = section.get("overrides", {})
     if not isinstance(overrides, dict):
         raise CheckpointError(f"{where}: overrides must map modules to formats")
+    if odd := next(filter(CONTROL.search, overrides), None):
+        raise CheckpointError(f"{where}: {odd!r:.80} has a control character in it")
     try:
         format = format_from_dict(section.get("format"))
         others = {name: format_from_dict(data) for name, data in overrides.items()}
@@ -226,6 +228,9 @@ def read_metadata(strings: Mapping[str, str], where: str) -> Described:
         raise CheckpointError(f"{where}: {METADATA_KEY} must not have {min(set(data) - known)!r:.80}")
     if not all(isinstance(data.get(key, {}), dict) for key in known - {"format_version"}):
         raise CheckpointError(f"{where}: {METADATA_KEY}'s tensors, stacks and sha256 must map names to what they are")
+    for name in (name for key in known - {"format_version"} for name in data.get(key, {})):
+        if CONTROL.search(name):
+            raise CheckpointError(f"{where}: {name!r:.80} has a control character in it")
     stacks = _read_stacks(data.get("stacks", {}), where)
     packed: dict[str, PackedInfo] = {}
     formats: dict[str, Format] = {}
@@ -314,7 +319,7 @@ def _read_shape(shape: object, dims: int, name: str, where: str) -> tuple[int, .
 
 def _check_version(version: object, where: str) -> None:
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"{where}: format_version must be a positive integer, got {version!r}")
+        raise CheckpointError(f"{where}: format_version must be a positive integer, got {version!r:.80}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{where}: format_version {version} is newer than this package reads ({FORMAT_VERSION}): pip install -U seedlm"

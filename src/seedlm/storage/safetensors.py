@@ -47,10 +47,10 @@ TORCH_NAMES: Final[Mapping[str, str]] = {
 _CHUNK_BYTES: Final = 1 << 24
 _HASH_BYTES: Final = 1 << 20
 _CUT_SHORT: Final = "; was its download cut short?"
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.ASCII | re.DOTALL)
 _NOT_PLAIN: Final = re.compile(r"[\\/:\x00-\x1f]")
-"""_CONTROL: what would end a line or command a terminal: no module of a model has it in its name."""
+"""CONTROL, in a name: what would end a line or command a terminal: no module of a model has it in its name."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def read_header(path: Path, error: type[SeedLMError]) -> tuple[dict[str, Entry],
 def _span(name: str, item: object, path: Path, error: type[SeedLMError]) -> tuple[int, int, TensorInfo]:
     """The byte range and type of one header entry, checked against each other."""
     where = f"{path}: tensor {name!r:.200}"
-    if _CONTROL.search(name):
+    if CONTROL.search(name):
         raise error(f"{where} has a control character in its name")
     if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
         raise error(f"{where} must have dtype, shape and data_offsets")

@@ -32,7 +32,7 @@ ROUNDINGS: Final = get_args(Rounding)
 def check_rounding(rounding: str) -> None:
     """Raise FormatError unless it is one of the two."""
     if rounding not in ROUNDINGS:
-        raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+        raise FormatError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r:.80}")
 
 
 WORD_BITS: Final = 32
@@ -72,7 +72,7 @@ class BlockFormat:
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise FormatError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+                raise FormatError(f"{name} must be an integer from {low} to {high}, got {value!r:.80}")
         if self.num_coefficients > self.block_size:
             raise FormatError(f"num_coefficients must not exceed block_size ({self.block_size}), got {self.num_coefficients}")
         if self.block_bits > MAX_BLOCK_BITS:

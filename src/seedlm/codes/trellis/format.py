@@ -79,7 +79,7 @@ class TrellisFormat:
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not int:
-                raise FormatError(f"{field.name} must be an integer, got {value!r}")
+                raise FormatError(f"{field.name} must be an integer, got {value!r:.80}")
         if self.state_bits not in STATE_BITS:
             raise FormatError(f"state_bits must be one of {STATE_BITS}, got {self.state_bits}")
         highest = 8 if self.state_bits == 16 else 6

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from seedlm.errors import SeedLMError, SourceError
 from seedlm.integrations.transformers.files import check_model
+from seedlm.storage.untrusted import printable
 
 _NO_HEAD: Final = re.compile(r".*(For\w*Classification|ForQuestionAnswering|ForMultipleChoice|Reward\w*)")
 _MASKED: Final = re.compile(r".*For(MaskedLM|PreTraining)")
@@ -135,4 +136,4 @@ def _ask_for_trust(model: str | Path, reason: BaseException) -> str | None:
 
 
 def _one_line(reason: BaseException) -> str:
-    return " ".join(str(reason).split())[:300] or type(reason).__name__
+    return printable(" ".join(str(reason).split())[:300]) or type(reason).__name__
