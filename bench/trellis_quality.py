@@ -49,6 +49,9 @@ def main() -> None:
         tokenizer = open_tokenizer(options.model)
         ids = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
         windows = cut_windows(ids, options.context, options.windows)
+        model.hf_quantizer = None  # of a GGUF file, whose tensors are plain by now
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
         model.save_pretrained(dense)
         tokenizer.save_pretrained(dense)
         model = model.to(device)
