@@ -34,6 +34,14 @@ class TestResult:
         for module in original.packed:
             assert torch.equal(checkpoint.tensor(module).parts["words"], original.tensor(module).parts["words"])
 
+    def test_dtype_is_said_in_every_part_of_the_configuration(self, tmp_path):
+        part = {"dtype": "float16", "torch_dtype": "float16", "width": 3}
+        save_tensors(tmp_path / "m", {"model.layers.0.a.weight": torch.randn(8, 64)}, text_config=part, torch_dtype="float16")
+        run(tmp_path / "m", tmp_path / "out", dtype="float32")
+        config = Checkpoint.open(tmp_path / "out").config
+        assert config["text_config"] == {"dtype": "float32", "torch_dtype": "float32", "width": 3}
+        assert config["dtype"] == config["torch_dtype"] == "float32"
+
     def test_dtype_too_small_for_a_number_is_refused(self, tmp_path):
         weights = {"model.layers.0.a.weight": torch.randn(8, 32), "model.norm.weight": torch.tensor([1.0, -7e4])}
         source = save_tensors(tmp_path / "source", weights)

@@ -25,6 +25,8 @@ class TestSelection:
             "model.layers.0.mlp.gate_proj.weight": (8, 8),
             "model.layers.0.mlp.experts.3.up_proj.weight": (8, 8),
             "model.layers.0.mlp.experts.strange": (4, 8, 8),
+            "model.layers.0.mlp.experts.mlp.w1": (32, 8),
+            "model.layers.0.mlp.experts.up_proj_bias": (4, 8),
             "model.layers.0.conv1d.weight": (8, 1, 4),
             "block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 8),
             "vision_tower.layers.0.fc1.weight": (8, 8),
@@ -42,6 +44,8 @@ class TestSelection:
         assert chosen == list(self.DEFAULT)
         assert left["model.layers.0.mlp.gate.weight"] == "a router"
         assert left["model.layers.0.mlp.experts.strange"] == "stacked experts of an unknown kind"
+        assert left["model.layers.0.mlp.experts.mlp.w1"] == "stacked experts of an unknown kind"
+        assert left["model.layers.0.mlp.experts.up_proj_bias"] == "not a weight"
         assert left["lm_head.weight"] == "an output head"
         assert left["model.embed_tokens.weight"] == "an embedding"
         assert len(chosen) + len(left) == len(self.TENSORS)
@@ -68,11 +72,12 @@ class TestSelection:
             ({}, {}, {"exclude": ["layers.9.*"]}, "no module with a weight matches --exclude"),
             ({}, {}, {"exclude": ["*"]}, "nothing to compress"),
             ({}, {"tie_word_embeddings": True}, {"include": ["lm_head"]}, "is tied to the embeddings"),
+            ({}, {"text_config": {"tie_word_embeddings": True}}, {"include": ["lm_head"]}, "is tied to the embeddings"),
             ({}, {"model_type": "gpt2"}, {}, r"'gpt2' store their matrices as \[in_features, out_features\]"),
             ({"h.0.attn.c_attn.weight": TensorInfo("F32", (8, 24))}, {}, {}, "Conv1D"),
             ({"model.layers.1.fc.weight": TensorInfo("F64", (8, 8))}, {}, {}, r"must be F32, F16 or BF16, got F64 \[8, 8\]"),
         ],
-        ids=["typo-include", "typo-exclude", "nothing", "tied", "gpt2", "conv1d-by-shape", "float64"],
+        ids=["typo-include", "typo-exclude", "nothing", "tied", "tied-in-a-part", "gpt2", "conv1d-by-shape", "float64"],
     )
     def test_what_cannot_be_meant_is_refused(self, tensors, config, options, message):
         with pytest.raises(SourceError, match=message):

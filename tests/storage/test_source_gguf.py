@@ -11,6 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from seedlm.errors import SourceError
+from seedlm.integrations.transformers.opening import open_language_model
 from seedlm.modeling.blueprint import survey
 from seedlm.storage.gguf_rope import rope_parameters
 from seedlm.storage.source import open_source
@@ -104,6 +105,19 @@ def test_scaled_rotary_embeddings_are_carried_over(tmp_path, metadata, expected)
     config = AutoConfig.for_model(**source.config)
     assert {key: config.rope_parameters[key] for key in expected} == expected
     assert config.rope_parameters["rope_theta"] == 500000.0
+
+
+def test_a_model_of_a_gguf_file_computes_with_what_its_metadata_says(tmp_path):
+    tiny_gguf(tmp_path / "plain.gguf")
+    tiny_gguf(tmp_path / "scaled.gguf", metadata={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0})
+    plain, scaled = (open_language_model(tmp_path / f"{name}.gguf").model.rotary_emb for name in ("plain", "scaled"))
+    torch.testing.assert_close(scaled.inv_freq, plain.inv_freq / 4)
+
+
+def test_a_model_in_several_files_is_not_run_by_halves(tmp_path):
+    paths, _ = split_gguf(tmp_path)
+    with pytest.raises(SourceError, match="is one of several files of a model, which transformers does not join"):
+        open_language_model(paths[0])
 
 
 def test_gemma_3_scales_its_global_layers_alone(tmp_path):

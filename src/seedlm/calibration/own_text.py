@@ -11,6 +11,7 @@ rounds otherwise and writes another text as soon as one token differs. Whoever n
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -105,16 +106,25 @@ def _first_tokens(model: Any, text: OwnText, random: torch.Generator) -> Tensor:
     return torch.randint(vocabulary, (text.sequences, 1), generator=random)
 
 
+def predict(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits float32 [batch, vocabulary] of the token after these, and the cache for the next call; None if there is none.
+
+    Raises EvaluationError for predictions that are not finite.
+    """
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # since transformers 5.24
+    output = model(input_ids=tokens, use_cache=True, **{name: cache})
+    logits = output.logits[:, -1].float()
+    if not logits.isfinite().all():
+        raise EvaluationError(f"the model's predictions are not finite; {_OVERFLOW}")
+    return logits, output.get(name)
+
+
 def _continue(model: Any, first: Tensor, draws: Tensor, temperature: float) -> Tensor:
     """Sequences int64 [batch, length] on the CPU, from their first tokens and a number in [0, 1) for each further one."""
     tokens, cache = [first.to(model.device)], None
     for draw in draws.to(model.device).T:
         before = tokens[-1] if cache is not None else torch.cat(tokens, 1)
-        output = model(input_ids=before, past_key_values=cache, use_cache=True)
-        cache = output.get("past_key_values")
-        logits = output.logits[:, -1].float()
-        if not logits.isfinite().all():
-            raise EvaluationError(f"the model's predictions are not finite; {_OVERFLOW}")
+        logits, cache = predict(model, before, cache)
         tokens.append(_draw((logits / temperature).softmax(-1), draw))
     return torch.cat(tokens, 1).cpu()
 

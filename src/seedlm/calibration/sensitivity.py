@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from seedlm.calibration.own_text import predict
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import experts_traits, projections_of
 from seedlm.storage.untrusted import read_json
@@ -132,11 +133,7 @@ def own_text(model: Any, text: OwnText) -> Iterator[Tensor]:
         with torch.no_grad():
             for _ in range(text.length - 1):
                 before = tokens[-1] if cache is not None else torch.cat(tokens, 1)  # Mamba's cache has another name
-                output = model(input_ids=before, past_key_values=cache, use_cache=True)
-                cache = output.get("past_key_values")
-                logits = output.logits[:, -1].float()
-                if not logits.isfinite().all():
-                    raise EvaluationError(f"the model's predictions are not finite; {_OVERFLOW}")
+                logits, cache = predict(model, before, cache)
                 tokens.append(torch.multinomial(logits.softmax(-1), 1, generator=random))
         yield from torch.cat(tokens, 1)
 

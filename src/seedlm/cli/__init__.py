@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from seedlm.cli.bench import bench
 from seedlm.cli.compare import compare
 from seedlm.cli.compress import compress, inspect
 from seedlm.cli.console import on_sigterm
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compress, inspect, generate, evaluate, compare, sensitivity, design, rtl):
+for command in (compress, inspect, generate, bench, evaluate, compare, sensitivity, design, rtl):
     app.command()(command)
 
 

@@ -288,7 +288,8 @@ def _cannot(name: str, info: TensorInfo, survey: Survey) -> str | None:
     """Why no pattern could make a tensor compressed; None if one could."""
     if _is_stack(name, info, survey):
         return None
-    if len(info.shape) == 3 and "expert" in name:
+    flat = len(info.shape) == 2 and not name.endswith((".weight", "bias"))  # DBRX's, [experts * out_features, in_features]
+    if "expert" in name and (len(info.shape) == 3 or flat):
         return survey.dense.get(name, "stacked experts of an unknown kind")
     if not name.endswith(".weight"):
         return "not a weight"

@@ -70,6 +70,10 @@ _MODULES: Final = {
 """GGUF's names of a dense decoder's tensors, and those of transformers; in a layer after ``blk.N.``."""
 
 
+class UnreadArchitectureError(SourceError):
+    """A GGUF file is of an architecture that is not read here."""
+
+
 class GGUFSource:
     """One GGUF file, or a model in several.
 
@@ -91,7 +95,7 @@ class GGUFSource:
         self.nbytes = sum(part.stat().st_size for part in paths)
         architecture = str(_field(reader, "general.architecture", self.path))
         if architecture not in _ARCHITECTURES:
-            raise SourceError(
+            raise UnreadArchitectureError(
                 f"{path}: GGUF files of architecture {architecture!r} are not read here, only "
                 f"{', '.join(sorted(_ARCHITECTURES))}; start from the original model's safetensors"
             )

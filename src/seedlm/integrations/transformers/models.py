@@ -122,7 +122,8 @@ def _foreign_size(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float 
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # without the word, it asks on stdin
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception:  # code of its own, a class that is not known: transformers raises whatever it led to
         return None, None
     parameters = {name: tuple(weight.shape) for name, weight in model.named_parameters()}

@@ -48,6 +48,7 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
     where, options = _arguments(model)
     if options:
         dtype = "float32" if dtype == "auto" else dtype
+        options |= _gguf_config(Path(model))
     try:
         if not options:
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
@@ -70,6 +71,24 @@ def _arguments(model: str | Path) -> tuple[str | Path, dict[str, Any]]:
     """How transformers is told of a folder, a repository, and a GGUF file."""
     path = Path(model)
     return (path.parent, {"gguf_file": path.name}) if path.is_file() else (model, {})
+
+
+def _gguf_config(path: Path) -> dict[str, Any]:
+    """The configuration of a GGUF file, with what transformers passes over in it; none for an architecture that we do not read.
+
+    Raises SourceError for a file that transformers would compute otherwise with, and for a model in several files.
+    """
+    from transformers import AutoConfig
+
+    from seedlm.storage.source import gguf_parts
+    from seedlm.storage.source_gguf import GGUFSource, UnreadArchitectureError
+
+    if len(gguf_parts(path)) > 1:
+        raise SourceError(f"{path}: is one of several files of a model, which transformers does not join; compress it first")
+    try:
+        return {"config": AutoConfig.for_model(**GGUFSource(path).config)}
+    except UnreadArchitectureError:
+        return {}
 
 
 def _check_kind(model: str | Path, config: Any) -> None:

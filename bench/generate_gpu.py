@@ -1,0 +1,477 @@
+"""A whole Llama-shaped model on one CUDA GPU, batch 1: dense FP16 beside the trellis code, through the same stack.
+
+    python bench/generate_gpu.py [--bits 4,3,2] [--shapes 8b] [--new 128] [--prompt 512] [--stacks fused,transformers] [--json]
+
+Weights are random and made on the GPU: speed does not depend on them, and any word is a valid code. Embedding and head are
+FP16 in every row. One token is one CUDA graph, captured by hand: the model with a static cache, argmax, the next token back
+into its buffer. Two stacks, each the same for dense and packed:
+
+    transformers   the model's own forward, kernel by kernel as transformers launches them
+    fused          the same modules and cache; what lies between the products as four functions for torch.compile
+    compile        torch.compile(fullgraph=True) of the model's own forward; minutes of compilation, so not by default
+
+Before a time is taken: logits of a 2-layer model of the same widths are held against the same model dequantized (prompt, and
+token by token in each stack), and the graph's tokens of the whole model against the eager loop's. The prompt runs eagerly,
+without a graph. Memory is what torch has allocated. The last line is JSON. `--device cpu --tiny` runs everything but the graph.
+"""
+
+import argparse
+import gc
+import inspect
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from seedlm.codes.base import CODES
+from seedlm.codes.trellis.format import TrellisFormat
+from seedlm.inference import backend
+from seedlm.modeling.linear import SeedLinear
+from seedlm.modeling.quantize import dequantize_model, seed_linears, share_inputs
+
+SHAPES: dict[str, dict[str, int]] = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "tiny": {"hidden_size": 256, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 8},
+}
+WEIGHT = 0.02
+CODE = 148.0
+"""Standard deviation of the trellis code's values before scaling."""
+TOLERANCE = 2e-2
+COMPARED = 16
+"""Tokens of the whole model that the graph and the eager loop write."""
+
+
+def config_of(shapes: str, layers: int | None = None) -> LlamaConfig:
+    sizes = dict(SHAPES[shapes])
+    sizes |= (
+        {"num_key_value_heads": 2, "vocab_size": 1000} if shapes == "tiny" else {"num_key_value_heads": 8, "vocab_size": 128256}
+    )
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
+    config = LlamaConfig(**sizes, max_position_embeddings=8192, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1)
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def build(config: LlamaConfig, format: TrellisFormat | None, device: torch.device, dtype: torch.dtype, name: str) -> Any:
+    """A model with random weights, made where they stay. format: of its layers, None for dense ones; name: of the backend."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and format is not None and path != "lm_head":
+            layer = SeedLinear(module.in_features, module.out_features, format, dtype=dtype, device=device, backend=name)
+            layer.parts[CODES].random_(-(2**31), 2**31)
+            layer.parts["scales"].copy_((torch.rand(module.out_features, device=device) + 0.5) * (WEIGHT / CODE))
+            layer.parts["scale"].fill_(1.0)
+            model.set_submodule(path, layer)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            weight = torch.empty(module.weight.shape, dtype=dtype, device=device).normal_(0, WEIGHT)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        elif "weight" in module._parameters:
+            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=dtype, device=device), requires_grad=False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    share_inputs(model)
+    return model
+
+
+# ---- The fused stack: what lies between products, for one token ----
+
+
+def add_norm(h: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream with a layer's part added, and its RMS norm. All but weight [hidden] are [1, 1, hidden]."""
+    h = h + delta
+    x = h.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return h, weight * x.to(h.dtype)
+
+
+def rotate_store(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
+) -> Tensor:
+    """Rotary embedding of q, k; k, v into the cache [1, kv, length, d] at position [1]. Returns q [kv, heads per kv, d]."""
+    _, heads, _, width = keys.shape
+
+    def rotated(x: Tensor) -> Tensor:
+        x = x.view(heads, -1, width)
+        swapped = torch.cat((-x[..., width // 2 :], x[..., : width // 2]), dim=-1)
+        return x * cos.view(width) + swapped * sin.view(width)
+
+    keys.index_copy_(2, position, rotated(k)[None])
+    values.index_copy_(2, position, v.view(1, heads, 1, width))
+    return rotated(q)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attention of one token, the query heads of a key head side by side: [1, 1, hidden]. mask [1, 1, 1, length] is added."""
+    scores = torch.bmm(q, keys[0].transpose(1, 2)).float() * scaling + mask[0]
+    return torch.bmm(scores.softmax(-1).to(q.dtype), values[0]).view(1, 1, -1)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
+@dataclass
+class Pieces:
+    """The functions between products, compiled or as they are."""
+
+    compiled: bool
+
+    def __post_init__(self) -> None:
+        def ready(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+
+        self.add_norm, self.rotate_store = ready(add_norm), ready(rotate_store)
+        self.attend, self.gated = ready(attend), ready(gated)
+
+
+# ---- One model that writes ----
+
+
+class Writer:
+    """A model, its static cache, and buffers that stay where they are: the next token, its position, all tokens written."""
+
+    def __init__(self, model: Any, room: int, pieces: Pieces) -> None:
+        self.model, self.pieces = model, pieces
+        self.compiled: Callable[[Writer], Tensor] | None = None
+        device = model.lm_head.weight.device
+        self.length = -(-room // 64) * 64
+        self.cache = StaticCache(config=model.config, max_cache_len=self.length)
+        if not all(isinstance(getattr(layer, "cumulative_length", None), Tensor) for layer in self.cache.layers):
+            sys.exit(f"the static cache of transformers {transformers.__version__} keeps its length on the host")
+        known = inspect.signature(model.forward).parameters
+        self.keyword = "cache" if "cache" in known else "past_key_values"
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.written = torch.zeros(self.length, dtype=torch.int64, device=device)
+        self.places = torch.arange(self.length, device=device)
+
+    def rewind(self, length: int) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(length)
+        self.position.fill_(length)
+
+    def prompt(self, ids: Tensor, keep: int = 1) -> Tensor:
+        """Logits [1, keep or all, vocabulary] of a prompt [1, tokens]; the cache holds it afterwards."""
+        self.rewind(0)
+        logits = self.model(input_ids=ids, use_cache=True, logits_to_keep=keep, **{self.keyword: self.cache}).logits
+        self.position.fill_(ids.shape[1])
+        return logits
+
+    def mask(self) -> Tensor:
+        """[1, 1, 1, length]: 0 up to the position, then -inf."""
+        dtype = self.model.lm_head.weight.dtype
+        later = self.places > self.position
+        return torch.zeros(self.length, dtype=dtype, device=later.device).masked_fill(later, -torch.inf).view(1, 1, 1, -1)
+
+    def as_it_is(self) -> Tensor:
+        """Logits [1, vocabulary] of the next token, the cache one longer."""
+        more: dict[str, Any] = {"attention_mask": self.mask(), "position_ids": self.position[None], self.keyword: self.cache}
+        return self.model(input_ids=self.token, use_cache=True, **more).logits[:, -1]
+
+    def fused(self) -> Tensor:
+        """The same."""
+        inner, do, mask = self.model.model, self.pieces, self.mask()
+        h = inner.embed_tokens(self.token)
+        cos, sin = inner.rotary_emb(h, position_ids=self.position[None])
+        delta = torch.zeros_like(h)
+        for layer, store in zip(inner.layers, self.cache.layers, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            keys, values = store.keys.detach(), store.values.detach()  # without the mark that compiles anew for each address
+            h, x = do.add_norm(h, delta, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)
+            q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+            q = do.rotate_store(q, k, v, cos, sin, keys, values, self.position)
+            delta = attention.o_proj(do.attend(q, keys, values, mask, attention.scaling))
+            norm = layer.post_attention_layernorm
+            h, x = do.add_norm(h, delta, norm.weight, norm.variance_epsilon)
+            delta = mlp.down_proj(do.gated(mlp.gate_proj(x), mlp.up_proj(x)))
+        _, x = do.add_norm(h, delta, inner.norm.weight, inner.norm.variance_epsilon)
+        return self.model.lm_head(x)[:, -1]
+
+    def forward(self, stack: str) -> Tensor:
+        """Logits [1, vocabulary] of the token after `self.token`."""
+        if stack == "compile":
+            self.compiled = self.compiled or torch.compile(Writer.as_it_is, fullgraph=True)
+            return self.compiled(self)
+        return self.fused() if stack == "fused" else self.as_it_is()
+
+    def step(self, stack: str) -> None:
+        """Write one token."""
+        self.token.copy_(self.forward(stack).argmax(-1, keepdim=True))
+        self.position.add_(1)
+        self.written.index_copy_(0, self.position, self.token[0])
+
+    def captured(self, stack: str) -> Callable[[], None]:
+        """`step` as the replay of a graph; the step itself where there are no graphs."""
+        if self.token.device.type != "cuda":
+            return lambda: self.step(stack)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step(stack)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step(stack)
+        return graph.replay
+
+    def write(self, step: Callable[[], None], first: Tensor, start: int, count: int) -> list[int]:
+        """Tokens that follow `first` [1, 1], which stands at `start`."""
+        self.begin(first, start)
+        for _ in range(count):
+            step()
+        return self.written[start + 1 : start + 1 + count].tolist()
+
+    def begin(self, first: Tensor, start: int) -> None:
+        self.rewind(start)
+        self.token.copy_(first)
+        self.written.zero_()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+# ---- Checks and measurements ----
+
+
+def teacher_forced(writer: Writer, ids: Tensor, prompt: int, stack: str) -> Tensor:
+    """Logits [tokens, vocabulary] in float64: of a prompt at once, then of the other tokens one by one."""
+    rows = [writer.prompt(ids[:, :prompt], keep=0)[0]]
+    for place in range(prompt, ids.shape[1]):
+        writer.token.copy_(ids[:, place : place + 1])
+        rows.append(writer.forward(stack))
+        writer.position.add_(1)
+    return torch.cat(rows).double()
+
+
+def check(options: argparse.Namespace, shapes: str, format: TrellisFormat, pieces: Pieces) -> dict[str, float]:
+    """Relative errors of a packed 2-layer model's logits, by stack; exits if one is too large."""
+    model = build(config_of(shapes, 2), format, options.device, options.dtype, options.backend)
+    writer = Writer(model, 64, pieces)
+    ids = torch.randint(0, model.config.vocab_size, (1, 32), device=options.device)
+    found = {stack: teacher_forced(writer, ids, 24, stack) for stack in options.stacks if stack != "compile"}
+    dequantize_model(model, options.dtype)
+    reference = teacher_forced(writer, ids, 24, "transformers")
+    errors = {}
+    for stack, logits in found.items():
+        norms = (logits - reference).norm(dim=1) / reference.norm(dim=1)
+        errors[stack] = torch.nan_to_num(norms, nan=torch.inf).max().item()
+        if not errors[stack] < TOLERANCE:
+            sys.exit(f"{shapes}, {format.spec}, {stack}: logits are off by {errors[stack]:.3g}, {TOLERANCE} is allowed")
+    return errors
+
+
+def weight_bytes(model: Any) -> int:
+    """What one token reads of the weights: everything but the embedding, of which it reads a row."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return sum(tensor.nbytes for name, tensor in tensors if "embed_tokens" not in name and "rotary" not in name)
+
+
+def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | None, pieces: Pieces) -> dict[str, Any]:
+    """One model: the time to its first token, tokens per second in each stack, and its memory."""
+    device, cuda = options.device, options.device.type == "cuda"
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+    model = build(config_of(shapes), format, device, options.dtype, options.backend)
+    writer = Writer(model, options.prompt + options.new + 8, pieces)
+    ids = torch.randint(0, model.config.vocab_size, (1, options.prompt), device=device)
+    row: dict[str, Any] = {"shapes": shapes, "what": format.spec if format else str(options.dtype).removeprefix("torch.")}
+    row |= {"bits": format.rate if format else 8 * options.dtype.itemsize, "bytes a token": weight_bytes(model)}
+    if format:
+        layers = [layer for _, layer in seed_linears(model)]
+        kinds = {(layer.format, (layer.out_features, layer.in_features)) for layer in layers}
+        row["backends"] = sorted({backend.choose(options.backend, device, *kind).name for kind in kinds})
+    if cuda:
+        synchronize(device)
+        row["weights GB"] = (torch.cuda.memory_allocated() - before) / 1e9
+        torch.cuda.reset_peak_memory_stats()
+    row["compile and first prompt s"] = seconds(device, lambda: writer.prompt(ids))
+    row["first token ms"] = 1e3 * statistics.median(seconds(device, lambda: writer.prompt(ids)) for _ in range(options.repeats))
+    row["prompt tokens/s"] = 1e3 * options.prompt / row["first token ms"]
+    first = writer.prompt(ids)[0].argmax(-1, keepdim=True)
+    for stack in options.stacks:
+        try:
+            row[stack] = generation(options, writer, stack, first, row)
+        except RuntimeError as reason:  # a capture that is refused; the other stacks can still run
+            row[stack] = {"failed": " ".join(str(reason).split())[:300], "graph as eager": False}
+    if cuda:
+        row["peak GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+    return row
+
+
+def generation(options: argparse.Namespace, writer: Writer, stack: str, first: Tensor, row: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per second of one stack, once its graph has written what its eager loop writes."""
+    device, start = options.device, options.prompt
+    count = min(COMPARED, options.new)
+    eager = writer.write(lambda: writer.step(stack), first, start, count)
+    writer.rewind(start)
+    step = writer.captured(stack)
+    same = writer.write(step, first, start, count) == eager
+    if not same:
+        print(f"  {stack}: the graph's tokens are not the eager loop's: times below are of a wrong result", flush=True)
+
+    def whole() -> None:
+        for _ in range(options.new):
+            step()
+
+    times = []
+    for _ in range(options.repeats):
+        writer.begin(first, start)
+        times.append(seconds(device, whole))
+    each = statistics.median(times) / options.new
+    everything = row["first token ms"] / 1e3 + (options.new - 1) * each
+    return {
+        "tokens/s": 1 / each,
+        "ms a token": 1e3 * each,
+        "with the prompt tokens/s": options.new / everything,
+        "TB/s": row["bytes a token"] / each / 1e12,
+        "graph as eager": same,
+        "compared tokens": count,
+        "distinct tokens": len(set(eager)),
+    }
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """TB/s of a large copy on the device, bytes read and written."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+
+    def copies() -> None:
+        for _ in range(10):
+            target.copy_(source)
+
+    copies()
+    return 20 * source.nbytes / statistics.median(seconds(device, copies) for _ in range(5)) / 1e12
+
+
+def describe(row: dict[str, Any], dense: dict[str, Any] | None, copy: float, stacks: list[str]) -> None:
+    """Add ratios and shares to a row, and print it."""
+    bound = copy * 1e12 / row["bytes a token"]
+    row["bound tokens/s"] = bound
+    memory = f"{row['weights GB']:.2f} GB, peak {row['peak GB']:.2f} GB" if "peak GB" in row else "memory not measured"
+    print(
+        f"{row['shapes']} {row['what']}: {row['bytes a token'] / 1e9:.3f} GB a token, at most {bound:.0f} tokens/s by copy "
+        f"bandwidth; {memory}; first token {row['first token ms']:.1f} ms, {row['prompt tokens/s']:.0f} prompt tokens/s"
+    )
+    for stack in stacks:
+        found = row[stack]
+        if "failed" in found:
+            print(f"  {stack:12} failed: {found['failed']}", flush=True)
+            continue
+        found["share of copy"] = found["TB/s"] / copy
+        ratio = ""
+        if dense is not None and dense is not row and "failed" not in dense[stack]:
+            found["ratio"] = found["tokens/s"] / dense[stack]["tokens/s"]
+            found["ratio with the prompt"] = found["with the prompt tokens/s"] / dense[stack]["with the prompt tokens/s"]
+            ratio = f"{found['ratio']:5.2f}x FP16, "
+        print(
+            f"  {stack:12} {found['tokens/s']:7.1f} tokens/s, {ratio}{found['ms a token']:.3f} ms, {found['TB/s']:.2f} TB/s = "
+            f"{found['share of copy']:.0%} of copy; with the prompt {found['with the prompt tokens/s']:.1f} tokens/s; "
+            f"graph as eager: {found['graph as eager']}",
+            flush=True,
+        )
+
+
+def choose_pieces(options: argparse.Namespace, shapes: str, format: TrellisFormat) -> Pieces:
+    """Compiled functions, if they compile here: that is tried with the first check."""
+    if not options.plain_pieces and "fused" in options.stacks:
+        try:
+            pieces = Pieces(compiled=True)
+            check(options, shapes, format, pieces)
+            return pieces
+        except Exception as reason:  # whatever a compiler or its absence raises
+            print(f"torch.compile failed, the fused stack runs uncompiled: {' '.join(str(reason).split())[:300]}", flush=True)
+    return Pieces(compiled=False)
+
+
+def run(options: argparse.Namespace, copy: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All rows, and the errors found by the checks."""
+    rows: list[dict[str, Any]] = []
+    errors: dict[str, Any] = {}
+    began = time.perf_counter()
+    for shapes in options.shapes:
+        formats = [TrellisFormat(rate=bits) for bits in options.bits]
+        pieces = choose_pieces(options, shapes, formats[0]) if formats else Pieces(compiled=not options.plain_pieces)
+        for format in formats:
+            errors[f"{shapes} {format.spec}"] = found = check(options, shapes, format, pieces)
+            shown = ", ".join(f"{stack} {error:.1e}" for stack, error in found.items())
+            print(f"checked 2 layers of {shapes}, {format.spec}: logits off by {shown}", flush=True)
+        dense = None
+        for format in [*([] if shapes == "70b" else [None]), *formats]:
+            try:
+                row = measure(options, shapes, format, pieces)
+            except torch.OutOfMemoryError as reason:
+                print(f"{shapes} {format.spec if format else 'dense'}: does not fit ({str(reason).split('.')[0]})", flush=True)
+                continue
+            rows.append(row | {"fused compiled": pieces.compiled})
+            dense = rows[-1] if format is None else dense
+            describe(rows[-1], dense, copy, options.stacks)
+            print(f"  ({time.perf_counter() - began:.0f} s so far)", flush=True)
+    return rows, errors
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--shapes", default="8b", help="8b, 70b (packed alone), or both with a comma between")
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--stacks", default="fused,transformers")
+    parser.add_argument("--backend", default="auto", help="cuda, cuda-int8, ...")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plain-pieces", action="store_true", help="the fused stack without torch.compile")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a toy's shapes, to try this script")
+    parser.add_argument("--json", action="store_true", help="nothing but the last line on stdout, the rest on stderr")
+    options = parser.parse_args()
+    options.device = torch.device(options.device)
+    options.dtype = torch.float16 if options.device.type == "cuda" else torch.float32
+    options.bits = [int(bits) for bits in options.bits.split(",") if bits]
+    options.shapes = ["tiny"] if options.tiny else options.shapes.split(",")
+    options.stacks = options.stacks.split(",")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("no CUDA device")
+    out, sys.stdout = sys.stdout, sys.stderr if options.json else sys.stdout
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    name = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
+    facts: dict[str, Any] = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+    facts |= {"cuda": torch.version.cuda, "prompt": options.prompt, "new": options.new, "backend": options.backend}
+    facts["copy TB/s"] = copy = copy_bandwidth(options.device)
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, copy {copy:.2f} TB/s", flush=True)
+    rows, errors = run(options, copy)
+    print(json.dumps(facts | {"checks": errors, "rows": rows}), file=out, flush=True)
+    if not all(row[stack]["graph as eager"] for row in rows for stack in options.stacks):
+        sys.exit("a graph failed or wrote other tokens than its eager loop")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""``seedlm bench``."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from seedlm.cli.console import in_bytes, show
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="Model folder or Hub repository, compressed or not.")],
+    tokens: Annotated[int, typer.Option(help="New tokens.", metavar="N")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens before them, random ones.", metavar="N")] = 512,
+    repeats: Annotated[int, typer.Option(help="Runs of which the median is shown.", metavar="N")] = 3,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="A static cache, compiled by transformers, with CUDA graphs. Takes minutes.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")] = "auto",
+    explain: Annotated[bool, typer.Option("--explain", help="Only say which backend multiplies, and why no other.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure how fast a model generates here: compressed, dense, and in bitsandbytes' NF4 where that is installed."""
+    from transformers.utils import logging
+
+    from seedlm.evaluation.speed import Settings, explain_backends, measure_speed
+
+    if explain:
+        kinds = explain_backends(model, device)
+        print(json.dumps(kinds, indent=2)) if as_json else _print_backends(kinds)
+        return
+    logging.set_verbosity_error()  # it warns of prompts that are longer than a model is used to
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    counts = {"tokens": tokens, "prompt_tokens": prompt_tokens, "repeats": repeats}
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    found = measure_speed(model, Settings(**counts, compiled=compiled, **where))
+    print(json.dumps(found, indent=2)) if as_json else _print_rows(found)
+
+
+def _print_rows(found: dict[str, Any]) -> None:
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    compiled = "compiled" if found["compiled"] else "not compiled"
+    show(f"{found['model']}: {found['tokens']} tokens after {found['prompt_tokens']}, batch 1, {found['dtype']}, {compiled}")
+    show(f"{found['device_name']} ({found['device']}), {versions}")
+    show(f"{'':8}{'tokens/s':>10}{'first token':>14}{'prompt tokens/s':>18}{'weights':>12}{'peak':>12}")
+    for row in found["rows"]:
+        peak = in_bytes(row["peak_bytes"]) if row["peak_bytes"] is not None else "-"
+        backends = ", ".join(f"{name} ({count} layers)" for name, count in row.get("backends", {}).items())
+        show(
+            f"{row['what']:8}{row['tokens_per_second']:>10.1f}{1e3 * row['first_token_seconds']:>11.1f} ms"
+            f"{row['prompt_tokens_per_second']:>18.1f}{in_bytes(row['weight_bytes']):>12}{peak:>12}  {backends}".rstrip()
+        )
+    for what, reason in found["left_out"].items():
+        show(f"{what:8}{reason}")
+
+
+def _print_backends(kinds: list[dict[str, Any]]) -> None:
+    for kind in kinds:
+        rows, columns = kind["shape"]
+        show(f"{kind['format']} {rows}x{columns}, {kind['weights']} weights: {kind['backend']}")
+        for name, reason in kind["others"].items():
+            show(f"  not {name}: {reason}")

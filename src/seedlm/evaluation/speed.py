@@ -1,0 +1,181 @@
+"""How fast a model writes on a user's own device: packed as it is, dequantized, and in bitsandbytes' NF4.
+
+Every row goes through `model.generate`, batch 1, greedy, from the same random prompt. The time to the first token is a run of
+one new token; tokens per second are those of the others, from the difference to a whole run. Memory is that of all weights,
+and on CUDA the most that torch had allocated while generating.
+"""
+
+import gc
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from seedlm.codes.base import Format
+from seedlm.codes.registry import parse_format
+from seedlm.device import choose_device
+from seedlm.errors import EvaluationError
+from seedlm.inference import backend
+from seedlm.integrations.transformers import models
+from seedlm.modeling.quantize import choose_modules, dequantize_model, seed_linears
+from seedlm.storage.checkpoint import Checkpoint
+from seedlm.storage.source import locate
+from seedlm.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured.
+
+    tokens          new tokens, at least 2
+    prompt_tokens   random tokens before them
+    repeats         runs of which the median is taken, after one that does not count
+    compiled        a static cache, for which transformers compiles the model and uses CUDA graphs: CUDA only
+    device, dtype   as for `generate`
+    Raises EvaluationError for a value that cannot be.
+    """
+
+    tokens: int = 128
+    prompt_tokens: int = 512
+    repeats: int = 3
+    compiled: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 2), ("prompt_tokens", 1), ("repeats", 1)):
+            if (value := getattr(self, name)) < least:
+                raise EvaluationError(f"{name} must be at least {least}, got {value}")
+        if self.dtype not in models.DTYPES:
+            raise EvaluationError(f"dtype must be one of {', '.join(models.DTYPES)}, got {self.dtype!r}")
+
+
+def measure_speed(model: str, settings: Settings | None = None) -> dict[str, Any]:
+    """The table of a model, packed or not.
+
+    returns   what it was measured with; "rows", what was measured of "packed", "dense", "nf4"; "left_out", why others were not
+    Raises EvaluationError, SourceError, CheckpointError or BackendError.
+    """
+    settings = settings or Settings()
+    device, path = choose_device(settings.device), locate(model)
+    if settings.compiled and device.type != "cuda":
+        raise EvaluationError(f"transformers compiles for CUDA devices only, this is {device}")
+    trust = settings.trust_remote_code
+    network = models.load_model(path, device=device, dtype=settings.dtype, packed=True, trust_remote_code=trust)
+    longest, needed = models.longest_text(network), settings.prompt_tokens + settings.tokens
+    if longest is not None and needed > longest:
+        raise EvaluationError(f"the model knows {longest} positions, prompt and new tokens are {needed}: ask for fewer")
+    rows, left_out = [], {}
+    layers = [layer for _, layer in seed_linears(network)]
+    if layers:
+        kinds = [(layer.backend, layer.format, (layer.out_features, layer.in_features)) for layer in layers]
+        used = Counter(backend.choose(name, device, *kind).name for name, *kind in kinds)
+        rows.append({"what": "packed", "backends": dict(used), **_time(network, settings)})
+        dequantize_model(network, network.dtype)
+    else:
+        left_out["packed"] = "the model is not compressed"
+    rows.append({"what": "dense", **_time(network, settings)})
+    if reason := _reason_no_nf4(device):
+        left_out["nf4"] = reason
+    else:
+        _to_nf4(network)
+        rows.append({"what": "nf4", **_time(network, settings)})
+    return {
+        "model": model,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "versions": {"seedlm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "tokens": settings.tokens,
+        "prompt_tokens": settings.prompt_tokens,
+        "compiled": settings.compiled,
+        "rows": rows,
+        "left_out": left_out,
+    }
+
+
+def explain_backends(model: str, device: str = "auto") -> list[dict[str, Any]]:
+    """For each format and shape of a compressed folder: how many weights have it, which backend "auto" takes, why not others.
+
+    Only the files' headers are read. Raises SourceError, CheckpointError or BackendError.
+    """
+    where = choose_device(device)
+    kinds: Counter[tuple[Format, tuple[int, int]]] = Counter(
+        (info.format, info.shape) for info in Checkpoint.open(locate(model)).packed.values()
+    )
+    found = []
+    for (format, shape), count in kinds.items():
+        reasons = backend.explain(where, format, shape)
+        chosen = backend.choose(backend.AUTO, where, format, shape).name
+        others = {name: reason or "slower, or chosen by name only" for name, reason in reasons.items() if name != chosen}
+        found.append({"format": format.spec, "shape": [*shape], "weights": count, "backend": chosen, "others": others})
+    return found
+
+
+@torch.inference_mode()
+def _time(network: Any, settings: Settings) -> dict[str, Any]:
+    """The numbers of one row."""
+    device = network.device
+    known = network.config.get_text_config(decoder=True).vocab_size
+    prompt = torch.randint(known, (1, settings.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        _generate(network, prompt, settings.tokens if settings.compiled else 2, settings.compiled)
+        whole, first = (
+            statistics.median(_generate(network, prompt, count, settings.compiled) for _ in range(settings.repeats))
+            for count in (settings.tokens, 1)
+        )
+    except torch.OutOfMemoryError:
+        raise EvaluationError(f"generating does not fit into the memory of {device}") from None
+    states = (getattr(parameter, "quant_state", None) for parameter in network.parameters())  # bitsandbytes' scales
+    scales = [scale for state in states if state for scale in (state.absmax, state.state2.absmax, state.state2.code)]
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*network.parameters(), *network.buffers(), *scales)}
+    return {
+        "tokens_per_second": (settings.tokens - 1) / max(whole - first, 1e-9),
+        "first_token_seconds": first,
+        "prompt_tokens_per_second": settings.prompt_tokens / first,
+        "weight_bytes": sum(weights.values()),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def _generate(network: Any, prompt: Tensor, count: int, compiled: bool) -> float:
+    """Seconds of a run."""
+    options: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
+    options |= {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    start = time.perf_counter()
+    output = network.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    output.tolist()  # waits for the device
+    return time.perf_counter() - start
+
+
+def _reason_no_nf4(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"measured on CUDA devices only, this is {device}"
+    return None if find_spec("bitsandbytes") else "bitsandbytes is not installed: pip install bitsandbytes"
+
+
+def _to_nf4(network: Any) -> None:
+    """Put bitsandbytes' NF4 layers in place of those that `compress` would take; experts stay dense."""
+    import bitsandbytes
+
+    modules = dict(network.named_modules())
+    for name in choose_modules(network, parse_format("4")):
+        if isinstance(layer := modules.get(name), nn.Linear):
+            options: dict[str, Any] = {"compute_dtype": layer.weight.dtype, "quant_type": "nf4", "device": "meta"}
+            packed = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, **options)
+            weight = bitsandbytes.nn.Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
+            packed.weight = weight.to(layer.weight.device)
+            packed.register_parameter("bias", layer._parameters["bias"])
+            network.set_submodule(name, packed)
