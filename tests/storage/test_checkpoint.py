@@ -473,8 +473,6 @@ ODD = ["block-k15-c8-p2-q4-e4", "block-k24-c9-p5-q6-e3", "block-k2-c4-p1-q2-e1"]
 
 
 @pytest.mark.parametrize("spec", [*SPECS.values(), SMALL, *ODD])
-    "spec", [*SPECS.values(), SMALL, "block-k15-c8-p2-q4-e4", "block-k24-c9-p5-q6-e3", "block-k2-c4-p1-q2-e1"]
-)
 def test_a_zero_seed_is_found_in_every_block(spec):
     """Seeds that lie in one word, at its end, and over two words."""
     format = parse_format(spec)

@@ -10,6 +10,7 @@ before the model is handed out. ``SEEDLM_VERIFY=1`` in the environment checks ev
 """
 
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from seedlm.storage.gguf_check import read_gguf_header
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles
 from seedlm.storage.untrusted import read_config, read_json
 
+_SHARD: Final = re.compile(r"model-\d+-of-\d+\.safetensors", re.ASCII)
 VERIFY_VARIABLE: Final = "SEEDLM_VERIFY"
 
 
@@ -48,6 +50,10 @@ def check_folder(name: Any) -> None:
         Checkpoint.open(folder)
         if os.path.lexists(folder / INDEX_NAME) and "metadata" not in read_json(folder / INDEX_NAME, CheckpointError):
             raise CheckpointError(f"{folder / INDEX_NAME}: has no metadata, without which transformers does not read it")
+    elif folder is not None and os.path.lexists(folder / "config.json"):
+        found = [path.name for path in folder.glob("*.safetensors")]
+        if not found or any(_SHARD.fullmatch(name) for name in found):  # others may be a variant's
+            raise CheckpointError(f"{folder}: has no {SINGLE_NAME} and no {INDEX_NAME}")
 
 
 def open_files(files: Iterable[str]) -> Checkpoint:
