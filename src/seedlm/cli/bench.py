@@ -37,7 +37,7 @@ def bench(
     logging.set_verbosity_error()  # it warns of prompts that are longer than a model is used to
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    counts = {"tokens": tokens, "prompt_tokens": prompt_tokens, "repeats": repeats}
+    counts: dict[str, Any] = {"tokens": tokens, "prompt_tokens": prompt_tokens, "repeats": repeats}
     where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     found = measure_speed(model, Settings(**counts, compiled=compiled, **where))
     print(json.dumps(found, indent=2)) if as_json else _print_rows(found)

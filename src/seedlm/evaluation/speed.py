@@ -76,7 +76,7 @@ def measure_speed(model: str, settings: Settings | None = None) -> dict[str, Any
     layers = [layer for _, layer in seed_linears(network)]
     if layers:
         kinds = [(layer.backend, layer.format, (layer.out_features, layer.in_features)) for layer in layers]
-        used = Counter(backend.choose(name, device, *kind).name for name, *kind in kinds)
+        used = Counter(backend.choose(name, device, format, shape).name for name, format, shape in kinds)
         rows.append({"what": "packed", "backends": dict(used), **_time(network, settings)})
         dequantize_model(network, network.dtype)
     else:
