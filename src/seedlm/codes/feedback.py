@@ -257,7 +257,9 @@ def _cholesky(matrix: Tensor) -> Tensor:
     size, rest = matrix.shape[-1], matrix.clone()
     for start in range(0, size, PANEL):
         stop = min(start + PANEL, size)
-        rest[..., start:, start:stop] = _compiled_panel(rest[..., start:, start:stop].mT.contiguous()).mT
+        rest[..., start:, start:stop] = _compiled_panel(
+            rest[..., start:, start:stop].mT.clone(memory_format=torch.contiguous_format)
+        ).mT
         high, low = _split(rest[..., stop:, start:stop])
         ahead, astern = torch.cat([high, low], -1), torch.cat([low, high], -1)
         for left in range(0, size - stop, _STRIPE):
