@@ -57,8 +57,8 @@ def test_packed_and_loaded_again_it_is_nearly_as_good(packed, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert len(list(seed_linears(model))) == 35
     ratio = perplexity(model, tokenizer) / perplexity(AutoModelForCausalLM.from_pretrained(STORIES), tokenizer)
-    # 1.22, 2.23 and 1.46: harsh, as it is the original's own most likely text
-    assert 1.0 < ratio < {"block 4": 1.35, "block 3": 2.8, "trellis 3-fast": 1.7}[format]
+    # 1.22, 2.23 and 1.19: harsh, as it is the original's own most likely text
+    assert 1.0 < ratio < {"block 4": 1.35, "block 3": 2.8, "trellis 3-fast": 1.35}[format]
 
 
 def test_it_tells_a_story_packed_or_dequantized(packed):
