@@ -190,7 +190,7 @@ def test_the_commands_measure_and_mix(tmp_path, monkeypatch):
     options = ("compress", tmp_path / "dense", out, "--backend", "torch")
     refused = run(*options, "--bits", "3.7", "--code", "block")
     assert "seedlm sensitivity" in str(refused.exception)
-    assert "a format of your own is not mixed" in str(run(*options, "--format", "4", "--sensitivity", file).exception)
+    assert "one of your own is not mixed" in str(run(*options, "--format", "4", "--sensitivity", file).exception)
     result = run(*options, "--bits", "3.7", "--code", "block", "--sensitivity", file)
     assert result.exit_code == 0, result.output
     assert "was measured on" not in result.output

@@ -113,7 +113,7 @@ def test_errors_are_one_line(llama, compressed, tmp_path, here):
     one_line(call("compress", llama, compressed[0], *FAST), "exists already")
     one_line(here("compress", tmp_path / "nix", tmp_path / "o"), "no such file or folder")
     one_line(here("generate", tmp_path / "nix", "Once"), "no such file or folder")
-    one_line(here("compress", llama, tmp_path / "o", "--bits", "5.5"), "unknown format '5.5'")
+    one_line(here("compress", llama, tmp_path / "o", "--bits", "9.5"), "unknown format '9.5'")
     one_line(here("compress", llama, tmp_path / "o", "--bits", "3.7", "--code", "block"), "are a mixture of formats")
     one_line(here("compress", llama, tmp_path / "o", "--exclude", "typo"), "no module with a weight matches")
     one_line(here("inspect", llama), "has no quantization_config")

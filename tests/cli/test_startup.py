@@ -40,7 +40,7 @@ def test_the_package_itself_imports_nothing_slow():
         ("inspect PACKED", 0),
         ("inspect nosuch", 2),
         ("compress nosuch out", 2),
-        ("compress PACKED out --bits 5.5", 2),
+        ("compress PACKED out --bits 9.5", 2),
         ("sensitivity nosuch -o out", 2),
     ],
 )

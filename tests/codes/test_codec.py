@@ -29,7 +29,7 @@ FORMATS = ["4", "3", "block-k5-c3-p2-q3-e3", "block-k24-c20-p5-q3-e6", "block-k1
 @pytest.mark.parametrize("spec", [f for f in FORMATS if "k24" not in f])
 def test_decode_is_the_formula(spec):
     """Against integer arithmetic in plain Python, register stepped state by state."""
-    format = parse_format(spec)
+    format = parse_format(spec, "block")
     codes = random_codes(format, 20)
     decoded = decode(codes, -3, format)
     size, count = format.block_size, format.num_coefficients
@@ -44,7 +44,7 @@ def test_decode_is_the_formula(spec):
 
 def test_decode_of_a_known_block():
     """K = 3 from seed 4 gives rows [2,5] [6,7] [3,1] [4,2] (paper, Figure 3); center 4, divisor 3."""
-    format = parse_format("block-k3-c4-p2-q4-e4")
+    format = parse_format("block-k3-c4-p2-q4-e4", "block")
     codes = BlockCodes(torch.tensor([4]), torch.tensor([1]), torch.tensor([[3, -2]]))
     expected = torch.tensor([[-2 * 3 - 1 * 2, 2 * 3 - 3 * 2, -1 * 3 + 3 * 2, 0 * 3 + 2 * 2]]) * 2 / 3
     torch.testing.assert_close(decode(codes, 0, format), expected, rtol=2e-7, atol=0)
@@ -83,7 +83,7 @@ def test_exponent_bias_puts_the_largest_weight_in_the_top_octave(sigma):
 
 @pytest.mark.parametrize("spec", ["4", "3", "block-k12-c5-p2-q4-e4"])
 def test_pseudo_inverse_and_span_agree_with_lapack(spec):
-    format = parse_format(spec)
+    format = parse_format(spec, "block")
     tables = basis(format)
     matrix = generator(torch.arange(format.num_seeds), format).double()
     expected = torch.linalg.pinv(matrix)
@@ -97,7 +97,7 @@ def test_pseudo_inverse_and_span_agree_with_lapack(spec):
 
 def test_dependent_columns_have_the_minimum_norm_inverse():
     """K = 2 has three states, so four columns cannot be independent in three rows."""
-    format = parse_format("block-k2-c4-p3-q4-e4")
+    format = parse_format("block-k2-c4-p3-q4-e4", "block")
     matrix = generator(torch.arange(3), format).double()
     expected = torch.linalg.pinv(matrix, rtol=1e-9)
     torch.testing.assert_close(basis(format).pinv.permute(2, 0, 1).double(), expected, rtol=0, atol=1e-6)
@@ -105,7 +105,7 @@ def test_dependent_columns_have_the_minimum_norm_inverse():
 
 
 def test_best_rounding_is_the_best_of_its_candidates():
-    format = parse_format("block-k7-c5-p2-q4-e4")
+    format = parse_format("block-k7-c5-p2-q4-e4", "block")
     tables = basis(format)
     block = torch.randn(1, 5, generator=torch.Generator().manual_seed(1)).double().float().double()
     position = torch.tensor([11])
@@ -126,7 +126,7 @@ def test_best_rounding_is_the_best_of_its_candidates():
 @pytest.mark.parametrize("blocks", [1, 7, 8, 9, 64])
 @pytest.mark.parametrize("spec", FORMATS)
 def test_packed_fields_come_back(spec, blocks):
-    format = parse_format(spec)
+    format = parse_format(spec, "block")
     codes = random_codes(format, 3, blocks)
     words = pack(*codes, format)
     assert words.shape == (3, -(-blocks * format.block_bits // 32))

@@ -1,5 +1,6 @@
 """Error feedback: its algebra against plain float64, its bytes against plain integers, and what it is for."""
 
+import importlib.util
 import math
 from fractions import Fraction
 
@@ -279,3 +280,17 @@ def test_a_panel_can_be_coded_by_integers_alone(step):
     expected, found = (feedback(weight, given, rounding(0.5), encode_panel=panel) for panel in (None, by_integers))
     assert torch.equal(expected[1], found[1])
     assert all(torch.equal(a, b) for a, b in zip(expected[0], found[0], strict=True))
+
+
+@pytest.mark.parametrize("width", [5, 64, 130])
+def test_the_compiled_factorization_has_the_same_bits(width, monkeypatch):
+    """Inputs of very unequal size, and two columns that are alike, whose pivot is nothing but rounding."""
+    pytest.importorskip("numba")
+    x = torch.randn(2, 3 * width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = x * torch.logspace(-3, 3, width, dtype=torch.float64)
+    x[1, :, -1] = x[1, :, 0]
+    compiled = coefficients(x.mT @ x, damping=0.0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    plain = coefficients(x.mT @ x, damping=0.0)
+    assert torch.equal(compiled.values, plain.values)
+    assert torch.equal(compiled.shift, plain.shift)

@@ -34,7 +34,7 @@ def test_stored_bits_count_tails_padding_and_bias():
 
 @pytest.mark.parametrize("spec", ["4", "3", "block-k24-c20-p5-q3-e6", "block-k2-c1-p1-q2-e1"])
 def test_written_forms_read_back(spec):
-    format = parse_format(spec)
+    format = parse_format(spec, "block")
     assert parse_format(format.spec) == format
     assert format_from_dict(format.to_dict()) == format
 
@@ -59,7 +59,7 @@ def test_impossible_formats_are_refused(change, message):
 @pytest.mark.parametrize("text", ["5.5", "", "block-k16-c8-p3", "block-k16-c8-p3-q4-e4 ", "trellis-k16-c8-p3-q4-e4"])
 def test_unknown_specifications_are_refused(text):
     with pytest.raises(FormatError, match=r"unknown format .* presets are 5, 4.5, 4, 3.5, 3, 2.5, 2 \(bits"):
-        parse_format(text)
+        parse_format(text, "block")
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def test_json_forms_are_checked(data, message):
 
 @pytest.mark.parametrize("bits", ["3.5", 3.5, PRESETS["3.5"], PRESETS["3.5"].spec], ids=["text", "number", "format", "spec"])
 def test_a_format_is_told_in_any_of_its_forms(bits):
-    assert parse_format(bits) == PRESETS["3.5"]
+    assert parse_format(bits, "block") == PRESETS["3.5"]
 
 
 @pytest.mark.parametrize("wrong", [6, 3.7, float("nan"), None, ["4"], True], ids=str)
 def test_what_is_no_format_is_refused(wrong):
     with pytest.raises(FormatError, match="unknown format"):
-        parse_format(wrong)
+        parse_format(wrong, "block")

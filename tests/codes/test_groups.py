@@ -15,7 +15,7 @@ SPECS += ["block-k6-c4-p4-q4-e2", "block-k9-c5-p4-q4-e2"]
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_rows_and_slack_bound_every_seed(spec):
-    format = parse_format(spec)
+    format = parse_format(spec, "block")
     found = groups(format)
     everyone = torch.cat([part.position.flatten() for part in found])
     assert torch.equal(everyone.unique(), torch.arange(format.num_seeds, dtype=torch.int32))
@@ -34,7 +34,7 @@ def test_rows_and_slack_bound_every_seed(spec):
 
 @pytest.mark.parametrize("spec", ["5", "3.5"])
 def test_a_complement_gives_the_residual_itself(spec):
-    format = parse_format(spec)
+    format = parse_format(spec, "block")
     (part,) = groups(format)
     assert part.complement
     span = basis(format).span.permute(2, 0, 1)[part.position.long()]  # [groups, 2, P, C]

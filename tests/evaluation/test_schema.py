@@ -36,7 +36,7 @@ RESULTS = [
     (put("model", "bytes", -1), "model bytes: input should be greater than or equal to 0"),
     (put("model", "format", ["x"]), "model format: input should be a valid string"),
     (put("settings", "context", 1), "settings context: input should be greater than or equal to 2"),
-    (put("tasks", "arc_easy", "acc", None), "tasks arc_easy acc: input should be"),
+    (put("tasks", "arc_easy", "acc", None), "tasks arc_easy: acc must be left out"),
     (put("tasks", "arc_easy", "acc_norm", None), "acc_norm must be left out"),
     (put("run", "baseline", {"name": "nf4"}), "lacks run baseline bits_per_weight"),
     (put("records", {"file": "../x", "sha256": "0" * 64}), "records file: must be the plain name of a file"),

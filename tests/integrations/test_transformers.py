@@ -11,9 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from seedlm.codes.block.format import PRESETS
 from seedlm.codes.encoded import encode
-from seedlm.codes.registry import parse_format
+from seedlm.codes.registry import family, parse_format
 from seedlm.errors import CheckpointError, FormatError
 from seedlm.integrations.transformers import quantizer as hf
 from seedlm.modeling.linear import SeedLinear
@@ -24,13 +23,13 @@ FORMAT = parse_format("block-k8-c8-p3-q4-e4")
 IDS = torch.arange(1, 13).view(2, 6)
 
 
-@pytest.mark.parametrize(("bits", "name"), [(None, "4"), (4, "4"), (2.5, "2.5"), (3.0, "3"), ("4.5", "4.5")])
+@pytest.mark.parametrize(("bits", "name"), [(None, "4"), (4, "4"), (3.0, "3"), ("2-fast", "2-fast")])
 def test_bits_name_a_preset_as_a_number_or_as_text(bits, name):
-    assert hf.SeedLMConfig(bits).format == PRESETS[name].to_dict()
+    assert hf.SeedLMConfig(bits).format == family("trellis").presets[name].to_dict()
 
 
 def test_bits_without_a_preset_are_refused():
-    with pytest.raises(FormatError, match=r"unknown format '2\.7'; presets are 5, "):
+    with pytest.raises(FormatError, match=r"unknown format '2\.7'; presets are 2, "):
         hf.SeedLMConfig(2.7)
 
 

@@ -165,8 +165,8 @@ def test_invalid_codes_are_found(damage, message):
 
 def test_a_number_of_bits_is_a_format_and_one_pattern_needs_no_list():
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(16, 8))
-    assert compress_model(model, 3.5, exclude="1", include="*", backend="torch").keys() == {"0"}
-    assert "tensor(" not in repr(encode(torch.zeros(4, 16), 3.5, backend="torch")[0])
+    assert compress_model(model, "3-fast", exclude="1", include="*").keys() == {"0"}
+    assert "tensor(" not in repr(encode(torch.zeros(4, 16), "3-fast")[0])
 
 
 def test_layers_of_one_input_share_it_where_their_family_is_fused():

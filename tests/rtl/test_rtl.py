@@ -80,7 +80,7 @@ def test_network_gives_every_seed_its_states():
 
 @pytest.mark.parametrize("spec", FORMATS)
 def test_decoder_gives_the_codec_s_sums_every_clock(spec):
-    format, count = parse_format(spec), 60
+    format, count = parse_format(spec, "block"), 60
     decoder = Decoder(format)
     codes = random_codes(format, count)
     codes.coefficients[0], codes.coefficients[1] = format.coefficient_range

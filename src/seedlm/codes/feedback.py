@@ -22,6 +22,7 @@ one rounded elementwise operation after another, which IEEE 754 fixes. Kernels m
 """
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -256,7 +257,9 @@ def _cholesky(matrix: Tensor) -> Tensor:
     size, rest = matrix.shape[-1], matrix.clone()
     for start in range(0, size, PANEL):
         stop = min(start + PANEL, size)
-        rest[..., start:, start:stop] = _factor_panel(rest[..., start:, start:stop].mT.contiguous()).mT
+        rest[..., start:, start:stop] = _compiled_panel(
+            rest[..., start:, start:stop].mT.clone(memory_format=torch.contiguous_format)
+        ).mT
         high, low = _split(rest[..., stop:, start:stop])
         ahead, astern = torch.cat([high, low], -1), torch.cat([low, high], -1)
         for left in range(0, size - stop, _STRIPE):
@@ -265,6 +268,18 @@ def _cholesky(matrix: Tensor) -> Tensor:
             trailing -= (high[..., left:, :] @ high[..., left:right, :].mT) * 2.0 ** (-2 * _PART_BITS)
             trailing -= (ahead[..., left:, :] @ astern[..., left:right, :].mT) * 2.0 ** (-3 * _PART_BITS - 1)
     return rest.tril()
+
+
+def _compiled_panel(columns: Tensor) -> Tensor:
+    """`_factor_panel`, by compiled code on the CPU where numba is installed."""
+    if importlib.util.find_spec("numba") is None:
+        return _factor_panel(columns)
+    from seedlm.codes.feedback_numba import factor_panel
+
+    panel = columns.flatten(0, -3) if columns.dim() > 2 else columns.unsqueeze(0)
+    panel = panel.cpu()
+    factor_panel(panel.numpy(), _LEAST_PIVOT)
+    return panel.view(columns.shape).to(columns.device)
 
 
 def _factor_panel(columns: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ STATISTICS_VERSION: Final = 1
 
 _KEY: Final = "statistics"
 _PRODUCTS_KEPT: Final = 2
-"""In checkpoints, k, o, q and v of a layer follow one another."""
+_PRODUCTS_BYTES: Final = 1 << 30
+"""In checkpoints, k, o, q and v of a layer follow one another; threads that work side by side are at several layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ class Statistics:
         with self._unpacking:
             product = self._products.pop(name, None)
             self._products[name] = self.inputs[name].product() if product is None else product
-            while len(self._products) > _PRODUCTS_KEPT:
+            while len(self._products) > _PRODUCTS_KEPT and _bytes(self._products) > _PRODUCTS_BYTES:
                 self._products.popitem(last=False)
             return Facts(largest, self._products[name], self.inputs[name].tokens, self.rows.get(layer))
 
@@ -204,3 +205,7 @@ def _input(name: str, tokens: int, tensors: dict[str, Tensor], path: Path) -> In
 
 def _is_size(values: Tensor) -> bool:
     return bool((values.isfinite() & (values >= 0)).all())
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
