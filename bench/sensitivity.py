@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -190,8 +191,9 @@ def mixtures(
     size = sum(map(math.prod, shapes.values()))
     plans: dict[str, dict[str, Format]] = {f"uniform {format}": dict.fromkeys(weights, format) for format in FAMILY.mixture}
     everywhere = dict.fromkeys(weights, 1.0)
+    mixed: dict[str, Any] = {"formats": FAMILY.mixture}
     for target in bits:
-        plans[f"mixed {target:g}"] = Mixture(bits=target, sensitivity=measured, formats=FAMILY.mixture).assign(shapes)
+        plans[f"mixed {target:g}"] = Mixture(bits=target, sensitivity=measured, **mixed).assign(shapes)
         plans[f"mixed {target:g}, all equally sensitive"] = Mixture(
             bits=target, sensitivity=everywhere, formats=FAMILY.mixture
         ).assign(shapes)
