@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     gguf = unpack(folder)
     out = folder / "smollm2-4bit"
     print(
-        "1/3  Compressing at 4 bits, by a text that the model writes first (a stopped run goes on where it was)",
+        "1/3  Compressing at 4 bits, by a text of its own (a stopped run goes on where it was)",
         file=sys.stderr,
     )
     if not out.exists():
