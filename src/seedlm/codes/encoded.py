@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seedlm.codes.base import EncodeOptions, Facts, Format, totals
 from seedlm.codes.registry import check_settings, family_of, parse_format
-from seedlm.errors import TensorError
+from seedlm.errors import FormatError, TensorError
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,7 @@ def encode(
     *,
     backend: str = "auto",
     hessian: Tensor | None = None,
+    tokens: int | None = None,
     on_progress: Callable[[int], None] | None = None,
     **settings: Any,
 ) -> tuple[EncodedTensor, float]:
@@ -57,7 +58,9 @@ def encode(
 
     weight     floating point [out_features, in_features], finite, not float64
     format     a format, or anything `parse_format` reads
-    hessian    X'X of the layer's inputs, [in_features, in_features], for error feedback; None goes by the weights alone
+    hessian    mean of x x' over the layer's inputs, [in_features, in_features], for error feedback, where the format's family
+               takes it; None goes by the weights alone
+    tokens     how many inputs it is a mean of; None stands for plenty, a hundred for each column
     settings   of the format's family: ``rounding="nearest"`` is the paper's for the block code
     returns    the encoded tensor, on the weight's device, and ||W - W^||_F^2
     Raises TensorError for a weight that cannot be encoded, BackendError for a backend that cannot run here, FormatError.
@@ -66,7 +69,15 @@ def encode(
     parsed = parse_format(format)
     check_settings([parsed], settings)
     shape = (weight.shape[0], weight.shape[1])
-    facts = Facts(largest=float(weight.detach().abs().max()), hessian=hessian)
+    largest = float(weight.detach().abs().max())
+    if hessian is None:
+        facts = Facts(largest)
+    elif not family_of(parsed).feedback:
+        raise FormatError(f"{parsed.family} codes take no error feedback")
+    elif hessian.shape != (shape[1], shape[1]):
+        raise TensorError(f"hessian must be {[shape[1], shape[1]]} for a weight {[*shape]}, got {[*hessian.shape]}")
+    else:
+        facts = Facts(largest, hessian, 100 * shape[1] if tokens is None else tokens)
     encoder = family_of(parsed).encoder(parsed, shape, facts, EncodeOptions(backend, settings), weight.device)
     parts, errors = encoder.rows(weight.detach(), on_progress or (lambda weights: None))
     parts |= encoder.rest()

@@ -108,12 +108,12 @@ def compress_checkpoint(
     with WorkFolder.claim(out) as work:
         if wanted.kind != "none" and any(family_of(each).feedback for each in candidates):
             clock.phase("observe")
-        observed = gather(work, wanted, candidates, model, path, devices, progress, tell)
+        observed = gather(work, wanted, candidates, model, path, selected.modules, devices, progress, tell)
         clock.phase("prepare")
         if isinstance(format, Mixture) and not format.sensitivity:
             format = observed.mixture(format, selected.modules, model)
         options = {**family_of(candidates[0]).defaults, **settings, **observed.record}
-        arguments = {**options, "include": sorted(include), "exclude": sorted(exclude)}
+        arguments = {**options, "statistics": observed.identity, "include": sorted(include), "exclude": sorted(exclude)}
         formats = plans.assign(format, selected)
         plan = plans.make(model, selected, formats, dtype=dtype, shard_bytes=shard_bytes, arguments=arguments)
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)

@@ -21,7 +21,7 @@ from seedlm.errors import FormatError, SeedLMError, SourceError
 from seedlm.storage.source import Source
 
 if TYPE_CHECKING:
-    pass
+    from seedlm.storage.statistics import Statistics
 
 STATISTICS_NAME: Final = "statistics.safetensors"
 _NOTE: Final = "statistics.json"
@@ -62,12 +62,20 @@ class Feedback:
 class Observed:
     """Statistics of a run.
 
-    file     where they are; None without
-    record   what config.json says of them: ``feedback`` is "none", "own text" or the name of a text that was data
+    file        where they are; None without
+    record      what config.json says of them: ``feedback`` is "none", "own text" or the name of a text that was data
+    identity    by which a run that is gone on with knows them again
     """
 
     file: Path | None = None
     record: Mapping[str, str] = field(default_factory=dict)
+    identity: str | None = None
+
+    @classmethod
+    def of(cls, found: "Statistics", file: Path) -> "Observed":
+        facts = found.facts
+        identity = f"{facts.weighting} {facts.sequences} x {facts.length}, text {facts.text[:16]}, model {facts.model[:16]}"
+        return cls(file.absolute(), {"feedback": facts.source}, identity)
 
     def mixture(self, wanted: Mixture, shapes: Mapping[str, tuple[int, int]], source: Source) -> Mixture:
         """A mixture with the sensitivities that follow from the statistics. Raises FormatError without any."""
@@ -89,6 +97,7 @@ def gather(
     formats: Sequence[Format],
     source: Source,
     path: Path,
+    shapes: Mapping[str, tuple[int, int]],
     devices: Sequence[torch.device],
     progress: Callable[[str, int, int], None],
     tell: Callable[[str], None],
@@ -104,26 +113,31 @@ def gather(
         return Observed()
     if wanted.kind == "none":
         return Observed(record={"feedback": "none"})
+    from seedlm.storage.statistics import Statistics
+
     if wanted.kind == "statistics":
         assert wanted.file is not None
-        from seedlm.storage.statistics import Statistics
-
-        return Observed(wanted.file.absolute(), {"feedback": Statistics.load(wanted.file).facts.source})
+        found = Statistics.load(wanted.file)
+        _check_fit(found, wanted.file, shapes, tell)
+        return Observed.of(found, wanted.file)
     device = devices[0] if devices else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sequences = wanted.sequences or _SEQUENCES["cuda" if device.type == "cuda" else "cpu"]
     known = {**asdict(wanted), "file": None, "sequences": sequences, "source": source.fingerprint}
     if wanted.file is not None:
         known["file"] = {"name": wanted.file.name, "bytes": wanted.file.stat().st_size}
+    known = json.loads(json.dumps(known))
     file, note = work.path / STATISTICS_NAME, work.path / _NOTE
-    name = wanted.file.name if wanted.file else "own text"
-    if file.exists() and note.exists() and json.loads(note.read_text()) == json.loads(json.dumps(known)):
-        return Observed(file, {"feedback": name})
+    if file.exists() and note.exists():
+        before = json.loads(note.read_text())
+        if before == known:
+            return Observed.of(Statistics.load(file), file)
+        work.hold_against(before, known, "statistics")
     try:
         _observe(path, file, wanted, sequences, device, progress)
     except (SeedLMError, torch.OutOfMemoryError, NotImplementedError) as reason:
         cause = " ".join(str(reason).split()).split(". ")[0]
         if wanted.kind != "auto":
-            raise SourceError(f"{path}: cannot be run for its statistics ({cause})") from reason
+            raise SourceError(f"no statistics for error feedback: {cause}") from reason
         tell(f"no error feedback: the model cannot be run here ({cause})")
         return Observed(record={"feedback": "none"})
     finally:
@@ -132,7 +146,25 @@ def gather(
     new = note.with_name(note.name + ".new")
     new.write_text(json.dumps(known))
     os.replace(new, note)
-    return Observed(file, {"feedback": name})
+    return Observed.of(Statistics.load(file), file)
+
+
+def _check_fit(
+    statistics: "Statistics", file: Path, shapes: Mapping[str, tuple[int, int]], tell: Callable[[str], None]
+) -> None:
+    """Raise SourceError for statistics of another model; a line for layers that have none."""
+    missing = [module for module in shapes if module not in statistics.reads]
+    if len(missing) == len(shapes):
+        raise SourceError(f"{file}: has statistics of no layer that is to be compressed: another model's")
+    if missing:
+        tell(f"no statistics of {len(missing)} of {len(shapes)} layers, which go by their weights alone: {missing[0]} ...")
+    for module, (rows, columns) in shapes.items():
+        if (read := statistics.input_of(module)) is None:
+            continue
+        if len(read.scale) != columns:
+            raise SourceError(f"{file}: {module} reads {len(read.scale)} features there, its weight has {columns} columns")
+        if module in statistics.rows and len(statistics.rows[module]) != rows:
+            raise SourceError(f"{file}: {module} has {len(statistics.rows[module])} outputs there, its weight has {rows} rows")
 
 
 def _observe(
@@ -154,7 +186,11 @@ def _observe(
         text: OwnText = OwnText(sequences=sequences, length=_LENGTH, seed=wanted.seed)
         tokens, name = write_text(model, text, on_progress=progress), OWN_TEXT
     else:
-        ids = open_tokenizer(path)(wanted.file.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+        try:
+            content = wanted.file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as reason:
+            raise SourceError(f"{wanted.file}: is not UTF-8 text (byte {reason.start})") from None
+        ids = open_tokenizer(path)(content, return_tensors="pt").input_ids[0]
         count = min(sequences, len(ids) // _LENGTH)
         if not count:
             raise SourceError(f"{wanted.file}: has {len(ids)} tokens, at least {_LENGTH} are needed")

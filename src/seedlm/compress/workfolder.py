@@ -171,6 +171,11 @@ class WorkFolder:
             raise OutputError(f"{self.path / _PLAN}: is damaged; delete {self.path} to start over") from None
         self._refuse(list(differences(old, plan)))
 
+    def hold_against(self, old: Any, new: Any, where: str) -> None:
+        """Raise OutputError if something is otherwise than it was when the run that is to be gone on with began."""
+        if (self.path / _PLAN).exists():
+            self._refuse(list(differences(old, new, where)))
+
     def _refuse(self, found: list[str]) -> None:
         """Raise OutputError if something differs."""
         if found:

@@ -19,13 +19,16 @@ from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.columns import encode_with_feedback, feedback_for
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.viterbi import choose, viterbi
-from seedlm.errors import BackendError
+from seedlm.errors import BackendError, FormatError, TensorError
 
 GAINS: Final[Mapping[int, Mapping[int, float]]] = {
     16: {1: 0.9, 2: 1.0, 3: 1.06, 4: 1.1, 5: 1.13, 6: 1.19, 7: 1.25, 8: 1.33},
     12: {1: 0.94, 2: 1.02, 3: 1.09, 4: 1.14, 5: 1.19, 6: 1.26},
 }
 """By state bits and rate: a row's scale is this times its root mean square. Measured on N(0,1), docs/log/encoder.md."""
+
+_LARGEST: Final = 1e36
+"""Sums of a block of such numbers are finite in float32."""
 
 _SEQUENCES: Final = 1 << 14
 """Sequences that a search is given at a time."""
@@ -39,6 +42,10 @@ class TrellisEncoder:
     ) -> None:
         if reason := _reason(options.backend, device):
             raise BackendError(reason)
+        if facts.largest > _LARGEST:
+            raise TensorError(f"a weight of {facts.largest:g} is too large for the transform, at most {_LARGEST:g} is allowed")
+        if options.settings.get("feedback", "none") != "none" and facts.hessian is None:
+            raise FormatError("errors are fed back by statistics, which `seedlm compress` gathers: leave out feedback here")
         self._format, self._backend = format, options.backend
         if options.backend == "auto" and device.type != "cpu" and choose(device) == "reference":
             device = torch.device("cpu")  # a GPU that the search does not know: the processor is faster than plain torch there

@@ -117,6 +117,7 @@ class SeedLMQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs: Any):
         if self.pre_quantized:
             self._places.check_codes()
+            del self._places  # it has files and locks, which a model's copies have no use for
         else:
             _compress_loaded(model, self.quantization_config)
             conversions = getattr(model, "_weight_conversions", None) or []
