@@ -28,7 +28,7 @@ from torch import Tensor
 from seedlm.codes.block.basis import generator, greville
 from seedlm.codes.block.codec import best_exponent, power_of_two
 from seedlm.codes.block.format import MAX_BLOCK_BITS, BlockFormat, Rounding, check_rounding
-from seedlm.compress.worker import pieces
+from seedlm.compress.worker import Target, pieces
 from seedlm.errors import FormatError, TensorError
 from seedlm.storage.checkpoint import PackedInfo
 from seedlm.storage.selection import matrices_of, select
@@ -134,7 +134,7 @@ def model_blocks(source: Source, count: int, seed: int = 0) -> Tensor:
     samples = []
     for (module, (name, shape, stack)), share in zip(matrices.items(), shares.tolist(), strict=True):
         if share:
-            (weight,) = pieces(source, name, module, PackedInfo(format, shape, stack), math.prod(shape))
+            (weight,) = pieces(source, name, Target(module, PackedInfo(format, shape, stack)), math.prod(shape))
             rows = torch.randint(shape[0], (share, 1), generator=random)
             starts = torch.randint(shape[1] - width + 1, (share, 1), generator=random)
             scale = weight.float().square().mean().sqrt().clamp_min(1e-30)

@@ -245,7 +245,7 @@ def _write_rest(
         size = sum(info.nbytes for item in items for info in item.stored.values())
         weight_map = {name: file for file, shard in shards.items() for item in shard for name in item.stored}
         work.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-    facts = {item.module: work.done[item.key] for item in items if item.module}
+    facts = {item.target.module: work.done[item.key] for item in items if item.target}
     errors = {module: (found["squared_error"], found["squared_norm"]) for module, found in facts.items()}
     work.write_json(report.REPORT_NAME, report.recorded(source_bytes, errors))
     work.write_json("config.json", config)

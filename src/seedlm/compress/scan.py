@@ -99,13 +99,13 @@ def scan(
 
 def _nbytes(source: Source, item: Item) -> int:
     info = source.tensors[item.name]
-    return info.nbytes // info.shape[0] if item.packed and item.packed.stack else info.nbytes
+    return info.nbytes // info.shape[0] if item.target and item.target.packed.stack else info.nbytes
 
 
 def _scan(source: Source, item: Item, tell: Callable[[int], None]) -> Scan:
     digest, info = hashlib.sha256(), source.tensors[item.name]
     largest, nan, inf = 0, 0, 0
-    if item.packed is None:
+    if item.target is None:
         for chunk in source.chunks(item.name):
             converted(chunk, info, item.stored[item.name], item.name)
             digest.update(chunk)
@@ -113,7 +113,7 @@ def _scan(source: Source, item: Item, tell: Callable[[int], None]) -> Scan:
         return Scan(digest.hexdigest())
     signed, unsigned, infinity = _BITS[info.dtype]
     mask = np.iinfo(signed).max
-    for piece in pieces(source, item.name, f"{item.module}", item.packed, _PIECE_WEIGHTS):
+    for piece in pieces(source, item.name, item.target, _PIECE_WEIGHTS):
         data = as_bytes(piece)
         digest.update(data)
         bits = np.frombuffer(data, signed)
