@@ -12,7 +12,7 @@ import torch
 from seedlm.codes.block.format import PRESETS
 from seedlm.errors import EvaluationError
 from seedlm.evaluation.baselines import METHODS, apply_baseline, baseline_names, divisor, parse_baseline, round_trip
-from seedlm.evaluation.measure import perplexity
+from seedlm.evaluation.perplexity import perplexity
 from seedlm.evaluation.run import Settings, Text, evaluate
 from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules

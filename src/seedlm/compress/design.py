@@ -11,9 +11,9 @@ ascending order of it: with v = q 2^e,
     ||w - U v||^2  =  ||w||^2 - 2 v' U'w + v' U'U v
 
 costs P^2 products. Only so many seeds of least residual are looked at. Where the next one could still win, the block's
-error is known between two ends, and both are reported: `Measured.nmse` is what was found, `Measured.at_least` what no seed can
+error is known between two ends, and both are reported: `Rated.nmse` is what was found, `Rated.at_least` what no seed can
 undercut. With 4 bits a coefficient they coincide. With 2 bits rounding outweighs the residual, which then says little about a
-seed: `Measured.contenders` is how many seeds an exact search would have to score, and what such a format costs to use.
+seed: `Rated.contenders` is how many seeds an exact search would have to score, and what such a format costs to use.
 """
 
 import itertools
@@ -54,7 +54,7 @@ _CORNERS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Rated:
     """What a format leaves of some blocks, as shares of their energy: relative errors squared.
 
     nmse             error of the best code found
@@ -150,7 +150,7 @@ def measure(
     kept: int = _KEPT,
     prune: bool = False,
     on_progress: Callable[[int], None] | None = None,
-) -> Iterator[Measured]:
+) -> Iterator[Rated]:
     """The error that the best of all seeds leaves, for every format, in descending order of K, C and P.
 
     samples       float32 [N, W], W at least the largest block
@@ -174,7 +174,7 @@ def measure(
             on_progress(len(group))
 
 
-def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Rounding, kept: int, limit: float) -> list[Measured]:
+def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Rounding, kept: int, limit: float) -> list[Rated]:
     """`measure` of formats that share K, C and P; nothing if their residual alone exceeds the limit."""
     shape, device = formats[0], samples.device
     blocks = samples[:, : shape.block_size].double()
@@ -203,7 +203,7 @@ def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Roundi
         nmse = error.sum() / energy.sum()
         deviation = (error - nmse * energy).square().mean().sqrt() / energy.mean()
         results.append(
-            Measured(
+            Rated(
                 format=format,
                 nmse=float(nmse),
                 standard_error=float(deviation) / math.sqrt(len(blocks)),

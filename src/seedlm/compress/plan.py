@@ -11,7 +11,7 @@ from typing import Any, Final
 from seedlm.codes.base import Format
 from seedlm.codes.registry import family_of
 from seedlm.compress.allocate import Mixture, most_common
-from seedlm.compress.worker import Item, Place, Target
+from seedlm.compress.worker import Destination, Item, Target
 from seedlm.errors import OutputError, SourceError
 from seedlm.modeling.blueprint import survey
 from seedlm.storage import checkpoint
@@ -72,10 +72,10 @@ class Plan:
         """What is kept beside an unfinished run."""
         return {"seedlm": __version__, "arguments": self.arguments, "source": self.source}
 
-    def places(self) -> dict[Item, Place]:
+    def destinations(self) -> dict[Item, Destination]:
         """Where each item goes, in the order of the work: that of the files, one format after the other."""
         places = {
-            item: Place(file, {name: self.layouts[file].offsets[name] for name in item.stored})
+            item: Destination(file, {name: self.layouts[file].offsets[name] for name in item.stored})
             for file, shard in self.shards.items()
             for item in shard
         }

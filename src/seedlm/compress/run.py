@@ -26,21 +26,17 @@ from seedlm.compress.allocate import Mixture
 from seedlm.compress.plan import DTYPES, Plan, parse_size
 from seedlm.compress.scan import Scan, scan
 from seedlm.compress.statistics import Feedback, gather
-from seedlm.compress.worker import Item, Job, Place, Unit
+from seedlm.compress.worker import Destination, Item, Job, Unit
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.device import choose_devices, peak_memory
 from seedlm.errors import BackendError, FormatError, OutputError, TensorError
+from seedlm.progress import Progress
 from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
 from seedlm.storage.safetensors import INDEX_NAME
 from seedlm.storage.selection import as_patterns
 from seedlm.storage.source import Source, locate, open_source
-
-Progress = Callable[[str, int, int], None]
-"""Told (phase, done, total) of the phases ``text`` and ``statistics``, in tokens, then ``read``, in bytes, and ``compress``, in
-weights, side by side. A phase's first call says where it starts, which is not 0 when an earlier run is gone on with. From
-several threads, one call at a time."""
 
 
 def compress_checkpoint(
@@ -151,7 +147,7 @@ def _compress(
     work.stage(model.copy_side_files)
     clock.phase("compress")
     readers = torch.get_num_threads() // 2  # the other half feeds the search
-    return _run(work, runner, model, plan.places(), readers, progress)
+    return _run(work, runner, model, plan.destinations(), readers, progress)
 
 
 def _say_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -192,7 +188,7 @@ def _run(
     work: WorkFolder,
     runner: workers.Runner,
     source: Source,
-    places: Mapping[Item, Place],
+    places: Mapping[Item, Destination],
     readers: int,
     progress: Progress,
 ) -> list[workers.Finished]:

@@ -18,11 +18,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from seedlm.codes.base import EncodeOptions, Facts, Format, Tell, totals
+from seedlm.codes.base import EncodeOptions, Facts, Format, totals
 from seedlm.codes.encoded import EncodedTensor
 from seedlm.codes.registry import family_of
 from seedlm.compress.workfolder import Writer, sync, writing
 from seedlm.errors import SourceError, TensorError
+from seedlm.progress import Tell
 from seedlm.storage.metadata import PackedInfo, heading, stored_name
 from seedlm.storage.safetensors import TensorInfo, torch_dtype
 from seedlm.storage.source import Source, open_source
@@ -33,7 +34,7 @@ PIECE_WEIGHTS: Final = {"cpu": 1 << 22, "cuda": 1 << 23}
 
 
 _MARGIN: Final = 4
-"""Codes may stand for more than the largest weight; where that is beyond this share of a dtype's range, they are decoded."""
+"""Codes may stand for more than the largest weight; where that is beyond this share of a dtype's range, they are checked."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """A file to be written into, and where: stored name -> byte."""
 
     file: str
@@ -106,10 +107,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Unit:
-    """What a worker is given: an item, its place, and the largest magnitude in it, if it is to be encoded."""
+    """What a worker is given: an item, where it goes, and the largest magnitude in it, if it is to be encoded."""
 
     item: Item
-    place: Place
+    destination: Destination
     largest: float
 
 
@@ -147,8 +148,8 @@ class Worker:
         Raises SourceError, TensorError, BackendError, OSError; whatever `tell` raises ends the unit.
         """
         item = unit.item
-        self._open(unit.place.file)
-        with writing(self.job.folder / unit.place.file, unit.place.offsets, item.headings) as writer:
+        self._open(unit.destination.file)
+        with writing(self.job.folder / unit.destination.file, unit.destination.offsets, item.headings) as writer:
             if item.target is None:
                 self._copy(item, writer)
                 return {"sha256": writer.digests}
@@ -220,7 +221,7 @@ class Worker:
             weight = EncodedTensor(format, shape, {name: torch.cat(kept[name]) for name in parts}).dequantize(dtype)
             if count := int((~weight.isfinite()).sum()):
                 raise TensorError(
-                    f"{item.name}: holds {largest:g}, and {count} of its weights would decode to infinity in {dtype}; "
+                    f"{item.name}: holds {largest:g}, and {count} of its weights would dequantize to infinity in {dtype}; "
                     "--exclude keeps it as it is"
                 )
         error, norm = totals(errors)

@@ -11,7 +11,6 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from seedlm.device import choose_device, peak_host_memory
 from seedlm.errors import EvaluationError
-from seedlm.evaluation import measure
+from seedlm.evaluation import perplexity
 from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
 from seedlm.evaluation.journal import Journal, check_free, replacing
 from seedlm.evaluation.layer_errors import compare_layers
@@ -33,11 +32,9 @@ from seedlm.evaluation.prompts import continue_prompts
 from seedlm.evaluation.records import EVALUATION_VERSION, finite, pack_records, records_path, token_records
 from seedlm.evaluation.zeroshot import check_tasks, zero_shot
 from seedlm.integrations.transformers import models
+from seedlm.progress import Progress
 from seedlm.storage.source import locate
 from seedlm.version import __version__
-
-Progress = Callable[[str, int, int], None]
-"""Called with "evaluate", the tokens scored so far, and all tokens to score."""
 
 _ROWS: Final = "the lines as dataset rows (a blank line is an empty row), joined by a blank line: '\\n\\n'.join(rows)"
 _AS_IS: Final = "the file as it is"
@@ -78,7 +75,7 @@ class Settings:
     batch_size   windows in one forward pass
     device       "auto", or a torch device
     dtype        "auto" (each model as it is stored; float32 for GGUF) or another of `models.DTYPES`
-    packed       leave packed weights packed, instead of expanding them once: less memory, slower
+    packed       leave packed weights packed, instead of dequantizing them once: less memory, slower
     baseline     quantise the model by another method first, one of `baselines.baseline_names`
     calibration  UTF-8 file of text for a baseline that is calibrated
     tasks        zero-shot tasks to do after the text, or groups of them, as the harness names them
@@ -148,7 +145,7 @@ def evaluate(
     model, reference   what `source.locate` finds: a folder, packed or not, a GGUF file, a Hub repository
     out                JSON file to write the results to, with its records beside it (`records`: tokens, layers, prompts,
                        tasks); with it, a run that was stopped can go on
-    tokens_out         .npz file to write the record of every prediction to: the fields of `measure.PAIR_RECORD`
+    tokens_out         .npz file to write the record of every prediction to: the fields of `perplexity.PAIR_RECORD`
                        [windows, context - 1], and token_ids [windows, context]
     revision           of the model on the Hub
     returns            the results, as `out` holds them
@@ -184,7 +181,7 @@ def evaluate(
         "seed": None,  # nothing is drawn
         "environment": _environment(device, ["lm_eval"] if settings.tasks else []),
     }
-    dtype = measure.RECORD if reference is None else measure.PAIR_RECORD
+    dtype = perplexity.RECORD if reference is None else perplexity.PAIR_RECORD
     record = np.dtype((dtype, settings.context - 1))
     with Journal.claim(out, plan, record, len(windows), settings.batch_size) as journal:
         loaded = [
@@ -202,7 +199,7 @@ def evaluate(
         baseline = apply_baseline(loaded[0], settings.baseline, calibration, tokenizer) if settings.baseline else None
         run = {"baseline": baseline, **_score(journal, windows, loaded, settings, device, on_progress)}
         records = np.concatenate(journal.records)
-        metrics = {name: asdict(estimate) for name, estimate in measure.summarize(records).items()}
+        metrics = {name: asdict(estimate) for name, estimate in perplexity.summarize(records).items()}
         if missing := [task for task in settings.tasks if task not in journal.tasks]:
             for task, *answers in zero_shot(
                 loaded[0],
@@ -219,7 +216,7 @@ def evaluate(
             packed = pack_records(
                 {
                     "tokens": token_records(windows.numpy(), records, tokenizer),
-                    "distributions": measure.distributions(records),
+                    "distributions": perplexity.distributions(records),
                     **_record_behaviour(loaded, tokenizer, windows, settings),
                     "tasks": {task: questions for task, (_, questions) in tasks.items()},
                 }
@@ -256,7 +253,7 @@ def _score(
     speeds = []
     if on_progress:
         on_progress("evaluate", done * settings.context, windows.numel())
-    batches = measure.score_windows(model, windows, reference=reference, batch_size=settings.batch_size, start=done)
+    batches = perplexity.score_windows(model, windows, reference=reference, batch_size=settings.batch_size, start=done)
     for records, seconds in batches:
         journal.add(records)
         speeds.append(len(records) * settings.context / seconds)
@@ -294,7 +291,7 @@ def _tokenize(text: Text, paths: list[Path], context: int, limit: int | None, tr
         theirs = models.load_tokenizer(other, trust_remote_code=trust)(text.content)["input_ids"]
         if theirs != ids:
             raise EvaluationError(f"{other} and {paths[0]} turn the text into different tokens: they have no common vocabulary")
-    windows = measure.cut_windows(torch.tensor(ids, dtype=torch.int64), context, limit)
+    windows = perplexity.cut_windows(torch.tensor(ids, dtype=torch.int64), context, limit)
     return windows, {
         "path": text.path,
         "form": text.form,

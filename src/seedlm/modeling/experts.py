@@ -18,10 +18,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from seedlm.codes.base import Format, Tell, relative_error
+from seedlm.codes.base import Format, relative_error
 from seedlm.codes.encoded import encode
 from seedlm.errors import TensorError
 from seedlm.modeling.linear import SeedLinear
+from seedlm.progress import Tell
 from seedlm.storage.checkpoint import Stack
 
 PACKED: Final = "packed"
