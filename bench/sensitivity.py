@@ -33,7 +33,7 @@ from seedlm.codes.registry import parse_format
 from seedlm.compress.allocate import Mixture
 from seedlm.device import choose_device
 from seedlm.evaluation import perplexity
-from seedlm.evaluation.run import Text
+from seedlm.evaluation.text import Text
 from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules
 

@@ -13,7 +13,8 @@ from seedlm.codes.block.format import PRESETS
 from seedlm.errors import EvaluationError
 from seedlm.evaluation.baselines import METHODS, apply_baseline, baseline_names, divisor, parse_baseline, round_trip
 from seedlm.evaluation.perplexity import perplexity
-from seedlm.evaluation.run import Settings, Text, evaluate
+from seedlm.evaluation.run import Settings, evaluate
+from seedlm.evaluation.text import Text
 from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules
 from tiny_models import STORIES

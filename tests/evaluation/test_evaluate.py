@@ -14,7 +14,8 @@ from seedlm import inspect_checkpoint
 from seedlm.errors import BackendError, EvaluationError, OutputError, SourceError
 from seedlm.evaluation import perplexity
 from seedlm.evaluation import run as evaluate
-from seedlm.evaluation.run import Settings, Text
+from seedlm.evaluation.run import Settings
+from seedlm.evaluation.text import Text
 from seedlm.integrations.transformers import models
 from seedlm.modeling.linear import SeedLinear
 from straightforward import straightforward
