@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,7 @@ def compress_checkpoint(
         raise FormatError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     devices = [] if workers_ray.is_ray(device) else choose_devices(device)
     candidates = list(format.formats) if isinstance(format, Mixture) else [format]
-    check_settings(candidates, settings)
-    for where, candidate in itertools.product(devices, candidates):
-        if backend != "auto" and (reason := family_of(candidate).reason_no_encoder(backend, where, candidate)):
-            raise BackendError(reason)
+    _check_encoding(candidates, devices, backend, settings)
     wanted = Feedback.parse(feedback)
     include, exclude = as_patterns(include), as_patterns(exclude)
     shard_bytes = parse_size(max_shard_size)
@@ -115,20 +112,30 @@ def compress_checkpoint(
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
         used = tuple(dict.fromkeys(formats.values()))
         job = Job(str(path), fingerprint, work.model, work.token, used, EncodeOptions(backend, settings), observed.file)
-        try:
-            with workers.start(job, devices, model) if devices else workers_ray.start(job, device) as runner:
-                done = _compress(work, runner, plan, model, clock, progress)
-        except TensorError:
-            if not work.resumed:  # these arguments cannot come to an end
-                work.remove()
-            raise
+        started = workers.start(job, devices, model) if devices else workers_ray.start(job, device)
+        done = _compress(work, started, plan, model, clock, progress)
         if done is not None:
             clock.phase("finish")
             _finish(work, plan, model, dtype, selected.dense, options)
         work.remove()
     clock.phase("")
+    return _report(out, devices, done or [], clock)
+
+
+def _check_encoding(
+    formats: Iterable[Format], devices: Iterable[torch.device], backend: str, settings: Mapping[str, Any]
+) -> None:
+    """FormatError for a setting that a family does not have, BackendError for a search that cannot run on a device."""
+    formats = list(formats)
+    check_settings(formats, settings)
+    for where, format in itertools.product(devices, formats):
+        if backend != "auto" and (reason := family_of(format).reason_no_encoder(backend, where, format)):
+            raise BackendError(reason)
+
+
+def _report(out: Path, devices: list[torch.device], done: list[workers.Finished], clock: "_Clock") -> RunReport:
+    """What is in the output, and how the run went."""
     host, held = peak_memory(devices[0] if devices else torch.device("cpu"))
-    done = done or []
     return RunReport(
         **vars(inspect_checkpoint(out)),
         devices=sorted({event.device for event in done}) or [str(where) for where in devices],
@@ -139,15 +146,26 @@ def compress_checkpoint(
 
 
 def _compress(
-    work: WorkFolder, runner: workers.Runner, plan: Plan, model: Source, clock: "_Clock", progress: Progress
+    work: WorkFolder,
+    started: AbstractContextManager[workers.Runner],
+    plan: Plan,
+    model: Source,
+    clock: "_Clock",
+    progress: Progress,
 ) -> list[workers.Finished] | None:
     """Everything up to the last tensor; None if an earlier run had published the output already."""
-    if work.begin(plan.to_dict(), plan.layouts, plan.headings()):
-        return None
-    work.stage(model.copy_side_files)
-    clock.phase("compress")
-    readers = torch.get_num_threads() // 2  # the other half feeds the search
-    return _run(work, runner, model, plan.destinations(), readers, progress)
+    try:
+        with started as runner:
+            if work.begin(plan.to_dict(), plan.layouts, plan.headings()):
+                return None
+            work.stage(model.copy_side_files)
+            clock.phase("compress")
+            readers = torch.get_num_threads() // 2  # the other half feeds the search
+            return _run(work, runner, model, plan.destinations(), readers, progress)
+    except TensorError:
+        if not work.resumed:  # these arguments cannot come to an end
+            work.remove()
+        raise
 
 
 def _say_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
