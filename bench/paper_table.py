@@ -75,7 +75,19 @@ def main() -> None:
     for bits in ("4", "3"):
         folder = options.work / f"{options.name}-{bits}bit-{options.rounding}"
         if not folder.exists():
-            seedlm("compress", source, str(folder), "--bits", bits, "--rounding", options.rounding, "--dtype", options.dtype)
+            seedlm(
+                "compress",
+                source,
+                str(folder),
+                "--code",
+                "block",
+                "--bits",
+                bits,
+                "--rounding",
+                options.rounding,
+                "--dtype",
+                options.dtype,
+            )
         results[bits] = evaluate(str(folder), bits, options)
     print(table(options.name, results))
 

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, read_sensitivity, write_sensitivity
 from seedlm.codes.block.format import PRESETS
+from seedlm.codes.registry import family, parse_format
 from seedlm.compress.allocate import Mixture
 from seedlm.compress.run import compress_checkpoint
 from seedlm.device import choose_device
@@ -177,8 +178,8 @@ def _compress(name: str, source: str, work: Path) -> str:
             if not sensitivity.exists():
                 network = models.load_model(Path(source), device=choose_device("auto"), dtype="float32")
                 write_sensitivity(sensitivity, source, OwnText(), measure_sensitivity(network, OwnText()))
-            format = Mixture(bits=_bits(name), sensitivity=read_sensitivity(sensitivity)[1])
-        compress_checkpoint(source, folder, format=format)
+            format = Mixture(bits=_bits(name), sensitivity=read_sensitivity(sensitivity)[1], formats=family("block").mixture)
+        compress_checkpoint(source, folder, format=format if isinstance(format, Mixture) else parse_format(format, "block"))
         torch.cuda.empty_cache()  # the GPU is shared
         (work / f"{name}.report.json").write_text(json.dumps(inspect_checkpoint(folder).to_dict()))
     return str(folder)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -190,10 +191,15 @@ def mixtures(
     size = sum(map(math.prod, shapes.values()))
     plans: dict[str, dict[str, Format]] = {f"uniform {format}": dict.fromkeys(weights, format) for format in FAMILY.mixture}
     everywhere = dict.fromkeys(weights, 1.0)
+    mixed: dict[str, Any] = {"formats": FAMILY.mixture}
     for target in bits:
-        plans[f"mixed {target:g}"] = Mixture(bits=target, sensitivity=measured).assign(shapes)
-        plans[f"mixed {target:g}, all equally sensitive"] = Mixture(bits=target, sensitivity=everywhere).assign(shapes)
-        plans[f"mixed {target:g}, fused layers alike"] = fused(Mixture(bits=target, sensitivity=measured), shapes)
+        plans[f"mixed {target:g}"] = Mixture(bits=target, sensitivity=measured, **mixed).assign(shapes)
+        plans[f"mixed {target:g}, all equally sensitive"] = Mixture(
+            bits=target, sensitivity=everywhere, formats=FAMILY.mixture
+        ).assign(shapes)
+        plans[f"mixed {target:g}, fused layers alike"] = fused(
+            Mixture(bits=target, sensitivity=measured, formats=FAMILY.mixture), shapes
+        )
     coded = {}
     for format in FAMILY.mixture:
         coded[format] = decoded(weights, format)
@@ -225,6 +231,7 @@ def fused(mixture: Mixture, shapes: dict[str, tuple[int, int]]) -> dict[str, For
     joint = Mixture(
         bits=mixture.bits,
         sensitivity={group: sum(mixture.sensitivity[name] for name in names) for group, names in groups.items()},
+        formats=FAMILY.mixture,
     )
     chosen = joint.assign(
         {group: (sum(shapes[name][0] for name in names), shapes[names[0]][1]) for group, names in groups.items()}

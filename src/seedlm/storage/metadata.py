@@ -205,7 +205,10 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> tuple[For
         format = format_from_dict(section.get("format"))
         others = {name: format_from_dict(data) for name, data in overrides.items()}
         formats = list({format, *others.values()})
-        check_settings(formats, {name: section.get(name) for name in family_of(format).defaults})
+        family = family_of(format)  # version 1 had to have them
+        check_settings(
+            formats, {name: section.get(name) for name in family.defaults if name in section or family.since_version == 1}
+        )
     except FormatError as reason:
         raise CheckpointError(f"{where}: {reason}") from None
     if section["format_version"] < version_of(formats):

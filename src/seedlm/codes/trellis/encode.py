@@ -18,7 +18,7 @@ from seedlm.codes.base import CODES, EncodeOptions, Facts, RowErrors, row_sums
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.columns import encode_with_feedback, feedback_for
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
-from seedlm.codes.trellis.viterbi import viterbi
+from seedlm.codes.trellis.viterbi import choose, viterbi
 from seedlm.errors import BackendError
 from seedlm.progress import Tell
 
@@ -41,6 +41,9 @@ class TrellisEncoder:
         if reason := _reason(options.backend, device):
             raise BackendError(reason)
         self._format, self._backend = format, options.backend
+        if options.backend == "auto" and device.type != "cpu" and choose(device) == "reference":
+            device = torch.device("cpu")  # a GPU that the search does not know: the processor is faster than plain torch there
+        self._device = device
         self._given = feedback_for(facts, format, device)
         self._importance = None if facts.importance is None else facts.importance.to(device)
         self._row = 0
@@ -50,7 +53,7 @@ class TrellisEncoder:
 
     def rows(self, weight: Tensor, tell: Tell) -> tuple[dict[str, Tensor], RowErrors]:
         format = self._format
-        rotated = hadamard.forward(weight.detach().float(), format.transform)
+        rotated = hadamard.forward(weight.detach().to(self._device).float(), format.transform)
         scales = self.row_scales(rotated)
         units = (scales.float() * self._unit).unsqueeze(1)
         if self._given is not None:

@@ -159,7 +159,7 @@ _PLAIN: Final = {str(rate): TrellisFormat(rate=rate) for rate in (2, 3, 4, 5, 6,
 FAST_PRESETS: Final[Mapping[str, TrellisFormat]] = {
     f"{rate}-fast": TrellisFormat(rate=rate, state_bits=12) for rate in (2, 3, 4, 5, 6)
 }
-"""12-bit states: a sixteenth of the encoder's work, 5 to 10 % more error (docs/log/encoder.md)."""
+"""12-bit states: a sixteenth of the encoder's work, 6 to 12 % more error at 2 to 4 bits (docs/log/encoder.md)."""
 
 PRESETS: Final[Mapping[str, TrellisFormat]] = {**_PLAIN, **FAST_PRESETS}
 """By bits per weight; the others have 16-bit states."""

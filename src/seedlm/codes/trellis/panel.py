@@ -70,7 +70,7 @@ def encode_panel(
     errors = torch.zeros_like(weight)
     words, values = [], []
     for column in range(columns):
-        taken = torch.zeros(count, rows, dtype=torch.float64) if fed is None else fed[:, column]
+        taken = torch.zeros(count, rows, dtype=torch.float64, device=weight.device) if fed is None else fed[:, column]
         if coefficients is not None and column:
             given = coefficients[strips.matrix.long(), :column, column]
             taken = taken + (errors[:, :column].double() * given.unsqueeze(-1)).sum(1)

@@ -12,16 +12,21 @@ rounding comes on top. The code has no rotation of the inputs, so activations ke
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
 from seedlm import nvrtc
 from seedlm.codes.base import CODES, Format
-from seedlm.codes.block.format import BlockFormat
+from seedlm.codes.block.format import PRESETS, BlockFormat
 from seedlm.codes.block.kernels import launch
 from seedlm.codes.dequantizing import DequantizingBackend
+
+_FUSED: Final = frozenset(PRESETS[bits] for bits in ("4", "3", "2"))
+_WIDE: Final = frozenset(PRESETS[bits] for bits in ("4", "3"))
+"""What the products, and the one of many tokens, have been held against float64 for on a GPU as they are now; weights of other
+formats are formed for torch's product (docs/log/products_block.md)."""
 
 
 class CudaBackend(DequantizingBackend):
@@ -53,13 +58,15 @@ class CudaBackend(DequantizingBackend):
         assert isinstance(format, BlockFormat)
         words, exponent_bias = prepared
         rows = x.reshape(-1, shape[1]).contiguous()
-        if len(rows) and rows.dtype in launch.TYPES:
+        if len(rows) and rows.dtype in launch.TYPES and format in _FUSED:
             index, vector_loads = _index(x.device), launch.has_vector_loads(words, format)
             if len(rows) <= launch.sources.MOST_BATCH:
                 if few := launch.plan(format, shape, len(rows), index, vector_loads):
                     return launch.product(rows, words, exponent_bias, few, bias).view(*x.shape[:-1], shape[0])
-            elif launch.sources.wide_pays(shape, len(rows), launch.processors(index)) and (
-                many := launch.wide_plan(format, shape[1], len(rows), index, vector_loads)
+            elif (
+                format in _WIDE
+                and launch.sources.wide_pays(shape, len(rows), launch.processors(index))
+                and (many := launch.wide_plan(format, shape[1], len(rows), index, vector_loads))
             ):
                 return launch.wide_product(rows, words, exponent_bias, many, bias).view(*x.shape[:-1], shape[0])
         return torch.nn.functional.linear(x, self.dequantize(prepared, format, shape, x.dtype), bias)

@@ -37,7 +37,6 @@ constexpr int CHUNKS = 4 * R;                          // 16-byte chunks of one 
 constexpr int PITCH = CHUNKS + (R == 2 || R == 6);     // in shared memory: chosen so that no two lanes meet in a bank
 constexpr int STAGE = (8 * PITCH + (NEIGHBOURS ? 32 : 0)) * 16;  // bytes
 constexpr int RING = WARPS * STAGES * STAGE;
-constexpr int BATCH = 4;  // tokens finished at once
 constexpr int ROW_PAD = 36, WIDE_PITCH = 65;  // against bank conflicts
 
 // With R = 4 and 8 a padding cannot do it: the chunks of a segment are exchanged among each other instead.
@@ -254,56 +253,30 @@ struct Rows {
     return p.parts_each == 2 ? (long long)p.x_sum[part] * p.half_base + p.x_sum[part + 1] : p.x_sum[part];
   }
 
-  // A few tokens at once, so that their atomics are under way together: each takes as long as hundreds of instructions.
   DEVICE void finish(const Problem& p, int* totals, int thread) const {
-    for (int token = 0; token < p.tokens; token += BATCH) {
-      long long sums[BATCH][2], middles[BATCH];
-      float x_scales[BATCH];
+    const int parts = p.tokens * p.parts_each;
+    for (int token = 0; token < p.tokens; token++) {
+      const int part = token * p.parts_each;
+      const long long middle = token ? middle_of(p, token) : first_middle;
+      const float x_scale = token ? p.x_scale[token] : first_x_scale;
 #pragma unroll
-      for (int b = 0; b < BATCH; b++)
-        if (token + b < p.tokens) {
-          middles[b] = token + b ? middle_of(p, token + b) : first_middle;
-          x_scales[b] = token + b ? p.x_scale[token + b] : first_x_scale;
-          sums[b][0] = sum_of(p, totals, thread, token + b), sums[b][1] = sum_of(p, totals, FINISHERS + thread, token + b);
+      for (int k = 0; k < 2; k++) {
+        const int row = k * FINISHERS + thread, y_row = panel * 256 + row;
+        long long sum = total(totals, parts, row, part);
+        if (p.parts_each == 2) sum = sum * p.half_base + total(totals, parts, row, part + 1);
+        if (y_row >= p.out) continue;
+        if (shares > 1) {
+          const u64 mine = (1ull << 48) + (u64)sum;
+          u64* word = p.sums + ((u64)token * slots + slot) * 256 + row;
+          const u64 now = atomicAdd(word, mine) + mine, arrived = (now + (1ull << 47)) >> 48;
+          if (arrived != shares) continue;
+          *word = 0;
+          sum = (long long)(now - (arrived << 48));
         }
-      if (shares > 1) {
-#pragma unroll
-        for (int i = 0; i < 2 * BATCH; i++)
-          if (token + i / 2 < p.tokens) sums[i / 2][i % 2] = share(word(p, token + i / 2, i % 2 * FINISHERS + thread), sums[i / 2][i % 2]);
+        const float value = (float)(sum - 510 * middle) * factors[k] * x_scale;
+        store_number(p.y, (u64)token * p.out + y_row, p.type, p.bias ? value + biases[k] : value);
       }
-#pragma unroll
-      for (int i = 0; i < 2 * BATCH; i++)
-        if (token + i / 2 < p.tokens)
-          write(p, token + i / 2, i % 2, thread, sums[i / 2][i % 2], middles[i / 2], x_scales[i / 2]);
     }
-  }
-
-  // The block's own sum of a row and token.
-  static DEVICE long long sum_of(const Problem& p, int* totals, int row, int token) {
-    const int parts = p.tokens * p.parts_each, part = token * p.parts_each;
-    const long long high = total(totals, parts, row, part);
-    return p.parts_each == 2 ? high * p.half_base + total(totals, parts, row, part + 1) : high;
-  }
-
-  DEVICE u64* word(const Problem& p, int token, int row) const { return p.sums + ((u64)token * slots + slot) * 256 + row; }
-
-  // Add to what blocks share; returns the word as it is then.
-  static DEVICE long long share(u64* word, long long sum) {
-    const u64 mine = (1ull << 48) + (u64)sum;
-    return (long long)(atomicAdd(word, mine) + mine);
-  }
-
-  DEVICE void write(const Problem& p, int token, int k, int thread, long long sum, long long middle, float x_scale) const {
-    const int row = k * FINISHERS + thread, y_row = panel * 256 + row;
-    if (shares > 1) {
-      const u64 arrived = ((u64)sum + (1ull << 47)) >> 48;
-      if (arrived != shares) return;
-      *word(p, token, row) = 0;
-      sum -= (long long)(arrived << 48);
-    }
-    if (y_row >= p.out) return;
-    const float value = (float)(sum - 510 * middle) * factors[k] * x_scale;
-    store_number(p.y, (u64)token * p.out + y_row, p.type, p.bias ? value + biases[k] : value);
   }
 };
 
