@@ -36,7 +36,8 @@ from seedlm.compress.run import compress_checkpoint
 from seedlm.device import choose_device
 from seedlm.evaluation.baselines import METHODS, baseline_names
 from seedlm.evaluation.prompts import PROMPTS
-from seedlm.evaluation.run import Settings, Text, evaluate
+from seedlm.evaluation.run import Settings, evaluate
+from seedlm.evaluation.text import Text
 from seedlm.evaluation.zeroshot import TASKS
 from seedlm.integrations.transformers import models
 from seedlm.storage.inspect import inspect_checkpoint

@@ -14,7 +14,7 @@ import time
 import torch
 
 from seedlm.codes.block.basis import basis, generator
-from seedlm.codes.block.encode import reason_unavailable
+from seedlm.codes.block.encode import reason_no_search
 from seedlm.codes.block.format import PRESETS, BlockFormat
 from seedlm.codes.block.search import torch_search
 
@@ -24,7 +24,7 @@ RUNS = 5
 
 
 def main() -> None:
-    reason = reason_unavailable("numba", torch.device("cpu"))
+    reason = reason_no_search("numba", torch.device("cpu"))
     if reason:
         raise SystemExit(reason)
     from seedlm.codes.block.search import numba_search

@@ -33,8 +33,8 @@ from seedlm.codes.block.format import PRESETS, BlockFormat
 from seedlm.codes.registry import parse_format
 from seedlm.compress.allocate import Mixture
 from seedlm.device import choose_device
-from seedlm.evaluation import measure
-from seedlm.evaluation.run import Text
+from seedlm.evaluation import perplexity
+from seedlm.evaluation.text import Text
 from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules
 
@@ -66,11 +66,11 @@ def main() -> None:
     measured = measure_sensitivity(model)
     note(f"sensitivities of {len(measured)} weights")
     results["sensitivity"] = measured = {name: measured[name] for name in weights}
-    windows = measure.cut_windows(tokens, options.final_context, options.final_windows)
+    windows = perplexity.cut_windows(tokens, options.final_context, options.final_windows)
     results["mixtures"] = mixtures(model, weights, measured, options.bits, windows)
     options.out.write_text(json.dumps(results))
 
-    windows = measure.cut_windows(tokens, options.context, options.windows)
+    windows = perplexity.cut_windows(tokens, options.context, options.windows)
     truth, total = single_weights(model, weights, windows, [parse_format(name) for name in options.truth])
     guesses = {"sensitivity": measured, **from_other_texts(model, weights), **from_weights(model, weights)}
     results |= {"truth": truth, "all weights": total, "guesses": guesses}
@@ -207,12 +207,12 @@ def mixtures(
     reference, lines = copy.deepcopy(model), []
     for label, plan in plans.items():
         with replaced(weights, {name: coded[format][name] for name, format in plan.items()}):
-            records = np.concatenate([found for found, _ in measure.score_windows(model, windows, reference=reference)])
+            records = np.concatenate([found for found, _ in perplexity.score_windows(model, windows, reference=reference)])
         line = {
             "plan": label,
             "bits": sum(stored_bits(plan[name], *shape) for name, shape in shapes.items()) / size,
             "predicted_kl": sum(measured[name] * FAMILY.mixture[format] for name, format in plan.items()),
-            **{key: asdict(value) for key, value in measure.summarize(records).items()},
+            **{key: asdict(value) for key, value in perplexity.summarize(records).items()},
         }
         lines.append(line)
         note(

@@ -22,7 +22,7 @@ from seedlm import Mixture, compress_checkpoint
 from seedlm.calibration.own_text import OwnText, write_text
 from seedlm.calibration.statistics import measure_statistics
 from seedlm.codes.registry import family, parse_format
-from seedlm.evaluation.measure import cut_windows, score_windows, summarize
+from seedlm.evaluation.perplexity import cut_windows, score_windows, summarize
 from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
 from seedlm.modeling.quantize import dequantize_model
 

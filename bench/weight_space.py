@@ -20,7 +20,7 @@ from seedlm import encode
 from seedlm.codes.base import stored_bits
 from seedlm.codes.block.format import PRESETS
 from seedlm.device import choose_device
-from seedlm.evaluation.baselines import METHODS, baseline_names, rebuild
+from seedlm.evaluation.baselines import METHODS, baseline_names, round_trip
 from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules
 
@@ -59,7 +59,7 @@ def measure(name: str, weights: list[Tensor]) -> tuple[float, float]:
             _, squared = encode(weight, format)
             stored += stored_bits(format, *weight.shape)
         else:
-            found, bits = rebuild(weight, name)
+            found, bits = round_trip(weight, name)
             squared = float((weight.double() - found.double()).square().sum())
             stored += bits
         error += squared

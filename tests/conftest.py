@@ -90,7 +90,7 @@ def here(capfd):
 @pytest.fixture
 def story(tmp_path):
     """A short text for a model of stories."""
-    from seedlm.evaluation.run import Text
+    from seedlm.evaluation.text import Text
     from tiny_models import STORY
 
     path = tmp_path / "story.txt"

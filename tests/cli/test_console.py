@@ -115,10 +115,10 @@ def test_a_config_that_could_not_be_written_is_refused_before_the_search(tmp_pat
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 65504.0), (torch.float32, 3.4e38)], ids=str)
-def test_codes_that_would_decode_to_infinity_are_refused(tmp_path, dtype, largest):
+def test_codes_that_would_dequantize_to_infinity_are_refused(tmp_path, dtype, largest):
     weight = torch.full((16, 16), largest).to(dtype)
     folder = save_tensors(tmp_path / "m", {"layers.0.up.weight": weight})
-    with pytest.raises(TensorError, match=r"would decode to infinity in torch.float"):
+    with pytest.raises(TensorError, match=r"would dequantize to infinity in torch.float"):
         compress_checkpoint(folder, tmp_path / "out", format=SMALL, backend="torch")
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ from seedlm.codes.block.codec import (
     best_exponent,
     block_scale,
     choose_exponent_bias,
-    decode,
+    dequantize,
     evaluate,
     power_of_two,
 )
@@ -27,11 +27,11 @@ FORMATS = ["4", "3", "block-k5-c3-p2-q3-e3", "block-k24-c20-p5-q3-e6", "block-k1
 
 
 @pytest.mark.parametrize("spec", [f for f in FORMATS if "k24" not in f])
-def test_decode_is_the_formula(spec):
+def test_dequantizing_is_the_formula(spec):
     """Against integer arithmetic in plain Python, register stepped state by state."""
     format = parse_format(spec, "block")
     codes = random_codes(format, 20)
-    decoded = decode(codes, -3, format)
+    found = dequantize(codes, -3, format)
     size, count = format.block_size, format.num_coefficients
     for block in range(20):
         seed, exponent, q = (field[block].tolist() for field in codes)
@@ -39,15 +39,15 @@ def test_decode_is_the_formula(spec):
         for c in range(size):
             total = sum((states[c * count + p] - format.center) * q[p] for p in range(count))
             exact = total * 2.0 ** (exponent - 3) / format.divisor
-            assert decoded[block, c].item() == pytest.approx(exact, rel=3e-7, abs=1e-38)
+            assert found[block, c].item() == pytest.approx(exact, rel=3e-7, abs=1e-38)
 
 
-def test_decode_of_a_known_block():
+def test_dequantizing_a_known_block():
     """K = 3 from seed 4 gives rows [2,5] [6,7] [3,1] [4,2] (paper, Figure 3); center 4, divisor 3."""
     format = parse_format("block-k3-c4-p2-q4-e4", "block")
     codes = BlockCodes(torch.tensor([4]), torch.tensor([1]), torch.tensor([[3, -2]]))
     expected = torch.tensor([[-2 * 3 - 1 * 2, 2 * 3 - 3 * 2, -1 * 3 + 3 * 2, 0 * 3 + 2 * 2]]) * 2 / 3
-    torch.testing.assert_close(decode(codes, 0, format), expected, rtol=2e-7, atol=0)
+    torch.testing.assert_close(dequantize(codes, 0, format), expected, rtol=2e-7, atol=0)
 
 
 def test_scale_covers_the_whole_float_range():

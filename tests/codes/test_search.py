@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from seedlm.codes.base import totals
 from seedlm.codes.block.basis import basis
-from seedlm.codes.block.codec import BlockCodes, decode
+from seedlm.codes.block.codec import BlockCodes, dequantize
 from seedlm.codes.block.encode import SEARCHES, dequantize_rows, encode_rows, reason_no_search
 from seedlm.codes.block.format import PRESETS
 from seedlm.codes.block.search import torch_search
@@ -123,7 +123,7 @@ def test_scores_are_the_error_less_the_energy(backend):
     format = parse_format("block-k9-c5-p2-q4-e4")
     blocks = torch.randn(50, 5, generator=torch.Generator().manual_seed(2))
     codes, scores = search_with(backend, blocks, -4, format, "best")
-    error = (blocks.double() - decode(codes, -4, format).double()).square().sum(1)
+    error = (blocks.double() - dequantize(codes, -4, format).double()).square().sum(1)
     torch.testing.assert_close(scores / format.divisor**2 + blocks.double().square().sum(1), error, rtol=1e-5, atol=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_a_valid_code_encodes_to_an_exact_reconstruction():
         torch.randint(-4, 4, (1000,), generator=torch.Generator().manual_seed(3), dtype=torch.int8),
         torch.randint(-8, 8, (1000, 3), generator=torch.Generator().manual_seed(4), dtype=torch.int8),
     )
-    weight = decode(codes, -3, format)
+    weight = dequantize(codes, -3, format)
     words, errors = encode_rows(weight, -3, format)
     error, found = totals([errors])[0], dequantize_rows(words, -3, 8, format)
     assert error <= 1e-7 * float(weight.double().square().sum())  # not 0: the weights were rounded to float32

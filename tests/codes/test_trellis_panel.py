@@ -8,7 +8,7 @@ import torch
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.codes.trellis.panel import ERROR_LIMIT, Strips, encode_panel
-from seedlm.codes.trellis.viterbi import cost, reason_unavailable, viterbi
+from seedlm.codes.trellis.viterbi import cost, reason_no_search, viterbi
 
 UNIT = -30
 """Exponent of the unit that errors are counted in."""
@@ -75,7 +75,7 @@ def test_backends_give_the_reference_bits(backend, rate, state_bits, count):
     device = torch.device("cuda" if backend == "cuda" else "cpu")
     if backend == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if reason := reason_unavailable(backend, device):
+    if reason := reason_no_search(backend, device):
         pytest.skip(reason)
     trellis = TrellisFormat(rate=rate, state_bits=state_bits).trellis
     weight, fed, coefficients, strips = problem(count, 2, 32)

@@ -8,7 +8,7 @@ import torch
 
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import FAST_PRESETS, Trellis, TrellisFormat
-from seedlm.codes.trellis.viterbi import cost, reason_unavailable, reference, viterbi
+from seedlm.codes.trellis.viterbi import cost, reason_no_search, reference, viterbi
 from seedlm.errors import BackendError, TensorError
 
 
@@ -168,7 +168,7 @@ def test_backends_give_the_reference_bits(backend, rate, state_bits, count, rows
     device = torch.device("cuda" if backend == "cuda" else "cpu")
     if backend == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if reason := reason_unavailable(backend, device):
+    if reason := reason_no_search(backend, device):
         pytest.skip(reason)
     format = TrellisFormat(rate=rate, state_bits=state_bits)
     targets = normal(count, rows, seed=rate) * factor

@@ -7,7 +7,7 @@ import torch
 
 from seedlm.codes.registry import parse_format
 from seedlm.compress.scan import Scan, scan
-from seedlm.compress.worker import Item
+from seedlm.compress.worker import Item, Target
 from seedlm.errors import TensorError
 from seedlm.storage.checkpoint import PackedInfo
 from seedlm.storage.source import open_source
@@ -24,7 +24,7 @@ def scanned(folder, tensors, asked=None, **options):
         read[0] += count
 
     items = [
-        Item(name, name.removesuffix(".weight"), PackedInfo(parse_format(SMALL), tuple(tensor.shape)), {})
+        Item(name, {}, Target(name.removesuffix(".weight"), PackedInfo(parse_format(SMALL), tuple(tensor.shape))))
         for name, tensor in tensors.items()
     ]
     found = {}

@@ -11,9 +11,10 @@ import torch
 
 from seedlm.codes.block.format import PRESETS
 from seedlm.errors import EvaluationError
-from seedlm.evaluation.baselines import METHODS, apply_baseline, baseline_names, divisor, parse_baseline, rebuild
-from seedlm.evaluation.measure import perplexity
-from seedlm.evaluation.run import Settings, Text, evaluate
+from seedlm.evaluation.baselines import METHODS, apply_baseline, baseline_names, divisor, parse_baseline, round_trip
+from seedlm.evaluation.perplexity import perplexity
+from seedlm.evaluation.run import Settings, evaluate
+from seedlm.evaluation.text import Text
 from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules
 from tiny_models import STORIES
@@ -56,7 +57,7 @@ def needs_library(name: str) -> None:
 def test_normal_weights_lose_what_the_quantiser_must(name):
     needs_library(name)
     weight = torch.randn(128, 1024, generator=torch.Generator().manual_seed(1))
-    found, bits = rebuild(weight, name)
+    found, bits = round_trip(weight, name)
     error = float((found - weight).square().sum() / weight.square().sum())
     assert error == pytest.approx(NORMAL_ERRORS[name], rel=0.06)
     assert bits == stored_bits(name, 128, 1024)
@@ -64,7 +65,7 @@ def test_normal_weights_lose_what_the_quantiser_must(name):
 
 def test_rows_of_any_length_keep_their_shape_and_their_scale():
     weight = torch.randn(5, 172, generator=torch.Generator().manual_seed(2)) * 1e-3
-    found, bits = rebuild(weight, "higgs-4")
+    found, bits = round_trip(weight, "higgs-4")
     assert found.shape == weight.shape
     assert float((found - weight).norm() / weight.norm()) < 0.12
     assert bits == 5 * 192 * 4 + 16 * (5 * 3 + 512)  # padded to blocks of 64
@@ -130,7 +131,7 @@ def test_calibration_text_is_asked_for_exactly_where_it_is_used(libraries):
 
 def test_a_calibrated_baseline_has_no_single_weight(libraries):
     with pytest.raises(EvaluationError, match="gptq-4 is calibrated"):
-        rebuild(torch.ones(2, 8), "gptq-4")
+        round_trip(torch.ones(2, 8), "gptq-4")
 
 
 def test_evaluate_measures_the_quantised_model_and_says_how_it_was_made(tmp_path):

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlm import inspect_checkpoint
 from seedlm.errors import BackendError, EvaluationError, OutputError, SourceError
-from seedlm.evaluation import measure
+from seedlm.evaluation import perplexity
 from seedlm.evaluation import run as evaluate
-from seedlm.evaluation.run import Settings, Text
+from seedlm.evaluation.run import Settings
+from seedlm.evaluation.text import Text
 from seedlm.integrations.transformers import models
 from seedlm.modeling.linear import SeedLinear
 from straightforward import straightforward
@@ -57,9 +58,9 @@ class TestRun:
         models[0] = models[0].dequantize()
         expected = straightforward(models[0], windows, models[1])
         record = np.load(tokens)
-        assert set(record) == {"token_ids", *measure.PAIR_RECORD.names}
+        assert set(record) == {"token_ids", *perplexity.PAIR_RECORD.names}
         assert (record["token_ids"] == windows.numpy()).all()
-        for column, field in enumerate(measure.PAIR_RECORD.names):
+        for column, field in enumerate(perplexity.PAIR_RECORD.names):
             np.testing.assert_allclose(record[field], expected[..., column], rtol=1e-4, atol=1e-4, err_msg=field)
         metrics = {name: estimate["mean"] for name, estimate in results["metrics"].items()}
         assert metrics["nll"] == pytest.approx(expected[..., 0].mean(), rel=1e-5)

@@ -7,7 +7,8 @@ from seedlm import inspect_checkpoint
 from seedlm.errors import EvaluationError
 from seedlm.evaluation import prompts, records
 from seedlm.evaluation import run as evaluate
-from seedlm.evaluation.run import Settings, Text
+from seedlm.evaluation.run import Settings
+from seedlm.evaluation.text import Text
 from tiny_models import STORY
 
 CPU = {"device": "cpu"}

@@ -15,7 +15,8 @@ from seedlm.compare import compare_runs, load_runs
 from seedlm.errors import EvaluationError
 from seedlm.evaluation import zeroshot
 from seedlm.evaluation.records import read_records
-from seedlm.evaluation.run import Settings, Text, evaluate
+from seedlm.evaluation.run import Settings, evaluate
+from seedlm.evaluation.text import Text
 from seedlm.evaluation.zeroshot import TASKS, check_tasks, read_local, score_answers, zero_shot
 from tiny_models import STORIES
 

@@ -12,7 +12,6 @@ rounds otherwise and writes another text as soon as one token differs. Whoever n
 
 import hashlib
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,9 +19,7 @@ import torch
 from torch import Tensor
 
 from seedlm.errors import EvaluationError
-
-Progress = Callable[[str, int, int], None]
-"""Called with "text", the tokens written so far, and all tokens."""
+from seedlm.progress import Progress
 
 BATCH: Final = 128
 """Sequences written at a time: the time of a step hardly depends on them until their caches fill the memory."""

@@ -32,14 +32,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from seedlm.calibration.own_text import predict
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import experts_traits, projections_of
+from seedlm.progress import Progress
 from seedlm.storage.untrusted import read_json
 from seedlm.version import __version__
 
 SENSITIVITY_VERSION: Final = 1
 """Of the file's layout."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with "sensitivity", the tokens counted so far, and all tokens."""
 
 _BATCH: Final = 16
 """Sequences written at a time."""

@@ -29,10 +29,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from seedlm.calibration.own_text import text_hash
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import SeedExperts, experts_traits, projections_of
+from seedlm.progress import Progress
 from seedlm.storage.statistics import InputStatistics, Statistics, StatisticsFacts
-
-Progress = Callable[[str, int, int], None]
-"""Called with "statistics", the tokens seen so far, and all tokens."""
 
 OWN_TEXT: Final = "own text"
 _SAMPLES: Final = 1024

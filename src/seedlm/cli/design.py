@@ -9,7 +9,7 @@ import typer
 from seedlm.cli.console import stopped
 
 if TYPE_CHECKING:
-    from seedlm.compress.design import Measured
+    from seedlm.compress.design import Rated
 
 _BAR = 48
 
@@ -78,7 +78,7 @@ def design(
     _print_curve(measured)
 
 
-def _print_table(measured: "list[Measured]") -> None:
+def _print_table(measured: "list[Rated]") -> None:
     from seedlm.codes.block.format import PRESETS, WORD_BITS
 
     presets = {format: name for name, format in PRESETS.items()}
@@ -95,9 +95,9 @@ def _print_table(measured: "list[Measured]") -> None:
         )
 
 
-def _print_curve(measured: "list[Measured]") -> None:
+def _print_curve(measured: "list[Rated]") -> None:
     """The least error with each number of seed bits, and where it is."""
-    best: dict[int, Measured] = {}
+    best: dict[int, Rated] = {}
     for m in measured:  # ascending error
         best.setdefault(m.format.seed_bits, m)
     widest = max(m.relative_error for m in best.values())

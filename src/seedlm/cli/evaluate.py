@@ -67,8 +67,9 @@ def evaluate(
     from transformers.utils import logging
 
     from seedlm.evaluation.prompts import PROMPTS, read_prompts
-    from seedlm.evaluation.run import Settings, Text
+    from seedlm.evaluation.run import Settings
     from seedlm.evaluation.run import evaluate as run
+    from seedlm.evaluation.text import Text
     from seedlm.evaluation.zeroshot import TASKS
 
     if (wikitext is None) == (text is None):

@@ -2,7 +2,7 @@
 
     Format          which code a matrix is stored in: one frozen value, without torch, passed whole
     Part            one tensor that a matrix is stored as, and how it lies along the matrix's rows
-    Family          one object for all formats of a kind: parsing, checking, the definition of decoding, encoders, backends
+    Family          one object for all formats of a kind: parsing, checking, the definition of dequantizing, encoders, backends
     Encoder         codes of one matrix, some rows at a time
     LinearBackend   products with packed weights: tables and repacking once, then nothing that waits for a device
 
@@ -11,9 +11,11 @@ The way of a weight: `Encoder.rows` (codes) -> the checkpoint (files) -> `Linear
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, runtime_checkable
+
+from seedlm.progress import Tell
 
 if TYPE_CHECKING:
     import torch
@@ -139,10 +141,6 @@ def row_sums(x: "Tensor") -> "Tensor":
 def relative_error(error: float, norm: float) -> float:
     """||W - W^||_F / ||W||_F from the squares of both; 0 for a weight of zeros."""
     return (error / norm) ** 0.5 if norm else 0.0
-
-
-Tell = Callable[[int], None]
-"""Told the number of weights just finished, any number of times."""
 
 
 class Encoder(Protocol):

@@ -11,9 +11,9 @@ ascending order of it: with v = q 2^e,
     ||w - U v||^2  =  ||w||^2 - 2 v' U'w + v' U'U v
 
 costs P^2 products. Only so many seeds of least residual are looked at. Where the next one could still win, the block's
-error is known between two ends, and both are reported: `Measured.nmse` is what was found, `Measured.at_least` what no seed can
+error is known between two ends, and both are reported: `Rated.nmse` is what was found, `Rated.at_least` what no seed can
 undercut. With 4 bits a coefficient they coincide. With 2 bits rounding outweighs the residual, which then says little about a
-seed: `Measured.contenders` is how many seeds an exact search would have to score, and what such a format costs to use.
+seed: `Rated.contenders` is how many seeds an exact search would have to score, and what such a format costs to use.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from torch import Tensor
 from seedlm.codes.block.basis import generator, greville
 from seedlm.codes.block.codec import best_exponent, power_of_two
 from seedlm.codes.block.format import MAX_BLOCK_BITS, BlockFormat, Rounding, check_rounding
-from seedlm.compress.worker import pieces
+from seedlm.compress.worker import Target, pieces
 from seedlm.errors import FormatError, TensorError
 from seedlm.storage.checkpoint import PackedInfo
 from seedlm.storage.selection import matrices_of, select
@@ -54,7 +54,7 @@ _CORNERS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Rated:
     """What a format leaves of some blocks, as shares of their energy: relative errors squared.
 
     nmse             error of the best code found
@@ -134,7 +134,7 @@ def model_blocks(source: Source, count: int, seed: int = 0) -> Tensor:
     samples = []
     for (module, (name, shape, stack)), share in zip(matrices.items(), shares.tolist(), strict=True):
         if share:
-            (weight,) = pieces(source, name, module, PackedInfo(format, shape, stack), math.prod(shape))
+            (weight,) = pieces(source, name, Target(module, PackedInfo(format, shape, stack)), math.prod(shape))
             rows = torch.randint(shape[0], (share, 1), generator=random)
             starts = torch.randint(shape[1] - width + 1, (share, 1), generator=random)
             scale = weight.float().square().mean().sqrt().clamp_min(1e-30)
@@ -150,7 +150,7 @@ def measure(
     kept: int = _KEPT,
     prune: bool = False,
     on_progress: Callable[[int], None] | None = None,
-) -> Iterator[Measured]:
+) -> Iterator[Rated]:
     """The error that the best of all seeds leaves, for every format, in descending order of K, C and P.
 
     samples       float32 [N, W], W at least the largest block
@@ -174,7 +174,7 @@ def measure(
             on_progress(len(group))
 
 
-def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Rounding, kept: int, limit: float) -> list[Measured]:
+def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Rounding, kept: int, limit: float) -> list[Rated]:
     """`measure` of formats that share K, C and P; nothing if their residual alone exceeds the limit."""
     shape, device = formats[0], samples.device
     blocks = samples[:, : shape.block_size].double()
@@ -203,7 +203,7 @@ def _measure_shape(formats: list[BlockFormat], samples: Tensor, rounding: Roundi
         nmse = error.sum() / energy.sum()
         deviation = (error - nmse * energy).square().mean().sqrt() / energy.mean()
         results.append(
-            Measured(
+            Rated(
                 format=format,
                 nmse=float(nmse),
                 standard_error=float(deviation) / math.sqrt(len(blocks)),

@@ -11,7 +11,7 @@ from typing import Any, Final
 from seedlm.codes.base import Format
 from seedlm.codes.registry import family_of
 from seedlm.compress.allocate import Mixture, most_common
-from seedlm.compress.worker import Item, Place
+from seedlm.compress.worker import Destination, Item, Target
 from seedlm.errors import OutputError, SourceError
 from seedlm.modeling.blueprint import survey
 from seedlm.storage import checkpoint
@@ -72,14 +72,14 @@ class Plan:
         """What is kept beside an unfinished run."""
         return {"seedlm": __version__, "arguments": self.arguments, "source": self.source}
 
-    def places(self) -> dict[Item, Place]:
+    def destinations(self) -> dict[Item, Destination]:
         """Where each item goes, in the order of the work: that of the files, one format after the other."""
         places = {
-            item: Place(file, {name: self.layouts[file].offsets[name] for name in item.stored})
+            item: Destination(file, {name: self.layouts[file].offsets[name] for name in item.stored})
             for file, shard in self.shards.items()
             for item in shard
         }
-        return dict(sorted(places.items(), key=lambda pair: pair[0].packed.format.spec if pair[0].packed else ""))
+        return dict(sorted(places.items(), key=lambda pair: pair[0].target.packed.format.spec if pair[0].target else ""))
 
     def headings(self) -> dict[str, bytes]:
         return {name: line for item in self.items for name, line in item.headings.items()}
@@ -146,7 +146,7 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sur
             stored = TensorInfo(dtype, info.shape) if dtype and convert else info
             if reason := reason_like_part(name, stored, kinds):
                 raise SourceError(f"{name}: would be taken for a part of a compressed weight: {reason}")
-            found = [Item(name, None, None, {name: stored})]
+            found = [Item(name, {name: stored})]
         for key in (key for item in found for key in item.stored):
             if taken.setdefault(key, name) != name:
                 raise SourceError(f"{name} and {taken[key]} would both be stored as {key}; --exclude one of them")
@@ -155,7 +155,7 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sur
 
 
 def _packed(name: str, module: str, packed: PackedInfo) -> Item:
-    return Item(name, module, packed, {stored_name(module, part): spec for part, spec in packed.stored.items()})
+    return Item(name, {stored_name(module, part): spec for part, spec in packed.stored.items()}, Target(module, packed))
 
 
 def _shards(items: list[Item], max_bytes: int) -> dict[str, list[Item]]:
@@ -177,7 +177,7 @@ def _shards(items: list[Item], max_bytes: int) -> dict[str, list[Item]]:
 def file_layout(items: list[Item], digests: Mapping[str, str] | None = None) -> Layout:
     """A file that holds these; the same with zeros for digests that are not known yet."""
     stored = {name: info for item in items for name, info in item.stored.items()}
-    packed = {item.module: item.packed for item in items if item.module and item.packed}
+    packed = {item.target.module: item.target.packed for item in items if item.target}
     return layout(stored, checkpoint.metadata(packed, {name: (digests or {}).get(name, UNKNOWN_DIGEST) for name in stored}))
 
 

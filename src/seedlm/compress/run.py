@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,17 @@ from seedlm.compress.allocate import Mixture
 from seedlm.compress.plan import DTYPES, Plan, parse_size
 from seedlm.compress.scan import Scan, scan
 from seedlm.compress.statistics import Feedback, gather
-from seedlm.compress.worker import Item, Job, Place, Unit
+from seedlm.compress.worker import Destination, Item, Job, Unit
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.device import choose_devices, peak_memory
 from seedlm.errors import BackendError, FormatError, OutputError, TensorError
+from seedlm.progress import Progress
 from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
 from seedlm.storage.safetensors import INDEX_NAME
 from seedlm.storage.selection import as_patterns
 from seedlm.storage.source import Source, locate, open_source
-
-Progress = Callable[[str, int, int], None]
-"""Told (phase, done, total) of the phases ``text`` and ``statistics``, in tokens, then ``read``, in bytes, and ``compress``, in
-weights, side by side. A phase's first call says where it starts, which is not 0 when an earlier run is gone on with. From
-several threads, one call at a time."""
 
 
 def compress_checkpoint(
@@ -90,10 +86,7 @@ def compress_checkpoint(
         raise FormatError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     devices = [] if workers_ray.is_ray(device) else choose_devices(device)
     candidates = list(format.formats) if isinstance(format, Mixture) else [format]
-    check_settings(candidates, settings)
-    for where, candidate in itertools.product(devices, candidates):
-        if backend != "auto" and (reason := family_of(candidate).reason_no_encoder(backend, where, candidate)):
-            raise BackendError(reason)
+    _check_encoding(candidates, devices, backend, settings)
     wanted = Feedback.parse(feedback)
     include, exclude = as_patterns(include), as_patterns(exclude)
     shard_bytes = parse_size(max_shard_size)
@@ -119,20 +112,30 @@ def compress_checkpoint(
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
         used = tuple(dict.fromkeys(formats.values()))
         job = Job(str(path), fingerprint, work.model, work.token, used, EncodeOptions(backend, settings), observed.file)
-        try:
-            with workers.start(job, devices, model) if devices else workers_ray.start(job, device) as runner:
-                done = _compress(work, runner, plan, model, clock, progress)
-        except TensorError:
-            if not work.resumed:  # these arguments cannot come to an end
-                work.remove()
-            raise
+        started = workers.start(job, devices, model) if devices else workers_ray.start(job, device)
+        done = _compress(work, started, plan, model, clock, progress)
         if done is not None:
             clock.phase("finish")
             _finish(work, plan, model, dtype, selected.dense, options)
         work.remove()
     clock.phase("")
+    return _report(out, devices, done or [], clock)
+
+
+def _check_encoding(
+    formats: Iterable[Format], devices: Iterable[torch.device], backend: str, settings: Mapping[str, Any]
+) -> None:
+    """FormatError for a setting that a family does not have, BackendError for a search that cannot run on a device."""
+    formats = list(formats)
+    check_settings(formats, settings)
+    for where, format in itertools.product(devices, formats):
+        if backend != "auto" and (reason := family_of(format).reason_no_encoder(backend, where, format)):
+            raise BackendError(reason)
+
+
+def _report(out: Path, devices: list[torch.device], done: list[workers.Finished], clock: "_Clock") -> RunReport:
+    """What is in the output, and how the run went."""
     host, held = peak_memory(devices[0] if devices else torch.device("cpu"))
-    done = done or []
     return RunReport(
         **vars(inspect_checkpoint(out)),
         devices=sorted({event.device for event in done}) or [str(where) for where in devices],
@@ -143,15 +146,26 @@ def compress_checkpoint(
 
 
 def _compress(
-    work: WorkFolder, runner: workers.Runner, plan: Plan, model: Source, clock: "_Clock", progress: Progress
+    work: WorkFolder,
+    started: AbstractContextManager[workers.Runner],
+    plan: Plan,
+    model: Source,
+    clock: "_Clock",
+    progress: Progress,
 ) -> list[workers.Finished] | None:
     """Everything up to the last tensor; None if an earlier run had published the output already."""
-    if work.begin(plan.to_dict(), plan.layouts, plan.headings()):
-        return None
-    work.stage(model.copy_side_files)
-    clock.phase("compress")
-    readers = torch.get_num_threads() // 2  # the other half feeds the search
-    return _run(work, runner, model, plan.places(), readers, progress)
+    try:
+        with started as runner:
+            if work.begin(plan.to_dict(), plan.layouts, plan.headings()):
+                return None
+            work.stage(model.copy_side_files)
+            clock.phase("compress")
+            readers = torch.get_num_threads() // 2  # the other half feeds the search
+            return _run(work, runner, model, plan.destinations(), readers, progress)
+    except TensorError:
+        if not work.resumed:  # these arguments cannot come to an end
+            work.remove()
+        raise
 
 
 def _say_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -192,7 +206,7 @@ def _run(
     work: WorkFolder,
     runner: workers.Runner,
     source: Source,
-    places: Mapping[Item, Place],
+    places: Mapping[Item, Destination],
     readers: int,
     progress: Progress,
 ) -> list[workers.Finished]:
@@ -245,7 +259,7 @@ def _write_rest(
         size = sum(info.nbytes for item in items for info in item.stored.values())
         weight_map = {name: file for file, shard in shards.items() for item in shard for name in item.stored}
         work.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-    facts = {item.module: work.done[item.key] for item in items if item.module}
+    facts = {item.target.module: work.done[item.key] for item in items if item.target}
     errors = {module: (found["squared_error"], found["squared_norm"]) for module, found in facts.items()}
     work.write_json(report.REPORT_NAME, report.recorded(source_bytes, errors))
     work.write_json("config.json", config)

@@ -8,7 +8,7 @@ ahead as that lasts, faster than most searches search, so what must be refused i
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +18,7 @@ import torch
 
 from seedlm.compress.worker import Item, as_bytes, converted, pieces
 from seedlm.errors import TensorError
+from seedlm.progress import Tell
 from seedlm.storage.safetensors import torch_dtype
 from seedlm.storage.source import Source
 
@@ -50,7 +51,7 @@ class Scan:
 
 
 def scan(
-    source: Source, items: Iterable[Item], tell: Callable[[int], None], threads: int, ahead: int = _AHEAD_BYTES
+    source: Source, items: Iterable[Item], tell: Tell, threads: int, ahead: int = _AHEAD_BYTES
 ) -> Generator[tuple[Item, Scan]]:
     """Read the items' tensors; yields in their order, as each is asked for. Closed early, it stops reading.
 
@@ -99,13 +100,13 @@ def scan(
 
 def _nbytes(source: Source, item: Item) -> int:
     info = source.tensors[item.name]
-    return info.nbytes // info.shape[0] if item.packed and item.packed.stack else info.nbytes
+    return info.nbytes // info.shape[0] if item.target and item.target.packed.stack else info.nbytes
 
 
-def _scan(source: Source, item: Item, tell: Callable[[int], None]) -> Scan:
+def _scan(source: Source, item: Item, tell: Tell) -> Scan:
     digest, info = hashlib.sha256(), source.tensors[item.name]
     largest, nan, inf = 0, 0, 0
-    if item.packed is None:
+    if item.target is None:
         for chunk in source.chunks(item.name):
             converted(chunk, info, item.stored[item.name], item.name)
             digest.update(chunk)
@@ -113,7 +114,7 @@ def _scan(source: Source, item: Item, tell: Callable[[int], None]) -> Scan:
         return Scan(digest.hexdigest())
     signed, unsigned, infinity = _BITS[info.dtype]
     mask = np.iinfo(signed).max
-    for piece in pieces(source, item.name, f"{item.module}", item.packed, _PIECE_WEIGHTS):
+    for piece in pieces(source, item.name, item.target, _PIECE_WEIGHTS):
         data = as_bytes(piece)
         digest.update(data)
         bits = np.frombuffer(data, signed)

@@ -18,6 +18,7 @@ from seedlm.codes.registry import family_of
 from seedlm.compress.allocate import Mixture
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.errors import FormatError, SeedLMError, SourceError
+from seedlm.progress import Progress
 from seedlm.storage.source import Source
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def gather(
     path: Path,
     shapes: Mapping[str, tuple[int, int]],
     devices: Sequence[torch.device],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     tell: Callable[[str], None],
 ) -> Observed:
     """The statistics of this run, made if they are not there yet.
@@ -173,7 +174,7 @@ def _observe(
     wanted: Feedback,
     sequences: int,
     device: torch.device,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> None:
     from seedlm.calibration.own_text import OwnText, write_text
     from seedlm.calibration.statistics import OWN_TEXT, measure_statistics

@@ -18,11 +18,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from seedlm.codes.base import EncodeOptions, Facts, Format, Tell, totals
+from seedlm.codes.base import EncodeOptions, Facts, Format, totals
 from seedlm.codes.encoded import EncodedTensor
 from seedlm.codes.registry import family_of
 from seedlm.compress.workfolder import Writer, sync, writing
 from seedlm.errors import SourceError, TensorError
+from seedlm.progress import Tell
 from seedlm.storage.metadata import PackedInfo, heading, stored_name
 from seedlm.storage.safetensors import TensorInfo, torch_dtype
 from seedlm.storage.source import Source, open_source
@@ -33,7 +34,7 @@ PIECE_WEIGHTS: Final = {"cpu": 1 << 22, "cuda": 1 << 23}
 
 
 _MARGIN: Final = 4
-"""Codes may stand for more than the largest weight; where that is beyond this share of a dtype's range, they are decoded."""
+"""Codes may stand for more than the largest weight; where that is beyond this share of a dtype's range, they are checked."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,26 @@ class Job:
     statistics: Path | None = None
 
 
+@dataclass(frozen=True)
+class Target:
+    """The compressed weight that becomes of a matrix: whose it is, and how it is packed."""
+
+    module: str
+    packed: PackedInfo
+
+
 @dataclass(frozen=True, eq=False)
 class Item:
     """One tensor of the source, or one matrix of a stack, and what becomes of it.
 
     name     in the source
-    module   whose compressed weight it becomes; None if it is copied
-    packed   how, if so
     stored   what it is stored as, name -> dtype and shape
+    target   the weight that it becomes; None if it is copied
     """
 
     name: str
-    module: str | None
-    packed: PackedInfo | None
     stored: dict[str, TensorInfo]
+    target: Target | None = None
 
     @property
     def key(self) -> str:
@@ -81,16 +88,17 @@ class Item:
     @property
     def headings(self) -> dict[str, bytes]:
         """Of what is stored: stored name -> what its digest begins with."""
-        return {name: heading(name, info, self.packed) for name, info in self.stored.items()}
+        packed = self.target.packed if self.target else None
+        return {name: heading(name, info, packed) for name, info in self.stored.items()}
 
     @property
     def weights(self) -> int:
         """To be searched."""
-        return self.packed.weights if self.packed else 0
+        return self.target.packed.weights if self.target else 0
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """A file to be written into, and where: stored name -> byte."""
 
     file: str
@@ -99,10 +107,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Unit:
-    """What a worker is given: an item, its place, and the largest magnitude in it, if it is to be encoded."""
+    """What a worker is given: an item, where it goes, and the largest magnitude in it, if it is to be encoded."""
 
     item: Item
-    place: Place
+    destination: Destination
     largest: float
 
 
@@ -140,12 +148,12 @@ class Worker:
         Raises SourceError, TensorError, BackendError, OSError; whatever `tell` raises ends the unit.
         """
         item = unit.item
-        self._open(unit.place.file)
-        with writing(self.job.folder / unit.place.file, unit.place.offsets, item.headings) as writer:
-            if item.packed is None:
+        self._open(unit.destination.file)
+        with writing(self.job.folder / unit.destination.file, unit.destination.offsets, item.headings) as writer:
+            if item.target is None:
                 self._copy(item, writer)
                 return {"sha256": writer.digests}
-            facts = self._compress(item, item.packed, unit.largest, writer, tell)
+            facts = self._compress(item, item.target, unit.largest, writer, tell)
             return {"sha256": writer.digests, **facts}
 
     def settle(self, files: Iterable[str]) -> None:
@@ -172,10 +180,10 @@ class Worker:
             writer.write(item.name, start, data)
             start += len(data)
 
-    def _compress(self, item: Item, packed: PackedInfo, largest: float, writer: Writer, tell: Tell) -> dict[str, float]:
+    def _compress(self, item: Item, target: Target, largest: float, writer: Writer, tell: Tell) -> dict[str, float]:
         """Encode a matrix piece by piece. On a GPU each thread has its own stream."""
-        rows, columns = packed.shape
-        format, module = packed.format, f"{item.module}"
+        module, format, shape = target.module, target.packed.format, target.packed.shape
+        rows, columns = shape
         parts = format.parts(rows, columns)
         start, errors = 0, []
         dtype = torch_dtype(self.source.tensors[item.name].dtype)
@@ -184,8 +192,8 @@ class Worker:
         weights = PIECE_WEIGHTS["cuda" if on_gpu else "cpu"]
         with torch.cuda.stream(self._stream()):
             facts = self._facts(module, largest)
-            encoder = family_of(format).encoder(format, packed.shape, facts, self.job.options, self.device)
-            for piece in pieces(self.source, item.name, module, packed, weights, pinned=on_gpu):
+            encoder = family_of(format).encoder(format, shape, facts, self.job.options, self.device)
+            for piece in pieces(self.source, item.name, target, weights, pinned=on_gpu):
                 left = len(piece) * columns
 
                 def within(weights: int) -> None:
@@ -210,10 +218,10 @@ class Worker:
                 if kept is not None:
                     kept[name] = [tensor.cpu()]
         if kept is not None:
-            weight = EncodedTensor(format, packed.shape, {name: torch.cat(kept[name]) for name in parts}).dequantize(dtype)
+            weight = EncodedTensor(format, shape, {name: torch.cat(kept[name]) for name in parts}).dequantize(dtype)
             if count := int((~weight.isfinite()).sum()):
                 raise TensorError(
-                    f"{item.name}: holds {largest:g}, and {count} of its weights would decode to infinity in {dtype}; "
+                    f"{item.name}: holds {largest:g}, and {count} of its weights would dequantize to infinity in {dtype}; "
                     "--exclude keeps it as it is"
                 )
         error, norm = totals(errors)
@@ -236,8 +244,8 @@ class Worker:
         return getattr(self._own, "stream", None)
 
 
-def pieces(source: Source, name: str, module: str, packed: PackedInfo, weights: int, pinned: bool = False) -> Iterator[Tensor]:
-    """The matrix that becomes `module`, as rows, about so many weights at a time: [rows, columns] in its own dtype.
+def pieces(source: Source, name: str, target: Target, weights: int, pinned: bool = False) -> Iterator[Tensor]:
+    """The matrix that becomes `target`, as rows, about so many weights at a time: [rows, columns] in its own dtype.
 
     Every piece but the last is a multiple of the format's `row_step`.
 
@@ -245,13 +253,13 @@ def pieces(source: Source, name: str, module: str, packed: PackedInfo, weights: 
     pinned   read them into memory that a GPU copies from four times as fast
     Each piece is gone when the next is asked for.
     """
-    info, stack = source.tensors[name], packed.stack
-    rows, columns = packed.shape
-    row_step = packed.format.row_step
+    info, stack = source.tensors[name], target.packed.stack
+    rows, columns = target.packed.shape
+    row_step = target.packed.format.row_step
     step = min(rows, max(1, weights // columns // row_step) * row_step)
     if stack is not None:
         into = torch.empty(info.nbytes // info.shape[0], dtype=torch.uint8, pin_memory=pinned)
-        expert = stack.expert(module)
+        expert = stack.expert(target.module)
         matrix = source.rows(name, expert, expert + 1, into)[0]
         yield from (matrix.mT.contiguous() if stack.transposed else matrix).split(step)
         return

@@ -53,7 +53,7 @@ class Ready(NamedTuple):
     """A thread waits for a unit."""
 
 
-class Progress(NamedTuple):
+class Encoded(NamedTuple):
     """So many weights more are encoded."""
 
     weights: int
@@ -72,7 +72,7 @@ class Finished:
 
 KEPT: Final = "what is finished is kept, and the same command goes on from there"
 
-Event = Ready | Progress | Finished | BaseException
+Event = Ready | Encoded | Finished | BaseException
 Post = Callable[["Workers", Event], None]
 
 
@@ -89,7 +89,7 @@ class Workers(Protocol):
 class Runner(Protocol):
     """What runs units."""
 
-    def run(self, units: Iterable[Unit]) -> Iterator[Progress | Finished]: ...
+    def run(self, units: Iterable[Unit]) -> Iterator[Encoded | Finished]: ...
 
 
 class _Stopped(Exception):
@@ -157,7 +157,7 @@ class Threads:
                 if len(units) < len(batch):  # nobody waits any more
                     return
                 assert self._worker is not None
-                self._worker.settle({unit.place.file for unit, _ in units})
+                self._worker.settle({unit.destination.file for unit, _ in units})
                 for unit, facts in units:
                     self._post(self, Finished(unit, facts, str(self._device), *peak_memory(self._device)))
         except BaseException as error:
@@ -166,7 +166,7 @@ class Threads:
     def _tell(self, weights: int) -> None:
         if self._stopping:
             raise _Stopped
-        self._post(self, Progress(weights))
+        self._post(self, Encoded(weights))
 
 
 class Child:
@@ -251,7 +251,7 @@ class Engine:
     def post(self, workers: Workers, event: Event) -> None:
         self.events.put((workers, event))
 
-    def run(self, units: Iterable[Unit]) -> Iterator[Progress | Finished]:
+    def run(self, units: Iterable[Unit]) -> Iterator[Encoded | Finished]:
         """Run all units, each taken when there is a worker for it; yields what happens. Raises whatever a worker raised."""
         units = iter(units)
         waiting = next(units, None)
@@ -266,7 +266,7 @@ class Engine:
                 workers.submit(waiting)
                 running += 1
                 waiting = next(units, None)
-            if isinstance(event, Progress | Finished):
+            if isinstance(event, Encoded | Finished):
                 yield event
 
 

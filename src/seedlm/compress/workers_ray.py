@@ -18,7 +18,7 @@ import torch
 
 from seedlm.compress import workers
 from seedlm.compress.worker import Job, Unit, Worker
-from seedlm.compress.workers import KEPT, Finished, Progress
+from seedlm.compress.workers import KEPT, Encoded, Finished
 from seedlm.compress.workfolder import is_held
 from seedlm.device import peak_memory
 from seedlm.errors import BackendError, OutputError, SeedLMError, SourceError
@@ -55,7 +55,7 @@ class Cluster:
         self._task = ray.remote(max_retries=_RETRIES, max_calls=0, **needs)(_run)
         self._job = ray.put(job)
 
-    def run(self, units: Iterable[Unit]) -> Iterator[Progress | Finished]:
+    def run(self, units: Iterable[Unit]) -> Iterator[Encoded | Finished]:
         """Run all units; Ray holds back what does not fit the cluster."""
         running: list[Any] = []
         for unit in units:
@@ -64,7 +64,7 @@ class Cluster:
         while running:
             yield from self._finished(running, None)
 
-    def _finished(self, running: list[Any], seconds: float | None) -> Iterator[Progress | Finished]:
+    def _finished(self, running: list[Any], seconds: float | None) -> Iterator[Encoded | Finished]:
         """Take one that is done off the list, if there is one by then."""
         ray = self._ray
         for done in ray.wait(running, timeout=seconds)[0]:
@@ -75,7 +75,7 @@ class Cluster:
                 raise error.cause if isinstance(error.cause, SeedLMError | OSError) else error from None
             except ray.exceptions.RayError as error:
                 raise BackendError(f"Ray gave a unit up ({' '.join(str(error).split())}); {KEPT}") from None
-            yield Progress(finished.unit.item.weights)
+            yield Encoded(finished.unit.item.weights)
             yield finished
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ def _run(job: Job, unit: Unit) -> Finished:
     try:
         worker = _worker(job, device)
         facts = worker.run(unit, lambda weights: None)
-        worker.settle([unit.place.file])
+        worker.settle([unit.destination.file])
     except SeedLMError as reason:
         raise type(reason)(f"on node {node}: {reason}") from None
     return Finished(unit, facts, f"{node} {device}", *peak_memory(device))

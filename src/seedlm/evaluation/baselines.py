@@ -1,6 +1,6 @@
 """Other ways to store a weight in few bits, as baselines: by their own libraries, on our modules, measured by our harness.
 
-A baseline is a method and a number of bits, ``hqq-3``. It takes the linear layers that `walk.choose_modules` would compress,
+A baseline is a method and a number of bits, ``hqq-3``. It takes the linear layers that `quantize.choose_modules` would take,
 quantises each with the library's own code, and puts the dequantised weight back, so that everything after it is the same for
 all. Embeddings and heads stay as they are.
 
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
+from types import FunctionType
 from typing import Any, Final, cast
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from seedlm.modeling.quantize import choose_modules
 CALIBRATION_WINDOWS: Final = 128
 """At most so many windows of text are shown to a calibrated method: GPTQ's and AWQ's own number. AWQ's are of 512 tokens."""
 
-Rebuild = Callable[[Tensor, int], tuple[Tensor, int]]
+RoundTrip = Callable[[Tensor, int], tuple[Tensor, int]]
 """A weight float32 [out_features, in_features] and a number of bits -> the dequantised weight, and all bits stored for it."""
 
 
@@ -43,18 +43,18 @@ class Method:
     bits        code widths that it is offered at
     libraries   the distributions whose code does it
     options     what was chosen there, for the reader
-    rebuild     the method on one weight; None where it needs the whole model and text to calibrate on
+    round_trip  one weight, quantised and dequantised; None where it needs the whole model and text to calibrate on
     """
 
     bits: tuple[int, ...]
     libraries: tuple[str, ...]
     options: str
-    rebuild: Rebuild | None
+    round_trip: RoundTrip | None
 
     @property
     def calibrated(self) -> bool:
         """Whether it needs text."""
-        return self.rebuild is None
+        return self.round_trip is None
 
 
 def baseline_names() -> list[str]:
@@ -77,12 +77,12 @@ def parse_baseline(text: str) -> tuple[str, Method, int]:
 
 
 @torch.no_grad()
-def rebuild(weight: Tensor, baseline: str) -> tuple[Tensor, int]:
+def round_trip(weight: Tensor, baseline: str) -> tuple[Tensor, int]:
     """One weight [out_features, in_features] through a data-free baseline: the dequantised weight, and all bits stored."""
     _, method, bits = parse_baseline(baseline)
-    if method.rebuild is None:
+    if method.round_trip is None:
         raise EvaluationError(f"{baseline} is calibrated: it needs a model and text, not one weight")
-    found, stored = method.rebuild(weight.float(), bits)
+    found, stored = method.round_trip(weight.float(), bits)
     return found.to(weight.dtype), stored
 
 
@@ -102,9 +102,9 @@ def apply_baseline(model: Any, baseline: str, windows: Tensor | None = None, tok
     layers = {module: linears[module] for module in chosen}
     originals = {module: layer.weight.detach().clone() for module, layer in layers.items()}
     stored = 0
-    if method.rebuild is not None:
+    if method.round_trip is not None:
         for module, layer in layers.items():
-            found, size = method.rebuild(originals[module].float(), bits)
+            found, size = method.round_trip(originals[module].float(), bits)
             model.set_submodule(module, _dense(layer, found))
             stored += size
     else:
@@ -185,11 +185,10 @@ def _higgs(weight: Tensor, bits: int) -> tuple[Tensor, int]:
     def transform(x: Tensor, scale: float) -> Tensor:
         return x @ matrix * scale
 
-    with (
-        patch.object(higgs, "prepare_data_transposed", keep, create=True),
-        patch.object(higgs, "hadamard_transform", transform, create=True),
-    ):
-        parts = higgs.quantize_with_higgs(weight, bits=bits, p=2, group_size=group, hadamard_size=size)
+    # Its code with these in the place of what the module imports from two libraries that need not be there.
+    names = {**vars(higgs), "prepare_data_transposed": keep, "hadamard_transform": transform}
+    quantize = FunctionType(higgs.quantize_with_higgs.__code__, names)
+    parts = quantize(weight, bits=bits, p=2, group_size=group, hadamard_size=size)
     codes, scales, grid = parts["weight"], parts["scales"], parts["tables"]
     rows = grid[codes.long()].reshape(len(weight), -1, size) * scales[:, :: size // group, None]
     found = (rows @ matrix * size**-0.5).reshape(len(weight), -1)[:, : weight.shape[1]]
@@ -301,42 +300,42 @@ METHODS: Final[Mapping[str, Method]] = {
         bits=_INTEGERS,
         libraries=_COMPRESSOR,
         options="round to nearest, asymmetric, a scale for each row",
-        rebuild=partial(_round, method="rtn-channel"),
+        round_trip=partial(_round, method="rtn-channel"),
     ),
     "rtn": Method(
         bits=_INTEGERS,
         libraries=_COMPRESSOR,
         options="round to nearest, asymmetric, groups of 128",
-        rebuild=partial(_round, method="rtn"),
+        round_trip=partial(_round, method="rtn"),
     ),
     "mse": Method(
         bits=_INTEGERS,
         libraries=_COMPRESSOR,
         options="symmetric integers, groups of 128, the clip of least squared error (block floating point)",
-        rebuild=partial(_round, method="mse"),
+        round_trip=partial(_round, method="mse"),
     ),
     "nf4": Method(
-        bits=(4,), libraries=("bitsandbytes",), options="NF4, blocks of 64, double quantisation of scales", rebuild=_nf4
+        bits=(4,), libraries=("bitsandbytes",), options="NF4, blocks of 64, double quantisation of scales", round_trip=_nf4
     ),
     "hqq": Method(
-        bits=_INTEGERS, libraries=("hqq",), options="groups of 64 along the row, float16 scale and zero", rebuild=_hqq
+        bits=_INTEGERS, libraries=("hqq",), options="groups of 64 along the row, float16 scale and zero", round_trip=_hqq
     ),
     "higgs": Method(
         bits=_INTEGERS,
         libraries=("transformers",),
         options="Hadamard blocks of 512 or what divides the row, grid of pairs, a float16 scale for each group of up to 256",
-        rebuild=_higgs,
+        round_trip=_higgs,
     ),
     "gptq": Method(
         bits=_INTEGERS,
         libraries=_COMPRESSOR,
         options="asymmetric, groups of 128, static activation order, damping 0.01, 128 windows of calibration text",
-        rebuild=None,
+        round_trip=None,
     ),
     "awq": Method(
         bits=_INTEGERS,
         libraries=_COMPRESSOR,
         options="asymmetric, groups of 128, 20 scales tried, 128 windows of 512 tokens of calibration text",
-        rebuild=None,
+        round_trip=None,
     ),
 }

@@ -108,7 +108,7 @@ def token_records(windows: np.ndarray, records: np.ndarray, tokenizer: Any) -> d
     """The first predictions, and the text of every token in them.
 
     windows   int64 [windows, context]
-    records   `measure.RECORD` or `PAIR_RECORD` [windows, context - 1]
+    records   `perplexity.RECORD` or `PAIR_RECORD` [windows, context - 1]
     """
     count = max(1, PREDICTIONS // records.shape[1])
     ids = windows[:count]

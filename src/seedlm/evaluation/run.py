@@ -11,12 +11,11 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,48 +24,18 @@ from torch import Tensor
 
 from seedlm.device import choose_device, peak_host_memory
 from seedlm.errors import EvaluationError
-from seedlm.evaluation import measure
+from seedlm.evaluation import perplexity
 from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
 from seedlm.evaluation.journal import Journal, check_free, replacing
 from seedlm.evaluation.layer_errors import compare_layers
 from seedlm.evaluation.prompts import continue_prompts
 from seedlm.evaluation.records import EVALUATION_VERSION, finite, pack_records, records_path, token_records
+from seedlm.evaluation.text import Text
 from seedlm.evaluation.zeroshot import check_tasks, zero_shot
 from seedlm.integrations.transformers import models
+from seedlm.progress import Progress
 from seedlm.storage.source import locate
 from seedlm.version import __version__
-
-Progress = Callable[[str, int, int], None]
-"""Called with "evaluate", the tokens scored so far, and all tokens to score."""
-
-_ROWS: Final = "the lines as dataset rows (a blank line is an empty row), joined by a blank line: '\\n\\n'.join(rows)"
-_AS_IS: Final = "the file as it is"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text to be predicted: its content, the file that it came from, and how it was made of that file."""
-
-    content: str
-    path: str
-    form: str
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "Text":
-        """A UTF-8 file as it is."""
-        return cls(_read_text(path), str(path), _AS_IS)
-
-    @classmethod
-    def from_wikitext(cls, path: str | Path) -> "Text":
-        r"""The raw WikiText-2 file, ``wiki.test.raw``, as papers of the GPTQ line score it.
-
-        They join the rows of the Hugging Face data set ``wikitext-2-raw-v1`` by a blank line. A row there is a line of the
-        file with its line end, a blank line (" \n" in the file) the row "". Llama-2's tokenizer makes 341,469 tokens of it,
-        the 166 windows of the papers, and GPT-2's 287,644.
-        """
-        lines = _read_text(path).replace("\r\n", "\n").split("\n")
-        rows = [f"{line}\n" if line.strip() else "" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
-        return cls("\n\n".join(rows), str(path), _ROWS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +47,7 @@ class Settings:
     batch_size   windows in one forward pass
     device       "auto", or a torch device
     dtype        "auto" (each model as it is stored; float32 for GGUF) or another of `models.DTYPES`
-    packed       leave packed weights packed, instead of expanding them once: less memory, slower
+    packed       leave packed weights packed, instead of dequantizing them once: less memory, slower
     baseline     quantise the model by another method first, one of `baselines.baseline_names`
     calibration  UTF-8 file of text for a baseline that is calibrated
     tasks        zero-shot tasks to do after the text, or groups of them, as the harness names them
@@ -148,7 +117,7 @@ def evaluate(
     model, reference   what `source.locate` finds: a folder, packed or not, a GGUF file, a Hub repository
     out                JSON file to write the results to, with its records beside it (`records`: tokens, layers, prompts,
                        tasks); with it, a run that was stopped can go on
-    tokens_out         .npz file to write the record of every prediction to: the fields of `measure.PAIR_RECORD`
+    tokens_out         .npz file to write the record of every prediction to: the fields of `perplexity.PAIR_RECORD`
                        [windows, context - 1], and token_ids [windows, context]
     revision           of the model on the Hub
     returns            the results, as `out` holds them
@@ -163,6 +132,66 @@ def evaluate(
     device = choose_device(settings.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    inputs = _read_inputs(model, reference, revision, text, settings, device)
+    dtype = perplexity.RECORD if reference is None else perplexity.PAIR_RECORD
+    record, windows = np.dtype((dtype, settings.context - 1)), inputs.windows
+    with Journal.claim(out, inputs.plan, record, len(windows), settings.batch_size) as journal:
+        loaded, tokenizer = _load(inputs.paths, settings, device)
+        baseline = apply_baseline(loaded[0], settings.baseline, inputs.calibration, tokenizer) if settings.baseline else None
+        run = {"baseline": baseline, **_score(journal, windows, loaded, settings, device, on_progress)}
+        records = np.concatenate(journal.records)
+        tasks = _answer(journal, loaded[0], tokenizer, settings)
+        companion = None
+        if out is not None:
+            seen = {
+                "tokens": token_records(windows.numpy(), records, tokenizer),
+                "distributions": perplexity.distributions(records),
+                **_record_behaviour(loaded, tokenizer, windows, settings),
+                "tasks": {task: questions for task, (_, questions) in tasks.items()},
+            }
+            companion = _write_records(records_path(out), seen)
+        run["seconds"] = round(time.monotonic() - start, 3)
+        results: dict[str, Any] = finite(
+            {
+                **inputs.plan,
+                "metrics": {name: asdict(estimate) for name, estimate in perplexity.summarize(records).items()},
+                "tasks": {task: accuracy for task, (accuracy, _) in tasks.items()},
+                "records": companion,
+                "run": run,
+            }
+        )
+        if tokens_out is not None:
+            columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
+            with replacing(tokens_out) as file:
+                np.savez_compressed(file, token_ids=windows.numpy().astype(np.int32), **columns)
+        if out is not None:
+            with replacing(out) as file:
+                file.write(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    journal.remove()
+    return results
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is known before a model is loaded.
+
+    paths         of the model, and of the reference if there is one
+    windows       int64 [windows, context], to be scored
+    calibration   the same of the baseline's text
+    plan          all that the numbers depend on, for the results and to hold a resumed run against
+    """
+
+    paths: list[Path]
+    windows: Tensor
+    calibration: Tensor | None
+    plan: dict[str, Any]
+
+
+def _read_inputs(
+    model: str, reference: str | None, revision: str | None, text: Text, settings: Settings, device: torch.device
+) -> _Inputs:
+    """The inputs, from files alone."""
+    names = [model] if reference is None else [model, reference]
     paths = [locate(model, revision=revision)] + ([locate(reference)] if reference is not None else [])
     windows, facts = _tokenize(text, paths, settings.context, settings.limit, settings.trust_remote_code)
     calibration, calibration_facts = None, None
@@ -171,7 +200,6 @@ def evaluate(
         calibration, calibration_facts = _tokenize(
             content, paths[:1], settings.context, CALIBRATION_WINDOWS, settings.trust_remote_code
         )
-    names = [model] if reference is None else [model, reference]
     infos = [asdict(models.describe(name, path)) for name, path in zip(names, paths, strict=True)]
     plan = {
         "evaluation_version": EVALUATION_VERSION,
@@ -184,61 +212,18 @@ def evaluate(
         "seed": None,  # nothing is drawn
         "environment": _environment(device, ["lm_eval"] if settings.tasks else []),
     }
-    dtype = measure.RECORD if reference is None else measure.PAIR_RECORD
-    record = np.dtype((dtype, settings.context - 1))
-    with Journal.claim(out, plan, record, len(windows), settings.batch_size) as journal:
-        loaded = [
-            models.load_model(
-                path,
-                device=device,
-                dtype=settings.dtype,
-                packed=settings.packed,
-                trust_remote_code=settings.trust_remote_code,
-            )
-            for path in paths
-        ]
-        _check_context(loaded, settings.context)
-        tokenizer = models.load_tokenizer(paths[0], trust_remote_code=settings.trust_remote_code)
-        baseline = apply_baseline(loaded[0], settings.baseline, calibration, tokenizer) if settings.baseline else None
-        run = {"baseline": baseline, **_score(journal, windows, loaded, settings, device, on_progress)}
-        records = np.concatenate(journal.records)
-        metrics = {name: asdict(estimate) for name, estimate in measure.summarize(records).items()}
-        if missing := [task for task in settings.tasks if task not in journal.tasks]:
-            for task, *answers in zero_shot(
-                loaded[0],
-                tokenizer,
-                missing,
-                data=settings.task_data,
-                limit=settings.task_limit,
-                batch_size=settings.task_batch,
-            ):
-                journal.add_task(task, answers)
-        tasks = {task: journal.tasks[task] for task in settings.tasks}
-        companion = None
-        if out is not None:
-            packed = pack_records(
-                {
-                    "tokens": token_records(windows.numpy(), records, tokenizer),
-                    "distributions": measure.distributions(records),
-                    **_record_behaviour(loaded, tokenizer, windows, settings),
-                    "tasks": {task: questions for task, (_, questions) in tasks.items()},
-                }
-            )
-            companion = {"file": records_path(out).name, "sha256": hashlib.sha256(packed).hexdigest()}
-            with replacing(records_path(out)) as file:
-                file.write(packed)
-        run["seconds"] = round(time.monotonic() - start, 3)
-        accuracies = {task: accuracy for task, (accuracy, _) in tasks.items()}
-        results: dict[str, Any] = finite({**plan, "metrics": metrics, "tasks": accuracies, "records": companion, "run": run})
-        if tokens_out is not None:
-            columns: dict[str, Any] = {field: records[field] for field in dtype.names or ()}
-            with replacing(tokens_out) as file:
-                np.savez_compressed(file, token_ids=windows.numpy().astype(np.int32), **columns)
-        if out is not None:
-            with replacing(out) as file:
-                file.write(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-    journal.remove()
-    return results
+    return _Inputs(paths, windows, calibration, plan)
+
+
+def _load(paths: list[Path], settings: Settings, device: torch.device) -> tuple[list[Any], Any]:
+    """The models, and the tokenizer of the first. EvaluationError for one that does not know as many positions."""
+    trust = settings.trust_remote_code
+    loaded = [
+        models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed, trust_remote_code=trust)
+        for path in paths
+    ]
+    _check_context(loaded, settings.context)
+    return loaded, models.load_tokenizer(paths[0], trust_remote_code=trust)
 
 
 def _score(
@@ -256,7 +241,7 @@ def _score(
     speeds = []
     if on_progress:
         on_progress("evaluate", done * settings.context, windows.numel())
-    batches = measure.score_windows(model, windows, reference=reference, batch_size=settings.batch_size, start=done)
+    batches = perplexity.score_windows(model, windows, reference=reference, batch_size=settings.batch_size, start=done)
     for records, seconds in batches:
         journal.add(records)
         speeds.append(len(records) * settings.context / seconds)
@@ -270,6 +255,23 @@ def _score(
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "peak_memory_bytes": _peak_memory(device),
     }
+
+
+def _answer(journal: Journal, model: Any, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+    """The tasks that the journal lacks are done: task -> (accuracy, questions), as `zero_shot` yields them."""
+    if missing := [task for task in settings.tasks if task not in journal.tasks]:
+        data, limit, batch_size = settings.task_data, settings.task_limit, settings.task_batch
+        for task, *answers in zero_shot(model, tokenizer, missing, data=data, limit=limit, batch_size=batch_size):
+            journal.add_task(task, answers)
+    return {task: journal.tasks[task] for task in settings.tasks}
+
+
+def _write_records(path: Path, seen: dict[str, Any]) -> dict[str, str]:
+    """Write what was seen item by item; the file's name and digest, for the results."""
+    packed = pack_records(seen)
+    with replacing(path) as file:
+        file.write(packed)
+    return {"file": path.name, "sha256": hashlib.sha256(packed).hexdigest()}
 
 
 def _record_behaviour(loaded: list[Any], tokenizer: Any, windows: Tensor, settings: Settings) -> dict[str, Any]:
@@ -294,7 +296,7 @@ def _tokenize(text: Text, paths: list[Path], context: int, limit: int | None, tr
         theirs = models.load_tokenizer(other, trust_remote_code=trust)(text.content)["input_ids"]
         if theirs != ids:
             raise EvaluationError(f"{other} and {paths[0]} turn the text into different tokens: they have no common vocabulary")
-    windows = measure.cut_windows(torch.tensor(ids, dtype=torch.int64), context, limit)
+    windows = perplexity.cut_windows(torch.tensor(ids, dtype=torch.int64), context, limit)
     return windows, {
         "path": text.path,
         "form": text.form,
@@ -362,12 +364,3 @@ def _peak_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return (peak_host_memory() or None) if device.type == "cpu" else None
-
-
-def _read_text(path: str | Path) -> str:
-    try:
-        return Path(path).read_bytes().decode()
-    except OSError as reason:
-        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
-    except UnicodeDecodeError as reason:
-        raise EvaluationError(f"{path}: is not UTF-8 text (byte {reason.start})") from None

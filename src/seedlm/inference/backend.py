@@ -12,7 +12,7 @@ from seedlm.errors import BackendError
 AUTO = "auto"
 
 
-def reason_unavailable(name: str, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
+def reason_no_backend(name: str, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
     """Why a backend cannot serve such a weight on `device`; None if it can. "auto" asks for any."""
     reasons = explain(device, format, shape)
     if name == AUTO:
@@ -30,7 +30,7 @@ def explain(device: torch.device, format: Format, shape: tuple[int, int]) -> dic
 
 def choose(name: str, device: torch.device, format: Format, shape: tuple[int, int]) -> LinearBackend:
     """A backend by name, or for "auto" the first that can serve such a weight. Raises BackendError with the reason."""
-    if reason := reason_unavailable(name, device, format, shape):
+    if reason := reason_no_backend(name, device, format, shape):
         raise BackendError(reason)
     return next(
         backend

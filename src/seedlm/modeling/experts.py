@@ -18,10 +18,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from seedlm.codes.base import Format, Tell, relative_error
+from seedlm.codes.base import Format, relative_error
 from seedlm.codes.encoded import encode
 from seedlm.errors import TensorError
 from seedlm.modeling.linear import SeedLinear
+from seedlm.progress import Tell
 from seedlm.storage.checkpoint import Stack
 
 PACKED: Final = "packed"
@@ -93,7 +94,7 @@ class SeedExperts(nn.Module):
         traits = experts_traits(dense)
         assert traits is not None
         super().__init__()
-        self.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in dense.__dict__.items()})
+        _take_over(self, dense)
         self.__dict__.update(traits)
         self.kind = type(dense)
         self.identity_from = getattr(dense, "num_routed_experts", None) if hasattr(dense, "identity_expert") else None
@@ -155,8 +156,7 @@ class SeedExperts(nn.Module):
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The dense module again, with the same weights."""
         dense = self.kind.__new__(self.kind)
-        mine = ("kind", "parts", "stacks", "identity_from")
-        dense.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in mine})
+        _take_over(dense, self, but=("kind", "parts", "stacks", "identity_from"))
         del dense._modules[PACKED]
         for projection in self.parts:
             matrices = [
@@ -204,6 +204,16 @@ def compress_experts(
             errors[f"{projection}.{expert}"] = relative_error(squared_error, norm)
     parts = {projection: (projection,) for projection in projections}
     return SeedExperts(module, parts, layers, stacks).train(module.training), errors
+
+
+def _take_over(module: nn.Module, other: nn.Module, but: Sequence[str] = ()) -> None:
+    """Give a module everything that another one holds: its parameters, buffers, children, hooks and plain attributes.
+
+    The objects are shared, the dicts that hold them are not, so that each module can replace or drop entries of its own. The
+    constructor of experts is not called, since each architecture's wants a configuration of its own and makes full weights.
+    """
+    held = {name: value for name, value in vars(other).items() if name not in but}
+    vars(module).update({name: value.copy() if isinstance(value, dict) else value for name, value in held.items()})
 
 
 def _apply_gate(experts: Any, gate_up: Tensor) -> Tensor:

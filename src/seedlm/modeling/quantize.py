@@ -13,11 +13,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from seedlm.codes.base import Format, Tell
+from seedlm.codes.base import Format
 from seedlm.codes.registry import family_of, parse_format
 from seedlm.errors import TensorError
 from seedlm.modeling.experts import SeedExperts, compress_experts, projections_of
 from seedlm.modeling.linear import SeedLinear, compress_module, is_linear, share_input
+from seedlm.progress import Tell
 from seedlm.storage.selection import as_patterns, groups_of, left_by_default
 
 

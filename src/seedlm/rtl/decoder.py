@@ -1,6 +1,6 @@
 """One block code in, its C integer sums out, every clock.
 
-`codec.decode` defines the sum of weight c as S_c = sum over p of q_p * (V[c,p] - center). The states V are K-bit windows of
+`codec.dequantize` defines the sum of weight c as S_c = sum over p of q_p * (V[c,p] - center). The states V are K-bit windows of
 one bit stream d (seed bits first), each window one bit further. So S_c is a sum over the K + P - 1 stream bits from
 d[c*P + 1] on, where bit j counts g_j = sum over p of q_p * 2^(j - p), p such that 0 <= j - p < K:
 

@@ -42,7 +42,7 @@ MODELS: Final = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class Clocks:
     """Clocks of one simulated product and the largest gap between two of its results, in clocks."""
 
     clocks: int
@@ -70,7 +70,7 @@ def random_words(format: BlockFormat, rows: int, columns: int, generator: torch.
     )
 
 
-def measure(name: str, folder: Path) -> dict[int, Measured]:
+def measure(name: str, folder: Path) -> dict[int, Clocks]:
     """Clocks of the square sizes in one design; every result is compared with the twin's before it counts."""
     design = DESIGNS[name]
     products = [random_product(design, n, n) for n in SIZES]
@@ -78,7 +78,7 @@ def measure(name: str, folder: Path) -> dict[int, Measured]:
     for n, product, run in zip(SIZES, products, Simulator(design, folder).run(products), strict=True):
         if run.y.tobytes() != twin.product(design, product.weights, product.x, product.bias).tobytes():
             raise AssertionError(f"{name} {n} x {n}: the simulated hardware and the twin differ")
-        measured[n] = Measured(run.clocks, int(np.diff(run.times).max()))
+        measured[n] = Clocks(run.clocks, int(np.diff(run.times).max()))
     return measured
 
 
@@ -89,7 +89,7 @@ def stream_clocks(design: Design, rows: int, columns: int) -> float:
     return -(-columns * HALF_BITS // design.beat_bits) + max(rows * command.chunks, beats)
 
 
-def clocks_table(measured: dict[str, dict[int, Measured]]) -> list[str]:
+def clocks_table(measured: dict[str, dict[int, Clocks]]) -> list[str]:
     """Clocks beside the paper's."""
     lines = [
         "| matrix | FP16 | paper | 4 bit | paper | FP16 / 4 bit | paper | 3 bit | FP16 / 3 bit |",
@@ -118,7 +118,7 @@ def clocks_table(measured: dict[str, dict[int, Measured]]) -> list[str]:
     return lines
 
 
-def model_table(measured: dict[str, dict[int, Measured]]) -> list[str]:
+def model_table(measured: dict[str, dict[int, Clocks]]) -> list[str]:
     """Clocks and milliseconds per token of the Llama shapes: streams plus the constant that simulation found."""
     constant = {name: measured[name][2048].clocks - stream_clocks(design, 2048, 2048) for name, design in DESIGNS.items()}
     lines = ["| linear layers of | FP16, clocks a token (ms) | 4 bit | 3 bit |", "|---|---|---|---|"]

@@ -52,7 +52,7 @@ def align(x: np.ndarray, block_size: int) -> Aligned:
 
 
 def block_sums(codes: BlockCodes, format: BlockFormat) -> Tensor:
-    """The decoder's integers, int64 [..., C]: `codec.decode` before its scale."""
+    """The decoder's integers, int64 [..., C]: `codec.dequantize` before its scale."""
     matrix = generator(seed_positions(format.seed_bits)[codes.seeds.long()], format)
     return (matrix * codes.coefficients.unsqueeze(-2).long()).sum(-1)
 

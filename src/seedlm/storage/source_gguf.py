@@ -1,11 +1,11 @@
-"""A GGUF file as a source: llama.cpp's container, whose blocks are expanded a row range at a time.
+"""A GGUF file as a source: llama.cpp's container, whose blocks are dequantized a row range at a time.
 
-Blocks are expanded by gguf-py; config and tokenizer come from transformers' reading of the file's metadata, and what that
+Blocks are dequantized by gguf-py; config and tokenizer come from transformers' reading of the file's metadata, and what that
 passes over is added (`gguf_rope`, `_CARRIED`). Architectures are read here whose conversion is a renaming, the row order of
 Llama's q and k, the 1 that Gemma's norms leave out, or a stack of experts: others, and tensors that are not in the tables, are
 refused. A model in several files (``split.count``) is read from all of them.
 
-Expanded blocks are float32, which is what transformers expands them to; F32, F16 and BF16 tensors keep their dtype.
+Dequantized blocks are float32, as transformers makes them; F32, F16 and BF16 tensors keep their dtype.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
-"""The definition of the block code: how a block is rebuilt, how coefficients are rounded, how a candidate is scored.
+"""The definition of the block code: how a block is dequantized, how coefficients are rounded, how a candidate is scored.
 
 Everything here is plain torch, written to be read; searches and kernels are checked against it. Three functions are the
 definition, and FORMAT.md states them in prose:
 
-    decode       w = (sum of (V[c,p] - center) * q[p]) * 2^(e + b) / divisor
+    dequantize   w = (sum of (V[c,p] - center) * q[p]) * 2^(e + b) / divisor
     candidates   t = pinv(U) w, then (q, e) near t: either one rounding or all of them around it
     score        ||w - U q 2^(e+b)||^2 - ||w||^2 up to a constant factor, in float64
 
@@ -32,8 +32,8 @@ class BlockCodes(NamedTuple):
     coefficients: Tensor
 
 
-def decode(codes: BlockCodes, exponent_bias: int, format: BlockFormat) -> Tensor:
-    """Rebuild blocks from their fields (paper Equation 3).
+def dequantize(codes: BlockCodes, exponent_bias: int, format: BlockFormat) -> Tensor:
+    """Blocks from their fields (paper Equation 3).
 
     codes           fields of any leading shape [...]
     exponent_bias   the tensor's bias

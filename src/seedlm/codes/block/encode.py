@@ -12,12 +12,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from seedlm.codes.base import CODES, EncodeOptions, Facts, RowErrors, Tell, row_sums
+from seedlm.codes.base import CODES, EncodeOptions, Facts, RowErrors, row_sums
 from seedlm.codes.block import codec, packing
 from seedlm.codes.block.codec import BlockCodes
 from seedlm.codes.block.format import BlockFormat, Rounding
 from seedlm.codes.block.search import torch_search
 from seedlm.errors import BackendError
+from seedlm.progress import Tell
 
 SEARCHES: Final = ("triton", "numba", "torch")
 """Fastest first: ``auto`` takes the first that can run."""
@@ -49,7 +50,7 @@ def dequantize_rows(words: Tensor, exponent_bias: int, in_features: int, format:
     returns    float32 [out, in_features]
     """
     codes = BlockCodes(*packing.unpack(words, format.blocks_per_row(in_features), format))
-    return codec.decode(codes, exponent_bias, format).flatten(1)[:, :in_features]
+    return codec.dequantize(codes, exponent_bias, format).flatten(1)[:, :in_features]
 
 
 def encode_rows(
@@ -88,7 +89,7 @@ def encode_rows(
     words = packing.pack(*codes, format)
     beyond = rows[:, :0]
     if padding:
-        beyond = codec.decode(BlockCodes(*(field[:, -1] for field in codes)), exponent_bias, format)[:, -padding:]
+        beyond = codec.dequantize(BlockCodes(*(field[:, -1] for field in codes)), exponent_bias, format)[:, -padding:]
     summands = torch.cat(parts).view(out_features, per_row), rows.double().square_(), beyond.double().square_()
     scores, squares, tails = (row_sums(part).cpu() for part in summands)
     return words, RowErrors(scores / format.divisor**2 + squares - tails, squares)

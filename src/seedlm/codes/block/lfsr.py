@@ -1,4 +1,4 @@
-"""The linear-feedback shift register that every weight is regrown from (paper Section 3.1, Algorithm 1, Table 6).
+"""The linear-feedback shift register that every weight is generated from (paper Section 3.1, Algorithm 1, Table 6).
 
 A K-bit Fibonacci register holds a state in 1 .. 2^K - 1. One step XORs the bits at the tap indices (index 0 is the least
 significant), shifts the state right by one and enters the feedback bit at bit K-1::

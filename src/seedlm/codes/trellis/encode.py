@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from seedlm.codes import hadamard
-from seedlm.codes.base import CODES, EncodeOptions, Facts, RowErrors, Tell, row_sums
+from seedlm.codes.base import CODES, EncodeOptions, Facts, RowErrors, row_sums
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.columns import encode_with_feedback, feedback_for
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.viterbi import choose, viterbi
 from seedlm.errors import BackendError, FormatError, TensorError
+from seedlm.progress import Tell
 
 GAINS: Final[Mapping[int, Mapping[int, float]]] = {
     16: {1: 0.9, 2: 1.0, 3: 1.06, 4: 1.1, 5: 1.13, 6: 1.19, 7: 1.25, 8: 1.33},
@@ -102,4 +103,4 @@ class TrellisEncoder:
 def _reason(backend: str, device: torch.device) -> str | None:
     from seedlm.codes.trellis import viterbi as searches
 
-    return None if backend == "auto" else searches.reason_unavailable(backend, device)
+    return None if backend == "auto" else searches.reason_no_search(backend, device)

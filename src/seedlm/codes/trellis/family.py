@@ -67,7 +67,7 @@ class TrellisFamily:
     def reason_no_encoder(self, backend: str, device: "torch.device", format: Format) -> str | None:
         from seedlm.codes.trellis import viterbi
 
-        return None if backend == "auto" else viterbi.reason_unavailable(backend, device)
+        return None if backend == "auto" else viterbi.reason_no_search(backend, device)
 
     def backends(self) -> Sequence[LinearBackend]:
         from seedlm.codes.trellis.kernels import BACKENDS

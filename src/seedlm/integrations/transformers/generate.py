@@ -49,8 +49,6 @@ def generate(
     trust_remote_code   run code that comes with the model
     Raises SourceError if the model cannot be opened, lacks a weight, is no language model, or has no chat template.
     """
-    from transformers import TextIteratorStreamer
-
     timing = timing if timing is not None else Timing()
     start = time.perf_counter()
     where = choose_device(device)
@@ -62,24 +60,37 @@ def generate(
         network = network.dequantize()
     timing.load_seconds = time.perf_counter() - start
 
-    if chat:
-        if not tokenizer.chat_template:
-            raise SourceError(f"{model} has no chat template: generate without --chat")
-        turn = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    options: dict[str, Any] = {"do_sample": False}
+    if chat and not tokenizer.chat_template:
+        raise SourceError(f"{model} has no chat template: generate without --chat")
+    inputs = _tokens(tokenizer, prompt, chat=chat).to(where)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         torch.manual_seed(seed)
-        options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+        options |= {"temperature": temperature, "top_p": top_p}
+    yield from _stream(network, tokenizer, inputs, options, timing, skip_prompt=chat)
+
+
+def _tokens(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
+    """What a model is given: the prompt, or with `chat` a user's turn of it and the beginning of an answer."""
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _stream(
+    network: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], timing: Timing, *, skip_prompt: bool
+) -> Iterator[str]:
+    """The text as a thread generates it; whatever that raises is raised here, at the end."""
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
     failure: list[BaseException] = []
 
     def work() -> None:
         begin = time.perf_counter()
         try:
-            output = network.generate(**inputs.to(where), **options, max_new_tokens=max_new_tokens, streamer=streamer)
+            output = network.generate(**inputs, **options, streamer=streamer)
             timing.tokens = output.shape[1] - inputs["input_ids"].shape[1]
         except BaseException as reason:  # shown in the caller's thread
             failure.append(reason)

@@ -53,7 +53,7 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
         if not options:
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
             _check_kind(model, config)
-        # Expanding a GGUF file shows a bar that has no switch.
+        # Dequantizing a GGUF file shows a bar that has no switch.
         with redirect_stderr(StringIO()) if options else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options

@@ -1,6 +1,6 @@
-// Block code to weights, bit for bit what codec.decode gives and then rounded once to the output's type.
+// Block code to weights, bit for bit what codec.dequantize gives and then rounded once to the output's type.
 //
-// A thread rebuilds one block; the 32 blocks of a warp, all of one row, are staged in shared memory and written 16 bytes
+// A thread dequantizes one block; the 32 blocks of a warp, all of one row, are staged in shared memory and written 16 bytes
 // at a time where rows allow it. The register is not stepped: the C*P states of a block are the K-bit
 // windows of one bit string, the seed followed by the bits it feeds back, and the string grows word-parallel. From a register
 // of length K whose highest tap is t, K - t bits follow at once; once 2K bits are known, the square of the feedback

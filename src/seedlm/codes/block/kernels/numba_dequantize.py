@@ -1,4 +1,4 @@
-"""Fast CPU kernel: packed words to weights, a twin of `codec.decode` bit for bit.
+"""Fast CPU kernel: packed words to weights, a twin of `codec.dequantize` bit for bit.
 
 The states of a block are one contiguous window of the register's cycle. Split by index modulo P, the C states of coefficient
 p are contiguous too, so a block costs P vector loads, P multiply-adds and one scaling, with no gather::

@@ -1,4 +1,4 @@
-"""The definition of decoding (`codec.decode`) in operations that any device can queue: it never waits for one.
+"""The definition (`codec.dequantize`) in operations that any device can queue: it never waits for one.
 
 The definition takes the exponent bias as a number and copies its tables to the device at every call; both would stop a CUDA
 graph. Here bias and tables are tensors on the device already, and the arithmetic is the same, operation for operation: an

@@ -85,17 +85,17 @@ def search_backend(backend: str, device: torch.device) -> ModuleType:
     if backend != "auto" and backend not in _BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; known: auto, {', '.join(_BACKENDS)}")
     name = choose(device) if backend == "auto" else backend
-    if (reason := reason_unavailable(name, device)) is not None:
+    if (reason := reason_no_search(name, device)) is not None:
         raise BackendError(f"the {name} search cannot run here: {reason}")
     return _load(name)
 
 
 def choose(device: torch.device) -> str:
     """The fastest search that runs on tensors of a device."""
-    return next(name for name in _BACKENDS if reason_unavailable(name, device) is None)
+    return next(name for name in _BACKENDS if reason_no_search(name, device) is None)
 
 
-def reason_unavailable(name: str, device: torch.device) -> str | None:
+def reason_no_search(name: str, device: torch.device) -> str | None:
     """Why a search cannot run on tensors of a device, or None."""
     if name == "reference":
         return None

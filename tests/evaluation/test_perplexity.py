@@ -10,7 +10,7 @@ import torch
 
 from seedlm.errors import EvaluationError
 from seedlm.evaluation import layer_errors as layers
-from seedlm.evaluation import measure
+from seedlm.evaluation import perplexity
 from straightforward import straightforward
 from tiny_models import tiny_llama
 
@@ -22,26 +22,26 @@ def pair(tmp_path_factory):
     return [tiny_llama(folder / str(seed), dtype=torch.float32, seed=seed).eval() for seed in (0, 1)]
 
 
-class TestMeasure:
+class TestPerplexity:
     @pytest.mark.parametrize("chunk", [{}, {"chunk": 1}, {"chunk": 64 * 3}], ids=["one-chunk", "row-by-row", "three-rows"])
     @pytest.mark.parametrize(("context", "batch_size"), [(7, 1), (7, 3), (2, 9), (30, 2)])
     def test_records_are_those_of_float64(self, pair, context, batch_size, chunk):
-        windows = measure.cut_windows(torch.randint(64, (61,), generator=torch.Generator().manual_seed(2)), context)
-        scored = measure.score_windows(pair[0], windows, reference=pair[1], batch_size=batch_size, **chunk)
+        windows = perplexity.cut_windows(torch.randint(64, (61,), generator=torch.Generator().manual_seed(2)), context)
+        scored = perplexity.score_windows(pair[0], windows, reference=pair[1], batch_size=batch_size, **chunk)
         records = np.concatenate([records for records, _ in scored])
         expected = straightforward(pair[0], windows, pair[1])
         assert records.shape == expected.shape[:2] == (61 // context, context - 1)
-        for column, field in enumerate(measure.PAIR_RECORD.names):
+        for column, field in enumerate(perplexity.PAIR_RECORD.names):
             np.testing.assert_allclose(records[field], expected[..., column], rtol=2e-6, atol=2e-6, err_msg=field)
-        alone = np.concatenate([records for records, _ in measure.score_windows(pair[0], windows, batch_size=batch_size)])
-        assert alone.dtype == measure.RECORD
-        assert all((alone[field] == records[field]).all() for field in measure.RECORD.names)
+        alone = np.concatenate([records for records, _ in perplexity.score_windows(pair[0], windows, batch_size=batch_size)])
+        assert alone.dtype == perplexity.RECORD
+        assert all((alone[field] == records[field]).all() for field in perplexity.RECORD.names)
 
     def test_means_and_errors(self, pair):
-        windows = measure.cut_windows(torch.randint(64, (50,), generator=torch.Generator().manual_seed(3)), 10)
+        windows = perplexity.cut_windows(torch.randint(64, (50,), generator=torch.Generator().manual_seed(3)), 10)
         expected = straightforward(pair[0], windows, pair[1])
-        records = np.concatenate([records for records, _ in measure.score_windows(pair[0], windows, reference=pair[1])])
-        found = measure.summarize(records)
+        records = np.concatenate([records for records, _ in perplexity.score_windows(pair[0], windows, reference=pair[1])])
+        found = perplexity.summarize(records)
 
         def check(name, per_window, exponential=False):
             mean, error = statistics.mean(per_window), statistics.stdev(per_window) / math.sqrt(5)
@@ -67,16 +67,16 @@ class TestMeasure:
         with torch.no_grad():
             losses = [pair[0](w[None], labels=w[None]).loss * 8 for w in tokens[:32].view(4, 8)]
         expected = math.exp(sum(losses) / (4 * 8))
-        assert measure.perplexity(pair[0], tokens, context=8).mean == pytest.approx(expected, rel=1e-5)
+        assert perplexity.perplexity(pair[0], tokens, context=8).mean == pytest.approx(expected, rel=1e-5)
         fewer = math.exp(sum(losses[:2]) / (2 * 8))
-        assert measure.perplexity(pair[0], tokens, context=8, limit=2).mean == pytest.approx(fewer, rel=1e-5)
+        assert perplexity.perplexity(pair[0], tokens, context=8, limit=2).mean == pytest.approx(fewer, rel=1e-5)
 
     def test_one_window_has_no_error(self, pair):
-        assert measure.perplexity(pair[0], torch.arange(9), context=8).standard_error is None
+        assert perplexity.perplexity(pair[0], torch.arange(9), context=8).standard_error is None
 
     def test_a_model_equals_itself(self, pair):
-        records = next(measure.score_windows(pair[0], torch.arange(12).view(2, 6), reference=pair[0], batch_size=2))[0]
-        found = measure.summarize(records)
+        records = next(perplexity.score_windows(pair[0], torch.arange(12).view(2, 6), reference=pair[0], batch_size=2))[0]
+        found = perplexity.summarize(records)
         assert (found["kl"].mean, found["top1_agreement"].mean, found["perplexity_ratio"].mean) == (0.0, 1.0, 1.0)
         assert found["perplexity_ratio"].standard_error == 0.0
 
@@ -84,12 +84,12 @@ class TestMeasure:
         model = tiny_llama(tmp_path / "m", dtype=torch.float32).eval()
         model.lm_head.weight.data[5, 0] = math.inf
         with pytest.raises(EvaluationError, match="window 3: the model's log likelihood is not finite; float16 overflows"):
-            list(measure.score_windows(model, torch.arange(20).view(5, 4), start=3))
+            list(perplexity.score_windows(model, torch.arange(20).view(5, 4), start=3))
 
     def test_other_vocabularies_are_refused(self, pair, tmp_path):
         other = tiny_llama(tmp_path / "m", dtype=torch.float32, vocab_size=70).eval()
         with pytest.raises(EvaluationError, match="the reference scores 70 tokens, the model 64"):
-            list(measure.score_windows(pair[0], torch.arange(8).view(2, 4), reference=other))
+            list(perplexity.score_windows(pair[0], torch.arange(8).view(2, 4), reference=other))
 
     @pytest.mark.parametrize(
         ("context", "limit", "message"),
@@ -97,7 +97,7 @@ class TestMeasure:
     )
     def test_impossible_windows_are_refused(self, context, limit, message):
         with pytest.raises(EvaluationError, match=message):
-            measure.cut_windows(torch.arange(10), context, limit)
+            perplexity.cut_windows(torch.arange(10), context, limit)
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -105,11 +105,11 @@ class TestMeasure:
         windows = torch.randint(64, (6, 9), generator=torch.Generator().manual_seed(5))
         expected = straightforward(pair[0], windows, pair[1])
         try:
-            scored = measure.score_windows(pair[0].cuda(), windows, reference=pair[1].cuda(), batch_size=4)
+            scored = perplexity.score_windows(pair[0].cuda(), windows, reference=pair[1].cuda(), batch_size=4)
             records = np.concatenate([records for records, _ in scored])
         finally:
             pair[0].cpu(), pair[1].cpu()
-        for column, field in enumerate(measure.PAIR_RECORD.names):
+        for column, field in enumerate(perplexity.PAIR_RECORD.names):
             np.testing.assert_allclose(records[field], expected[..., column], rtol=1e-5, atol=1e-5, err_msg=field)
 
 
