@@ -16,9 +16,11 @@ from seedlm import Mixture, compress_checkpoint, compress_model, dequantize_mode
 from seedlm.codes.base import stored_bits
 from seedlm.codes.registry import family, parse_format
 from seedlm.errors import CheckpointError, FormatError
+from seedlm.evaluation.run import Settings, evaluate
+from seedlm.evaluation.text import Text
 from seedlm.integrations.transformers.quantizer import SeedLMConfig
 from seedlm.storage.checkpoint import Checkpoint
-from tiny_models import folder_bytes, tiny_llama
+from tiny_models import STORIES, STORY, folder_bytes, tiny_llama
 
 TOY = toy_family.ToyFormat(4)
 
@@ -164,3 +166,11 @@ def test_a_name_is_given_once():
     assert parse_format("4", "toy") == TOY
     with pytest.raises(FormatError, match="exists already"):
         toy_family.registry.register(toy_family.ToyFamily())
+
+
+def test_it_is_evaluated_against_the_original(tmp_path):
+    compress_checkpoint(STORIES, tmp_path / "packed", format=TOY, device="cpu")
+    text = Text(STORY * 8, "story.txt", "a story")
+    found = evaluate(str(tmp_path / "packed"), text, Settings(context=64, limit=2, device="cpu"), reference=str(STORIES))
+    assert found["model"]["format"] == "toy-4"
+    assert 0 < found["metrics"]["kl"]["mean"] < 0.5

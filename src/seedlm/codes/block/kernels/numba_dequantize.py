@@ -16,9 +16,6 @@ child makes a new pool); OpenMP, numba's own choice, does not.
 """
 
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -31,12 +28,10 @@ from torch import Tensor
 from seedlm.codes.block.basis import cycle_states, seed_positions
 from seedlm.codes.block.codec import block_scale
 from seedlm.codes.block.format import BlockFormat
+from seedlm.codes.threads import share_rows
 
 _with: Any = registers.tuple_setitem
 """_with(values, i, x): the tuple with item i replaced."""
-
-_WEIGHTS_PER_TASK = 1 << 17
-"""A task shorter than this (0.3 ms) is not worth handing to a thread."""
 
 
 def dequantize(words: Tensor, scales: Tensor, in_features: int, format: BlockFormat) -> Tensor:
@@ -53,7 +48,7 @@ def dequantize(words: Tensor, scales: Tensor, in_features: int, format: BlockFor
     def rows(first: int, last: int) -> None:
         kernel.run(source[first:last], kernel.start, kernel.table, factors, target[first:last])
 
-    _share_rows(rows, *weight.shape)
+    share_rows(rows, *weight.shape)
     return weight
 
 
@@ -141,22 +136,3 @@ def _compile(format: BlockFormat, length: int) -> Any:
                             weight[r, column + i] = weights[i]
 
     return dequantize_rows
-
-
-def _share_rows(work: Callable[[int, int], None], rows: int, weights_per_row: int) -> None:
-    """Call work(first, last) on consecutive ranges of rows, over as many threads as torch may use."""
-    tasks = max(1, min(torch.get_num_threads(), rows, rows * weights_per_row // _WEIGHTS_PER_TASK))
-    edges = [rows * i // tasks for i in range(tasks + 1)]
-    if tasks == 1:
-        work(0, rows)
-    else:
-        list(_pool(torch.get_num_threads()).map(work, edges[:-1], edges[1:]))
-
-
-@lru_cache(maxsize=4)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="seedlm")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)

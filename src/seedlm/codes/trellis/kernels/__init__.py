@@ -5,7 +5,8 @@ from typing import Final
 
 from seedlm.codes.base import LinearBackend
 from seedlm.codes.trellis.kernels.cuda import CudaBackend, CudaInt8Backend
+from seedlm.codes.trellis.kernels.numba_dequantize import NumbaBackend
 from seedlm.codes.trellis.kernels.torch_dequantize import TorchBackend
 
-BACKENDS: Final[Sequence[LinearBackend]] = (CudaBackend(), CudaInt8Backend(), TorchBackend())
+BACKENDS: Final[Sequence[LinearBackend]] = (CudaBackend(), CudaInt8Backend(), NumbaBackend(), TorchBackend())
 """The last serves every device and every format."""
