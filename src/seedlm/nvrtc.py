@@ -27,7 +27,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from seedlm.errors import BackendError
 
 REMEDY = "pip install 'seedlm[cuda]'"
 STANDARD = ("-std=c++17",)
+TYPES: Final = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+"""The dtypes of inputs and outputs that kernels know, and the number that each has in their text."""
 _PLAIN_SHARED = 48 * 1024
 """Bytes of dynamic shared memory that any kernel may ask for; more has to be announced to the driver."""
 
@@ -49,10 +51,22 @@ def reason_unavailable() -> str | None:
     return None
 
 
-def architecture(device: torch.device) -> int:
-    """The device's compute capability as a number: 90 for an H100."""
-    major, minor = torch.cuda.get_device_capability(device)
+def index_of(device: torch.device) -> int:
+    """The number of a CUDA device; ``cuda`` alone is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def architecture(index: int) -> int:
+    """A CUDA device's compute capability as a number: 90 for an H100."""
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+@cache
+def processors(index: int) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def compile_only(source: str, arch: int, options: Sequence[str] = (), specific: bool = False) -> bytes:
@@ -188,7 +202,7 @@ def load(
         return kernel
     with _loading:
         if (kernel := _loaded.get(key)) is None:
-            arch = architecture(torch.device("cuda", index))
+            arch = architecture(index)
             cubin = compile_only(source, arch, options, specific)
             kernel = _loaded[key] = _load(cubin, name, signature, index, shared, overlap and arch >= 90)
     return kernel

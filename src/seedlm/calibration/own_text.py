@@ -24,7 +24,8 @@ from seedlm.progress import Progress
 BATCH: Final = 128
 """Sequences written at a time: the time of a step hardly depends on them until their caches fill the memory."""
 
-_OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
+OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
+"""What to do about numbers that are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def predict(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
     output = model(input_ids=tokens, use_cache=True, **{name: cache})
     logits = output.logits[:, -1].float()
     if not logits.isfinite().all():
-        raise EvaluationError(f"the model's predictions are not finite; {_OVERFLOW}")
+        raise EvaluationError(f"the model's predictions are not finite; {OVERFLOW}")
     return logits, output.get(name)
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from seedlm.calibration.own_text import predict
+from seedlm.calibration.own_text import OVERFLOW, predict
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import experts_traits, projections_of
 from seedlm.progress import Progress
@@ -41,7 +41,6 @@ SENSITIVITY_VERSION: Final = 1
 
 _BATCH: Final = 16
 """Sequences written at a time."""
-_OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
     found = {name: float(f"{float(square) / (2 * predictions):.6g}") for name, square in _as_saved(model, rows)}
     for name, value in found.items():
         if not math.isfinite(value):
-            raise EvaluationError(f"{name}: the gradient is not finite; {_OVERFLOW}")
+            raise EvaluationError(f"{name}: the gradient is not finite; {OVERFLOW}")
     return found
 
 

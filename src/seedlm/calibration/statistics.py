@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from seedlm.calibration.own_text import text_hash
+from seedlm.calibration.own_text import OVERFLOW, text_hash
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import SeedExperts, experts_traits, projections_of
 from seedlm.progress import Progress
@@ -35,7 +35,6 @@ from seedlm.storage.statistics import InputStatistics, Statistics, StatisticsFac
 OWN_TEXT: Final = "own text"
 _SAMPLES: Final = 1024
 _TINY: Final = 1e-300
-_OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
 
 
 def measure_statistics(
@@ -121,7 +120,7 @@ class _Watch:
         first = self._first_reader(matrix, given)
         x = given.detach().reshape(-1, given.shape[-1])
         if not x.isfinite().all():
-            raise EvaluationError(f"{matrix}: its input is not finite; {_OVERFLOW}")
+            raise EvaluationError(f"{matrix}: its input is not finite; {OVERFLOW}")
         if first == matrix:
             self.tokens[first] = self.tokens.get(first, 0) + len(x)
         if self.gradients and output.requires_grad:
@@ -136,7 +135,7 @@ class _Watch:
     def _backwards(self, matrix: str, first: str, x: Tensor, gradient: Tensor) -> None:
         squares = gradient.detach().reshape(len(x), -1).float().square()
         if not squares.isfinite().all():
-            raise EvaluationError(f"{matrix}: the gradient is not finite; {_OVERFLOW}")
+            raise EvaluationError(f"{matrix}: the gradient is not finite; {OVERFLOW}")
         self.rows[matrix] = squares.sum(0, dtype=torch.float64) + self.rows.get(matrix, 0)
         self.seen[matrix] = self.seen.get(matrix, 0) + len(x)
         mean = (self.rows[matrix] / self.seen[matrix]).float()

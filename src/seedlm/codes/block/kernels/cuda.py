@@ -43,7 +43,7 @@ class CudaBackend(DequantizingBackend):
 
     def prepare(self, parts: Mapping[str, Tensor], format: Format, shape: tuple[int, int]) -> list[Tensor]:
         words = parts[CODES]
-        launch.counters(_index(words.device))
+        launch.counters(nvrtc.index_of(words.device))
         return [words.contiguous(), parts["exponent_bias"]]
 
     def linear(
@@ -58,14 +58,14 @@ class CudaBackend(DequantizingBackend):
         assert isinstance(format, BlockFormat)
         words, exponent_bias = prepared
         rows = x.reshape(-1, shape[1]).contiguous()
-        if len(rows) and rows.dtype in launch.TYPES and format in _FUSED:
-            index, vector_loads = _index(x.device), launch.has_vector_loads(words, format)
+        if len(rows) and rows.dtype in nvrtc.TYPES and format in _FUSED:
+            index, vector_loads = nvrtc.index_of(x.device), launch.has_vector_loads(words, format)
             if len(rows) <= launch.sources.MOST_BATCH:
                 if few := launch.plan(format, shape, len(rows), index, vector_loads):
                     return launch.product(rows, words, exponent_bias, few, bias).view(*x.shape[:-1], shape[0])
             elif (
                 format in _WIDE
-                and launch.sources.wide_pays(shape, len(rows), launch.processors(index))
+                and launch.sources.wide_pays(shape, len(rows), nvrtc.processors(index))
                 and (many := launch.wide_plan(format, shape[1], len(rows), index, vector_loads))
             ):
                 return launch.wide_product(rows, words, exponent_bias, many, bias).view(*x.shape[:-1], shape[0])
@@ -74,12 +74,8 @@ class CudaBackend(DequantizingBackend):
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         assert isinstance(format, BlockFormat)
         words, exponent_bias = prepared
-        kernel_dtype = dtype if dtype in launch.TYPES else torch.float32
+        kernel_dtype = dtype if dtype in nvrtc.TYPES else torch.float32
         weight = torch.empty(shape, dtype=kernel_dtype, device=words.device)
         if weight.numel():
             launch.dequantize(weight, words, exponent_bias, format)
         return weight.to(dtype)
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index

@@ -20,8 +20,6 @@ from seedlm import nvrtc
 from seedlm.codes.block.format import BlockFormat
 from seedlm.codes.block.kernels import sources
 
-TYPES: Final = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-
 _STREAMS: Final = 64
 _COUNTERS: Final = 512
 """Integers of a stream: more than there are ranges of rows on any device."""
@@ -49,17 +47,6 @@ class WidePlan:
 
 
 @lru_cache(maxsize=64)
-def processors(index: int) -> int:
-    """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-@lru_cache(maxsize=64)
-def architecture(index: int) -> int:
-    return nvrtc.architecture(torch.device("cuda", index))
-
-
-@lru_cache(maxsize=64)
 def counters(index: int) -> Tensor:
     """The integers of a device's streams. Made by `prepare`, so that no graph's memory pool holds them."""
     with torch.inference_mode(False):
@@ -84,9 +71,9 @@ def plan(
 
     vector_loads: see `has_vector_loads`. Raises BackendError if a kernel cannot be compiled.
     """
-    arch, device = architecture(index), torch.device("cuda", index)
+    arch, device = nvrtc.architecture(index), torch.device("cuda", index)
     if tokens == 1 and sources.reason_no_vector(format) is None:
-        division = sources.divide_vector(format, shape, arch, processors(index))
+        division = sources.divide_vector(format, shape, arch, nvrtc.processors(index))
         if division is None:
             return None
         text = sources.vector_source(format, division.warps, vector_loads)
@@ -94,7 +81,7 @@ def plan(
         return Plan(kernel=kernel, division=division, batch=False)
     if tokens > sources.MOST_BATCH or sources.reason_no_halves(format) is not None:
         return None
-    division = sources.divide_batch(format, shape, tokens, arch, processors(index))
+    division = sources.divide_batch(format, shape, tokens, arch, nvrtc.processors(index))
     if division is None:
         return None
     text = sources.batch_source(format, division.warps, vector_loads, tokens)
@@ -105,7 +92,7 @@ def plan(
 @lru_cache(maxsize=4096)
 def wide_plan(format: BlockFormat, in_features: int, tokens: int, index: int, vector_loads: bool) -> WidePlan | None:
     """The plan for many tokens; None where no kernel serves format or device."""
-    if architecture(index) != sources.WIDE_ARCHITECTURE or sources.reason_no_halves(format) is not None:
+    if nvrtc.architecture(index) != sources.WIDE_ARCHITECTURE or sources.reason_no_halves(format) is not None:
         return None
     width = sources.wide_tokens(tokens)
     text, device = sources.wide_source(format, vector_loads, width), torch.device("cuda", index)
@@ -133,7 +120,7 @@ def product(x: Tensor, words: Tensor, exponent_bias: Tensor, chosen: Plan, bias:
     division = chosen.division
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     part = torch.empty(division.splits, tokens, rows, dtype=torch.float32, device=x.device)
-    numbers = (rows, columns, row_words, division.splits, division.row_splits, TYPES[x.dtype])
+    numbers = (rows, columns, row_words, division.splits, division.row_splits, nvrtc.TYPES[x.dtype])
     chosen.kernel(
         (division.splits * division.row_splits,),
         division.warps * 32,
@@ -159,7 +146,7 @@ def wide_product(x: Tensor, words: Tensor, exponent_bias: Tensor, chosen: WidePl
     image = torch.empty(tiles * chosen.width, chosen.stride, dtype=torch.float16, device=x.device)
     scales = torch.empty(tiles * chosen.width, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    kind = TYPES[x.dtype]
+    kind = nvrtc.TYPES[x.dtype]
     chosen.arrange((tiles * chosen.width,), 256, x, image, scales, columns, chosen.chunks, tokens, kind)
     chosen.product(
         (-(-rows // sources.WIDE_ROWS) * 2, tiles),
@@ -181,10 +168,12 @@ def wide_product(x: Tensor, words: Tensor, exponent_bias: Tensor, chosen: WidePl
 
 
 def dequantize(weight: Tensor, words: Tensor, exponent_bias: Tensor, format: BlockFormat) -> None:
-    """Write the weight to `weight` [out, in], contiguous, of a dtype in `TYPES`."""
+    """Write the weight to `weight` [out, in], contiguous, of a dtype in `nvrtc.TYPES`."""
     rows, columns = weight.shape
-    kernel = nvrtc.load(sources.dequantize_source(format, TYPES[weight.dtype]), "dequantize", "PPPIIIi", device=weight.device)
+    kernel = nvrtc.load(
+        sources.dequantize_source(format, nvrtc.TYPES[weight.dtype]), "dequantize", "PPPIIIi", device=weight.device
+    )
     tasks = rows * -(-columns // (32 * format.block_size))
     whole = columns * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
-    blocks = min(-(-tasks // 4), 16 * processors(kernel.device))
+    blocks = min(-(-tasks // 4), 16 * nvrtc.processors(kernel.device))
     kernel((blocks,), 128, words, exponent_bias, weight, rows, columns, words.shape[1], int(whole))

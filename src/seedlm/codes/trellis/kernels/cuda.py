@@ -51,7 +51,7 @@ class CudaBackend:
         tokens = x.numel() // in_features
         if (kind := self._kind(x, tokens)) is None:
             return []
-        size = launch.workspace(in_features, tokens, kind, _index(x.device))[-1]
+        size = launch.workspace(in_features, tokens, kind, nvrtc.index_of(x.device))[-1]
         return [torch.empty(size, dtype=torch.int32, device=x.device)]
 
     def transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
@@ -60,7 +60,7 @@ class CudaBackend:
         if (kind := self._kind(x, tokens)) is None:
             return []
         block = cast(TrellisFormat, format).transform
-        plan = launch.input_plan(block, in_features, tokens, x.dtype, kind, _index(x.device))
+        plan = launch.input_plan(block, in_features, tokens, x.dtype, kind, nvrtc.index_of(x.device))
         work = torch.empty(plan.size, dtype=torch.int32, device=x.device)
         launch.rotate(x.contiguous(), plan, work)
         return [work]
@@ -77,7 +77,7 @@ class CudaBackend:
         tokens = x.numel() // shape[1]
         if (kind := self._kind(x, tokens)) is None:
             return torch.nn.functional.linear(x, self.dequantize(prepared, format, shape, x.dtype), bias)
-        trellis, index = cast(TrellisFormat, format), _index(x.device)
+        trellis, index = cast(TrellisFormat, format), nvrtc.index_of(x.device)
         (work,) = transformed or self.transform(x, format, shape[1])
         inputs = launch.input_plan(trellis.transform, shape[1], tokens, x.dtype, kind, index)
         plan = launch.product_plan(trellis, shape, tokens, x.dtype, kind, index)
@@ -87,7 +87,7 @@ class CudaBackend:
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         assert isinstance(format, TrellisFormat)
-        kernel_dtype = dtype if dtype in launch.TYPES else torch.float32
+        kernel_dtype = dtype if dtype in nvrtc.TYPES else torch.float32
         weight = torch.empty(shape, dtype=kernel_dtype, device=prepared[0].device)
         if weight.numel():
             launch.dequantize(weight, prepared, format, original=True)
@@ -95,11 +95,11 @@ class CudaBackend:
 
     def _kind(self, x: Tensor, tokens: int) -> Kind | None:
         """How activations are multiplied, None if the weight is formed for torch's product."""
-        if x.dtype not in launch.TYPES or tokens == 0:
+        if x.dtype not in nvrtc.TYPES or tokens == 0:
             return None
         if tokens * launch.parts_of_token(self.few) <= sources.MOST_PARTS:
             return self.few
-        gemm = x.dtype != torch.float32 and launch.architecture(_index(x.device)) == _GEMM_ARCHITECTURE
+        gemm = x.dtype != torch.float32 and nvrtc.architecture(nvrtc.index_of(x.device)) == _GEMM_ARCHITECTURE
         return "halves" if gemm else None
 
 
@@ -108,7 +108,3 @@ class CudaInt8Backend(CudaBackend):
 
     name: ClassVar[str] = "cuda-int8"
     few: ClassVar[Kind] = "int8"
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index

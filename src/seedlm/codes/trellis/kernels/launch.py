@@ -16,7 +16,7 @@ at once on two. That of kind "halves", for `gemm`, holds halves and x_scale.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,6 @@ from seedlm.codes.trellis.kernels.sources import DEPTH, FINISHERS, PANEL_ROWS, S
 
 Kind = Literal["exact", "int8", "halves"]
 """What activations become: 16-bit integers in two int8 parts, int8, or halves; with a scale for each token."""
-
-TYPES: Final = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,17 +58,6 @@ class ProductPlan:
     shared: int
 
 
-@lru_cache(maxsize=64)
-def processors(index: int) -> int:
-    """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-@lru_cache(maxsize=64)
-def architecture(index: int) -> int:
-    return nvrtc.architecture(torch.device("cuda", index))
-
-
 def parts_of_token(kind: Kind) -> int:
     return 2 if kind == "exact" else 1
 
@@ -86,7 +73,7 @@ def workspace(in_features: int, tokens: int, kind: Kind, index: int) -> tuple[in
     x_scale = sources.steps(in_features) * parts * STEP
     x_sum = x_scale + 4 * tokens
     sums = -(-(x_sum + 4 * parts) // 16) * 16
-    return x_scale, x_sum, sums, sums // 4 + tokens * processors(index) * PANEL_ROWS * 2
+    return x_scale, x_sum, sums, sums // 4 + tokens * nvrtc.processors(index) * PANEL_ROWS * 2
 
 
 @lru_cache(maxsize=4096)
@@ -101,9 +88,9 @@ def input_plan(
     limit = sources.levels(in_features)
     base = 2 * limit + 1 if kind == "exact" else 0
     zeros = 0 if halves else size - sums // 4
-    cluster, warps, _ = sources.rotate_blocks(transform, in_features, architecture(index))
-    text = sources.rotate_source(transform, in_features, architecture(index), halves)
-    numbers = (in_features, -(-in_features // unit) * unit, base, limit, TYPES[dtype], zeros, -(-tokens // width) * width)
+    cluster, warps, _ = sources.rotate_blocks(transform, in_features, nvrtc.architecture(index))
+    text = sources.rotate_source(transform, in_features, nvrtc.architecture(index), halves)
+    numbers = (in_features, -(-in_features // unit) * unit, base, limit, nvrtc.TYPES[dtype], zeros, -(-tokens // width) * width)
     return InputPlan(
         tokens=tokens,
         in_features=in_features,
@@ -135,7 +122,7 @@ def product_plan(
     Raises BackendError if it cannot be compiled.
     """
     out_features, in_features = shape
-    arch, device = architecture(index), torch.device("cuda", index)
+    arch, device = nvrtc.architecture(index), torch.device("cuda", index)
     common = (out_features, sources.steps(in_features), format.segments(out_features), sources.strip(format), tokens)
     if kind == "halves":
         width = sources.gemm_tokens(tokens)
@@ -144,9 +131,9 @@ def product_plan(
         most = sources.most_shared(arch)
         return ProductPlan(
             kernel=nvrtc.load(text, "gemm", "PPPPPPPiiiiii", device=device, shared=most, specific=True, overlap=overlap),
-            grid=(min(-(-out_features // 128) * -(-tokens // width), processors(index)),),
+            grid=(min(-(-out_features // 128) * -(-tokens // width), nvrtc.processors(index)),),
             block=384,
-            numbers=(*common, TYPES[dtype]),
+            numbers=(*common, nvrtc.TYPES[dtype]),
             shared=stages * sources.gemm_stage_bytes(width) + 1024,
         )
     parts = tokens * parts_of_token(kind)
@@ -154,13 +141,13 @@ def product_plan(
     base = 2 * sources.levels(in_features) + 1 if kind == "exact" else 0
     text = sources.product_source(format, variant)
     most = sources.most_shared(arch)
-    blocks = sources.product_blocks(out_features, in_features, processors(index), variant)
+    blocks = sources.product_blocks(out_features, in_features, nvrtc.processors(index), variant)
     run, longer = divmod(sources.panels(out_features) * sources.steps(in_features), blocks)
     return ProductPlan(
         kernel=nvrtc.load(text, "product", "PPPPPPPPPiiiiiiiii", device=device, shared=most, overlap=overlap),
         grid=(blocks,),
         block=variant.warps * 32 + FINISHERS,
-        numbers=(*common, base, TYPES[dtype], run, longer),
+        numbers=(*common, base, nvrtc.TYPES[dtype], run, longer),
         shared=sources.shared_bytes(format, variant, parts),
     )
 
@@ -223,5 +210,5 @@ def dequantize(weight: Tensor, parts: Sequence[Tensor], format: TrellisFormat, o
         sources.steps(in_features),
         words.shape[0],
         sources.strip(format),
-        TYPES[weight.dtype],
+        nvrtc.TYPES[weight.dtype],
     )

@@ -47,7 +47,7 @@ def reason_unavailable(device: torch.device) -> str | None:
     """Why this search cannot take tensors of a device, or None."""
     if device.type != "cuda":
         return f"it runs on NVIDIA GPUs, and the targets are on {device}"
-    if nvrtc.architecture(device) < 90:
+    if nvrtc.architecture(nvrtc.index_of(device)) < 90:
         return f"it needs compute capability 9.0, and {torch.cuda.get_device_name(device)} has less"
     return nvrtc.reason_unavailable()
 
