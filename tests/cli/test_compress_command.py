@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import seedlm
-from tiny_models import SMALL, folder_bytes, save_tensors
+from seedlm.cli import console
+from tiny_models import SMALL, STORIES, folder_bytes, save_tensors
 
 COMMAND = [sys.executable, "-c", "from seedlm.cli import main; main()"]
 FAST = ["--format", SMALL, "--backend", "torch"]
@@ -113,7 +114,7 @@ def test_errors_are_one_line(llama, compressed, tmp_path, here):
     one_line(call("compress", llama, compressed[0], *FAST), "exists already")
     one_line(here("compress", tmp_path / "nix", tmp_path / "o"), "no such file or folder")
     one_line(here("generate", tmp_path / "nix", "Once"), "no such file or folder")
-    one_line(here("compress", llama, tmp_path / "o", "--bits", "9.5"), "unknown format '9.5'")
+    one_line(here("compress", llama, tmp_path / "o", "--bits", "9.5"), "from 2 to 8, got 9.5")
     one_line(here("compress", llama, tmp_path / "o", "--bits", "3.7", "--code", "block"), "are a mixture of formats")
     one_line(here("compress", llama, tmp_path / "o", "--exclude", "typo"), "no module with a weight matches")
     one_line(here("inspect", llama), "has no quantization_config")
@@ -183,8 +184,39 @@ def test_progress_is_shown_on_a_terminal(llama, tmp_path):
         shown += piece
     assert process.wait(timeout=60) == 0
     os.close(primary)
-    assert b"Searching seeds" in shown
+    assert b"Encoding" in shown
     assert b"M weights" in shown
     assert process.stdout is not None
     assert b"relative error" in process.stdout.read()
     process.stdout.close()
+
+
+def test_bits_say_their_range_and_sequences_need_a_text(llama, tmp_path):
+    done = call("compress", llama, tmp_path / "out", "--bits", 9)
+    assert (done.returncode, done.stderr) == (2, "seedlm: --bits must be a number from 2 to 8, got 9\n")
+    done = call("compress", llama, tmp_path / "out", "--feedback", "none", "--sequences", 4)
+    assert done.returncode == 2
+    assert "--sequences says on how much text" in done.stderr
+
+
+def test_inspect_check_says_what_it_checked(compressed):
+    done = call("inspect", compressed[0], "--check")
+    assert done.returncode == 0
+    assert "tensors match their SHA-256" in done.stderr
+
+
+def test_progress_has_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_SAY_EVERY", -1.0)
+    with console.show_progress() as (on_progress, _):
+        on_progress("compress", 1_500_000, 3_000_000)
+    assert capsys.readouterr().err == "seedlm: Encoding: 1.5 / 3.0 M weights\n"
+
+
+def test_generating_can_be_stopped_at_any_token():
+    arguments = [*COMMAND, "generate", str(STORIES), "Once upon a time", "--max-new-tokens", "450"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (130, b"seedlm: stopped\n")

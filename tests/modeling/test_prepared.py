@@ -3,7 +3,9 @@
 import copy
 import gc
 import pickle
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
@@ -240,7 +242,27 @@ def test_the_last_layer_lets_go_of_a_shared_input(repacking):
         x = torch.randn(4, 20)
         q(x), k(x)
     shared = q._shared[0]
-    assert (shared._x, shared._transformed) == (None, [])
+    assert shared._kept is None
+
+
+def test_threads_that_run_one_model_never_take_each_others_input(repacking):
+    q, k, v = packed(), packed(out=2), packed(out=3)
+    share_input(q, k, v)
+    inputs = [torch.randn(64, 20) for _ in range(4)]
+
+    def attend(x):
+        with torch.no_grad():
+            return torch.cat([q(x), k(x), v(x)], -1)
+
+    expected = [attend(x) for x in inputs]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda x: [attend(x) for _ in range(200)], inputs))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(torch.equal(y, each) for y, many in zip(expected, found, strict=True) for each in many)
 
 
 def test_gradients_flow_through_a_shared_input(repacking):

@@ -78,6 +78,9 @@ def compress(
 
     start = time.monotonic()
     wanted = _format(source, bits, code, format, sensitivity)
+    observed = Path(feedback).suffix != ".safetensors" and feedback != "none"
+    if sequences is not None and not observed:
+        raise FormatError(f"--sequences says on how much text to observe the model, and --feedback {feedback} observes none")
     try:
         path = locate(source, revision=revision)
         from seedlm.compress.run import compress_checkpoint  # torch: what was mistyped has been answered without it
@@ -137,6 +140,8 @@ def _format(source: str, bits: str, code: str, format: str | None, sensitivity: 
                 "first, seedlm sensitivity SOURCE -o FILE, and add --sensitivity FILE"
             )
         return Mixture(bits=number, formats=chosen.mixture)
+    if format is None and number is not None and bits not in chosen.presets and chosen.feedback:
+        raise FormatError(f"--bits must be a number from {min(alone):g} to {max(alone):g}, got {bits}")
     return parse_format(format or bits, code)
 
 
@@ -157,6 +162,8 @@ def inspect(
         checkpoint.verify()
         for module in checkpoint.packed:
             checkpoint.tensor(module)
+        by_digest = f"{len(checkpoint.digests)} of {len(checkpoint.files.entries)} tensors match their SHA-256"
+        print(f"seedlm: {by_digest}, {len(report.tensors)} compressed ones hold valid codes", file=sys.stderr)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
         return

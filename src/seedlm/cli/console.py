@@ -9,9 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from seedlm.storage.untrusted import printable
+
+_SAY_EVERY: Final = 30.0
+"""Seconds between lines of progress where there is no terminal."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -44,7 +47,7 @@ def in_bytes(count: int) -> str:
 
 @contextmanager
 def show_progress() -> Iterator[tuple[Any, Any]]:
-    """A progress bar on stderr, only if that is a terminal: the callback for it, and the rate of the search so far."""
+    """Progress on stderr, a bar on a terminal and else a line every half minute: its callback, and the rate of encoding."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.text import Text
@@ -71,10 +74,11 @@ def show_progress() -> Iterator[tuple[Any, Any]]:
         "text": ("Writing a text", ("k", "tokens")),
         "statistics": ("Observing layers", ("k", "tokens")),
         "read": ("Reading the source", ("M", "bytes")),
-        "compress": ("Searching seeds", ("M", "weights")),
+        "compress": ("Encoding", ("M", "weights")),
         "evaluate": ("Scoring", ("k", "tokens")),
         "sensitivity": ("Measuring", ("k", "tokens")),
     }
+    said = [time.monotonic()]
     tasks: dict[str, Any] = {}
     started: dict[str, tuple[float, int]] = {}
     latest: dict[str, tuple[float, int]] = {}
@@ -85,6 +89,11 @@ def show_progress() -> Iterator[tuple[Any, Any]]:
             tasks[phase] = bar.add_task(label, total=total, completed=done, unit=unit)
             started[phase] = (time.monotonic(), done)
         latest[phase] = (time.monotonic(), done)
+        if not console.is_terminal and latest[phase][0] - said[0] > _SAY_EVERY:
+            what, (prefix, amount) = labels[phase]
+            scale = {"M": 1e6, "k": 1e3}[prefix]
+            said[0] = latest[phase][0]
+            print(f"seedlm: {what}: {done / scale:.1f} / {total / scale:.1f} {prefix} {amount}", file=sys.stderr, flush=True)
         bar.update(tasks[phase], completed=done)
 
     def rate() -> float | None:

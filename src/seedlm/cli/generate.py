@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from seedlm.cli.console import stopped
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="Model folder or Hub repository, compressed or not.")],
@@ -36,8 +38,12 @@ def generate(
     drawing: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     text: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "dequantize": dequantize}
-    for piece in pieces(model, prompt, **text, **drawing, **opening, timing=timing):
-        print(piece, end="", flush=True)
+    try:
+        for piece in pieces(model, prompt, **text, **drawing, **opening, timing=timing):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt as error:
+        print()
+        stopped(error)
     print()
     print(
         f"{timing.tokens} tokens in {timing.seconds:.1f} s, {timing.tokens / timing.seconds:.1f} tokens/s; "

@@ -22,7 +22,7 @@ from seedlm.codes.base import EncodeOptions, Format
 from seedlm.codes.registry import check_settings, family_of, parse_format
 from seedlm.compress import plan as plans
 from seedlm.compress import workers, workers_ray
-from seedlm.compress.allocate import Mixture
+from seedlm.compress.allocate import Mixture, most_common
 from seedlm.compress.plan import DTYPES, Plan, parse_size
 from seedlm.compress.scan import Scan, scan
 from seedlm.compress.statistics import Feedback, gather
@@ -105,9 +105,10 @@ def compress_checkpoint(
         clock.phase("prepare")
         if isinstance(format, Mixture) and not format.sensitivity:
             format = observed.mixture(format, selected.modules, model)
-        options = {**family_of(candidates[0]).defaults, **settings, **observed.record}
-        arguments = {**options, "statistics": observed.identity, "include": sorted(include), "exclude": sorted(exclude)}
         formats = plans.assign(format, selected)
+        leading = most_common(formats) if formats else candidates[0]  # whose options a reader takes the record for
+        options = {**family_of(leading).defaults, **settings, **observed.record}
+        arguments = {**options, "statistics": observed.identity, "include": sorted(include), "exclude": sorted(exclude)}
         plan = plans.make(model, selected, formats, dtype=dtype, shard_bytes=shard_bytes, arguments=arguments)
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
         used = tuple(dict.fromkeys(formats.values()))

@@ -55,7 +55,8 @@ def cut_windows(token_ids: Tensor, context: int, limit: int | None = None) -> Te
         raise EvaluationError(f"the limit must be at least 1 window, got {limit}")
     windows = len(token_ids) // context
     if not windows:
-        raise EvaluationError(f"the text has {len(token_ids)} tokens, one window needs {context}: choose a shorter context")
+        found = f"the text has {len(token_ids)} tokens, one window needs {context}"
+        raise EvaluationError(f"{found}: choose a shorter context (--context) or a longer text")
     return token_ids[: windows * context].view(windows, context)[:limit]
 
 

@@ -322,7 +322,8 @@ def _check_context(loaded: list[Any], context: int) -> None:
     for model in loaded:
         longest = models.longest_text(model)
         if longest is not None and context > longest:
-            raise EvaluationError(f"the model knows {longest} positions, a window has {context}: choose a shorter context")
+            found = f"the model knows {longest} positions, a window has {context}"
+            raise EvaluationError(f"{found}: choose a shorter context (--context)")
 
 
 def _environment(device: torch.device, extras: list[str]) -> dict[str, Any]:

@@ -256,24 +256,24 @@ class SharedInput:
 
     The first of them that is called does it. Each of the others takes the result once, if it is given that very tensor, and
     the last lets go of it. A layer that comes again starts anew: a CUDA graph may have written to the tensor unseen.
+
+    What is kept is one tuple, read once and replaced whole: threads that run one model at a time each with its own tensor do
+    each other's work anew, and never take another's result.
     """
 
     def __init__(self, count: int) -> None:
         self._all = (1 << count) - 1
-        self._waiting = 0
-        self._x: Tensor | None = None
-        self._input_text = ""
-        self._transformed: list[Tensor] = []
+        self._kept: tuple[Tensor, str, int, list[Tensor]] | None = None
 
     def transform(self, x: Tensor, plan: ops.Plan, number: int) -> list[Tensor]:
         """`ops.transform` for layer `number`, or what another layer left of it."""
-        if self._x is not x or not self._waiting >> number & 1 or self._input_text != plan.input_text:
-            self._x, self._input_text, self._waiting = x, plan.input_text, self._all
-            self._transformed = ops.transform(x, plan)
-        transformed = self._transformed
-        self._waiting &= ~(1 << number)
-        if not self._waiting:
-            self._x, self._transformed = None, []
+        kept = self._kept
+        if kept is not None and kept[0] is x and kept[1] == plan.input_text and kept[2] >> number & 1:
+            waiting, transformed = kept[2], kept[3]
+        else:
+            waiting, transformed = self._all, ops.transform(x, plan)
+        waiting &= ~(1 << number)
+        self._kept = (x, plan.input_text, waiting, transformed) if waiting else None
         return transformed
 
 

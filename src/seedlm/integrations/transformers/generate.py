@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -81,8 +81,17 @@ def _tokens(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
 def _stream(
     network: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], timing: Timing, *, skip_prompt: bool
 ) -> Iterator[str]:
-    """The text as a thread generates it; whatever that raises is raised here, at the end."""
+    """The text as a thread generates it; whatever that raises is raised here, at the end.
+
+    Left early (Ctrl-C, or a caller that has enough), it waits for the thread, which ends after the token it is at: a process
+    that ends with torch at work in a thread is aborted.
+    """
     from transformers import TextIteratorStreamer
+
+    left = Event()
+
+    def enough(input_ids: Any, scores: Any, **_: Any) -> Any:
+        return torch.full((len(input_ids),), left.is_set(), device=input_ids.device)
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
     failure: list[BaseException] = []
@@ -90,7 +99,7 @@ def _stream(
     def work() -> None:
         begin = time.perf_counter()
         try:
-            output = network.generate(**inputs, **options, streamer=streamer)
+            output = network.generate(**inputs, **options, streamer=streamer, stopping_criteria=[enough])
             timing.tokens = output.shape[1] - inputs["input_ids"].shape[1]
         except BaseException as reason:  # shown in the caller's thread
             failure.append(reason)
@@ -99,7 +108,10 @@ def _stream(
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from (piece for piece in streamer if piece)
-    thread.join()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        left.set()
+        thread.join()
     if failure:
         raise failure[0]
