@@ -176,3 +176,15 @@ def test_a_weight_that_counted_for_nothing_counts_as_the_least_of_the_others():
         assert with_zero == Mixture(bits=bits, sensitivity={**named, "d": 1.0}, formats=FORMATS).assign(shapes)
     nothing = Mixture(bits=5, sensitivity=dict.fromkeys("abcd", 0.0), formats=FORMATS).assign(shapes)
     assert LOW not in nothing.values()  # bits that are there are spent
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_mixture_of_two_families_opens_by_whichever_leads(dense, mixture, tmp_path, turned):
+    formats = {MIDDLE: 0.2, parse_format("6-fast"): 0.0005}
+    formats = dict(reversed(formats.items())) if turned else formats
+    both = Mixture(bits=7, sensitivity=mixture.sensitivity, formats=formats)
+    compress_checkpoint(dense, tmp_path / "out", format=both, feedback="none", backend="auto", device="cpu")
+    families = {packed.format.family for packed in Checkpoint.open(tmp_path / "out").packed.values()}
+    assert families == {"block", "trellis"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
