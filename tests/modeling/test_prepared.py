@@ -218,6 +218,18 @@ def test_a_backend_that_cannot_run_says_why():
         layer(torch.randn(2, 20))
 
 
+def test_another_backend_takes_effect_at_the_next_call():
+    layer = packed()
+    layer(torch.randn(2, 20))
+    layer.backend = "torch"
+    layer(torch.randn(2, 20))
+    assert layer.prepare()[0].backend.name == "torch"
+    assert copy.deepcopy(layer).backend == "torch"
+    layer.backend = "fpga"
+    with pytest.raises(BackendError, match="unknown backend 'fpga'"):
+        layer(torch.randn(2, 20))
+
+
 def test_layers_that_share_their_input_transform_it_once(repacking):
     q, k, v = packed(), packed(out=2), packed(out=3)
     share_input(q, k, v)

@@ -73,7 +73,7 @@ class SeedLinear(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.format, self.backend = in_features, out_features, format, backend
+        self.in_features, self.out_features, self.format, self._backend = in_features, out_features, format, backend
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
         self._prepared: _Prepared | None = None
         expected = format.parts(out_features, in_features)
@@ -95,6 +95,15 @@ class SeedLinear(nn.Module):
             layer.register_buffer(own_name(part), tensor)
         layer.register_parameter("bias", bias)
         return layer
+
+    @property
+    def backend(self) -> str:
+        """How to multiply: "auto" or a backend by name. Another one takes effect at the next call."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._backend, self._prepared = name, None
 
     @property
     def parts(self) -> dict[str, Tensor]:
