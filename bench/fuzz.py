@@ -1,8 +1,9 @@
 """Damaged files by every way in, for as long as one likes: `python bench/fuzz.py --seconds 300`.
 
 GGUF headers, results files and records, and format texts have a share of the time; the rest goes to the table of mutations of
-two packed folders (plain layers in two shards; stacked experts), through our own reader and through transformers, and to random
-pairs of them. Prints every case that is silent, foreign or slow, the counts, and as the last line a JSON object with them.
+three packed folders (plain layers in two shards; stacked experts; the trellis code), through our own reader and through
+transformers, and to random pairs of them. Prints every case that is silent, foreign or slow, the counts, and as the last line
+a JSON object with them.
 Exit code 1 if there was one.
 """
 
@@ -50,12 +51,13 @@ class Counts:
 
 
 def folders(root: Path) -> list[Path]:
-    """Two sound packed folders."""
+    """Three sound packed folders."""
     tiny_llama(root / "llama", layers=1)
     run(root / "llama", root / "packed", max_shard_size="8KB")
     tiny_model("gpt_oss", num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1).save_pretrained(root / "experts")
     run(root / "experts", root / "stacked")
-    return [root / "packed", root / "stacked"]
+    run(root / "llama", root / "trellis", format="3-fast", backend="auto", feedback="none")
+    return [root / "packed", root / "stacked", root / "trellis"]
 
 
 def fuzz_folders(counts: Counts, root: Path, deadline: float, rng: random.Random, part: slice) -> None:

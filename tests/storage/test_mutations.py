@@ -22,13 +22,14 @@ WAYS = {"reader": by_reader, "transformers": by_transformers, "evaluate": by_eva
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A packed folder of two shards, and one with stacked experts."""
+    """A packed folder of two shards, one with stacked experts, one of the trellis code with float parts."""
     root = tmp_path_factory.mktemp("mutations")
     tiny_model("llama", num_hidden_layers=1).save_pretrained(root / "m")
     run(root / "m", root / "packed", max_shard_size="16KB")
     tiny_model("gpt_oss", num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1).save_pretrained(root / "e")
     run(root / "e", root / "stacked")
-    return {"packed": root / "packed", "stacked": root / "stacked"}
+    run(root / "m", root / "trellis", format="3-fast", backend="auto", feedback="none")
+    return {name: root / name for name in ("packed", "stacked", "trellis")}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def sound(folders):
 
 
 @pytest.mark.parametrize(("way", "count"), [("reader", 200), ("transformers", 50), ("evaluate", 50)])
-@pytest.mark.parametrize("name", ["packed", "stacked"])
+@pytest.mark.parametrize("name", ["packed", "stacked", "trellis"])
 def test_no_damage_passes_in_silence(folders, sound, tmp_path, name, way, count):
     wrong = []
     for mutation in sample(table(folders[name]), count):
