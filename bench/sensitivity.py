@@ -26,8 +26,8 @@ from torch import Tensor
 from seedlm.calibration import sensitivity
 from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, own_text
 from seedlm.codes.base import Format, stored_bits
-from seedlm.codes.block.codec import choose_exponent_bias
-from seedlm.codes.block.encode import dequantize_rows, encode_rows
+from seedlm.codes.block.codec import choose_exponent_bias, dequantize_rows
+from seedlm.codes.block.encode import encode_rows
 from seedlm.codes.block.family import FAMILY
 from seedlm.codes.block.format import PRESETS, BlockFormat
 from seedlm.codes.registry import parse_format

@@ -8,8 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 from seedlm.codes.base import totals
 from seedlm.codes.block.basis import basis
-from seedlm.codes.block.codec import BlockCodes, dequantize
-from seedlm.codes.block.encode import SEARCHES, dequantize_rows, encode_rows, reason_no_search
+from seedlm.codes.block.codec import BlockCodes, dequantize, dequantize_rows
+from seedlm.codes.block.encode import SEARCHES, encode_rows, reason_no_search
 from seedlm.codes.block.format import PRESETS
 from seedlm.codes.block.search import torch_search
 from seedlm.codes.encoded import encode

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from mutations import INDEX, Mutation, attempt, by_evaluate, by_reader, by_transformers, outcome, sample, table
-from seedlm.errors import CheckpointError, SourceError
+from seedlm.errors import CheckpointError, SeedLMError, SourceError
 from seedlm.storage.checkpoint import Checkpoint, stored_name
 from seedlm.storage.safetensors import TensorFiles
 from tiny_models import join, run, split, tiny_model
@@ -233,3 +234,22 @@ def test_a_small_file_makes_little_work(folders, tmp_path, damage):
     assert verdict == "refused"
     assert seconds < 10
     assert kibibytes < 200_000
+
+
+def test_an_index_of_nothing_is_refused(folders, tmp_path):
+    shutil.copytree(folders["packed"], tmp_path / "copy")
+    (tmp_path / "copy" / INDEX).write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match=r"weight_map lists no tensor"):
+        Checkpoint.open(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["packed", "trellis"])
+def test_an_option_that_commands_a_terminal_is_shown_as_text(folders, tmp_path, name):
+    shutil.copytree(folders[name], tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    config["quantization_config"]["\x1b[2Jx"] = "y"
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    for way in (by_transformers, by_evaluate):
+        with pytest.raises(SeedLMError, match=r"x1b\[2Jx") as refusal:
+            way(tmp_path / "copy")
+        assert str(refusal.value).isprintable()

@@ -79,7 +79,9 @@ def check_settings(formats: "list[Format] | tuple[Format, ...]", settings: Mappi
     for name in settings:
         if not any(name in family(each).defaults for each in families):
             known = sorted({option for each in families for option in family(each).defaults})
-            raise FormatError(f"{' and '.join(families)} codes have no option {name}; theirs are {', '.join(known) or 'none'}")
+            raise FormatError(
+                f"{' and '.join(families)} codes have no option {name!r:.80}; theirs are {', '.join(known) or 'none'}"
+            )
     for each in families:
         mine = {name: value for name, value in settings.items() if name in family(each).defaults}
         family(each).check_settings(mine)

@@ -22,6 +22,7 @@ from typing import Any, Final
 from seedlm.errors import SourceError
 from seedlm.storage.untrusted import opened
 
+_PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _MAX_DIMENSIONS: Final = 4
@@ -31,6 +32,27 @@ _LAYER: Final = re.compile(r"blk\.(\d{1,9})\.(.+)", re.ASCII)
 _PLAIN: Final = frozenset({"llama", "qwen2", "qwen3"})
 """Architectures whose layers are `_decoder`."""
 _LISTS: Final = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+
+
+def gguf_parts(path: Path, count: int | None = None) -> list[Path]:
+    """The files of a model of which `path` is one: ``NAME-00001-of-00003.gguf`` and so on, or `path` alone.
+
+    count   how many there must be, if that is known. Raises SourceError for one that is not there.
+    """
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        if count is not None and count > 1:
+            raise SourceError(
+                f"{path}: is one of {count} files of a model, which are known by names such as x-00001-of-00003.gguf"
+            )
+        return [path]
+    parts = [path.with_name(f"{match[1]}-{number + 1:05d}-of-{match[2]}.gguf") for number in range(int(match[2]))]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise SourceError(f"{path}: is one of {len(parts)} files of a model, of which {', '.join(missing[:4])} are not there")
+    if count is not None and count != len(parts):
+        raise SourceError(f"{path}: is one of {count} files of a model by its metadata, of {len(parts)} by its name")
+    return parts
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ class TensorFiles:
         weight_map = listing.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise error(f"{index}: weight_map must map tensor names to file names")
+        if not weight_map:
+            raise error(f"{index}: weight_map lists no tensor")
         if not isinstance(listing.get("metadata", {}), dict):
             raise error(f"{index}: metadata must be an object")
         _check_numbers(set(weight_map.values()), index, error)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from seedlm.errors import SourceError
+from seedlm.storage.gguf_check import gguf_parts
 from seedlm.storage.refusals import no_weights, refuse_pickle, refuse_quantized
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles, TensorInfo
 from seedlm.storage.side_files import PICKLE_SUFFIXES, SIDE_SUFFIXES, SideFiles
@@ -20,7 +21,6 @@ from seedlm.storage.untrusted import opened, read_config
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GGUF_PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -122,27 +122,6 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
             raise SourceError(f"{path}: has {len(ggufs)} GGUF files, name one of them: {', '.join(p.name for p in ggufs)}")
         return ggufs[0]
     return path
-
-
-def gguf_parts(path: Path, count: int | None = None) -> list[Path]:
-    """The files of a model of which `path` is one: ``NAME-00001-of-00003.gguf`` and so on, or `path` alone.
-
-    count   how many there must be, if that is known. Raises SourceError for one that is not there.
-    """
-    match = _GGUF_PART.fullmatch(path.name)
-    if match is None:
-        if count is not None and count > 1:
-            raise SourceError(
-                f"{path}: is one of {count} files of a model, which are known by names such as x-00001-of-00003.gguf"
-            )
-        return [path]
-    parts = [path.with_name(f"{match[1]}-{number + 1:05d}-of-{match[2]}.gguf") for number in range(int(match[2]))]
-    missing = [part.name for part in parts if not part.is_file()]
-    if missing:
-        raise SourceError(f"{path}: is one of {len(parts)} files of a model, of which {', '.join(missing[:4])} are not there")
-    if count is not None and count != len(parts):
-        raise SourceError(f"{path}: is one of {count} files of a model by its metadata, of {len(parts)} by its name")
-    return parts
 
 
 def is_repository(source: str | Path) -> bool:

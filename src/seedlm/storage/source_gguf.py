@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from seedlm.errors import SourceError
-from seedlm.storage.gguf_check import check_decoder, read_gguf_header
+from seedlm.storage.gguf_check import check_decoder, gguf_parts, read_gguf_header
 from seedlm.storage.gguf_rope import rope_parameters
 from seedlm.storage.safetensors import TensorInfo
-from seedlm.storage.source import gguf_parts
 from seedlm.storage.untrusted import opened
 
 _GEMMA: Final = {

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seedlm.codes.block import packing
 from seedlm.codes.block.basis import Basis, generator, seed_positions
 from seedlm.codes.block.format import EXPONENT_BIAS_RANGE, BlockFormat, Rounding, check_rounding
 
@@ -42,6 +43,16 @@ def dequantize(codes: BlockCodes, exponent_bias: int, format: BlockFormat) -> Te
     matrix = generator(seed_positions(format.seed_bits).to(codes.seeds.device)[codes.seeds.long()], format)
     sums = (matrix * codes.coefficients.unsqueeze(-2).long()).sum(-1)
     return sums.to(torch.float32) * block_scale(codes.exponents, exponent_bias, format).unsqueeze(-1)
+
+
+def dequantize_rows(words: Tensor, exponent_bias: int, in_features: int, format: BlockFormat) -> Tensor:
+    """Rows from packed words: the definition that every kernel is held against.
+
+    words      int32 [out, words]
+    returns    float32 [out, in_features]
+    """
+    codes = BlockCodes(*packing.unpack(words, format.blocks_per_row(in_features), format))
+    return dequantize(codes, exponent_bias, format).flatten(1)[:, :in_features]
 
 
 def block_scale(exponents: Tensor, exponent_bias: int, format: BlockFormat) -> Tensor:

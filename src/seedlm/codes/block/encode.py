@@ -43,16 +43,6 @@ class BlockEncoder:
         return {"exponent_bias": torch.tensor([self._bias], dtype=torch.int32)}
 
 
-def dequantize_rows(words: Tensor, exponent_bias: int, in_features: int, format: BlockFormat) -> Tensor:
-    """Rows from packed words: the definition that every kernel is held against.
-
-    words      int32 [out, words]
-    returns    float32 [out, in_features]
-    """
-    codes = BlockCodes(*packing.unpack(words, format.blocks_per_row(in_features), format))
-    return codec.dequantize(codes, exponent_bias, format).flatten(1)[:, :in_features]
-
-
 def encode_rows(
     rows: Tensor,
     exponent_bias: int,

@@ -69,10 +69,10 @@ class BlockFamily:
                 raise TensorError(f"{reason}{place}") from None
 
     def dequantize(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int]) -> "Tensor":
-        from seedlm.codes.block import encode
+        from seedlm.codes.block import codec
 
         assert isinstance(format, BlockFormat)
-        return encode.dequantize_rows(parts[CODES], int(parts["exponent_bias"]), shape[1], format)
+        return codec.dequantize_rows(parts[CODES], int(parts["exponent_bias"]), shape[1], format)
 
     def encoder(
         self, format: Format, shape: tuple[int, int], facts: Facts, options: EncodeOptions, device: "torch.device"

@@ -80,7 +80,7 @@ def _gguf_config(path: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    from seedlm.storage.source import gguf_parts
+    from seedlm.storage.gguf_check import gguf_parts
     from seedlm.storage.source_gguf import GGUFSource, UnreadArchitectureError
 
     if len(gguf_parts(path)) > 1:
