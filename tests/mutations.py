@@ -276,7 +276,7 @@ def attempt(mutations: list[Mutation], sound: Path, copy: Path) -> Path:
     for mutation in mutations:
         try:
             mutation.apply(copy)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             continue
     return copy
 
