@@ -274,6 +274,8 @@ def attempt(mutations: list[Mutation], sound: Path, copy: Path) -> Path:
         stray.unlink()
     shutil.copytree(sound, copy)
     for mutation in mutations:
+        if any(path.exists() and not path.is_file() and not path.is_dir() for path in copy.rglob("*")):
+            break  # a device or a pipe, which another mutation would read to no end
         try:
             mutation.apply(copy)
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
