@@ -278,7 +278,7 @@ def attempt(mutations: list[Mutation], sound: Path, copy: Path) -> Path:
             break  # a device or a pipe, which another mutation would read to no end
         try:
             mutation.apply(copy)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, MemoryError):
             continue
     return copy
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final, NoReturn
 
 from seedlm.storage.untrusted import printable
@@ -103,5 +103,5 @@ def show_progress() -> Iterator[tuple[Any, Any]]:
         seconds, weights = (end - begin for end, begin in zip(latest["compress"], started["compress"], strict=True))
         return weights / seconds if weights and seconds > 0 else None
 
-    with bar:
+    with bar if console.is_terminal else nullcontext():
         yield on_progress, rate
