@@ -178,11 +178,12 @@ def test_a_weight_that_counted_for_nothing_counts_as_the_least_of_the_others():
     assert LOW not in nothing.values()  # bits that are there are spent
 
 
+@pytest.mark.parametrize("bits", [5, 7])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_mixture_of_two_families_opens_by_whichever_leads(dense, mixture, tmp_path, turned):
+def test_a_mixture_of_two_families_opens_by_whichever_leads(dense, mixture, tmp_path, turned, bits):
     formats = {MIDDLE: 0.2, parse_format("6-fast"): 0.0005}
     formats = dict(reversed(formats.items())) if turned else formats
-    both = Mixture(bits=7, sensitivity=mixture.sensitivity, formats=formats)
+    both = Mixture(bits=bits, sensitivity=mixture.sensitivity, formats=formats)
     compress_checkpoint(dense, tmp_path / "out", format=both, feedback="none", backend="auto", device="cpu")
     families = {packed.format.family for packed in Checkpoint.open(tmp_path / "out").packed.values()}
     assert families == {"block", "trellis"}

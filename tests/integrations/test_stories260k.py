@@ -69,3 +69,12 @@ def test_it_tells_a_story_packed_or_dequantized(packed):
     assert timing.tokens == 20
     assert timing.seconds > 0
     assert text == "".join(generate(folder, "Once upon a time", max_new_tokens=20, dequantize=True))
+
+
+def test_a_caller_that_has_enough_ends_the_generating():
+    timing = Timing()
+    pieces = generate(STORIES, "Once upon a time", max_new_tokens=400, device="cpu", timing=timing)
+    for _ in range(3):
+        next(pieces)
+    pieces.close()
+    assert 0 < timing.tokens < 400
