@@ -4,8 +4,8 @@
 
 Times are medians of CUDA graph replays, in microseconds for one product; weights take turns so that none is read from a
 cache. `product` is the product alone, each kernel after the one before it has ended (`next early`: it may start before); `with
-input` is the rotation and quantisation of x and the product, as a layer runs them (they overlap on Hopper). Ratios are to cuBLAS
-FP16 at the same tokens in the same run. The last line is JSON.
+input` is the rotation and quantisation of x and the product, as a layer runs them (they overlap on Hopper). Ratios are to
+cuBLAS FP16 at the same tokens in the same run. The last line is JSON.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def measure(format: TrellisFormat, out: int, width: int, tokens: int, kind: laun
 
 
 def rows(options: argparse.Namespace, copy: float) -> Iterator[dict[str, object]]:
-    """Measure and print, line by line. What heats the card, many tokens, comes last, and cuBLAS is timed beside it each time."""
+    """Measure and print, line by line. Many tokens heat the card: they come last, cuBLAS timed beside them."""
     for text in options.shapes:
         out, width = map(int, text.split("x"))
         for tokens in (*options.tokens, *options.many):

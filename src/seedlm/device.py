@@ -8,7 +8,6 @@ import torch
 
 from seedlm.errors import BackendError
 
-
 _QUEUES: Final = "32"
 """Queues of a GPU that streams share. With CUDA's 8 the small kernels of one matrix wait behind the long ones of others."""
 
