@@ -130,7 +130,7 @@ def _write(names: list[str], errors: dict[str, str], work: Path, options: argpar
             }
             rows = [{**row, "environment": others} if others and "error" not in row else row for row in rows]
             shared = {key: before[key] for key in shared}
-        rows = sorted([*kept, *rows], key=lambda row: -row.get("bits_per_weight", _bits(row["name"])))
+        rows = sorted([*kept, *rows], key=lambda row: -_bits(row["name"]))
     results = {"model": options.name, "label": options.label or before.get("label", options.name), **shared, "rows": rows}
     options.out.mkdir(exist_ok=True)
     place.write_text(json.dumps(results, indent=1) + "\n")
