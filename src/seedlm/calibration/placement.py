@@ -1,0 +1,107 @@
+"""A model on a device that it may not fit: layers for which there is no room lie elsewhere and come for as long as they are used.
+
+The numbered layers of a model are nearly all of it, and one runs at a time. Those that stay elsewhere, on the CPU, are copied
+to the device before their forward pass and dropped after it; `held` keeps one there over several passes. A model that was
+opened on the CPU as it is stored is mapped from its files, so what does not fit the memory either is read from the disk.
+
+Backward passes through such layers need `layer_by_layer`: autograd would hold on to every copy.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+
+def numbered_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The members of the outermost module lists, by name."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
+            stacks[name] = module
+    return {f"{name}.{number}": layer for name, stack in stacks.items() for number, layer in enumerate(stack)}
+
+
+def nbytes(module: nn.Module) -> int:
+    """Of a module's parameters and buffers, shared ones once."""
+    return sum(tensor.nbytes for tensor in _tensors(module))
+
+
+def place(model: nn.Module, device: torch.device, room: int | None = None) -> int:
+    """Put a model on a device: first all but its numbered layers, then these in order, as long as there is room.
+
+    room      bytes for weights; None for as many as it takes
+    returns   bytes of the layers that stay where they are, and are visitors from now on
+    """
+    if room is None or nbytes(model) <= room:
+        model.to(device)
+        return 0
+    layers = list(numbered_layers(model).values())
+    inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
+    outside = [tensor for tensor in _tensors(model) if id(tensor) not in inside]
+    for tensor in outside:
+        tensor.data = tensor.data.to(device)
+    room -= sum(tensor.nbytes for tensor in outside)
+    away = 0
+    for layer in layers:
+        room -= (size := nbytes(layer))
+        if room >= 0:
+            layer.to(device)
+        else:
+            away += size
+            _visits[layer] = _Visit(layer, device)
+    return away
+
+
+@contextmanager
+def held(layer: nn.Module) -> Iterator[None]:
+    """While a layer's weights are on its model's device."""
+    visit = _visits.get(layer)
+    if visit is None:
+        yield
+        return
+    visit.come()
+    try:
+        yield
+    finally:
+        visit.go()
+
+
+def is_away(model: nn.Module) -> bool:
+    """Whether some layers of a model come to its device only while they are used."""
+    return any(module in _visits for module in model.modules())
+
+
+class _Visit:
+    """A layer's tensors, where they are at home, and the hooks that bring them."""
+
+    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+        self.device, self.depth = device, 0
+        self.tensors = _tensors(layer)
+        self.home = [tensor.data for tensor in self.tensors]
+        layer.register_forward_pre_hook(lambda *_: self.come())
+        layer.register_forward_hook(lambda *_: self.go(), always_call=True)
+
+    def come(self) -> None:
+        self.depth += 1
+        if self.depth == 1:
+            for tensor, home in zip(self.tensors, self.home, strict=True):
+                tensor.data = home.to(self.device, copy=True, non_blocking=True)
+
+    def go(self) -> None:
+        self.depth -= 1
+        if not self.depth:
+            for tensor, home in zip(self.tensors, self.home, strict=True):
+                tensor.data = home
+
+
+_visits: WeakKeyDictionary[nn.Module, _Visit] = WeakKeyDictionary()
+
+
+def _tensors(module: nn.Module) -> list[Any]:
+    """Parameters and buffers, each once."""
+    found: dict[int, Tensor] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return list(found.values())
