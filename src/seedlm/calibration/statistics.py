@@ -257,8 +257,9 @@ def _watched(model: Any, watch: _Watch, layers: Collection[str] | None) -> Itera
 
 
 def _linear_hook(matrix: str, watch: _Watch) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        watch.note(matrix, args[0] if args else kwargs["input"], output)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(output, Tensor):  # and not a router's choice
+            watch.note(matrix, args[0] if args else kwargs["input"], output)
 
     return hook
 
