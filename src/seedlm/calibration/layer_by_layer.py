@@ -133,7 +133,7 @@ def _recorded(layers: dict[str, nn.Module], observer: Observer, spool: Path | No
     run = _Run()
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.forward = _recorder(name, layer.forward, run, observer, spool)  # type: ignore[method-assign]
+        vars(layer)["forward"] = _recorder(name, layer.forward, run, observer, spool)
     try:
         yield run
     except RuntimeError as reason:
@@ -142,15 +142,12 @@ def _recorded(layers: dict[str, nn.Module], observer: Observer, spool: Path | No
         raise
     finally:
         for name, layer in layers.items():
-            if before[name] is None:
-                del layer.forward
-            else:
-                layer.forward = before[name]  # type: ignore[method-assign]
+            del vars(layer)["forward"]
+            if before[name] is not None:
+                vars(layer)["forward"] = before[name]
 
 
-def _recorder(
-    name: str, forward: Callable[..., Any], run: _Run, observer: Observer, spool: Path | None
-) -> Callable[..., Any]:
+def _recorder(name: str, forward: Callable[..., Any], run: _Run, observer: Observer, spool: Path | None) -> Callable[..., Any]:
     def record(*args: Any, **kwargs: Any) -> Any:
         hidden = kwargs[_HIDDEN] if _HIDDEN in kwargs else args[0] if args else None
         if not isinstance(hidden, Tensor) or (run.calls and hidden is not run.returned[-1][0]):

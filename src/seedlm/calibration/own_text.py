@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from seedlm.errors import EvaluationError
+from seedlm.integrations.transformers.models import longest_text
 from seedlm.progress import Progress
 
 BATCH: Final = 128
@@ -70,11 +71,7 @@ def write_text(model: Any, text: OwnText, *, batch: int = BATCH, on_progress: Pr
     returns   int64 [sequences, length], on the CPU
     Raises EvaluationError for text longer than the model's context, and for predictions that are not finite.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and text.length > longest:
-        raise EvaluationError(
-            f"the model knows {longest} positions, the text has {text.length} tokens: choose a shorter length"
-        )
+    check_length(model, text.length)
     progress = on_progress or (lambda phase, done, total: None)
     random = torch.Generator().manual_seed(text.seed)
     first = _first_tokens(model, text, random)
@@ -86,6 +83,13 @@ def write_text(model: Any, text: OwnText, *, batch: int = BATCH, on_progress: Pr
         written.append(_continue(model, first[rows], draws[rows], text.temperature))
         progress("text", sum(part.numel() for part in written), text.tokens)
     return torch.cat(written)
+
+
+def check_length(model: Any, length: int) -> None:
+    """Raise EvaluationError for sequences of more tokens than the model has positions for."""
+    longest = longest_text(model)
+    if longest is not None and length > longest:
+        raise EvaluationError(f"the model knows {longest} positions, the text has {length} tokens: choose a shorter length")
 
 
 def text_hash(tokens: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""A model on a device that it may not fit: layers for which there is no room lie elsewhere and come for as long as they are used.
+"""A model on a device that it may not fit: layers for which there is no room lie elsewhere and come while they are used.
 
 The numbered layers of a model are nearly all of it, and one runs at a time. Those that stay elsewhere, on the CPU, are copied
 to the device before their forward pass and dropped after it; `held` keeps one there over several passes. A model that was
@@ -15,6 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from seedlm.errors import EvaluationError
+from seedlm.modeling.experts import projections_of
+
 
 def numbered_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The members of the outermost module lists, by name."""
@@ -30,11 +33,34 @@ def nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in _tensors(module))
 
 
+def workspace(model: Any, sequences: int, length: int, batch: int) -> int:
+    """Bytes that it takes besides the weights to write a text, or to observe the model on one; from above.
+
+    sequences   written at a time
+    batch       sequences observed at a time
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers, vocabulary = numbered_layers(model).values(), model.get_input_embeddings().weight.shape[0]
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 1
+    head = getattr(config, "head_dim", None) or config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
+    cache = sequences * length * len(layers) * 2 * heads * head * model.dtype.itemsize
+    writing = cache + sequences * vocabulary * 32  # probabilities and their sums in float64
+    most = 0
+    for layer in layers:
+        shapes = [(1, part.out_features, part.in_features) for part in layer.modules() if isinstance(part, nn.Linear)]
+        shapes += [shape for part in layer.modules() for shape in projections_of(part).values()]
+        sums = sum(count * width**2 * 8 for count, _, width in shapes) + max((width**2 for *_, width in shapes), default=0) * 4
+        most = max(most, sums + batch * length * sum(out + width for _, out, width in shapes) * 6)
+    observing = most + batch * length * vocabulary * 16  # logits, and what the loss makes of them
+    return max(writing, observing)
+
+
 def place(model: nn.Module, device: torch.device, room: int | None = None) -> int:
     """Put a model on a device: first all but its numbered layers, then these in order, as long as there is room.
 
     room      bytes for weights; None for as many as it takes
-    returns   bytes of the layers that stay where they are, and are visitors from now on
+    returns   bytes of the layers that stay where they are, and come when they are used from now on
+    Raises EvaluationError if there is no room for a single layer.
     """
     if room is None or nbytes(model) <= room:
         model.to(device)
@@ -42,9 +68,11 @@ def place(model: nn.Module, device: torch.device, room: int | None = None) -> in
     layers = list(numbered_layers(model).values())
     inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
     outside = [tensor for tensor in _tensors(model) if id(tensor) not in inside]
+    room -= sum(tensor.nbytes for tensor in outside) + max(map(nbytes, layers), default=0)
+    if room < 0 or not layers:
+        raise EvaluationError(f"a layer of it takes {-room / 1e9:.1f} GB more than there is room for on {device}")
     for tensor in outside:
         tensor.data = tensor.data.to(device)
-    room -= sum(tensor.nbytes for tensor in outside)
     away = 0
     for layer in layers:
         room -= (size := nbytes(layer))

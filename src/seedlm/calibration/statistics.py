@@ -172,7 +172,7 @@ class _Watch:
     def conclude(self, prefix: str = "") -> None:
         """The sums of matrices below this name are complete."""
         for name in [name for name in self.products if name.startswith(prefix)]:
-            mean = self.products.pop(name) / self.weights[name].clamp_min(_TINY)
+            mean = self.products.pop(name).div_(self.weights[name].clamp_min(_TINY))
             found = InputStatistics.of(mean, self.tokens[name])
             self.inputs[name] = InputStatistics(found.scale, keep(found.correlation, self.spool), found.tokens)
 

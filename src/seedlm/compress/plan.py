@@ -181,12 +181,12 @@ def file_layout(items: list[Item], digests: Mapping[str, str] | None = None) -> 
     return layout(stored, checkpoint.metadata(packed, {name: (digests or {}).get(name, UNKNOWN_DIGEST) for name in stored}))
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, what: str = "a shard size") -> int:
     """Bytes from a number or a text: ``"5GB"`` is 5 * 10^9, ``"5GiB"`` is 5 * 2^30. Raises OutputError."""
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if match:
         step = 1024 if match[3] else 1000
         size = int(Decimal(match[1]) * step ** " KMGT".index(match[2].upper() or " ")) if len(match[1]) < 20 else 0
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise OutputError(f"a shard size must be a positive number of bytes or a text such as '5GB', got {size!r:.40}")
+        raise OutputError(f"{what} must be a positive number of bytes or a text such as '5GB', got {size!r:.40}")
     return size

@@ -2,7 +2,8 @@
 
     lock            held while a run is at work; its content is a random number by which other machines know the folder
     plan.json       everything that the result depends on but the weights; a run goes on only if its own plan is equal
-    statistics.safetensors, statistics.json   what the model was found to be like, and from what (`statistics`)
+    text.safetensors, statistics.safetensors, statistics.json   the text that the model was observed on, what it was found to
+                    be like, and from what (`statistics`)
     journal.jsonl   one line per finished tensor, written after its bytes have reached the disk: the SHA-256 of what was read,
                     and of what was written
     side/           the small files beside the weights, copied before the first tensor so that what cannot be is known then
@@ -39,7 +40,7 @@ _LOCK: Final = "lock"
 _FINISHING: Final = "finishing"
 _SIDE: Final = "side"
 _MODEL: Final = "model"
-_STATISTICS: Final = ("statistics.safetensors", "statistics.json", "statistics.json.new")
+_STATISTICS: Final = ("text.safetensors", "statistics.safetensors", "statistics.json", "statistics.json.new", "spool")
 
 
 class WorkFolder:
