@@ -190,7 +190,8 @@ def _known(wanted: Feedback, source: Source, device: torch.device) -> dict[str, 
 
     room = wanted.memory or (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
     fits = room is None or sum(2 * math.prod(info.shape) for info in source.tensors.values()) < room
-    sequences = wanted.sequences or _SEQUENCES["cuda" if device.type == "cuda" and fits else "cpu"]
+    usual = _SEQUENCES["cuda" if device.type == "cuda" and fits else "cpu"]
+    sequences = usual if wanted.sequences is None else wanted.sequences
     known = {**asdict(wanted), "file": None, "writer": None, "sequences": sequences, "source": source.fingerprint}
     del known["memory"]
     if wanted.file is not None:
