@@ -31,9 +31,14 @@ class NotAChainError(EvaluationError):
 
 
 class Observer(Protocol):
-    """Whoever watches the layers' modules."""
+    """Whoever watches the layers' modules.
+
+    paused    to be set while what runs is to be passed over
+    waiting   whether it waits for a gradient at something that has run
+    """
 
     paused: bool
+    waiting: bool
 
     def settle(self) -> None:
         """A pass over the model, or a layer, is over."""
@@ -109,7 +114,7 @@ def layer_by_layer(
 
 
 class _Run:
-    """One pass forwards: the calls so far, what they returned, and what leads from the embeddings to the first."""
+    """One pass forwards: the calls so far, what they returned, and what was made of the embeddings if somebody waits for it."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
@@ -157,7 +162,7 @@ def _recorder(name: str, forward: Callable[..., Any], run: _Run, observer: Obser
             raise NotAChainError(f"{name} is given more than tensors")
         if any(isinstance(value, Tensor) and value.requires_grad for value in rest):
             raise NotAChainError(f"{name} is given more than one thing that depends on layers or embeddings")
-        if not run.calls and hidden.grad_fn is not None:
+        if not run.calls and observer.waiting:
             run.start = hidden
         free = tree_map(lambda value: None if value is hidden else value, (args, kwargs))
         run.calls.append(_Call(name, keep(hidden.detach(), spool), *free))

@@ -20,12 +20,13 @@ from seedlm.modeling.experts import projections_of
 
 
 def numbered_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The members of the outermost module lists, by name."""
+    """The members of the outermost module lists, by name, that hold matrices."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
             stacks[name] = module
-    return {f"{name}.{number}": layer for name, stack in stacks.items() for number, layer in enumerate(stack)}
+    members = {f"{name}.{number}": layer for name, stack in stacks.items() for number, layer in enumerate(stack)}
+    return {name: layer for name, layer in members.items() if _matrices(layer)}
 
 
 def nbytes(module: nn.Module) -> int:
@@ -47,8 +48,7 @@ def workspace(model: Any, sequences: int, length: int, batch: int) -> int:
     writing = cache + sequences * vocabulary * 32  # probabilities and their sums in float64
     most = 0
     for layer in layers:
-        shapes = [(1, part.out_features, part.in_features) for part in layer.modules() if isinstance(part, nn.Linear)]
-        shapes += [shape for part in layer.modules() for shape in projections_of(part).values()]
+        shapes = _matrices(layer)
         sums = sum(count * width**2 * 8 for count, _, width in shapes) + max((width**2 for *_, width in shapes), default=0) * 4
         most = max(most, sums + batch * length * sum(out + width for _, out, width in shapes) * 6)
     observing = most + batch * length * vocabulary * 16  # logits, and what the loss makes of them
@@ -127,6 +127,12 @@ class _Visit:
 
 
 _visits: WeakKeyDictionary[nn.Module, _Visit] = WeakKeyDictionary()
+
+
+def _matrices(module: nn.Module) -> list[tuple[int, int, int]]:
+    """(how many, out_features, in_features) of all linear layers and stacks of experts."""
+    found = [(1, part.out_features, part.in_features) for part in module.modules() if isinstance(part, nn.Linear)]
+    return found + [shape for part in module.modules() for shape in projections_of(part).values()]
 
 
 def _tensors(module: nn.Module) -> list[Any]:

@@ -140,7 +140,8 @@ class _Watch:
     """
 
     def __init__(self, gradients: bool, spool: Path | None = None) -> None:
-        self.gradients, self.spool, self.paused = gradients, spool, False
+        self.gradients, self.spool = gradients, spool
+        self.paused = self.waiting = False
         self.inputs: dict[str, InputStatistics] = {}
         self.reads: dict[str, str] = {}
         self.products: dict[str, Tensor] = {}
@@ -161,6 +162,7 @@ class _Watch:
         if first == matrix:
             self.tokens[first] = self.tokens.get(first, 0) + len(x)
         if self.gradients and output.requires_grad:
+            self.waiting = True
             output.register_hook(lambda gradient: self._backwards(matrix, first, x, gradient))
         elif first == matrix:
             self._add(first, x, torch.ones(len(x), device=x.device))
@@ -168,6 +170,7 @@ class _Watch:
     def settle(self) -> None:
         """A pass over the model, or a layer, is over."""
         self._now.clear()
+        self.waiting = False
 
     def conclude(self, prefix: str = "") -> None:
         """The sums of matrices below this name are complete."""
@@ -245,7 +248,7 @@ def _watched(model: Any, watch: _Watch, layers: Collection[str] | None) -> Itera
             model.set_submodule(name, _WatchedExperts(module, name, watch).train(module.training))
         model.requires_grad_(False)
         if watch.gradients:
-            handles.append(model.get_input_embeddings().register_forward_hook(lambda m, given, x: x.requires_grad_()))
+            handles.append(model.get_input_embeddings().register_forward_hook(_with_gradient))
         yield
     finally:
         for handle in handles:
@@ -254,6 +257,11 @@ def _watched(model: Any, watch: _Watch, layers: Collection[str] | None) -> Itera
             model.set_submodule(name, module)
         for parameter, needed in before.items():
             parameter.requires_grad_(needed)
+
+
+def _with_gradient(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+    """Embeddings that gradients reach, and that a model may change in place."""
+    return output.detach().requires_grad_().clone()
 
 
 def _linear_hook(matrix: str, watch: _Watch) -> Callable[..., None]:

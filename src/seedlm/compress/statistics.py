@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -105,12 +105,13 @@ class Observed:
         from seedlm.storage.statistics import Statistics
 
         if self.file is None:
+            wish = "a size is met by" if wanted.bits is None else f"{wanted.bits:g} bits a weight are"
             raise FormatError(
-                f"{wanted.bits:g} bits a weight are a mixture of formats, which needs to know where bits matter: leave out "
-                "--feedback none, or measure the model with `seedlm sensitivity SOURCE -o FILE` and add --sensitivity FILE"
+                f"{wish} a mixture of formats, which needs to know where bits matter: leave out --feedback none, or measure "
+                "the model with `seedlm sensitivity SOURCE -o FILE` and add --sensitivity FILE"
             )
         found = sensitivities(Statistics.load(self.file), shapes, source)
-        return Mixture(bits=wanted.bits, sensitivity=found, formats=wanted.formats)
+        return replace(wanted, sensitivity=found)
 
 
 def gather(
@@ -155,7 +156,7 @@ def gather(
         work.hold_against(before, known, "statistics")
     try:
         _observe(work.path, path, wanted, known, device, progress, tell)
-    except (SeedLMError, torch.OutOfMemoryError, NotImplementedError) as reason:
+    except (SeedLMError, RuntimeError) as reason:  # no memory, a kernel that a dtype lacks, a model that cannot be trained
         cause = " ".join(str(reason).split()).split(". ")[0]
         if wanted.kind != "auto":
             raise SourceError(f"no statistics for error feedback: {cause}") from reason
