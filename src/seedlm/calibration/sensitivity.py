@@ -47,6 +47,8 @@ _BATCH: Final = 16
 class OwnText:
     """The text that a model writes by itself: how many sequences, tokens in each, and the seed of what is drawn.
 
+    Not that of `calibration.own_text`: these sequences begin with any token, and are drawn otherwise. What was measured with
+    mixtures of the block code (docs/results.md) rests on them.
     Raises EvaluationError for a value that cannot be.
     """
 
