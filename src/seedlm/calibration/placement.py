@@ -70,7 +70,7 @@ def place(model: nn.Module, device: torch.device, room: int | None = None) -> in
     outside = [tensor for tensor in _tensors(model) if id(tensor) not in inside]
     room -= sum(tensor.nbytes for tensor in outside) + max(map(nbytes, layers), default=0)
     if room < 0 or not layers:
-        raise EvaluationError(f"a layer of it takes {-room / 1e9:.1f} GB more than there is room for on {device}")
+        raise EvaluationError(f"a layer of it takes {-room / 1e9:.3g} GB more than there is room for on {device}")
     for tensor in outside:
         tensor.data = tensor.data.to(device)
     away = 0
