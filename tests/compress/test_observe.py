@@ -11,8 +11,10 @@ from seedlm.compress.observe import observe_checkpoint
 from seedlm.compress.run import compress_checkpoint
 from seedlm.compress.statistics import Feedback
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError
+from seedlm.integrations.transformers.models import describe
 from seedlm.integrations.transformers.opening import open_language_model
 from seedlm.storage.checkpoint import Checkpoint
+from seedlm.storage.inspect import inspect_checkpoint
 from seedlm.storage.statistics import Statistics
 from tiny_models import STORIES, folder_bytes, tiny_llama, tiny_model
 
@@ -147,6 +149,9 @@ def test_its_compressed_version_may_write(tmp_path):
     compress(dense, tmp_path / "out", tmp_path / "s.safetensors")
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert written["feedback"] == "own text, written by packed"
+    assert not inspect_checkpoint(tmp_path / "out").calibrated
+    assert describe("packed", tmp_path / "out").calibrated is False
+    assert describe("dense", dense).calibrated is None
 
 
 def test_a_text_of_the_users_is_data(tmp_path):
@@ -154,6 +159,12 @@ def test_a_text_of_the_users_is_data(tmp_path):
     text = Feedback("text", tmp_path / "wiki.txt", sequences=3, length=64)
     found = observe_checkpoint(STORIES, tmp_path / "s.safetensors", text=text, device="cpu")
     assert (found.facts.source, found.facts.sequences, found.facts.length) == ("wiki.txt", 3, 64)
+    compress(STORIES, tmp_path / "out", tmp_path / "s.safetensors")
+    assert (inspect_checkpoint(tmp_path / "out").feedback, inspect_checkpoint(tmp_path / "out").calibrated) == (
+        "wiki.txt",
+        True,
+    )
+    assert describe("packed", tmp_path / "out").calibrated
 
 
 def test_what_cannot_be_is_refused_and_leaves_nothing(dense, tmp_path, monkeypatch):

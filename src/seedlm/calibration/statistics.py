@@ -37,9 +37,9 @@ from seedlm.calibration.spool import keep
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import SeedExperts, experts_traits, projections_of
 from seedlm.progress import Progress
+from seedlm.storage.inspect import OWN_TEXT
 from seedlm.storage.statistics import InputStatistics, Statistics, StatisticsFacts
 
-OWN_TEXT: Final = "own text"
 _SAMPLES: Final = 1024
 _TINY: Final = 1e-300
 

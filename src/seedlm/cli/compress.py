@@ -211,6 +211,8 @@ def _print_totals(report: "Report") -> None:
     show(
         f"left as it was    {report.dense_weights:,} weights; the whole model {report.model_bits_per_weight:.4f} bits a weight"
     )
+    if report.feedback is not None:
+        show(f"feedback          {report.feedback}{', which is data: this model is calibrated' if report.calibrated else ''}")
     if report.relative_error is not None and report.tensors:
         worst = max(report.tensors, key=lambda tensor: tensor.relative_error or 0.0)
         show(f"relative error    {report.relative_error:.4f}, largest {number(worst.relative_error)} in {worst.module}")

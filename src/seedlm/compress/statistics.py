@@ -242,9 +242,10 @@ def _observe(
     """Leave statistics in a folder, and the text that they are of."""
     from seedlm.calibration.own_text import BATCH, OwnText, check_length, write_text
     from seedlm.calibration.placement import nbytes, place, workspace
-    from seedlm.calibration.statistics import OWN_TEXT, measure_statistics
+    from seedlm.calibration.statistics import measure_statistics
     from seedlm.integrations.transformers.models import load_model
     from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
+    from seedlm.storage.inspect import OWN_TEXT
 
     text = OwnText(sequences=known["sequences"], length=wanted.length, seed=wanted.seed)
     tokens, name = _kept_text(folder / _TEXT, known), OWN_TEXT
@@ -270,6 +271,8 @@ def _observe(
     away = place(model, device, room)
     host = free_host_memory()
     beyond = host is not None and (away if device.type != "cpu" else nbytes(model)) > host
+    if beyond and not away:
+        tell(f"the model's {nbytes(model) / 1e9:.3g} GB do not fit the memory: they are read from the disk as they are used")
     if away:
         tell(
             f"the model's {nbytes(model) / 1e9:.3g} GB do not fit the {(free or 0) / 1e9:.3g} GB of {device}: layers of "

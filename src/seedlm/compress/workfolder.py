@@ -40,7 +40,8 @@ _LOCK: Final = "lock"
 _FINISHING: Final = "finishing"
 _SIDE: Final = "side"
 _MODEL: Final = "model"
-_STATISTICS: Final = ("text.safetensors", "statistics.safetensors", "statistics.json", "statistics.json.new", "spool")
+_STATISTICS: Final = ("text.safetensors", "statistics.safetensors", "statistics.json", "spool")
+_UNFINISHED: Final = ("text.safetensors.part", "statistics.safetensors.part", "statistics.json.new", f"{_PLAN}.new")
 
 
 class WorkFolder:
@@ -113,7 +114,7 @@ class WorkFolder:
             if self.out.exists():
                 raise OutputError(f"{self.out}: exists already, and {self.path} holds an unfinished run; delete one of them")
         else:
-            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (_LOCK, f"{_PLAN}.new", *_STATISTICS))
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (_LOCK, *_STATISTICS, *_UNFINISHED))
             if strangers:
                 raise OutputError(f"{self.path}: holds {strangers[0]}, which is not from a run; move it away")
             self._check_space(sum(layout.nbytes for layout in layouts.values()))
