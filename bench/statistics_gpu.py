@@ -25,7 +25,7 @@ BATCH = 8
 VOCABULARY = 128256
 
 
-def build(layers: int, shapes: dict[str, int], device: torch.device, vocabulary: int = VOCABULARY, pin: bool = False) -> Any:
+def build(layers: int, shapes: dict[str, int], device: torch.device, vocabulary: int = VOCABULARY) -> Any:
     """A model of random bfloat16 weights on the CPU, made on the device, matrix by matrix."""
     config = LlamaConfig(
         **shapes, num_hidden_layers=layers, vocab_size=vocabulary, max_position_embeddings=4096, bos_token_id=1
@@ -36,7 +36,7 @@ def build(layers: int, shapes: dict[str, int], device: torch.device, vocabulary:
         for name, parameter in list(module.named_parameters(recurse=False)):
             values = torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)
             values = (values.normal_(std=shapes["hidden_size"] ** -0.5) if parameter.dim() > 1 else values).cpu()
-            setattr(module, name, torch.nn.Parameter(values.pin_memory() if pin else values, requires_grad=False))
+            setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
 
@@ -70,14 +70,14 @@ def main() -> None:
     device, length = torch.device(wanted.device), 256
     on_gpu = device.type == "cuda"
     check(device)
-    model = build(wanted.layers, LARGE if on_gpu else SMALL, device, pin=wanted.pin)
+    model = build(wanted.layers, LARGE if on_gpu else SMALL, device)
     room = int(wanted.memory * 1e9) - workspace(model, wanted.sequences, length, BATCH)
     print(f"weights {nbytes(model) / 1e9:.1f} GB; of {wanted.memory:g} GB, {room / 1e9:.1f} are left for them, at most")
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(wanted.memory * 1e9 / torch.cuda.get_device_properties(device).total_memory)
         print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
-    layer = place(model, device, min(room, nothing_stays(model))) / wanted.layers
+    layer = place(model, device, min(room, nothing_stays(model)), host=(1 << 50) * wanted.pin) / wanted.layers
     write_text(model, OwnText(sequences=wanted.sequences, length=2))
     start = time.perf_counter()
     write_text(model, OwnText(sequences=wanted.sequences, length=wanted.written))

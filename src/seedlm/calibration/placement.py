@@ -40,25 +40,24 @@ def workspace(model: Any, sequences: int, length: int, batch: int) -> int:
     sequences   written at a time
     batch       sequences observed at a time
     """
-    config = model.config.get_text_config(decoder=True)
-    layers, vocabulary = numbered_layers(model).values(), model.get_input_embeddings().weight.shape[0]
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 1
-    head = getattr(config, "head_dim", None) or config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
-    cache = sequences * length * len(layers) * 2 * heads * head * model.dtype.itemsize
+    layers = numbered_layers(model).values()
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    cache = sequences * length * model.dtype.itemsize * sum(_cached(layer) or 2 * hidden for layer in layers)
     writing = cache + sequences * vocabulary * 32  # probabilities and their sums in float64
     most = 0
     for layer in layers:
         shapes = _matrices(layer)
         sums = sum(count * width**2 * 8 for count, _, width in shapes) + max((width**2 for *_, width in shapes), default=0) * 4
         most = max(most, sums + batch * length * sum(out + width for _, out, width in shapes) * 6)
-    observing = most + batch * length * vocabulary * 16  # logits, and what the loss makes of them
-    return max(writing, observing)
+    passing = batch * length * (vocabulary * 16 + len(layers) * hidden * model.dtype.itemsize)  # logits, loss; layers' outputs
+    return max(writing, most, passing)
 
 
-def place(model: nn.Module, device: torch.device, room: int | None = None) -> int:
+def place(model: nn.Module, device: torch.device, room: int | None = None, host: int = 0) -> int:
     """Put a model on a device: first all but its numbered layers, then these in order, as long as there is room.
 
     room      bytes for weights; None for as many as it takes
+    host      bytes of the processor's memory that may be locked, from where layers come to a GPU some times as fast
     returns   bytes of the layers that stay where they are, and come when they are used from now on
     Raises EvaluationError if there is no room for a single layer.
     """
@@ -73,15 +72,20 @@ def place(model: nn.Module, device: torch.device, room: int | None = None) -> in
         raise EvaluationError(f"a layer of it takes {-room / 1e9:.3g} GB more than there is room for on {device}")
     for tensor in outside:
         tensor.data = tensor.data.to(device)
-    away = 0
+    away = []
     for layer in layers:
-        room -= (size := nbytes(layer))
+        room -= nbytes(layer)
         if room >= 0:
             layer.to(device)
         else:
-            away += size
-            _visits[layer] = _Visit(layer, device)
-    return away
+            away.append(layer)
+    size = sum(map(nbytes, away))
+    for layer in away:
+        if device.type == "cuda" and size < host:
+            for tensor in _tensors(layer):
+                tensor.data = tensor.data.pin_memory()
+        _visits[layer] = _Visit(layer, device)
+    return size
 
 
 @contextmanager
@@ -127,6 +131,12 @@ class _Visit:
 
 
 _visits: WeakKeyDictionary[nn.Module, _Visit] = WeakKeyDictionary()
+
+
+def _cached(layer: nn.Module) -> int:
+    """Numbers that a layer keeps of a token for those to come, as far as its modules' names tell; else 0."""
+    linears = [(name, part) for name, part in layer.named_modules() if isinstance(part, nn.Linear)]
+    return sum(part.out_features for name, part in linears if name.endswith((".k_proj", ".v_proj", ".kv_b_proj")))
 
 
 def _matrices(module: nn.Module) -> list[tuple[int, int, int]]:

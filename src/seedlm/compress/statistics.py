@@ -268,8 +268,8 @@ def _observe(
     check_length(model, text.length)
     free = wanted.memory or free_memory(device)
     room = None if free is None else free - workspace(model, min(BATCH, text.sequences), text.length, _BATCH)
-    away = place(model, device, room)
     host = free_host_memory()
+    away = place(model, device, room, host=(host or 0) // 2)
     beyond = host is not None and (away if device.type != "cpu" else nbytes(model)) > host
     if beyond and not away:
         tell(f"the model's {nbytes(model) / 1e9:.3g} GB do not fit the memory: they are read from the disk as they are used")
