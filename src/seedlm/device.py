@@ -34,8 +34,11 @@ def choose_devices(names: str) -> list[torch.device]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that could be put on a device now; None for the CPU, and for one that does not tell."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Bytes that could be put on a device now, what torch holds in reserve included; None for anything but a CUDA device."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def free_host_memory() -> int | None:

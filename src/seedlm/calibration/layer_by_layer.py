@@ -120,9 +120,19 @@ class _Run:
         self.calls: list[_Call] = []
         self.returned: list[list[Tensor]] = []
         self.start: Tensor | None = None
+        self._given: list[tuple[Any, list[int]]] = []
+
+    def give(self, *values: Any) -> None:
+        """Take note of what a layer is given. Raises NotAChainError if something that one before was given has changed."""
+        for value, items in self._given:
+            if items != [id(item) for item in tree_leaves(value)]:
+                raise NotAChainError("its layers leave something behind for others")
+        mutable = [value for value in values if isinstance(value, dict | list)]
+        self._given += [(value, [id(item) for item in tree_leaves(value)]) for value in mutable]
 
     def gradient(self) -> Tensor:
         """Of the loss, at the last layer's output."""
+        self.give()
         if not self.calls:
             raise NotAChainError("it has no numbered layers")
         *before, (last, *more) = self.returned
@@ -162,6 +172,7 @@ def _recorder(name: str, forward: Callable[..., Any], run: _Run, observer: Obser
             raise NotAChainError(f"{name} is given more than tensors")
         if any(isinstance(value, Tensor) and value.requires_grad for value in rest):
             raise NotAChainError(f"{name} is given more than one thing that depends on layers or embeddings")
+        run.give(*args, *kwargs.values())
         if not run.calls and observer.waiting:
             run.start = hidden
         free = tree_map(lambda value: None if value is hidden else value, (args, kwargs))

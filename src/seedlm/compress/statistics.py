@@ -5,8 +5,8 @@ a note of what they were made from, and a run with the same arguments takes them
 it is; `observe_checkpoint` makes one.
 
 A model that does not fit the device is observed layer by layer, and writes its text so, too: a pass over all of its weights for
-each token of a sequence. From the memory that takes a minute to an hour, from a disk it is not tried unless it is asked for.
-Then a smaller model writes the text, such as the model's own compressed version.
+each token of a sequence. From a disk that is not tried unless it is asked for: a smaller model may write the text, such as the
+model's own compressed version.
 """
 
 import json
@@ -187,8 +187,6 @@ def _check_writer(writer: Path, source: Source) -> None:
 
 def _known(wanted: Feedback, source: Source, device: torch.device) -> dict[str, Any]:
     """What the statistics of a run are made from, as JSON."""
-    from seedlm.integrations.transformers.models import describe
-
     room = wanted.memory or (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
     fits = room is None or sum(2 * math.prod(info.shape) for info in source.tensors.values()) < room
     usual = _SEQUENCES["cuda" if device.type == "cuda" and fits else "cpu"]
@@ -198,6 +196,8 @@ def _known(wanted: Feedback, source: Source, device: torch.device) -> dict[str, 
     if wanted.file is not None:
         known["file"] = {"name": wanted.file.name, "bytes": wanted.file.stat().st_size}
     if wanted.writer is not None:
+        from seedlm.integrations.transformers.models import describe
+
         known["writer"] = describe(wanted.writer.name, wanted.writer).fingerprint
     return json.loads(json.dumps(known))
 
@@ -240,8 +240,7 @@ def _observe(
     tell: Callable[[str], None],
 ) -> None:
     """Leave statistics in a folder, and the text that they are of."""
-    from seedlm.calibration.own_text import BATCH, OwnText, check_length, write_text
-    from seedlm.calibration.placement import nbytes, place, workspace
+    from seedlm.calibration.own_text import OwnText, check_length, write_text
     from seedlm.calibration.statistics import measure_statistics
     from seedlm.integrations.transformers.models import load_model
     from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
@@ -257,40 +256,53 @@ def _observe(
         name = f"{OWN_TEXT}, written by {wanted.writer.name}"
         if tokens is None:
             progress("text", 0, text.tokens)
-            writer = load_model(wanted.writer, device=device, packed=device.type == "cuda")
-            tokens = write_text(writer, text, on_progress=progress)
-            del writer
-    if tokens is not None:
-        _keep_text(folder / _TEXT, tokens, known)
-    progress(*(("text", 0, text.tokens) if tokens is None else ("statistics", 0, tokens.numel())))
+            tokens = write_text(
+                load_model(wanted.writer, device=device, packed=device.type == "cuda"), text, on_progress=progress
+            )
+            _keep_text(folder / _TEXT, tokens, known)
+    if tokens is None:
+        progress("text", 0, text.tokens)
     dtype = "bfloat16" if device.type == "cuda" and not path.is_file() else "auto"
     model: Any = open_language_model(path, dtype=dtype)
     check_length(model, text.length)
-    free = wanted.memory or free_memory(device)
-    room = None if free is None else free - workspace(model, min(BATCH, text.sequences), text.length, _BATCH)
-    host = free_host_memory()
-    away = place(model, device, room, host=(host or 0) // 2)
-    beyond = host is not None and (away if device.type != "cpu" else nbytes(model)) > host
-    if beyond and not away:
-        tell(f"the model's {nbytes(model) / 1e9:.3g} GB do not fit the memory: they are read from the disk as they are used")
-    if away:
-        tell(
-            f"the model's {nbytes(model) / 1e9:.3g} GB do not fit the {(free or 0) / 1e9:.3g} GB of {device}: layers of "
-            f"{away / 1e9:.3g} GB come from the {'disk' if beyond else 'memory'} one at a time"
-        )
+    large, on_disk = _place(model, wanted, text, device, tell)
     if tokens is None:
-        if beyond and wanted.kind == "auto":
+        if on_disk and wanted.kind == "auto":
             raise SourceError(
                 f"it fits neither {device} nor the memory, and would be read from the disk {text.length - 1} times to write a "
                 "text; compress it with --feedback none and let that write: seedlm observe --writer"
             )
         tokens = write_text(model, text, on_progress=progress)
         _keep_text(folder / _TEXT, tokens, known)
-    spool = folder / _SPOOL if away or beyond else None
+    spool = folder / _SPOOL if large else None
     if spool:
         spool.mkdir(exist_ok=True)
     statistics = measure_statistics(model, tokens, batch=_BATCH, source=name, spool=spool, on_progress=progress)
     statistics.save(folder / STATISTICS_NAME)
+
+
+def _place(
+    model: Any, wanted: Feedback, text: "OwnText", device: torch.device, tell: Callable[[str], None]
+) -> tuple[bool, bool]:
+    """Put a model on the device as far as it fits, and say in a line what does not.
+
+    returns   whether not all of it fits, and whether the rest does not fit the memory either
+    """
+    from seedlm.calibration.own_text import BATCH
+    from seedlm.calibration.placement import nbytes, place, workspace
+
+    free, host, size = wanted.memory or free_memory(device), free_host_memory(), nbytes(model)
+    room = None if free is None else free - workspace(model, min(BATCH, text.sequences), text.length, _BATCH)
+    away = place(model, device, room, host=(host or 0) // 2)
+    on_disk = host is not None and (size if device.type == "cpu" else away) > host
+    if away:
+        tell(
+            f"the model's {size / 1e9:.3g} GB do not fit the {(free or 0) / 1e9:.3g} GB of {device}: layers of "
+            f"{away / 1e9:.3g} GB come from the {'disk' if on_disk else 'memory'} one at a time"
+        )
+    elif on_disk:
+        tell(f"the model's {size / 1e9:.3g} GB do not fit the memory: they are read from the disk as they are used")
+    return away > 0 or on_disk, on_disk
 
 
 def _tokens_of(file: Path, tokenizer: Any, text: "OwnText") -> Tensor:
