@@ -35,12 +35,14 @@ __all__ = [
     "encode",
     "inspect_checkpoint",
     "measure_sensitivity",
+    "observe_checkpoint",
     "parse_format",
 ]
 
 if typing.TYPE_CHECKING:
     from seedlm.calibration.sensitivity import measure_sensitivity
     from seedlm.codes.encoded import EncodedTensor, encode
+    from seedlm.compress.observe import observe_checkpoint
     from seedlm.compress.run import compress_checkpoint
     from seedlm.integrations.transformers.quantizer import SeedLMConfig
     from seedlm.modeling.linear import SeedLinear, compress_module
@@ -60,6 +62,7 @@ else:  # the same names when they are asked for; type checkers do not see this, 
         "dequantize_model": "modeling.quantize",
         "inspect_checkpoint": "storage.inspect",
         "measure_sensitivity": "calibration.sensitivity",
+        "observe_checkpoint": "compress.observe",
     }
 
     def __getattr__(name: str) -> object:

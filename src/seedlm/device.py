@@ -1,4 +1,4 @@
-"""Where to work, by name, and how much memory that took."""
+"""Where to work, by name, how much memory there is, and how much that took."""
 
 import os
 import sys
@@ -38,6 +38,23 @@ def choose_devices(names: str) -> list[torch.device]:
     if names == "cuda" and torch.cuda.device_count():
         names = ",".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
     return [choose_device(name.strip()) for name in names.split(",")]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could be put on a device now, what torch holds in reserve included; None for anything but a CUDA device."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def free_host_memory() -> int | None:
+    """Bytes of the processor's memory that could be used now, the cache of files included; None where Linux does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
 
 
 def peak_host_memory() -> int:

@@ -199,6 +199,20 @@ def test_bits_say_their_range_and_sequences_need_a_text(llama, tmp_path):
     assert "--sequences says on how much text" in done.stderr
 
 
+def test_a_size_is_met_or_refused_with_what_there_can_be(llama, tmp_path, here):
+    for arguments, message in (
+        (["--size", "4GB", "--bits", "3"], "--size says how many bits there can be: give it without --bits and --format"),
+        (["--size", "big"], "--size must be a positive number of bytes or a text such as '5GB', got 'big'"),
+        (["--size", "4GB", "--code", "block"], "a size is met by a mixture of formats: measure the model first"),
+        (["--size", "4GB"], "the weight files of this model have "),
+        (["--size", "30kB", "--feedback", "none"], "a size is met by a mixture of formats, which needs to know where bits"),
+    ):
+        done = here("compress", llama, tmp_path / "out", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr.splitlines()[-1]
+        assert not list(tmp_path.iterdir())
+
+
 def test_inspect_check_says_what_it_checked(compressed):
     done = call("inspect", compressed[0], "--check")
     assert done.returncode == 0

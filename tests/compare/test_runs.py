@@ -66,6 +66,16 @@ class TestTable:
         assert comparison["layers"][place] == {"hidden": [0.1, 0.21], "weight_error": None, "output_error": None}
         assert (rows["strange"]["method"], rows["strange"]["data_free"]) == ("aqlm", None)
 
+    def test_a_packed_model_that_has_seen_data_is_said_to_be_calibrated(self, tmp_path):
+        paths = []
+        for number, calibrated in enumerate((None, False, True)):
+            results, _ = synthetic(number)
+            results["model"]["format"] = "trellis-r4-l16-t256-h128"
+            results["model"]["calibrated"] = calibrated
+            paths.append(write(tmp_path, f"run{number}", results))
+        rows = compare_runs(load_runs(paths))["models"]
+        assert [row["data_free"] for row in rows if row["method"] == "SeedLM"] == [True, True, False]
+
     def test_fronts_hold_what_nothing_beats(self, tmp_path):
         """Bits, bytes, KL and tasks of four models."""
         paths = []

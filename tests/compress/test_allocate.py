@@ -136,6 +136,47 @@ def test_a_mixture_meets_its_size(packed, mixture):
     assert {tensor.module: tensor.format for tensor in report.tensors} == {name: f.spec for name, f in formats.items()}
 
 
+def weight_files(folder):
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": 6000}, {"dtype": "float32"}], ids=["one", "shards", "dtype"])
+def test_a_size_is_met_from_below_by_every_byte_of_the_weight_files(dense, mixture, tmp_path, options):
+    """No further upgrade would have fitted; at both ends there are the smallest and the largest folder."""
+    ends = []
+    for name, format in (("low", LOW), ("high", HIGH)):
+        compress_checkpoint(dense, tmp_path / name, format=format, backend="torch", **options)
+        ends.append(weight_files(tmp_path / name))
+    step = 3 * 96 * 48 // 8 + 100  # a matrix from 2 to 5 bits, and what the header then says of it
+    for size in (*ends, *(ends[0] + (ends[1] - ends[0]) * part // 7 for part in range(1, 7))):
+        out = tmp_path / str(size)
+        compress_checkpoint(
+            dense, out, format=Mixture(size=size, sensitivity=mixture.sensitivity, formats=FORMATS), backend="torch", **options
+        )
+        assert size - step < weight_files(out) <= size
+        if size in ends:
+            assert weight_files(out) == size
+    for size in (ends[0] - 1, ends[1] + 1):
+        asked = Mixture(size=size, sensitivity=mixture.sensitivity, formats=FORMATS)
+        with pytest.raises(FormatError, match=rf"have {ends[0]:,} to {ends[1]:,} bytes, got {size:,}"):
+            compress_checkpoint(dense, tmp_path / "no", format=asked, backend="torch", **options)
+    assert not list(tmp_path.glob("no*"))
+
+
+def test_a_mixture_has_bits_or_a_size():
+    for both in ({}, {"bits": 3.5, "size": 1000}):
+        with pytest.raises(FormatError, match="either bits or a size"):
+            Mixture(**both)
+
+
+def test_what_is_out_of_reach_is_refused_before_the_model_is_observed(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("seedlm.compress.run.gather", lambda *_: pytest.fail("observed"))
+    for asked in (Mixture(size=10_000), Mixture(size=10**9), Mixture(bits=2.001), Mixture(bits=12)):
+        with pytest.raises(FormatError, match=r"have .* bytes, got|has .* bits a weight, got"):
+            compress_checkpoint(dense, tmp_path / "out", format=asked)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_mixture_loads_through_transformers(packed):
     model = AutoModelForCausalLM.from_pretrained(packed)
     checkpoint = Checkpoint.open(packed)

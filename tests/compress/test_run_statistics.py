@@ -60,6 +60,23 @@ def test_a_run_goes_on_with_the_statistics_that_it_made(dense, stopped, whole, m
     assert folder_bytes(stopped) == folder_bytes(whole)
 
 
+def test_a_run_that_died_while_observing_goes_on_with_its_text(dense, whole, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("seedlm.calibration.statistics.measure_statistics", stop)
+        with pytest.raises(StoppedError):
+            compress(dense, tmp_path / "out")
+    for name in ("text.safetensors.part", "statistics.safetensors.part", "spool/left"):  # as a kill leaves them
+        (tmp_path / "out.partial" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out.partial" / name).write_bytes(b"half")
+    monkeypatch.setattr("seedlm.calibration.own_text.write_text", lambda *_, **__: pytest.fail("written again"))
+    compress(dense, tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_run_with_other_statistics_does_not_go_on(dense, stopped, whole):
     for other in (Feedback("own", sequences=2), Feedback("own", sequences=1, seed=7)):
         with pytest.raises(OutputError, match=r"holds an unfinished run that differs: statistics (sequences|seed) was"):

@@ -12,6 +12,7 @@ rounds otherwise and writes another text as soon as one token differs. Whoever n
 
 import hashlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from seedlm.errors import EvaluationError
+from seedlm.integrations.transformers.models import longest_text
 from seedlm.progress import Progress
 
 BATCH: Final = 128
@@ -70,22 +72,27 @@ def write_text(model: Any, text: OwnText, *, batch: int = BATCH, on_progress: Pr
     returns   int64 [sequences, length], on the CPU
     Raises EvaluationError for text longer than the model's context, and for predictions that are not finite.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and text.length > longest:
-        raise EvaluationError(
-            f"the model knows {longest} positions, the text has {text.length} tokens: choose a shorter length"
-        )
+    check_length(model, text.length)
     progress = on_progress or (lambda phase, done, total: None)
     random = torch.Generator().manual_seed(text.seed)
     first = _first_tokens(model, text, random)
     draws = torch.rand(text.sequences, text.length - 1, generator=random, dtype=torch.float64)
-    written = []
-    progress("text", 0, text.tokens)
+    written, done = [], 0
+    progress("text", done, text.tokens)
     for start in range(0, text.sequences, batch):
-        rows = slice(start, start + batch)
-        written.append(_continue(model, first[rows], draws[rows], text.temperature))
-        progress("text", sum(part.numel() for part in written), text.tokens)
+        rows, columns = slice(start, start + batch), []
+        for column in _columns(model, first[rows], draws[rows], text.temperature):
+            columns.append(column)
+            progress("text", done := done + len(column), text.tokens)
+        written.append(torch.cat(columns, 1).cpu())
     return torch.cat(written)
+
+
+def check_length(model: Any, length: int) -> None:
+    """Raise EvaluationError for sequences of more tokens than the model has positions for."""
+    longest = longest_text(model)
+    if longest is not None and length > longest:
+        raise EvaluationError(f"the model knows {longest} positions, the text has {length} tokens: choose a shorter length")
 
 
 def text_hash(tokens: Tensor) -> str:
@@ -117,14 +124,15 @@ def predict(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
     return logits, output.get(name)
 
 
-def _continue(model: Any, first: Tensor, draws: Tensor, temperature: float) -> Tensor:
-    """Sequences int64 [batch, length] on the CPU, from their first tokens and a number in [0, 1) for each further one."""
+def _columns(model: Any, first: Tensor, draws: Tensor, temperature: float) -> Iterator[Tensor]:
+    """The tokens int64 [batch, 1] of each position, from the first ones and a number in [0, 1) for each further one."""
     tokens, cache = [first.to(model.device)], None
+    yield tokens[-1]
     for draw in draws.to(model.device).T:
         before = tokens[-1] if cache is not None else torch.cat(tokens, 1)
         logits, cache = predict(model, before, cache)
         tokens.append(_draw((logits / temperature).softmax(-1), draw))
-    return torch.cat(tokens, 1).cpu()
+        yield tokens[-1]
 
 
 def _draw(probabilities: Tensor, draw: Tensor) -> Tensor:

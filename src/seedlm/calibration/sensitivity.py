@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from seedlm.calibration.own_text import OVERFLOW, predict
+from seedlm.calibration.own_text import OVERFLOW, check_length, predict
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import experts_traits, projections_of
 from seedlm.progress import Progress
@@ -47,6 +47,8 @@ _BATCH: Final = 16
 class OwnText:
     """The text that a model writes by itself: how many sequences, tokens in each, and the seed of what is drawn.
 
+    Not that of `calibration.own_text`: these sequences begin with any token, and are drawn otherwise. What was measured with
+    mixtures of the block code (docs/results.md) rests on them.
     Raises EvaluationError for a value that cannot be.
     """
 
@@ -70,11 +72,7 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
     Raises EvaluationError for text longer than the model's context, without linear layers, or if gradients are not finite.
     """
     text = text or OwnText()
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest is not None and text.length > longest:
-        raise EvaluationError(
-            f"the model knows {longest} positions, the text has {text.length} tokens: choose a shorter length"
-        )
+    check_length(model, text.length)
     weights = _weights(model)
     if not weights:
         raise EvaluationError(f"{type(model).__name__} has no linear layer with a weight of its own")

@@ -1,6 +1,6 @@
 """What each linear layer's inputs look like, and how much its outputs matter: X'X and squared gradients over a text.
 
-One pass over the text, forwards and backwards. Forwards, each input x is kept; backwards comes the gradient g of the text's
+A pass over the text, forwards and backwards. Forwards, each input x is kept; backwards comes the gradient g of the text's
 negative log-likelihood at each output, and the sums
 
     over tokens  t x x'     with t = root of the layer's mean over rows of  g_r^2 / E[g_r^2]
@@ -14,25 +14,32 @@ matter little have the errors. On a model's own text the gradients are the Fishe
 Layers that are given one and the same tensor (q, k and v; gate and up) share its sums, each adding its own t. Experts have
 sums of their own, of the tokens that reach them, stacked or not. Products are float32, totals float64. E[g_r^2] is what the
 tokens before have shown, so the order of the text matters a little, and the batch.
+
+The backward pass goes layer by layer (`layer_by_layer`), so that there is one layer's activations and sums at a time: the
+sums of all layers of an 8B model are 65 GB. A model whose layers are no chain goes backwards as a whole.
 """
 
 import hashlib
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from seedlm.calibration.layer_by_layer import NotAChainError, layer_by_layer
 from seedlm.calibration.own_text import OVERFLOW, text_hash
+from seedlm.calibration.placement import is_away
+from seedlm.calibration.spool import keep
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import SeedExperts, experts_traits, projections_of
 from seedlm.progress import Progress
+from seedlm.storage.inspect import OWN_TEXT
 from seedlm.storage.statistics import InputStatistics, Statistics, StatisticsFacts
 
-OWN_TEXT: Final = "own text"
 _SAMPLES: Final = 1024
 _TINY: Final = 1e-300
 
@@ -45,33 +52,42 @@ def measure_statistics(
     layers: Collection[str] | None = None,
     batch: int = 8,
     source: str = OWN_TEXT,
+    spool: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Statistics:
     """The statistics of a causal language model's linear layers, experts included, on a text.
 
+    model      in evaluation mode; layers of it may be away (`placement`) if they are a chain
     tokens     int64 [sequences, length], such as `write_text` returns
-    gradients  whether tokens and rows are weighted by squared gradients; takes three times as long, and the activations'
-               memory of a batch
-    layers     names to observe, all by default: with few at a time the sums of a large model fit the memory
+    gradients  whether tokens and rows are weighted by squared gradients; takes four times as long
+    layers     names to observe, all by default
     batch      sequences at a time
     source     what the text is, for whoever reads the statistics
+    spool      a folder on whose disk to keep inputs and finished sums; None keeps them in memory
     returns    by the names that the model is saved under, an expert of a stack by its number
     The model comes back as it was. Raises EvaluationError if there is nothing to observe, or for activations and gradients
     that are not finite.
     """
-    watch = _Watch(gradients)
     progress = on_progress or (lambda phase, done, total: None)
-    with _watched(model, watch, layers):
-        for start in range(0, len(tokens), batch):
-            progress("statistics", start * tokens.shape[1], tokens.numel())
-            piece = tokens[start : start + batch].to(model.device)
-            with torch.set_grad_enabled(gradients):
-                logits = model(input_ids=piece, use_cache=False).logits
-                if gradients:
-                    likelihood = logits[:, :-1].float().flatten(0, 1), piece[:, 1:].flatten()
-                    nn.functional.cross_entropy(*likelihood, reduction="sum").backward()
-            watch.settle()
-        progress("statistics", tokens.numel(), tokens.numel())
+    pieces = tokens.split(batch)
+
+    def step(share: float) -> None:
+        progress("statistics", int(share * tokens.numel()), tokens.numel())
+
+    watch = _Watch(gradients, spool)
+    try:
+        with _watched(model, watch, layers):
+            if gradients:
+                layer_by_layer(model, pieces, _loss, watch, spool, step)
+            else:
+                _at_once(model, pieces, watch, step)
+    except NotAChainError as reason:
+        if is_away(model):
+            raise EvaluationError(f"it must fit the device as a whole, for {reason}") from None
+        watch = _Watch(gradients, spool)
+        with _watched(model, watch, layers):
+            _at_once(model, pieces, watch, step)
+    step(1)
     facts = StatisticsFacts(
         model=model_fingerprint(model),
         text=text_hash(tokens),
@@ -81,6 +97,23 @@ def measure_statistics(
         weighting="gradient" if gradients else "none",
     )
     return _finished(model, watch, facts)
+
+
+def _loss(model: Any, piece: Tensor) -> Tensor:
+    """Negative log-likelihood of the tokens [sequences, length], in nats, summed up."""
+    logits = model(input_ids=piece, use_cache=False).logits
+    return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), piece[:, 1:].flatten(), reduction="sum")
+
+
+def _at_once(model: Any, pieces: Sequence[Tensor], watch: "_Watch", step: Callable[[float], None]) -> None:
+    """All layers together, backwards too if there are gradients."""
+    for number, piece in enumerate(pieces):
+        step(number / len(pieces))
+        with torch.set_grad_enabled(watch.gradients):
+            loss = _loss(model, piece.to(model.device))
+            if watch.gradients:
+                loss.backward()
+        watch.settle()
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -103,10 +136,13 @@ class _Watch:
     tokens     of those: how many
     rows       matrix -> float64 [out], sum of squared gradients
     seen       matrix -> tokens in that sum
+    inputs     what has become of the products of those whose sums are complete
     """
 
-    def __init__(self, gradients: bool) -> None:
-        self.gradients = gradients
+    def __init__(self, gradients: bool, spool: Path | None = None) -> None:
+        self.gradients, self.spool = gradients, spool
+        self.paused = self.waiting = False
+        self.inputs: dict[str, InputStatistics] = {}
         self.reads: dict[str, str] = {}
         self.products: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
@@ -117,20 +153,31 @@ class _Watch:
 
     def note(self, matrix: str, given: Tensor, output: Tensor) -> None:
         """A matrix has been multiplied by an input [..., in], which gave an output [..., out]."""
-        first = self._first_reader(matrix, given)
         x = given.detach().reshape(-1, given.shape[-1])
         if not x.isfinite().all():
             raise EvaluationError(f"{matrix}: its input is not finite; {OVERFLOW}")
+        if self.paused:
+            return
+        first = self._first_reader(matrix, given)
         if first == matrix:
             self.tokens[first] = self.tokens.get(first, 0) + len(x)
         if self.gradients and output.requires_grad:
+            self.waiting = True
             output.register_hook(lambda gradient: self._backwards(matrix, first, x, gradient))
         elif first == matrix:
             self._add(first, x, torch.ones(len(x), device=x.device))
 
     def settle(self) -> None:
-        """A pass over the model is over."""
+        """A pass over the model, or a layer, is over."""
         self._now.clear()
+        self.waiting = False
+
+    def conclude(self, prefix: str = "") -> None:
+        """The sums of matrices below this name are complete."""
+        for name in [name for name in self.products if name.startswith(prefix)]:
+            mean = self.products.pop(name).div_(self.weights[name].clamp_min(_TINY))
+            found = InputStatistics.of(mean, self.tokens[name])
+            self.inputs[name] = InputStatistics(found.scale, keep(found.correlation, self.spool), found.tokens)
 
     def _backwards(self, matrix: str, first: str, x: Tensor, gradient: Tensor) -> None:
         squares = gradient.detach().reshape(len(x), -1).float().square()
@@ -201,7 +248,7 @@ def _watched(model: Any, watch: _Watch, layers: Collection[str] | None) -> Itera
             model.set_submodule(name, _WatchedExperts(module, name, watch).train(module.training))
         model.requires_grad_(False)
         if watch.gradients:
-            handles.append(model.get_input_embeddings().register_forward_hook(lambda m, given, x: x.requires_grad_()))
+            handles.append(model.get_input_embeddings().register_forward_hook(_with_gradient))
         yield
     finally:
         for handle in handles:
@@ -212,9 +259,15 @@ def _watched(model: Any, watch: _Watch, layers: Collection[str] | None) -> Itera
             parameter.requires_grad_(needed)
 
 
+def _with_gradient(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+    """Embeddings that gradients reach, and that a model may change in place."""
+    return output.detach().requires_grad_().clone()
+
+
 def _linear_hook(matrix: str, watch: _Watch) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        watch.note(matrix, args[0] if args else kwargs["input"], output)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(output, Tensor):  # and not a router's choice
+            watch.note(matrix, args[0] if args else kwargs["input"], output)
 
     return hook
 
@@ -258,7 +311,8 @@ def _as_saved(model: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _finished(model: Any, watch: _Watch, facts: StatisticsFacts) -> Statistics:
     """Means, by the names that a checkpoint has."""
-    matrices, firsts = _matrices(model), list(watch.products)
+    watch.conclude()
+    matrices, firsts = _matrices(model), list(watch.inputs)
     numbers = {
         key: torch.full((matrices[key],), float(firsts.index(first))) for key, first in watch.reads.items() if first in firsts
     }
@@ -269,11 +323,7 @@ def _finished(model: Any, watch: _Watch, facts: StatisticsFacts) -> Statistics:
     names: dict[str, str] = {}
     for layer, first in reads.items():
         names.setdefault(first, layer)
-    inputs = {
-        names[first]: InputStatistics.of(watch.products[first] / watch.weights[first].clamp_min(_TINY), watch.tokens[first])
-        for first in firsts
-        if first in names
-    }
+    inputs = {names[first]: found for first, found in watch.inputs.items() if first in names}
     means = {key: (total / watch.seen[key]).float().cpu() for key, total in watch.rows.items()}
     rows = {layer: values for layer, values in _as_saved(model, means).items() if layer in reads and values.isfinite().all()}
     return Statistics(facts, inputs, {layer: names[first] for layer, first in reads.items()}, rows)

@@ -18,6 +18,7 @@ from seedlm.cli.console import on_sigterm
 from seedlm.cli.design import design
 from seedlm.cli.evaluate import evaluate
 from seedlm.cli.generate import generate
+from seedlm.cli.observe import observe
 from seedlm.cli.rtl import rtl
 from seedlm.cli.sensitivity import sensitivity
 from seedlm.errors import SeedLMError
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compress, inspect, generate, bench, evaluate, compare, sensitivity, design, rtl):
+for command in (compress, inspect, generate, bench, evaluate, compare, observe, sensitivity, design, rtl):
     app.command()(command)
 
 

@@ -25,8 +25,12 @@ def compress(
     source: Annotated[str, typer.Argument(help="Folder of safetensors, GGUF file, or Hub repository (owner/name).")],
     out: Annotated[Path, typer.Argument(help="Folder to create. OUT.partial beside it holds the unfinished run.")],
     bits: Annotated[
-        str, typer.Option(help="Bits per weight: any number from 2 to 8; 3-fast and the like take a tenth of the time.")
-    ] = "4",
+        str | None,
+        typer.Option(help="Bits per weight: any number from 2 to 8; 3-fast and the like take a tenth of the time. Default: 4."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="As many bits as fit weight files of this size in all, such as 4.0GB.", metavar="SIZE")
+    ] = None,
     code: Annotated[
         str, typer.Option(help="trellis, or block: the paper's own (5, 4.5, 4, 3.5, 3, 2.5, 2 bits).", metavar="NAME")
     ] = DEFAULT,
@@ -77,7 +81,9 @@ def compress(
     from seedlm.storage.source import locate
 
     start = time.monotonic()
-    wanted = _format(source, bits, code, format, sensitivity)
+    if size is not None and (bits is not None or format is not None):
+        raise FormatError("--size says how many bits there can be: give it without --bits and --format")
+    wanted = _format(source, bits or "4", code, format, sensitivity, size)
     observed = Path(feedback).suffix != ".safetensors" and feedback != "none"
     if sequences is not None and not observed:
         raise FormatError(f"--sequences says on how much text to observe the model, and --feedback {feedback} observes none")
@@ -117,22 +123,36 @@ def compress(
     print(f"memory            {in_bytes(report.peak_host_bytes)}{on_gpu}; on {', '.join(report.devices)}")
 
 
-def _format(source: str, bits: str, code: str, format: str | None, sensitivity: Path | None) -> "Format | Mixture":
+def _format(
+    source: str, bits: str, code: str, format: str | None, sensitivity: Path | None, size: str | None
+) -> "Format | Mixture":
     """What is asked for: one format, or a mixture."""
-    number = float(bits) if re.fullmatch(r"\d+(\.\d+)?", bits, re.ASCII) else None
+    nbytes = None
+    if size is not None:
+        from seedlm.compress.plan import parse_size
+
+        nbytes = parse_size(size, "--size")
+    number = float(bits) if size is None and re.fullmatch(r"\d+(\.\d+)?", bits, re.ASCII) else None
     chosen = family(code)
     alone = [each.bits_per_weight for each in chosen.mixture]
     from seedlm.compress.allocate import Mixture
 
     if sensitivity is not None:
-        if format is not None or number is None:
+        if format is not None or (number is None and nbytes is None):
             raise FormatError("--sensitivity mixes formats to a number of --bits, such as 3.5; one of your own is not mixed")
         from seedlm.calibration.sensitivity import read_sensitivity
 
         model, values = read_sensitivity(sensitivity)
         if model != source:  # rightly so for a fine-tuned model, or for another form of the same
             print(f"seedlm: {sensitivity} was measured on {model!r}, and says little of any other model", file=sys.stderr)
-        return Mixture(bits=number, sensitivity=values, formats=chosen.mixture)
+        return Mixture(bits=number, size=nbytes, sensitivity=values, formats=chosen.mixture)
+    if nbytes is not None:
+        if not chosen.feedback:
+            raise FormatError(
+                "a size is met by a mixture of formats: measure the model first, seedlm sensitivity SOURCE -o FILE, and add "
+                "--sensitivity FILE"
+            )
+        return Mixture(size=nbytes, formats=chosen.mixture)
     if format is None and number is not None and bits not in chosen.presets and min(alone) < number < max(alone):
         if not chosen.feedback:
             raise FormatError(
@@ -191,6 +211,8 @@ def _print_totals(report: "Report") -> None:
     show(
         f"left as it was    {report.dense_weights:,} weights; the whole model {report.model_bits_per_weight:.4f} bits a weight"
     )
+    if report.feedback is not None:
+        show(f"feedback          {report.feedback}{', which is data: this model is calibrated' if report.calibrated else ''}")
     if report.relative_error is not None and report.tensors:
         worst = max(report.tensors, key=lambda tensor: tensor.relative_error or 0.0)
         show(f"relative error    {report.relative_error:.4f}, largest {number(worst.relative_error)} in {worst.module}")

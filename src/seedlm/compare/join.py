@@ -119,8 +119,8 @@ def _method(run: Run) -> dict[str, Any]:
             parse_format(part)
     except FormatError:
         return {"method": format, "options": None, "data_free": None}
-    formats = format.count(", ") + 1
-    return {"method": "SeedLM", "options": format if formats == 1 else f"{formats} formats mixed", "data_free": True}
+    formats, data_free = format.count(", ") + 1, not run.results["model"].get("calibrated")
+    return {"method": "SeedLM", "options": format if formats == 1 else f"{formats} formats mixed", "data_free": data_free}
 
 
 def _baseline_size(model: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:

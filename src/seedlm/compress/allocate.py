@@ -25,22 +25,43 @@ from seedlm.errors import FormatError
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """A format for every weight: more bits where they matter, `bits` on average.
+    """A format for every weight: more bits where they matter, `bits` on average, or as many as a size allows.
 
     bits          stored bits of all compressed weights, all overhead counted, over their number: at most that
+    size          instead of bits: bytes of all the model's weight files, at most (`plan.assign`)
     sensitivity   module -> KL per unit of relative squared error (`sensitivity.measure_sensitivity`); 0, of an expert that no
                   token reached, counts as the least of the others: another text may reach it
     formats       format -> its expected relative squared error
     """
 
-    bits: float
+    bits: float | None = None
+    size: int | None = None
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     formats: Mapping[Format, float] = field(default_factory=lambda: family(DEFAULT).mixture)
 
-    def assign(self, shapes: Mapping[str, tuple[int, int]], groups: Iterable[Sequence[str]] = ()) -> dict[str, Format]:
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.size is None):
+            raise FormatError(f"a mixture has either bits or a size, got bits {self.bits} and size {self.size}")
+
+    def extremes(self, shapes: Mapping[str, tuple[int, int]]) -> tuple[Format, Format]:
+        """The formats that take the fewest and the most bits for these weights."""
+        sizes = {format: sum(stored_bits(format, *shape) for shape in shapes.values()) for format in self.formats}
+        return min(sizes, key=lambda format: sizes[format]), max(sizes, key=lambda format: sizes[format])
+
+    def check_bits(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise FormatError if no mixture has so many bits."""
+        weights = sum(map(math.prod, shapes.values()))
+        low, high = (sum(stored_bits(each, *shape) for shape in shapes.values()) / weights for each in self.extremes(shapes))
+        if self.bits is not None and not low <= self.bits <= high:
+            raise FormatError(f"a mixture for this model has {low:.4f} to {high:.4f} bits a weight, got {self.bits:g}")
+
+    def assign(
+        self, shapes: Mapping[str, tuple[int, int]], groups: Iterable[Sequence[str]] = (), budget: int | None = None
+    ) -> dict[str, Format]:
         """A format for each of the weights to be compressed, module -> (out_features, in_features).
 
         groups    modules that must get the same format; one in no group stands alone
+        budget    stored bits of all, at least those of the smallest format; None takes `bits`
         Raises FormatError if a weight has no sensitivity, or if no mixture has so many bits.
         """
         missing = [module for module in shapes if module not in self.sensitivity]
@@ -49,11 +70,10 @@ class Mixture:
                 f"{missing[0]}: has no sensitivity ({len(missing)} of {len(shapes)} weights); measure this model, "
                 "or --exclude what its class has no layer for"
             )
-        weights = sum(map(math.prod, shapes.values()))
-        sizes = {format: sum(stored_bits(format, *shape) for shape in shapes.values()) for format in self.formats}
-        low, high = (bound(sizes.values()) / weights for bound in (min, max))
-        if not low <= self.bits <= high:
-            raise FormatError(f"a mixture for this model has {low:.4f} to {high:.4f} bits a weight, got {self.bits:g}")
+        if budget is None:
+            assert self.bits is not None
+            self.check_bits(shapes)
+            budget = math.floor(self.bits * sum(map(math.prod, shapes.values())))
         least = min((value for value in self.sensitivity.values() if value > 0), default=1.0)
         first = {module: group[0] for group in groups for module in group}
         together: dict[str, list[str]] = {}
@@ -70,7 +90,7 @@ class Mixture:
             for members in together.values()
         ]
         formats = list(self.formats)
-        chosen = dict(zip(together, allocate(choices, math.floor(self.bits * weights)), strict=True))
+        chosen = dict(zip(together, allocate(choices, budget), strict=True))
         leader = {module: name for name, members in together.items() for module in members}
         return {module: formats[chosen[leader[module]]] for module in shapes}
 

@@ -3,16 +3,16 @@ resumed run against. All of it follows from headers, arguments and, for mixed pr
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
 
-from seedlm.codes.base import Format
+from seedlm.codes.base import Format, stored_bits
 from seedlm.codes.registry import family_of
 from seedlm.compress.allocate import Mixture, most_common
 from seedlm.compress.worker import Destination, Item, Target
-from seedlm.errors import OutputError, SourceError
+from seedlm.errors import FormatError, OutputError, SourceError
 from seedlm.modeling.blueprint import survey
 from seedlm.storage import checkpoint
 from seedlm.storage.checkpoint import PackedInfo, stored_name
@@ -22,6 +22,7 @@ from seedlm.storage.selection import Survey, dense_linears, groups_of, largest_l
 from seedlm.storage.source import Source
 from seedlm.version import __version__
 
+SizeOf = Callable[[Mapping[str, Format]], int]
 DTYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -64,6 +65,11 @@ class Plan:
         return {module: other for module, other in self.formats.items() if other != self.format}
 
     @property
+    def nbytes(self) -> int:
+        """Of all weight files."""
+        return sum(layout.nbytes for layout in self.layouts.values())
+
+    @property
     def items(self) -> list[Item]:
         """All tensors, in the order of the files."""
         return [item for shard in self.shards.values() for item in shard]
@@ -99,12 +105,40 @@ def choose(source: Source, candidates: Iterable[Format], include: tuple[str, ...
     )
 
 
-def assign(format: Format | Mixture, selected: Selected) -> dict[str, Format]:
-    """A format for every matrix; modules that are multiplied as one share theirs where the family asks for it."""
+def check_reach(mixture: Mixture, selected: Selected, size_of: SizeOf) -> None:
+    """Raise FormatError if no mixture for this model has such a size, or so many bits."""
+    if mixture.size is None:
+        mixture.check_bits(selected.modules)
+        return
+    low, high = (size_of(dict.fromkeys(selected.modules, format)) for format in mixture.extremes(selected.modules))
+    if not low <= mixture.size <= high:
+        raise FormatError(f"the weight files of this model have {low:,} to {high:,} bytes, got {mixture.size:,}")
+
+
+def assign(format: Format | Mixture, selected: Selected, size_of: SizeOf) -> dict[str, Format]:
+    """A format for every matrix; modules that are multiplied as one share theirs where the family asks for it.
+
+    size_of   bytes of all weight files with these formats
+    """
     if not isinstance(format, Mixture):
         return dict.fromkeys(selected.modules, format)
     fused = any(family_of(each).fused for each in format.formats)
-    return format.assign(selected.modules, groups_of(selected.modules) if fused else ())
+    groups = groups_of(selected.modules) if fused else []
+    if format.size is None:
+        return format.assign(selected.modules, groups)
+    best = formats = dict.fromkeys(selected.modules, format.extremes(selected.modules)[0])
+    smallest, tried = _stored(formats, selected), set()
+    left = format.size - size_of(formats)
+    while (budget := _stored(formats, selected) + 8 * left) >= smallest and budget not in tried:
+        tried.add(budget)  # headers name formats, so what is left for codes depends a little on the choice
+        formats = format.assign(selected.modules, groups, budget)
+        left = format.size - size_of(formats)
+        best = formats if left >= 0 and _stored(formats, selected) >= _stored(best, selected) else best
+    return best
+
+
+def _stored(formats: Mapping[str, Format], selected: Selected) -> int:
+    return sum(stored_bits(formats[module], *shape) for module, shape in selected.modules.items())
 
 
 def make(
@@ -181,12 +215,12 @@ def file_layout(items: list[Item], digests: Mapping[str, str] | None = None) -> 
     return layout(stored, checkpoint.metadata(packed, {name: (digests or {}).get(name, UNKNOWN_DIGEST) for name in stored}))
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, what: str = "a shard size") -> int:
     """Bytes from a number or a text: ``"5GB"`` is 5 * 10^9, ``"5GiB"`` is 5 * 2^30. Raises OutputError."""
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if match:
         step = 1024 if match[3] else 1000
         size = int(Decimal(match[1]) * step ** " KMGT".index(match[2].upper() or " ")) if len(match[1]) < 20 else 0
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise OutputError(f"a shard size must be a positive number of bytes or a text such as '5GB', got {size!r:.40}")
+        raise OutputError(f"{what} must be a positive number of bytes or a text such as '5GB', got {size!r:.40}")
     return size

@@ -98,6 +98,11 @@ def compress_checkpoint(
     for note in selected.notes:
         tell(note)
 
+    def size_of(formats: Mapping[str, Format]) -> int:
+        return plans.make(model, selected, formats, dtype=dtype, shard_bytes=shard_bytes, arguments={}).nbytes
+
+    if isinstance(format, Mixture) and selected.modules:
+        plans.check_reach(format, selected, size_of)
     with WorkFolder.claim(out) as work:
         if wanted.kind != "none" and any(family_of(each).feedback for each in candidates):
             clock.phase("observe")
@@ -105,7 +110,7 @@ def compress_checkpoint(
         clock.phase("prepare")
         if isinstance(format, Mixture) and not format.sensitivity:
             format = observed.mixture(format, selected.modules, model)
-        formats = plans.assign(format, selected)
+        formats = plans.assign(format, selected, size_of)
         leading = most_common(formats) if formats else candidates[0]  # whose options a reader takes the record for
         options = {**family_of(leading).defaults, **settings, **observed.record}
         arguments = {**options, "statistics": observed.identity, "include": sorted(include), "exclude": sorted(exclude)}

@@ -1,34 +1,49 @@
 """What a run knows of its model besides the weights: whence the statistics come, made once and kept in the work folder.
 
-A killed run does not write its text again: ``statistics.safetensors`` lies in ``OUT.partial`` beside a note of what it was made
-from, and a run with the same arguments takes it. A user's own file of statistics is taken as it is.
+A killed run does not write its text again: ``text.safetensors`` and then ``statistics.safetensors`` lie in ``OUT.partial`` with
+a note of what they were made from, and a run with the same arguments takes them. A user's own file of statistics is taken as
+it is; `observe_checkpoint` makes one.
+
+A model that does not fit the device is observed layer by layer, and writes its text so, too: a pass over all of its weights for
+each token of a sequence. From a disk that is not tried unless it is asked for: a smaller model may write the text, such as the
+model's own compressed version.
 """
 
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
+from torch import Tensor
 
 from seedlm.codes.base import Format
 from seedlm.codes.registry import family_of
 from seedlm.compress.allocate import Mixture
 from seedlm.compress.workfolder import WorkFolder
+from seedlm.device import free_host_memory, free_memory
 from seedlm.errors import FormatError, SeedLMError, SourceError
 from seedlm.progress import Progress
 from seedlm.storage.source import Source
+from seedlm.storage.untrusted import read_config
 
 if TYPE_CHECKING:
+    from seedlm.calibration.own_text import OwnText
     from seedlm.storage.statistics import Statistics
 
 STATISTICS_NAME: Final = "statistics.safetensors"
 _NOTE: Final = "statistics.json"
+_TEXT: Final = "text.safetensors"
+_SPOOL: Final = "spool"
 _SEQUENCES: Final = {"cuda": 256, "cpu": 64}
 """Sequences of 256 tokens that a model writes by default: KL at 3 bits 0.174 with 256, 0.185 with 64 (docs/log/quality.md)."""
 _LENGTH: Final = 256
+_BATCH: Final = 8
+"""Sequences observed at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +52,20 @@ class Feedback:
 
     kind        "auto", "own" text, "none", a "text" file or a file of "statistics"
     file        of the last two
-    sequences   of 256 tokens, of own text or taken from a file; None is 256 on a GPU, 64 on a CPU
+    sequences   of own text or taken from a file; None is 256 on a GPU, 64 on a CPU or of a model that does not fit the GPU
+    length      tokens in each
     seed        of the own text
+    writer      another model that writes the text, such as this one's packed folder
+    memory      bytes of the device to be used; None is what is free
     """
 
     kind: Literal["auto", "own", "none", "text", "statistics"] = "auto"
     file: Path | None = None
     sequences: int | None = None
+    length: int = _LENGTH
     seed: int = 0
+    writer: Path | None = None
+    memory: int | None = None
 
     @classmethod
     def parse(cls, value: "str | Path | Feedback") -> "Feedback":
@@ -84,12 +105,13 @@ class Observed:
         from seedlm.storage.statistics import Statistics
 
         if self.file is None:
+            wish = "a size is met by" if wanted.bits is None else f"{wanted.bits:g} bits a weight are"
             raise FormatError(
-                f"{wanted.bits:g} bits a weight are a mixture of formats, which needs to know where bits matter: leave out "
-                "--feedback none, or measure the model with `seedlm sensitivity SOURCE -o FILE` and add --sensitivity FILE"
+                f"{wish} a mixture of formats, which needs to know where bits matter: leave out --feedback none, or measure "
+                "the model with `seedlm sensitivity SOURCE -o FILE` and add --sensitivity FILE"
             )
         found = sensitivities(Statistics.load(self.file), shapes, source)
-        return Mixture(bits=wanted.bits, sensitivity=found, formats=wanted.formats)
+        return replace(wanted, sensitivity=found)
 
 
 def gather(
@@ -119,46 +141,71 @@ def gather(
     if wanted.kind == "statistics":
         assert wanted.file is not None
         found = Statistics.load(wanted.file)
-        _check_fit(found, wanted.file, shapes, tell)
+        _check_fit(found, wanted.file, shapes)
+        _say_what_lacks(found, shapes, tell)
         return Observed.of(found, wanted.file)
+    if wanted.writer is not None:
+        _check_writer(wanted.writer, source)
     device = devices[0] if devices else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sequences = wanted.sequences or _SEQUENCES["cuda" if device.type == "cuda" else "cpu"]
-    known = {**asdict(wanted), "file": None, "sequences": sequences, "source": source.fingerprint}
-    if wanted.file is not None:
-        known["file"] = {"name": wanted.file.name, "bytes": wanted.file.stat().st_size}
-    known = json.loads(json.dumps(known))
     file, note = work.path / STATISTICS_NAME, work.path / _NOTE
+    known = _known(wanted, source, device)
     if file.exists() and note.exists():
         before = json.loads(note.read_text())
         if before == known:
             return Observed.of(Statistics.load(file), file)
         work.hold_against(before, known, "statistics")
     try:
-        _observe(path, file, wanted, sequences, device, progress)
-    except (SeedLMError, torch.OutOfMemoryError, NotImplementedError) as reason:
+        _observe(work.path, path, wanted, known, device, progress, tell)
+    except (SeedLMError, RuntimeError) as reason:  # no memory, a kernel that a dtype lacks, a model that cannot be trained
         cause = " ".join(str(reason).split()).split(". ")[0]
         if wanted.kind != "auto":
             raise SourceError(f"no statistics for error feedback: {cause}") from reason
         tell(f"no error feedback: the model cannot be run here ({cause})")
         return Observed(record={"feedback": "none"})
     finally:
+        shutil.rmtree(work.path / _SPOOL, ignore_errors=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     new = note.with_name(note.name + ".new")
     new.write_text(json.dumps(known))
     os.replace(new, note)
-    return Observed.of(Statistics.load(file), file)
+    found = Statistics.load(file)
+    _say_what_lacks(found, shapes, tell)
+    return Observed.of(found, file)
 
 
-def _check_fit(
-    statistics: "Statistics", file: Path, shapes: Mapping[str, tuple[int, int]], tell: Callable[[str], None]
-) -> None:
-    """Raise SourceError for statistics of another model; a line for layers that have none."""
-    missing = [module for module in shapes if module not in statistics.reads]
-    if len(missing) == len(shapes):
+def _check_writer(writer: Path, source: Source) -> None:
+    """Raise FormatError for a writer with other tokens, as far as configurations tell."""
+    if writer.is_dir():
+        sizes = [
+            config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+            for config in (read_config(writer, SourceError), source.config)
+        ]
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise FormatError(f"{writer}: knows {sizes[0]} tokens, the model that is to be observed {sizes[1]}")
+
+
+def _known(wanted: Feedback, source: Source, device: torch.device) -> dict[str, Any]:
+    """What the statistics of a run are made from, as JSON."""
+    room = wanted.memory or (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
+    fits = room is None or sum(2 * math.prod(info.shape) for info in source.tensors.values()) < room
+    usual = _SEQUENCES["cuda" if device.type == "cuda" and fits else "cpu"]
+    sequences = usual if wanted.sequences is None else wanted.sequences
+    known = {**asdict(wanted), "file": None, "writer": None, "sequences": sequences, "source": source.fingerprint}
+    del known["memory"]
+    if wanted.file is not None:
+        known["file"] = {"name": wanted.file.name, "bytes": wanted.file.stat().st_size}
+    if wanted.writer is not None:
+        from seedlm.integrations.transformers.models import describe
+
+        known["writer"] = describe(wanted.writer.name, wanted.writer).fingerprint
+    return json.loads(json.dumps(known))
+
+
+def _check_fit(statistics: "Statistics", file: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise SourceError for statistics of another model."""
+    if not any(module in statistics.reads for module in shapes):
         raise SourceError(f"{file}: has statistics of no layer that is to be compressed: another model's")
-    if missing:
-        tell(f"no statistics of {len(missing)} of {len(shapes)} layers, which go by their weights alone: {missing[0]} ...")
     for module, (rows, columns) in shapes.items():
         if (read := statistics.input_of(module)) is None:
             continue
@@ -168,32 +215,125 @@ def _check_fit(
             raise SourceError(f"{file}: {module} has {len(statistics.rows[module])} outputs there, its weight has {rows} rows")
 
 
+def _say_what_lacks(statistics: "Statistics", shapes: Mapping[str, tuple[int, int]], tell: Callable[[str], None]) -> None:
+    """A line on layers without statistics, and one on those that hardly any token reached."""
+    missing = [module for module in shapes if module not in statistics.reads]
+    if missing:
+        tell(f"no statistics of {len(missing)} of {len(shapes)} layers, which go by their weights alone: {missing[0]} ...")
+    tokens = {module: read.tokens for module in shapes if (read := statistics.input_of(module)) is not None}
+    few = [module for module, count in tokens.items() if count < shapes[module][1]]
+    if few:
+        least = min(few, key=lambda module: tokens[module])
+        tell(
+            f"{len(few)} of {len(shapes)} layers saw fewer tokens than they have columns, the fewest {tokens[least]}, {least}: "
+            "the fewer, the more they go by their weights alone; more --sequences reach more"
+        )
+
+
 def _observe(
+    folder: Path,
     path: Path,
-    file: Path,
     wanted: Feedback,
-    sequences: int,
+    known: Mapping[str, Any],
     device: torch.device,
     progress: Progress,
+    tell: Callable[[str], None],
 ) -> None:
-    from seedlm.calibration.own_text import OwnText, write_text
-    from seedlm.calibration.statistics import OWN_TEXT, measure_statistics
+    """Leave statistics in a folder, and the text that they are of."""
+    from seedlm.calibration.own_text import OwnText, check_length, write_text
+    from seedlm.calibration.statistics import measure_statistics
+    from seedlm.integrations.transformers.models import load_model
     from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
+    from seedlm.storage.inspect import OWN_TEXT
 
-    progress("text", 0, sequences * _LENGTH)
+    text = OwnText(sequences=known["sequences"], length=wanted.length, seed=wanted.seed)
+    tokens, name = _kept_text(folder / _TEXT, known), OWN_TEXT
+    if wanted.file is not None:
+        name = wanted.file.name
+        if tokens is None:
+            tokens = _tokens_of(wanted.file, open_tokenizer(path), text)
+    elif wanted.writer is not None:
+        name = f"{OWN_TEXT}, written by {wanted.writer.name}"
+        if tokens is None:
+            progress("text", 0, text.tokens)
+            tokens = write_text(
+                load_model(wanted.writer, device=device, packed=device.type == "cuda"), text, on_progress=progress
+            )
+            _keep_text(folder / _TEXT, tokens, known)
+    if tokens is None:
+        progress("text", 0, text.tokens)
     dtype = "bfloat16" if device.type == "cuda" and not path.is_file() else "auto"
-    model: Any = open_language_model(path, dtype=dtype).to(device)
-    if wanted.file is None:
-        text: OwnText = OwnText(sequences=sequences, length=_LENGTH, seed=wanted.seed)
-        tokens, name = write_text(model, text, on_progress=progress), OWN_TEXT
-    else:
-        try:
-            content = wanted.file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as reason:
-            raise SourceError(f"{wanted.file}: is not UTF-8 text (byte {reason.start})") from None
-        ids = open_tokenizer(path)(content, return_tensors="pt").input_ids[0]
-        count = min(sequences, len(ids) // _LENGTH)
-        if not count:
-            raise SourceError(f"{wanted.file}: has {len(ids)} tokens, at least {_LENGTH} are needed")
-        tokens, name = ids[: count * _LENGTH].view(count, _LENGTH), wanted.file.name
-    measure_statistics(model, tokens, source=name, on_progress=progress).save(file)
+    model: Any = open_language_model(path, dtype=dtype)
+    check_length(model, text.length)
+    large, on_disk = _place(model, wanted, text, device, tell)
+    if tokens is None:
+        if on_disk and wanted.kind == "auto":
+            raise SourceError(
+                f"it fits neither {device} nor the memory, and would be read from the disk {text.length - 1} times to write a "
+                "text; compress it with --feedback none and let that write: seedlm observe --writer"
+            )
+        tokens = write_text(model, text, on_progress=progress)
+        _keep_text(folder / _TEXT, tokens, known)
+    spool = folder / _SPOOL if large else None
+    if spool:
+        spool.mkdir(exist_ok=True)
+    statistics = measure_statistics(model, tokens, batch=_BATCH, source=name, spool=spool, on_progress=progress)
+    statistics.save(folder / STATISTICS_NAME)
+
+
+def _place(
+    model: Any, wanted: Feedback, text: "OwnText", device: torch.device, tell: Callable[[str], None]
+) -> tuple[bool, bool]:
+    """Put a model on the device as far as it fits, and say in a line what does not.
+
+    returns   whether not all of it fits, and whether the rest does not fit the memory either
+    """
+    from seedlm.calibration.own_text import BATCH
+    from seedlm.calibration.placement import nbytes, place, workspace
+
+    free, host, size = wanted.memory or free_memory(device), free_host_memory(), nbytes(model)
+    room = None if free is None else free - workspace(model, min(BATCH, text.sequences), text.length, _BATCH)
+    away = place(model, device, room, host=(host or 0) // 2)
+    on_disk = host is not None and (size if device.type == "cpu" else away) > host
+    if away:
+        tell(
+            f"the model's {size / 1e9:.3g} GB do not fit the {(free or 0) / 1e9:.3g} GB of {device}: layers of "
+            f"{away / 1e9:.3g} GB come from the {'disk' if on_disk else 'memory'} one at a time"
+        )
+    elif on_disk:
+        tell(f"the model's {size / 1e9:.3g} GB do not fit the memory: they are read from the disk as they are used")
+    return away > 0 or on_disk, on_disk
+
+
+def _tokens_of(file: Path, tokenizer: Any, text: "OwnText") -> Tensor:
+    """The beginning of a text as tokens [sequences, length]. Raises SourceError for one that is shorter than a sequence."""
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as reason:
+        raise SourceError(f"{file}: is not UTF-8 text (byte {reason.start})") from None
+    ids = tokenizer(content, return_tensors="pt").input_ids[0]
+    count = min(text.sequences, len(ids) // text.length)
+    if not count:
+        raise SourceError(f"{file}: has {len(ids)} tokens, at least {text.length} are needed")
+    return ids[: count * text.length].view(count, text.length)
+
+
+def _keep_text(path: Path, tokens: Tensor, known: Mapping[str, Any]) -> None:
+    """Keep a text with what it was made from; it appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    part = path.with_name(path.name + ".part")
+    save_file({"tokens": tokens.contiguous()}, part, metadata={"text": json.dumps(known, sort_keys=True)})
+    os.replace(part, path)
+
+
+def _kept_text(path: Path, known: Mapping[str, Any]) -> Tensor | None:
+    """The text that an earlier run has kept; None if there is none, or another one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            same = (file.metadata() or {}).get("text") == json.dumps(known, sort_keys=True)
+            return file.get_tensor("tokens") if same else None
+    except (OSError, SafetensorError):
+        return None

@@ -2,7 +2,8 @@
 
     lock            held while a run is at work; its content is a random number by which other machines know the folder
     plan.json       everything that the result depends on but the weights; a run goes on only if its own plan is equal
-    statistics.safetensors, statistics.json   what the model was found to be like, and from what (`statistics`)
+    text.safetensors, statistics.safetensors, statistics.json   the text that the model was observed on, what it was found to
+                    be like, and from what (`statistics`)
     journal.jsonl   one line per finished tensor, written after its bytes have reached the disk: the SHA-256 of what was read,
                     and of what was written
     side/           the small files beside the weights, copied before the first tensor so that what cannot be is known then
@@ -39,7 +40,8 @@ _LOCK: Final = "lock"
 _FINISHING: Final = "finishing"
 _SIDE: Final = "side"
 _MODEL: Final = "model"
-_STATISTICS: Final = ("statistics.safetensors", "statistics.json", "statistics.json.new")
+_STATISTICS: Final = ("text.safetensors", "statistics.safetensors", "statistics.json", "spool")
+_UNFINISHED: Final = ("text.safetensors.part", "statistics.safetensors.part", "statistics.json.new", f"{_PLAN}.new")
 
 
 class WorkFolder:
@@ -112,7 +114,7 @@ class WorkFolder:
             if self.out.exists():
                 raise OutputError(f"{self.out}: exists already, and {self.path} holds an unfinished run; delete one of them")
         else:
-            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (_LOCK, f"{_PLAN}.new", *_STATISTICS))
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (_LOCK, *_STATISTICS, *_UNFINISHED))
             if strangers:
                 raise OutputError(f"{self.path}: holds {strangers[0]}, which is not from a run; move it away")
             self._check_space(sum(layout.nbytes for layout in layouts.values()))

@@ -40,6 +40,7 @@ class _Model(_Part):
     model_bits_per_weight: Annotated[float, Field(ge=0)] | None
     weights: _Count | None
     bytes: _Count
+    calibrated: bool | None = None
 
 
 class _Settings(_Part):

@@ -16,6 +16,7 @@ from seedlm.errors import CheckpointError
 from seedlm.storage.checkpoint import Checkpoint, PackedInfo
 from seedlm.storage.untrusted import read_json
 
+OWN_TEXT: Final = "own text"
 REPORT_NAME: Final = "seedlm_report.json"
 _REPORT_VERSION: Final = 1
 _MOST: Final = 1e280
@@ -44,6 +45,8 @@ class Report:
     bits_per_weight         of the compressed weights, every bit of their tensors counted
     model_bits_per_weight   of the whole model, every byte of the files counted
     relative_error          over all compressed weights together; None if not recorded
+    feedback                what errors were weighed by: "none", "own text", with who wrote it if that was another model, or the
+                            name of a text that was data; None where codes know of no such thing
     """
 
     folder: str
@@ -54,7 +57,16 @@ class Report:
     bits_per_weight: float
     model_bits_per_weight: float
     relative_error: float | None
+    feedback: str | None
     tensors: list[TensorReport]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether this model has seen data that it did not write."""
+        own = (
+            self.feedback is None or self.feedback in ("none", OWN_TEXT) or self.feedback.startswith(f"{OWN_TEXT}, written by ")
+        )
+        return not own
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -99,6 +111,7 @@ def inspect_checkpoint(folder: str | Path) -> Report:
     weights = sum(info.weights for info in checkpoint.packed.values())
     dense = sum(math.prod(info.shape) for info in checkpoint.dense.values())
     total_bytes = checkpoint.files.nbytes
+    feedback = checkpoint.config["quantization_config"].get("feedback")
     known = bool(checkpoint.packed) and errors.keys() == checkpoint.packed.keys()
     return Report(
         folder=str(folder),
@@ -109,6 +122,7 @@ def inspect_checkpoint(folder: str | Path) -> Report:
         bits_per_weight=8 * sum(info.nbytes for info in checkpoint.packed.values()) / weights if weights else 0.0,
         model_bits_per_weight=8 * total_bytes / (weights + dense) if weights + dense else 0.0,
         relative_error=_ratio(*map(math.fsum, zip(*errors.values(), strict=True))) if known else None,
+        feedback=feedback if isinstance(feedback, str) else None,
         tensors=[
             TensorReport(
                 module=module,

@@ -17,6 +17,7 @@ ones give the same bytes.
 """
 
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -37,6 +38,10 @@ STATISTICS_VERSION: Final = 1
 """Of the file's layout."""
 
 _KEY: Final = "statistics"
+_ALIKE: Final = 16
+"""Tokens. Squared gradients of one vary about tenfold, the means of a layer's rows about as much as their own size."""
+_ROWS: Final = 1024
+"""Of a product, rounded at a time: a float64 product of 28672 columns is 6.6 GB."""
 _PRODUCTS_KEPT: Final = 2
 _PRODUCTS_BYTES: Final = 1 << 30
 """In checkpoints, k, o, q and v of a layer follow one another; threads that work side by side are at several layers."""
@@ -77,11 +82,16 @@ class InputStatistics:
     @classmethod
     def of(cls, product: Tensor, tokens: int) -> "InputStatistics":
         """From a mean product, float64 or float32 [in, in] on any device, symmetric but for rounding."""
-        product = product.double()
-        scale = product.diagonal().clamp_min(0).sqrt()
+        scale = product.diagonal().double().clamp_min(0).sqrt()
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
-        correlation = (product * inverse[:, None] * inverse).clamp(-1, 1).half().cpu()
-        return cls(scale.float().cpu(), torch.cat([row[: i + 1] for i, row in enumerate(correlation)]), tokens)
+        correlation, end = torch.empty(len(scale) * (len(scale) + 1) // 2, dtype=torch.float16), 0
+        for first in range(0, len(scale), _ROWS):
+            few = product[first : first + _ROWS].double()
+            few = (few * inverse[first : first + _ROWS, None] * inverse).clamp(-1, 1).half().cpu()
+            for count, row in enumerate(few, first + 1):
+                correlation[end : end + count] = row[:count]
+                end += count
+        return cls(scale.float().cpu(), correlation, tokens)
 
     def product(self) -> Tensor:
         """Float32 [in, in], symmetric, on the CPU: each element rounded twice, so the same everywhere."""
@@ -124,7 +134,19 @@ class Statistics:
             self._products[name] = self.inputs[name].product() if product is None else product
             while len(self._products) > _PRODUCTS_KEPT and _bytes(self._products) > _PRODUCTS_BYTES:
                 self._products.popitem(last=False)
-            return Facts(largest, self._products[name], self.inputs[name].tokens, self.rows.get(layer))
+            return Facts(largest, self._products[name], self.inputs[name].tokens, self._importance(layer))
+
+    def _importance(self, layer: str) -> Tensor | None:
+        """A layer's mean squared gradients, float32 [out], drawn to their mean as if a few tokens more had found all alike.
+
+        So rows of an expert that hardly any token reached count nearly alike, and none counts nothing. Exact sums, and then one
+        rounded operation after another: the same everywhere.
+        """
+        rows = self.rows.get(layer)
+        if rows is None:
+            return None
+        tokens, mean = self.inputs[self.reads[layer]].tokens, math.fsum(rows.tolist()) / max(len(rows), 1)
+        return ((rows.double() * tokens + mean * _ALIKE) / (tokens + _ALIKE)).float()
 
     def input_of(self, layer: str) -> InputStatistics | None:
         """What a layer reads; None if it was not observed."""

@@ -7,7 +7,7 @@ anything large is loaded.
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +40,7 @@ class ModelInfo:
     weights                 numbers that the files stand for
     bytes                   its weight files
     fingerprint             of its headers, its side files, and samples of its weights
+    calibrated              whether it has seen data; None for a model that is not packed
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModelInfo:
     weights: int | None
     bytes: int
     fingerprint: str
+    calibrated: bool | None = None
 
 
 def describe(name: str, path: Path) -> ModelInfo:
@@ -67,7 +69,8 @@ def describe(name: str, path: Path) -> ModelInfo:
         report = inspect_checkpoint(path)
         formats = ", ".join(sorted({tensor.format for tensor in report.tensors}))
         weights = report.compressed_weights + report.dense_weights
-        return _info(name, formats, report.bits_per_weight, weights, report.bytes, fingerprint)
+        found = _info(name, formats, report.bits_per_weight, weights, report.bytes, fingerprint)
+        return replace(found, calibrated=report.calibrated)
     sizes: Counter[str] = Counter()
     for info in files.tensors.values():
         sizes[info.dtype] += prod(info.shape)
