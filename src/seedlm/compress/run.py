@@ -113,14 +113,9 @@ def compress_checkpoint(
         formats = plans.assign(format, selected)
         leading = most_common(formats) if formats else candidates[0]  # whose options a reader takes the record for
         options = {**family_of(leading).defaults, **settings, **observed.record}
-        options_of_tables = {option: each.spec for option, each in tables.items()}
-        arguments = {
-            **options,
-            **options_of_tables,
-            "statistics": observed.identity,
-            "include": sorted(include),
-            "exclude": sorted(exclude),
-        }
+        asked = {option: each.spec for option, each in tables.items()}
+        patterns = {"include": sorted(include), "exclude": sorted(exclude)}
+        arguments = {**options, **asked, "statistics": observed.identity, **patterns}
         plan = plans.make(model, selected, formats, dtype=dtype, shard_bytes=shard_bytes, arguments=arguments)
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
         used = tuple(dict.fromkeys(plan.formats.values()))

@@ -5,12 +5,12 @@ output head is tied to its embeddings multiplies by the same codes: `TiedLinear`
 embedding outside of torch's lists of children, parameters and buffers, so that codes are stored, moved, copied and saved once,
 as the embedding's. `TiedEmbedding` does the same for further look-ups (T5's encoder and decoder).
 
-`replace_embedding` puts a packed embedding into a model, `unpack` takes it out again, each with all that is tied to it. transformers ties
-parameters by their names whenever it is asked to; it is told not to look for those that are codes.
+`replace_embedding` puts a packed embedding into a model, `unpack` takes it out again, each with all that is tied to it.
+transformers ties parameters by their names whenever it is asked to; it is told not to look for those that are codes.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeGuard
 
 import torch
@@ -48,6 +48,12 @@ class _Lookup:
     scales   by dtype, what rows are multiplied by; None by nothing. Bart's embeddings multiply by a number, Gemma's by one
              that is rounded to the rows' dtype first
     """
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    kind: Any
+    scales: Mapping[torch.dtype, float] | None
 
     def use_like(self: Any, dense: "nn.Embedding | _Lookup") -> None:
         """Look up as this module does, packed or not."""
@@ -143,7 +149,8 @@ class TiedLinear(_Tied):
     def forward(self, x: Tensor) -> Tensor:
         self._check()
         plan, prepared = self.codes.prepare()
-        return ops.linear(x.to(self.codes.device), [], prepared, plan, self.bias)
+        bias: Any = self.bias
+        return ops.linear(x.to(self.codes.device), [], prepared, plan, bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.spec}"
@@ -215,6 +222,10 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> None:
     """Put dense embeddings in the places of all packed ones, with what is tied to them."""
     found = [(name, module) for name, module in model.named_modules(remove_duplicate=False)]
     dense: dict[SeedEmbedding, nn.Embedding] = {}
+
+    def weight_of(module: _Tied) -> Any:
+        return dense[module.codes].weight
+
     for name, module in found:
         if isinstance(module, SeedEmbedding):
             if module not in dense:
@@ -222,9 +233,9 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> None:
             model.set_submodule(name, dense[module])
     for name, module in found:
         if isinstance(module, TiedLinear):
-            model.set_submodule(name, dense_linear(dense[module.codes].weight, module))
+            model.set_submodule(name, dense_linear(weight_of(module), module))
         elif isinstance(module, TiedEmbedding):
-            model.set_submodule(name, module.dense(dense[module.codes].weight))
+            model.set_submodule(name, module.dense(weight_of(module)))
     if dense:
         _remember(model)
 

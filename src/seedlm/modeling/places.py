@@ -68,7 +68,7 @@ class Names:
         self._experts = {name: found for name, module in model.named_modules() if (found := projections_of(module))}
 
     def embedding(self, module: str) -> str | None:
-        """The embedding that a module of a file is; None if the model has none of that name that a `SeedEmbedding` can stand for."""
+        """The embedding that a module of a file is; None if the model has none there that a `SeedEmbedding` can stand for."""
         found = self.module(module)
         return found if found is not None and is_embedding(self._modules[found]) else None
 

@@ -24,7 +24,7 @@ from seedlm.storage.untrusted import parse_json
 
 QUANT_METHOD: Final = "seedlm"
 FORMAT_VERSION: Final = 3
-"""The newest version that is read. Version 1 has no digests, and only version 3 has embeddings in codes: 2 is written without."""
+"""The newest version that is read. Version 1 has no digests, and only 3 has embeddings in codes: 2 is written without them."""
 METADATA_KEY: Final = "seedlm"
 GUARD: Final = "none. This model's weights are packed by seedlm: `pip install seedlm`, then `import seedlm` before loading it"
 """The key in config.json's ``fusion_config`` that transformers quotes when it refuses a folder (`hf`)."""
@@ -170,7 +170,7 @@ def version_of(formats: "Iterable[Format]") -> int:
 
 
 def written_version(embeddings: bool) -> int:
-    """The version of what is written, with embeddings in codes or without: older packages read what they can, and refuse this."""
+    """The version of what is written, with embeddings in codes or without: older packages read all that they can."""
     return FORMAT_VERSION if embeddings else FORMAT_VERSION - 1
 
 

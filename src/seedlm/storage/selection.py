@@ -91,7 +91,7 @@ class Tables:
                 raise SourceError(f"--{option}: {reason}; leave it out")
         if self.embeddings == self.head and embeddings and head and embeddings != head:
             raise FormatError(
-                f"the output head is tied to the embeddings, and one set of codes serves both: --embeddings {embeddings.spec} and "
+                f"the output head is tied to the embeddings, one set of codes serves both: --embeddings {embeddings.spec} and "
                 f"--head {head.spec} must be the same, or one of them left out"
             )
         return {f"{getattr(self, option)}": format for option, format in wanted.items()}

@@ -95,7 +95,7 @@ class Places:
 
     @classmethod
     def fill(cls, model: nn.Module, checkpoint: Checkpoint) -> "Places":
-        """Swap every linear layer, all experts and embeddings that are packed in a folder for empty packed ones on the same device.
+        """Swap all linear layers, experts and embeddings that are packed in a folder for empty packed ones on the same device.
 
         Raises CheckpointError unless the codes are those of weights in the right shapes, and no other codes are there.
         """
@@ -123,8 +123,8 @@ class Places:
             where = names.embedding(module)
             if where is None:
                 raise CheckpointError(
-                    f"{module} is packed as an embedding, and {type(model).__name__} has no embedding of that name whose rows codes "
-                    f"can stand for"
+                    f"{module} is packed as an embedding, and {type(model).__name__} has no embedding of that name that only "
+                    f"looks rows up"
                 )
             if filled.setdefault(where, module) != module or where in tied:
                 raise CheckpointError(f"{module} and {filled.get(where, tied.get(where))} are packed, both for {where}")

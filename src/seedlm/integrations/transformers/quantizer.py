@@ -206,12 +206,13 @@ def _expert_names(model: nn.Module) -> list[ExpertNames]:
 def _compress_loaded(model: nn.Module, config: SeedLMConfig) -> None:
     """Compress a dense model that has just been loaded, and write down what was left as it is."""
     exclude, format = config.modules_to_not_convert, format_from_dict(config.format)
-    tables = {"embeddings": config.embeddings, "head": config.head}
-    formats = choose_tables(model, **tables)
+    tables = config.embeddings, config.head
+    formats = choose_tables(model, *tables)
     names = {*choose_modules(model, format, exclude=exclude), *formats}
     total = sum(weights_of(model, name) for name in names)
     with logging.tqdm(total=total, desc="Compressing", unit=" weights", unit_scale=True) as bar:
-        compress_model(model, format, exclude=exclude, on_progress=bar.update, **tables, **config.settings)
+        options = {"embeddings": tables[0], "head": tables[1], **config.settings}
+        compress_model(model, format, exclude=exclude, on_progress=bar.update, **options)
     saved = saved_names(model, formats)
     config.overrides = {saved[name]: other.to_dict() for name, other in formats.items() if other != format}
     config.modules_to_not_convert = dense_names(model)
