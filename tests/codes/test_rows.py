@@ -39,7 +39,12 @@ CASES = [
 def test_rows_are_those_of_the_dequantized_weight(spec, shape):
     format, parts = parse_format(spec), random_parts(spec, shape)
     weight = family_of(format).dequantize(parts, format, shape)
-    for indices in (torch.arange(shape[0]), torch.randint(shape[0], (3, 5)), torch.tensor(shape[0] - 1), torch.zeros(0, 2).long()):
+    for indices in (
+        torch.arange(shape[0]),
+        torch.randint(shape[0], (3, 5)),
+        torch.tensor(shape[0] - 1),
+        torch.zeros(0, 2).long(),
+    ):
         rows = family_of(format).rows(parts, format, shape, indices)
         assert rows.dtype == torch.float32
         assert torch.equal(rows, weight[indices])
