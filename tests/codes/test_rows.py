@@ -26,7 +26,8 @@ def random_parts(spec, shape):
 
 
 CASES = [
-    *(("trellis-r%d-l%d-t32-h8" % case, (70, 20)) for case in [(1, 12), (3, 12), (6, 12), (1, 16), (5, 16), (8, 16)]),
+    *((f"trellis-r{rate}-l{bits}-t32-h8", (70, 20)) for bits in (12, 16) for rate in (1, 3, 6)),
+    ("trellis-r8-l16-t32-h8", (70, 20)),
     ("trellis-r4-l12-t256-h128", (600, 200)),  # two strips and a short third
     ("trellis-r7-l16-t64-h16", (33, 9)),  # one strip, padded, of less than its rows
     ("trellis-r3-l16-t4096-h1", (40, 3)),
