@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_and_not_with_other_embeddings(d
     with pytest.raises(KeyboardInterrupt):
         compress_checkpoint(dense / "tied", tmp_path / "out", embeddings=TOY, on_progress=stop, **arguments)
     for other in ({}, {"embeddings": "toy-3"}):
-        with pytest.raises(OutputError, match="tables"):
+        with pytest.raises(OutputError, match="arguments embeddings was"):
             compress_checkpoint(dense / "tied", tmp_path / "out", **arguments, **other)
     compress_checkpoint(dense / "tied", tmp_path / "out", head=TOY, **arguments)  # the same: it is tied
     assert folder_bytes(tmp_path / "out") == folder_bytes(packed)
@@ -208,7 +208,7 @@ def add_packed_head(stored):
 
 QPROJ = "model.layers.0.self_attn.q_proj"
 HOSTILE = {
-    "no embedding": ({"metadata": item(lambda i: i.pop("embedding"))}, "packed as a linear layer, LlamaForCausalLM has an emb"),
+    "no embedding": ({"metadata": item(lambda i: i.pop("embedding"))}, "packed as a linear layer, and is an embedding in"),
     "an embedding that is none": (
         {"metadata": item(lambda i: i.update(embedding=True), QPROJ)},
         "has no embedding of that name",
@@ -223,7 +223,7 @@ HOSTILE = {
     ),
     "another format": (
         {"config": lambda c: c["quantization_config"].update(overrides={EMBEDDING: {"family": "toy", "bits": 3}})},
-        "model.embed_tokens is stored as toy-4, config.json says",
+        "model.embed_tokens is stored as .*bits=4.*, config.json says",
     ),
     "another vocabulary": ({"config": lambda c: c.update(vocab_size=96)}, r"model.embed_tokens must be \[96, 32\]"),
     "another width": ({"metadata": item(lambda i: i.update(shape=[80, 40]))}, "must be"),

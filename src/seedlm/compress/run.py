@@ -113,7 +113,7 @@ def compress_checkpoint(
         formats = plans.assign(format, selected)
         leading = most_common(formats) if formats else candidates[0]  # whose options a reader takes the record for
         options = {**family_of(leading).defaults, **settings, **observed.record}
-        asked = {option: each.spec for option, each in tables.items()}
+        asked = {"embeddings" if info.embedding else "head": info.format.spec for info in selected.tables.values()}
         patterns = {"include": sorted(include), "exclude": sorted(exclude)}
         arguments = {**options, **asked, "statistics": observed.identity, **patterns}
         plan = plans.make(model, selected, formats, dtype=dtype, shard_bytes=shard_bytes, arguments=arguments)
