@@ -10,11 +10,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import toy_family  # noqa: F401 (registers its family)
 from seedlm import SeedLMConfig, compress_checkpoint, inspect_checkpoint
+from seedlm.calibration.statistics import measure_statistics
 from seedlm.errors import CheckpointError, FormatError, OutputError, SourceError
 from seedlm.modeling.embedding import SeedEmbedding, TiedLinear
 from seedlm.modeling.linear import SeedLinear
 from seedlm.storage.checkpoint import Checkpoint
-from tiny_models import SMALL, folder_bytes, join, split, tiny_gguf, tiny_llama, tiny_model
+from tiny_models import SMALL, STORIES, folder_bytes, join, split, tiny_gguf, tiny_llama, tiny_model
 
 TOY = "toy-4"
 TRELLIS = "trellis-r3-l12-t32-h8"
@@ -250,3 +251,23 @@ def test_an_embedding_that_was_relabelled_does_not_match_its_digest(folder):
     change(folder, metadata=item(lambda i: i.pop("embedding")))
     with pytest.raises(CheckpointError, match="is not what was written"):
         Checkpoint.open(folder).verify([f"{EMBEDDING}.weight"])
+
+
+def test_errors_of_tied_embeddings_are_fed_back_by_what_the_head_reads(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    weight = model.lm_head.weight.detach()
+    statistics = measure_statistics(model, torch.randint(512, (8, 64), generator=torch.Generator().manual_seed(0)))
+    statistics.save(tmp_path / "statistics.safetensors")
+    products = statistics.input_of("lm_head").product().double()
+
+    def costs(feedback):
+        out = tmp_path / f"{len(str(feedback))}"
+        options = {"format": "3-fast", "embeddings": "3-fast", "exclude": "*mlp*", "device": "cpu"}
+        compress_checkpoint(STORIES, out, feedback=feedback, **options)
+        error = Checkpoint.open(out).tensor(EMBEDDING).dequantize().double() - weight
+        rows = statistics.rows["lm_head"].double()
+        return float(((error @ products) * error).sum(1) @ rows), float(error.square().sum())
+
+    (blind, least), (weighed, more) = costs("none"), costs(tmp_path / "statistics.safetensors")
+    assert weighed < 0.6 * blind
+    assert more > least

@@ -34,6 +34,8 @@ class Selected:
     dense     linear modules that are not
     notes     what a user should know of it, a line each
     tables    the embeddings and the output head, as far as they were asked for, each in a format of its own
+    observed  of those: the layer whose statistics errors are fed back by. Embeddings have some if a head is tied to them: the
+              head's errors cost ten times what those of the rows that are looked up do (docs/log/quality.md)
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -41,6 +43,12 @@ class Selected:
     notes: list[str]
     survey: Survey
     tables: Mapping[str, PackedInfo]
+    observed: Mapping[str, str]
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """All layers whose statistics are of use -> (out_features, in_features)."""
+        return {**self.modules, **{layer: self.tables[module].shape for module, layer in self.observed.items()}}
 
 
 @dataclass(frozen=True)
@@ -103,14 +111,17 @@ def choose(
     left = {name: reason for name, reason in left.items() if name.removesuffix(".weight") not in tables}
     matrices = matrices_of(modules, source.tensors, source.config, found)
     dense = dense_linears(source.tensors, left, found)
+    observed = {module: module for module, info in tables.items() if not info.embedding}
     if found.tables.embeddings == found.tables.head and tables:
         dense = [name for name in dense if name != "lm_head"]
+        observed = dict.fromkeys(tables, f"{found.tables.layer}")
     return Selected(
         {module: shape for module, (_, shape, _) in matrices.items() if module not in tables},
         dense,
         [*source.notes, *found.notes, *largest_left(source.tensors, left)],
         found,
         tables,
+        observed,
     )
 
 
@@ -156,7 +167,7 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sel
         if experts:
             found = [_packed(name, expert, PackedInfo(formats[expert], experts.matrix, experts)) for expert in experts.modules]
         elif module in selected.tables and module != name:
-            found = [_packed(name, module, selected.tables[module])]
+            found = [_packed(name, module, selected.tables[module], selected.observed.get(module))]
         elif module in formats and module != name:
             found = [_packed(name, module, PackedInfo(formats[module], (info.shape[0], info.shape[1])))]
         else:
@@ -172,8 +183,9 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sel
     return items
 
 
-def _packed(name: str, module: str, packed: PackedInfo) -> Item:
-    return Item(name, {stored_name(module, part): spec for part, spec in packed.stored.items()}, Target(module, packed))
+def _packed(name: str, module: str, packed: PackedInfo, observed: str | None = None) -> Item:
+    stored = {stored_name(module, part): spec for part, spec in packed.stored.items()}
+    return Item(name, stored, Target(module, packed, observed))
 
 
 def _shards(items: list[Item], max_bytes: int) -> dict[str, list[Item]]:

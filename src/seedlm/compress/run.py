@@ -106,7 +106,7 @@ def compress_checkpoint(
     with WorkFolder.claim(out) as work:
         if wanted.kind != "none" and any(family_of(each).feedback for each in candidates):
             clock.phase("observe")
-        observed = gather(work, wanted, candidates, model, path, selected.modules, devices, progress, tell)
+        observed = gather(work, wanted, candidates, model, path, selected.layers, devices, progress, tell)
         clock.phase("prepare")
         if isinstance(format, Mixture) and not format.sensitivity:
             format = observed.mixture(format, selected.modules, model)

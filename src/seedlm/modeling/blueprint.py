@@ -137,7 +137,7 @@ class _Surveyor:
             if len(filling) != 1:
                 stored = f"is stored {len(filling)} times ({', '.join(filling)})" if filling else "is not stored"
                 reasons.setdefault(option, f"{module}.weight {stored}, and codes stand for one tensor alone")
-        return Tables(tensors.get("embeddings"), tensors.get("head"), reasons)
+        return Tables(tensors.get("embeddings"), tensors.get("head"), reasons, tables.layer)
 
     @property
     def _no_place(self) -> str:

@@ -193,7 +193,7 @@ def find_tables(model: nn.Module) -> Tables:
     tied = embeddings is not None and head is not None and head in _sharing(model, embeddings)
     if tied and embeddings is not None and "embeddings" in reasons:
         reasons["head"] = reasons["embeddings"]
-    return Tables(embeddings, embeddings if tied else head, reasons)
+    return Tables(embeddings, embeddings if tied else head, reasons, head)
 
 
 def replace_embedding(model: nn.Module, name: str, packed: SeedEmbedding) -> list[str]:

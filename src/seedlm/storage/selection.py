@@ -74,11 +74,13 @@ class Tables:
     embeddings   the input embeddings; None if there are none
     head         the output head, the same name if it is tied to the embeddings
     reasons      "embeddings" or "head" -> why no code can stand for it
+    layer        the layer that is the output head, whatever it multiplies by: statistics know it by this name
     """
 
     embeddings: str | None = None
     head: str | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
+    layer: str | None = None
 
     def choose(self, embeddings: Format | None, head: Format | None) -> dict[str, Format]:
         """The formats that are asked for, by name; None leaves a matrix as it is.
