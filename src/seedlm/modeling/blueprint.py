@@ -126,7 +126,7 @@ class _Surveyor:
         tables = find_tables(self._model)
         tensors, reasons = {}, dict(tables.reasons)
         for option, module in (("embeddings", tables.embeddings), ("head", tables.head)):
-            if module is None:
+            if module is None or option in reasons:
                 continue
             owners = self._owners[id(self._parameters[f"{module}.weight"])]
             filling = [name for owner in owners for name in self._fills[owner]]

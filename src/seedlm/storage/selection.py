@@ -89,7 +89,7 @@ class Tables:
         """
         wanted = {option: format for option, format in (("embeddings", embeddings), ("head", head)) if format is not None}
         for option in wanted:
-            if reason := self.reasons.get(option):
+            if reason := self.reasons.get(option, None if getattr(self, option) else "nobody knows which they are"):
                 raise SourceError(f"--{option}: {reason}; leave it out")
         if self.embeddings == self.head and embeddings and head and embeddings != head:
             raise FormatError(
