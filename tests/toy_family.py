@@ -80,6 +80,11 @@ class ToyFamily:
         codes = parts[base.CODES].flatten(0, 1)[: shape[0]].float()
         return codes * (parts["scales"].float() * parts["unit"])[:, None]
 
+    def rows(self, parts, format, shape, indices):
+        scales = parts["scales"].index_select(0, indices.flatten()).float() * parts["unit"]
+        rows = parts[base.CODES].flatten(0, 1).index_select(0, indices.flatten()).float() * scales[:, None]
+        return rows.reshape(*indices.shape, shape[1])
+
     def encoder(self, format, shape, facts, options, device):
         return ToyEncoder(format, facts)
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from seedlm.errors import TensorError
-from seedlm.modeling.quantize import seed_linears
-from tiny_models import run, tiny_model
+from seedlm.modeling.quantize import compress_model, seed_linears
+from tiny_models import SMALL, run, tiny_model
 
 peft = pytest.importorskip("peft")
 from seedlm.integrations.peft import for_packed  # noqa: E402
@@ -103,3 +103,21 @@ def test_merging_in_place_is_refused_with_the_way_out(folder):
 def test_what_needs_the_values_of_the_weight_is_refused(config, message):
     with pytest.raises(TensorError, match=message):
         for_packed(config)
+
+
+@pytest.mark.parametrize(("tied", "target"), [(True, "lm_head"), (True, "embed_tokens"), (False, "embed_tokens")], ids=str)
+def test_embeddings_in_codes_and_heads_that_are_tied_to_them_take_no_adapter(tied, target):
+    model = tiny_model("llama", num_hidden_layers=1, tie_word_embeddings=tied)
+    compress_model(model, SMALL, embeddings=SMALL, backend="torch")
+    with pytest.raises(ValueError, match=f"Target module {'TiedLinear' if target == 'lm_head' else 'SeedEmbedding'}"):
+        peft.get_peft_model(model, for_packed(peft.LoraConfig(target_modules=[target])))
+
+
+def test_layers_and_a_head_of_its_own_are_adapted_beside_packed_embeddings():
+    model = tiny_model("llama", num_hidden_layers=1, tie_word_embeddings=False)
+    compress_model(model, SMALL, embeddings=SMALL, head=SMALL, backend="torch")
+    before = logits(model)
+    adapted = peft.get_peft_model(model, for_packed(peft.LoraConfig(target_modules=["q_proj", "lm_head"])))
+    assert torch.equal(logits(adapted), before)
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for name, p in adapted.named_parameters() if p.requires_grad and "lora_B" in name)

@@ -49,6 +49,15 @@ def compress(
         Path | None,
         typer.Option(help="Mix formats by the file of `seedlm sensitivity`: for --code block.", metavar="FILE"),
     ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Bits of the embeddings too, such as 6 or 8; default: as they are.", metavar="BITS")
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits of the output head too; where it is tied to the embeddings one option says both.", metavar="BITS"
+        ),
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="A format instead of --bits, such as trellis-r4-l16-t256-h128.", metavar="SPEC")
     ] = None,
@@ -75,7 +84,8 @@ def compress(
 ) -> None:
     """Compress a model into a new folder.
 
-    The linear layers inside numbered layers are compressed; embeddings, head, norms, biases and routers stay as they are.
+    The linear layers inside numbered layers are compressed; norms, biases and routers stay as they are, and so do
+    embeddings and head without an option.
     Stopped at any moment, the same command goes on where it was.
     """
     from seedlm.storage.source import locate
@@ -101,6 +111,8 @@ def compress(
                 dtype=dtype,
                 include=include or (),
                 exclude=exclude or (),
+                embeddings=None if embeddings is None else parse_format(embeddings, code),
+                head=None if head is None else parse_format(head, code),
                 max_shard_size=max_shard_size,
                 device=device,
                 backend=backend,

@@ -256,6 +256,15 @@ class Family(Protocol):
         """float32 [out_features, in_features] in plain torch: the definition."""
         ...
 
+    def rows(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int], indices: "Tensor") -> "Tensor":
+        """Rows of `dequantize`, bit for bit, float32 [*indices.shape, in_features]: what an embedding looks up.
+
+        indices   int32 or int64 of any shape, 0 .. out_features - 1, on the parts' device
+        It reads the parts as they are stored and decodes no other row. On a GPU nothing waits for the device. Raises
+        IndexError for an index out of range, on a GPU as torch's own look-up does.
+        """
+        ...
+
     def encoder(
         self, format: Format, shape: tuple[int, int], facts: Facts, options: "EncodeOptions", device: "torch.device"
     ) -> Encoder:

@@ -18,7 +18,7 @@ from seedlm.storage import checkpoint
 from seedlm.storage.checkpoint import PackedInfo, stored_name
 from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part
 from seedlm.storage.safetensors import SINGLE_NAME, Layout, TensorInfo, layout
-from seedlm.storage.selection import Survey, dense_linears, groups_of, largest_left, matrices_of, select, stack_of
+from seedlm.storage.selection import Survey, dense_linears, groups_of, largest_left, matrices_of, select, stack_of, tables_of
 from seedlm.storage.source import Source
 from seedlm.version import __version__
 
@@ -34,19 +34,29 @@ class Selected:
     modules   module -> (out_features, in_features)
     dense     linear modules that are not
     notes     what a user should know of it, a line each
+    tables    the embeddings and the output head, as far as they were asked for, each in a format of its own
+    observed  of those: the layer whose statistics errors are fed back by. Embeddings have some if a head is tied to them: the
+              head's errors cost ten times what those of the rows that are looked up do (docs/log/quality.md)
     """
 
     modules: Mapping[str, tuple[int, int]]
     dense: list[str]
     notes: list[str]
     survey: Survey
+    tables: Mapping[str, PackedInfo]
+    observed: Mapping[str, str]
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """All layers whose statistics are of use -> (out_features, in_features)."""
+        return {**self.modules, **{layer: self.tables[module].shape for module, layer in self.observed.items()}}
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run, decided.
 
-    format      of most matrices; `formats` has all
+    format      of most matrices of the layers; `formats` has all
     shards      file -> what it holds, in order
     layouts     file -> its header and every tensor's place
     arguments   that the result depends on besides the source, as JSON
@@ -91,17 +101,33 @@ class Plan:
         return {name: line for item in self.items for name, line in item.headings.items()}
 
 
-def choose(source: Source, candidates: Iterable[Format], include: tuple[str, ...], exclude: tuple[str, ...]) -> Selected:
-    """What `selection` and the model's own class say of a source. Raises SourceError as they do."""
+def choose(
+    source: Source,
+    candidates: Iterable[Format],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    embeddings: Format | None = None,
+    head: Format | None = None,
+) -> Selected:
+    """What `selection` and the model's own class say of a source. Raises SourceError and FormatError as they do."""
     widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
     found = survey(source.config, source.tensors)
     modules, left = select(source.tensors, source.config, widest, include, exclude, found)
+    tables = tables_of(source.tensors, found, embeddings, head, exclude)
+    left = {name: reason for name, reason in left.items() if name.removesuffix(".weight") not in tables}
     matrices = matrices_of(modules, source.tensors, source.config, found)
+    dense = dense_linears(source.tensors, left, found)
+    observed = {module: module for module, info in tables.items() if not info.embedding}
+    if found.tables.embeddings == found.tables.head and tables:
+        dense = [name for name in dense if name != "lm_head"]
+        observed = dict.fromkeys(tables, f"{found.tables.layer}")
     return Selected(
-        {module: shape for module, (_, shape, _) in matrices.items()},
-        dense_linears(source.tensors, left, found),
+        {module: shape for module, (_, shape, _) in matrices.items() if module not in tables},
+        dense,
         [*source.notes, *found.notes, *largest_left(source.tensors, left)],
         found,
+        tables,
+        observed,
     )
 
 
@@ -152,7 +178,8 @@ def make(
 ) -> Plan:
     """The plan for these formats. Raises SourceError if two tensors would be stored under one name."""
     format = most_common(formats)
-    items = _items(source, formats, DTYPES.get(dtype or ""), selected.survey)
+    formats = {**formats, **{module: info.format for module, info in selected.tables.items()}}
+    items = _items(source, formats, DTYPES.get(dtype or ""), selected)
     shards = _shards(items, shard_bytes)
     layouts = {name: file_layout(shard) for name, shard in shards.items()}
     overrides = {module: other.spec for module, other in formats.items() if other != format}
@@ -160,7 +187,7 @@ def make(
     return Plan(format, formats, shards, layouts, known, source.fingerprint)
 
 
-def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, survey: Survey) -> list[Item]:
+def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, selected: Selected) -> list[Item]:
     """What becomes of every tensor, in the source's order. SourceError for a name that is, or looks like, a part's.
 
     formats   module -> how its weight is to be stored, of every matrix to be compressed
@@ -170,9 +197,11 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sur
     kinds = set(formats.values())
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
-        experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config, survey)
+        experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config, selected.survey)
         if experts:
             found = [_packed(name, expert, PackedInfo(formats[expert], experts.matrix, experts)) for expert in experts.modules]
+        elif module in selected.tables and module != name:
+            found = [_packed(name, module, selected.tables[module], selected.observed.get(module))]
         elif module in formats and module != name:
             found = [_packed(name, module, PackedInfo(formats[module], (info.shape[0], info.shape[1])))]
         else:
@@ -188,8 +217,9 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sur
     return items
 
 
-def _packed(name: str, module: str, packed: PackedInfo) -> Item:
-    return Item(name, {stored_name(module, part): spec for part, spec in packed.stored.items()}, Target(module, packed))
+def _packed(name: str, module: str, packed: PackedInfo, observed: str | None = None) -> Item:
+    stored = {stored_name(module, part): spec for part, spec in packed.stored.items()}
+    return Item(name, stored, Target(module, packed, observed))
 
 
 def _shards(items: list[Item], max_bytes: int) -> dict[str, list[Item]]:

@@ -23,7 +23,7 @@ from seedlm.codes.registry import check_settings, family_of, parse_format
 from seedlm.compress import plan as plans
 from seedlm.compress import workers, workers_ray
 from seedlm.compress.allocate import Mixture, most_common
-from seedlm.compress.plan import DTYPES, Plan, parse_size
+from seedlm.compress.plan import DTYPES, Plan, Selected, parse_size
 from seedlm.compress.scan import Scan, scan
 from seedlm.compress.statistics import Feedback, gather
 from seedlm.compress.worker import Destination, Item, Job, Unit
@@ -48,6 +48,8 @@ def compress_checkpoint(
     dtype: str | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
+    embeddings: str | float | Format | None = None,
+    head: str | float | Format | None = None,
     max_shard_size: int | str = "5GB",
     device: str = "auto",
     backend: str = "auto",
@@ -67,6 +69,8 @@ def compress_checkpoint(
     dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;
                         None leaves every one as it is
     include, exclude    glob patterns over module names (`selection`)
+    embeddings, head    formats of the input embeddings and the output head, which stay dense without; one serves both if they
+                        are tied
     max_shard_size      bytes, or a text such as ``"5GB"``
     device              where codes are searched (`device.choose_devices`): ``"auto"`` is every GPU, or the CPU if there is
                         none; ``"cuda:0,cuda:1"`` those two; ``"ray"`` a cluster (`workers_ray`). All find the same codes
@@ -86,7 +90,8 @@ def compress_checkpoint(
         raise FormatError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     devices = [] if workers_ray.is_ray(device) else choose_devices(device)
     candidates = list(format.formats) if isinstance(format, Mixture) else [format]
-    _check_encoding(candidates, devices, backend, settings)
+    tables = {option: parse_format(each) for option, each in (("embeddings", embeddings), ("head", head)) if each is not None}
+    _check_encoding([*candidates, *tables.values()], devices, backend, settings)
     wanted = Feedback.parse(feedback)
     include, exclude = as_patterns(include), as_patterns(exclude)
     shard_bytes = parse_size(max_shard_size)
@@ -94,7 +99,7 @@ def compress_checkpoint(
     tell = on_note or (lambda note: None)
     path = locate(source, revision=revision).absolute()
     model = open_source(path)
-    selected = plans.choose(model, candidates, include, exclude)
+    selected = plans.choose(model, candidates, include, exclude, **tables)
     for note in selected.notes:
         tell(note)
 
@@ -106,23 +111,25 @@ def compress_checkpoint(
     with WorkFolder.claim(out) as work:
         if wanted.kind != "none" and any(family_of(each).feedback for each in candidates):
             clock.phase("observe")
-        observed = gather(work, wanted, candidates, model, path, selected.modules, devices, progress, tell)
+        observed = gather(work, wanted, candidates, model, path, selected.layers, devices, progress, tell)
         clock.phase("prepare")
         if isinstance(format, Mixture) and not format.sensitivity:
             format = observed.mixture(format, selected.modules, model)
         formats = plans.assign(format, selected, size_of)
         leading = most_common(formats) if formats else candidates[0]  # whose options a reader takes the record for
         options = {**family_of(leading).defaults, **settings, **observed.record}
-        arguments = {**options, "statistics": observed.identity, "include": sorted(include), "exclude": sorted(exclude)}
+        asked = {"embeddings" if info.embedding else "head": info.format.spec for info in selected.tables.values()}
+        patterns = {"include": sorted(include), "exclude": sorted(exclude)}
+        arguments = {**options, **asked, "statistics": observed.identity, **patterns}
         plan = plans.make(model, selected, formats, dtype=dtype, shard_bytes=shard_bytes, arguments=arguments)
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
-        used = tuple(dict.fromkeys(formats.values()))
+        used = tuple(dict.fromkeys(plan.formats.values()))
         job = Job(str(path), fingerprint, work.model, work.token, used, EncodeOptions(backend, settings), observed.file)
         started = workers.start(job, devices, model) if devices else workers_ray.start(job, device)
         done = _compress(work, started, plan, model, clock, progress)
         if done is not None:
             clock.phase("finish")
-            _finish(work, plan, model, dtype, selected.dense, options)
+            _finish(work, plan, model, dtype, selected, options)
         work.remove()
     clock.phase("")
     return _report(out, devices, done or [], clock)
@@ -181,13 +188,15 @@ def _say_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _finish(
-    work: WorkFolder, plan: Plan, model: Source, dtype: str | None, dense: list[str], record: Mapping[str, Any]
+    work: WorkFolder, plan: Plan, model: Source, dtype: str | None, selected: Selected, record: Mapping[str, Any]
 ) -> None:
     """What follows the last tensor: digests in the headers, small files, config.json, the folder's name."""
     config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
     if dtype is not None:
         config = {**_say_dtype(config, dtype), "dtype": dtype}
-    config["quantization_config"] = checkpoint.quantization_config(plan.format, record, dense, plan.overrides)
+    config["quantization_config"] = checkpoint.quantization_config(
+        plan.format, record, selected.dense, plan.overrides, any(info.embedding for info in selected.tables.values())
+    )
     digests = {name: known for item in plan.items for name, known in work.done[item.key]["sha256"].items()}
     work.finish({name: plans.file_layout(shard, digests) for name, shard in plan.shards.items()})
     _write_rest(work, model.nbytes, plan.shards, config)

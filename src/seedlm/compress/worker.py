@@ -61,10 +61,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Target:
-    """The compressed weight that becomes of a matrix: whose it is, and how it is packed."""
+    """The compressed weight that becomes of a matrix: whose it is, and how it is packed.
+
+    observed   the layer whose statistics it has; None for the module's own
+    """
 
     module: str
     packed: PackedInfo
+    observed: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +195,7 @@ class Worker:
         on_gpu = self.device.type == "cuda"
         weights = PIECE_WEIGHTS["cuda" if on_gpu else "cpu"]
         with torch.cuda.stream(self._stream()):
-            facts = self._facts(module, largest)
+            facts = self._facts(target.observed or module, largest)
             encoder = family_of(format).encoder(format, shape, facts, self.job.options, self.device)
             for piece in pieces(self.source, item.name, target, weights, pinned=on_gpu):
                 left = len(piece) * columns
@@ -229,14 +233,14 @@ class Worker:
             raise SourceError(f"{item.name}: has NaN or Inf values that it did not have before; it changed while being read")
         return {"squared_error": error, "squared_norm": norm}
 
-    def _facts(self, module: str, largest: float) -> Facts:
+    def _facts(self, layer: str, largest: float) -> Facts:
         """What is known of a matrix; statistics are read by the first that has some."""
         if self.job.statistics is None:
             return Facts(largest)
         with self._opening:
             if self._statistics is None:
                 self._statistics = Statistics.load(self.job.statistics)
-        return self._statistics.facts_of(module, largest)
+        return self._statistics.facts_of(layer, largest)
 
     def _stream(self) -> torch.cuda.Stream | None:
         if self.device.type == "cuda" and not hasattr(self._own, "stream"):

@@ -3,10 +3,12 @@
     torch.ops.seedlm.linear(x, transformed, prepared, plan, bias)   x W^T + bias
     torch.ops.seedlm.dequantize(prepared, plan, dtype)              the weight [out_features, in_features]
     torch.ops.seedlm.transform(x, plan)                             what layers that share an input share (`LinearBackend`)
+    torch.ops.seedlm.rows(indices, parts, code, dtype)              rows of the weight, looked up (`Family.rows`)
 
 `prepared` are a backend's tensors. A plan says what they are: "<spec> <out>x<in> <backend>", for `transform` without the
 outputs, "<spec> *x<in> <backend>", so that layers of different heights call it alike. It is a text because compiled graphs
 are kept on disk and run by other processes, where a number would mean something else; a call looks it up in a dictionary.
+A look-up reads a few rows of the parts as they are stored, so no backend prepares it: its code is "<spec> <out>x<in>".
 
 An operator is opaque to torch.compile; its fake gives the shape. `linear` keeps no weight for the backward pass, which
 dequantizes again, and codes have no gradient. Through torch's dispatcher and back into Python a call takes 8 us besides its
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from seedlm.codes.base import Format, LinearBackend
-from seedlm.codes.registry import parse_format
+from seedlm.codes.registry import family_of, parse_format
 from seedlm.errors import BackendError, TensorError
 from seedlm.inference import backend as backends
 
@@ -33,6 +35,9 @@ _LIBRARY.define(
 )
 _LIBRARY.define("dequantize(Tensor[] prepared, str plan, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define("transform(Tensor x, str plan) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define(
+    "rows(Tensor indices, Tensor[] parts, str code, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +56,7 @@ class Plan:
 
 
 _PLANS: dict[str, Plan] = {}
+_CODES: dict[str, tuple[Format, tuple[int, int]]] = {}
 
 
 def plan_for(format: Format, shape: tuple[int, int], device: torch.device, backend: str = backends.AUTO) -> Plan:
@@ -66,14 +72,19 @@ def find_plan(text: str) -> Plan:
 
 
 def _read_plan(text: str) -> Plan:
+    code, _, name = text.rpartition(" ")
+    format, shape = _read_code(code, text)
+    return Plan(backends.by_name(name, format), format, shape, text, f"{format.spec} *x{shape[1]} {name}")
+
+
+def _read_code(code: str, text: str) -> tuple[Format, tuple[int, int]]:
     try:
-        spec, sizes, name = text.split(" ")
+        spec, sizes = code.split(" ")
         out_features, in_features = sizes.split("x")
         shape = (0 if out_features == "*" else int(out_features), int(in_features))
     except ValueError:
         raise BackendError(f"a plan is '<spec> <out>x<in> <backend>', got {text!r:.80}") from None
-    format = parse_format(spec)
-    return Plan(backends.by_name(name, format), format, shape, text, f"{spec} *x{in_features} {name}")
+    return parse_format(spec), shape
 
 
 def linear(x: Tensor, transformed: Sequence[Tensor], prepared: Sequence[Tensor], plan: Plan, bias: Tensor | None) -> Tensor:
@@ -103,6 +114,18 @@ def transform(x: Tensor, plan: Plan) -> list[Tensor]:
     if torch.compiler.is_compiling() or not _plain(x, None):
         return _OPS.transform.default(x, plan.input_text)
     return _transform(x, plan.input_text)
+
+
+def rows(indices: Tensor, parts: Sequence[Tensor], code: str, dtype: torch.dtype) -> Tensor:
+    """Rows of a packed weight, as an embedding looks them up; without a gradient.
+
+    indices   int32 or int64 of any shape, rows of the weight
+    parts     those of the format, in its order, as they are stored
+    code      "<spec> <out>x<in>"
+    returns   [*indices.shape, in_features] in a floating-point dtype, formed in float32 and rounded to it once
+    Raises TensorError for indices or a dtype that are none, IndexError for an index out of range (not on a GPU).
+    """
+    return _OPS.rows.default(indices, parts, code, dtype)
 
 
 _OPS: Final = torch.ops.seedlm
@@ -154,9 +177,13 @@ def _dequantize_fake(prepared: list[Tensor], text: str, dtype: torch.dtype) -> T
 
 
 def _dequantizable(text: str, dtype: torch.dtype) -> Plan:
+    _check_dtype(dtype)
+    return find_plan(text)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
     if not dtype.is_floating_point:
         raise TensorError(f"weights are dequantized to a floating-point dtype, got {str(dtype).removeprefix('torch.')}")
-    return find_plan(text)
 
 
 def _transform(x: Tensor, text: str) -> list[Tensor]:
@@ -171,7 +198,27 @@ def _transform_fake(x: Tensor, text: str) -> list[Tensor]:
     return plan.backend.empty_transform(x, plan.format, plan.shape[1])
 
 
+def _rows(indices: Tensor, parts: list[Tensor], code: str, dtype: torch.dtype) -> Tensor:
+    format, shape = _looked_up(indices, code, dtype)
+    named = dict(zip(format.parts(*shape), parts, strict=True))
+    return family_of(format).rows(named, format, shape, indices).to(dtype)
+
+
+def _rows_fake(indices: Tensor, parts: list[Tensor], code: str, dtype: torch.dtype) -> Tensor:
+    _, shape = _looked_up(indices, code, dtype)
+    return indices.new_empty(*indices.shape, shape[1], dtype=dtype)
+
+
+def _looked_up(indices: Tensor, code: str, dtype: torch.dtype) -> tuple[Format, tuple[int, int]]:
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TensorError(f"indices must be int32 or int64, got {str(indices.dtype).removeprefix('torch.')}")
+    _check_dtype(dtype)
+    found = _CODES.get(code)
+    return found if found is not None else _CODES.setdefault(code, _read_code(code, code))
+
+
 for _name, _kernel, _fake in (
+    ("rows", _rows, _rows_fake),
     ("linear", _linear, _linear_fake),
     ("dequantize", _dequantize, _dequantize_fake),
     ("transform", _transform, _transform_fake),

@@ -6,6 +6,7 @@ in it by the renamings and joinings that transformers makes on loading (`places`
     what no code can stand for    tensors that the model has no place for (layers of multi-token prediction), weights of modules
                                   that are no plain linear layer, weights that several modules share
     how stacks of experts lie     from the parameter that each becomes
+    embeddings and output head    which tensors they are, and whether one serves as both
     what is not there             weights of the model that no tensor of the source fills: half of a model is refused
 
 Importing transformers and building a model takes 2 to 5 seconds on two cores, whatever the model's size.
@@ -20,10 +21,11 @@ from typing import Any, Final
 import torch
 
 from seedlm.errors import SourceError
+from seedlm.modeling.embedding import find_tables
 from seedlm.modeling.experts import experts_traits
 from seedlm.storage.checkpoint import Stack
 from seedlm.storage.safetensors import TensorInfo
-from seedlm.storage.selection import Survey
+from seedlm.storage.selection import Survey, Tables
 
 _MOST_LAYERS: Final = 10_000
 _SHOWN: Final = 3
@@ -40,7 +42,8 @@ def survey(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Surv
     try:
         model = _build(config)
     except _NotBuiltError as reason:
-        return Survey(notes=(f"{reason}: what is compressed is decided by names alone",))
+        unknown = dict.fromkeys(("embeddings", "head"), f"what they are is told by the model's class, and {reason}")
+        return Survey(notes=(f"{reason}: what is compressed is decided by names alone",), tables=Tables(reasons=unknown))
     return _Surveyor(model).survey(tensors)
 
 
@@ -97,6 +100,8 @@ class _Surveyor:
         self._owners: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self._parameters.items():
             self._owners[id(parameter)].append(name)
+        self._fills: dict[str, list[str]] = defaultdict(list)
+        """Parameter -> the tensors that fill it."""
         self._found: dict[str, Counter[str]] = defaultdict(Counter)
         """Parameter -> how many tensors fill it, by the pattern of those that are joined."""
 
@@ -114,7 +119,25 @@ class _Surveyor:
         if homeless:
             shown = ", ".join(homeless[:_SHOWN]) + (" ..." if len(homeless) > _SHOWN else "")
             notes = (f"{self._kind} has no place for {len(homeless)} tensors, which are kept as they are: {shown}",)
-        return Survey(name=self._kind, dense=dense, stacks=stacks, notes=notes)
+        return Survey(name=self._kind, dense=dense, stacks=stacks, notes=notes, tables=self._tables(dense))
+
+    def _tables(self, dense: Mapping[str, str]) -> Tables:
+        """The tensors of the embeddings and the head, which are one where the model ties them."""
+        tables = find_tables(self._model)
+        tensors, reasons = {}, dict(tables.reasons)
+        for option, module in (("embeddings", tables.embeddings), ("head", tables.head)):
+            if module is None or option in reasons:
+                continue
+            owners = self._owners[id(self._parameters[f"{module}.weight"])]
+            filling = [name for owner in owners for name in self._fills[owner]]
+            if filling:
+                tensors[option] = filling[0]
+            if option == "head" and module != tables.embeddings and len(filling) == 1 and filling[0] in dense:
+                reasons.setdefault(option, f"{filling[0]}: {dense[filling[0]]}")
+            if len(filling) != 1:
+                stored = f"is stored {len(filling)} times ({', '.join(filling)})" if filling else "is not stored"
+                reasons.setdefault(option, f"{module}.weight {stored}, and codes stand for one tensor alone")
+        return Tables(tensors.get("embeddings"), tensors.get("head"), reasons, tables.layer)
 
     @property
     def _no_place(self) -> str:
@@ -128,6 +151,7 @@ class _Surveyor:
         if not targets:
             return self._no_place
         for target in targets:
+            self._fills[target].append(name)
             self._found[target][converter.source_patterns[order] if converter else ""] += 1
         if converter is None and info.shape != tuple(self._state[targets[0]].shape):
             raise SourceError(

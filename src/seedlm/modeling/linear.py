@@ -1,6 +1,7 @@
-"""A linear layer whose weight stays in codes.
+"""Modules whose weight stays in codes: what they all are (`PackedModule`), and the linear layer.
 
-`SeedLinear` holds the parts of its format as buffers, as they are stored, and multiplies by them through `inference.ops`.
+A packed module holds the parts of its format as buffers, as they are stored. `SeedLinear` multiplies by them through
+`inference.ops`; `embedding.SeedEmbedding` looks rows up.
 
     buffer               name in files           what
     weight_words         weight                  the codes: files have them under the weight's own name (`stored_name`)
@@ -48,53 +49,40 @@ def _file_name(part: str) -> str:
     return stored_name("", part).removeprefix(".")
 
 
-class SeedLinear(nn.Module):
-    """y = x W^T + bias with W in codes.
+class PackedModule(nn.Module):
+    """A module that holds a weight in codes.
 
-    bias         None or a parameter [out_features]
-    dtype        of the dense weight that it stands for, and of a new bias; the default dtype if None
+    shape        of the weight, (rows, columns)
+    dtype        of the dense weight that it stands for; the default dtype if None
     backend      how to multiply, "auto" or a backend of the format's family by name (`inference.backend`)
     own_names    whether the state dict has the names of the buffers instead of those of files
     New codes are all zero, which may not be a valid weight: they are meant to be loaded.
     """
 
     own_names: bool = False
-    _shared: "tuple[SharedInput, int] | None" = None
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        shape: tuple[int, int],
         format: Format,
         *,
-        bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.format, self._backend = in_features, out_features, format, backend
+        self.shape, self.format, self._backend = shape, format, backend
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
         self._prepared: _Prepared | None = None
-        expected = format.parts(out_features, in_features)
+        expected = format.parts(*shape)
         self._names = {part: own_name(part) for part in expected}
         for part, kind in expected.items():
             self.register_buffer(own_name(part), torch.zeros(kind.shape, dtype=getattr(torch, kind.dtype), device=device))
-        empty = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self.register_parameter("bias", empty)
 
-    @classmethod
-    def from_encoded(
-        cls, encoded: EncodedTensor, bias: nn.Parameter | None = None, dtype: torch.dtype | None = None
-    ) -> "SeedLinear":
-        """A layer that holds this weight and this bias, in the place of a layer of `dtype` (the bias's if None)."""
-        out_features, in_features = encoded.shape
-        dtype = bias.dtype if dtype is None and bias is not None else dtype
-        layer = cls(in_features, out_features, encoded.format, dtype=dtype, device="meta")
+    def take(self, encoded: EncodedTensor) -> None:
+        """Hold these parts, of this format and shape."""
         for part, tensor in encoded.parts.items():
-            layer.register_buffer(own_name(part), tensor)
-        layer.register_parameter("bias", bias)
-        return layer
+            self.register_buffer(own_name(part), tensor)
 
     @property
     def backend(self) -> str:
@@ -115,40 +103,34 @@ class SeedLinear(nn.Module):
         """Dtype, shape and device of the dense weight, without values; compilers, which drop what is unused, see the values."""
         if torch.compiler.is_compiling():
             return self.dequantize(self._dtype)
-        device = self._buffers[next(iter(self._names.values()))].device  # type: ignore[union-attr]
-        return PackedWeight((self.out_features, self.in_features), self._dtype, device)
+        return PackedWeight(self.shape, self._dtype, self.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        plan, prepared = self.prepare()
-        transformed = [] if self._shared is None else self._shared[0].transform(x, plan, self._shared[1])
-        parameters = self._parameters
-        bias: Any = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (self.bias takes 1 us)
-        return ops.linear(x, transformed, prepared, plan, bias)
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self._buffers[next(iter(self._names.values()))].device  # type: ignore[union-attr]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out_features, in_features]."""
+        """The weight [rows, columns]. Raises TensorError if the codes are not in memory."""
+        self.check_in_memory()
         plan, prepared = self.prepare()
         return ops.dequantize(prepared, plan, dtype)
 
-    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """An ordinary layer with the same weight, and this layer's bias. Raises TensorError if the codes are not in memory."""
-        if any(tensor.is_meta for tensor in self.parts.values()):
+    def check_in_memory(self) -> None:
+        """Raise TensorError if the codes are somewhere else."""
+        if self.device.type == "meta":
             raise TensorError("the codes of this layer are not in memory (offloaded, or not loaded yet)")
-        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        layer.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
-        layer.register_parameter("bias", self._parameters["bias"])
-        return layer.train(self.training)
 
     def check(self, where: str) -> None:
         """Raise CheckpointError, which begins with `where`, if parts that came from a file hold impossible values."""
         try:
-            family_of(self.format).check(self.parts, self.format, (self.out_features, self.in_features))
+            family_of(self.format).check(self.parts, self.format, self.shape)
         except TensorError as reason:
             raise CheckpointError(f"{where}: {reason}") from None
 
     def restore_dtypes(self) -> None:
         """Give parts that a loader has widened (transformers, in layers kept in float32) their own dtype again."""
-        for part, kind in self.format.parts(self.out_features, self.in_features).items():
+        for part, kind in self.format.parts(*self.shape).items():
             tensor, dtype = self.get_buffer(self._names[part]), getattr(torch, kind.dtype)
             if tensor.dtype != dtype:
                 self._buffers[self._names[part]] = tensor.to(dtype)
@@ -181,11 +163,10 @@ class SeedLinear(nn.Module):
     _prepare_before_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _prepare(self) -> "_Prepared":
-        shape = (self.out_features, self.in_features)
         with torch.inference_mode(False), torch.no_grad():
             parts = self.parts
-            plan = ops.plan_for(self.format, shape, next(iter(parts.values())).device, self.backend)
-            tensors = plan.backend.prepare(parts, self.format, shape)
+            plan = ops.plan_for(self.format, self.shape, self.device, self.backend)
+            tensors = plan.backend.prepare(parts, self.format, self.shape)
         names = {id(tensor): self._names[part] for part, tensor in parts.items()}
         layer = weakref.ref(self)
 
@@ -198,7 +179,7 @@ class SeedLinear(nn.Module):
         self._prepared = prepared
         return prepared
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SeedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
         before = self.parts
         super()._apply(fn, recurse)
         for part, tensor in before.items():
@@ -231,9 +212,65 @@ class SeedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}
 
+
+class SeedLinear(PackedModule):
+    """y = x W^T + bias with W in codes.
+
+    bias    None or a parameter [out_features], of `dtype` if it is new
+    """
+
+    _shared: "tuple[SharedInput, int] | None" = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__((out_features, in_features), format, dtype=dtype, device=device, backend=backend)
+        self.in_features, self.out_features = in_features, out_features
+        empty = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", empty)
+
+    @classmethod
+    def from_encoded(
+        cls, encoded: EncodedTensor, bias: nn.Parameter | None = None, dtype: torch.dtype | None = None
+    ) -> "SeedLinear":
+        """A layer that holds this weight and this bias, in the place of a layer of `dtype` (the bias's if None)."""
+        out_features, in_features = encoded.shape
+        dtype = bias.dtype if dtype is None and bias is not None else dtype
+        layer = cls(in_features, out_features, encoded.format, dtype=dtype, device="meta")
+        layer.take(encoded)
+        layer.register_parameter("bias", bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan, prepared = self.prepare()
+        transformed = [] if self._shared is None else self._shared[0].transform(x, plan, self._shared[1])
+        parameters = self._parameters
+        bias: Any = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (self.bias takes 1 us)
+        return ops.linear(x, transformed, prepared, plan, bias)
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """An ordinary layer with the same weight, and this layer's bias. Raises TensorError if the codes are not in memory."""
+        return dense_linear(nn.Parameter(self.dequantize(dtype), requires_grad=False), self)
+
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format.spec}"
+
+
+def dense_linear(weight: nn.Parameter, like: nn.Module) -> nn.Linear:
+    """An ordinary layer with this weight, and the bias of the packed one whose place it takes."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = weight
+    layer.register_parameter("bias", like._parameters["bias"])
+    return layer.train(like.training)
 
 
 class _Prepared:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from seedlm.modeling.embedding import is_embedding
 from seedlm.modeling.experts import PACKED, projections_of
 from seedlm.modeling.linear import is_linear
 from seedlm.storage.checkpoint import Stack
@@ -63,7 +64,17 @@ class Names:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self._linears = {name for name, module in model.named_modules() if is_linear(module)}
+        self._modules = {name: module for name, module in model.named_modules() if name}
         self._experts = {name: found for name, module in model.named_modules() if (found := projections_of(module))}
+
+    def embedding(self, module: str) -> str | None:
+        """The embedding that a module of a file is; None if the model has none there that a `SeedEmbedding` can stand for."""
+        found = self.module(module)
+        return found if found is not None and is_embedding(self._modules[found]) else None
+
+    def module(self, module: str) -> str | None:
+        """The module of the model, of whatever kind, that one of a file is called after; None if there is none."""
+        return self._find(self.renamed(f"{module}.weight").removesuffix(".weight"), self._modules)
 
     def place(self, module: str, stack: Stack | None) -> Place | None:
         """Where a module of a file belongs; None if the model has no such place."""

@@ -1,6 +1,6 @@
 """The walks over a model: which of its layers are packed, packing them in place, and putting dense ones back.
 
-compress_model(model)     every chosen linear layer, and the experts of mixtures
+compress_model(model)     every chosen linear layer, the experts of mixtures, and embeddings and head if asked for
 dequantize_model(model)   every packed layer back to a dense one
 share_inputs(model)       packed layers that read the same tensor: what comes before their products is done once
 """
@@ -13,11 +13,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from seedlm.codes.base import Format
+from seedlm.codes.base import Format, relative_error
+from seedlm.codes.encoded import encode
 from seedlm.codes.registry import family_of, parse_format
-from seedlm.errors import TensorError
+from seedlm.errors import SourceError, TensorError
+from seedlm.modeling.embedding import SeedEmbedding, find_tables, replace_embedding, unpack
 from seedlm.modeling.experts import SeedExperts, compress_experts, projections_of
-from seedlm.modeling.linear import SeedLinear, compress_module, is_linear, share_input
+from seedlm.modeling.linear import PackedModule, SeedLinear, compress_module, is_linear, share_input
 from seedlm.progress import Tell
 from seedlm.storage.selection import as_patterns, groups_of, left_by_default
 
@@ -28,6 +30,8 @@ def compress_model(
     *,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
+    embeddings: Format | str | float | None = None,
+    head: Format | str | float | None = None,
     backend: str = "auto",
     on_progress: Tell | None = None,
     **settings: Any,
@@ -35,14 +39,23 @@ def compress_model(
     """Replace linear layers and stacked experts of a model by packed ones, in place.
 
     include, exclude   glob patterns over module names, as in `choose_modules`
+    embeddings, head   formats of the input embeddings and the output head, which stay dense without; one serves both if tied
     settings           of the format's family (`encoded.encode`)
     returns            module name -> relative error, of every matrix compressed; experts of a stack by their number
-    Raises TensorError if a weight cannot be encoded or is shared with another module, naming it.
+    Raises TensorError if a weight cannot be encoded or is shared with another module, naming it; SourceError and FormatError
+    for embeddings and a head as `choose_tables` does.
     """
     parsed = parse_format(format)
     errors: dict[str, float] = {}
     stacks: dict[str, list[str]] = {}
-    for name in choose_modules(model, parsed, include, exclude):
+    tables = choose_tables(model, embeddings, head, exclude)
+    chosen = [name for name in choose_modules(model, parsed, include, exclude) if name not in tables]
+    for name, each in tables.items():
+        try:
+            errors[name] = compress_table(model, name, each, backend=backend, on_progress=on_progress, **settings)
+        except TensorError as reason:
+            raise TensorError(f"{name}.weight: {reason}") from None
+    for name in chosen:
         parent, _, projection = name.rpartition(".")
         if projection in projections_of(model.get_submodule(parent)):
             stacks.setdefault(parent, []).append(projection)
@@ -64,6 +77,56 @@ def compress_model(
         model.set_submodule(name, experts)
     share_inputs(model)
     return errors
+
+
+def choose_tables(
+    model: nn.Module,
+    embeddings: Format | str | float | None,
+    head: Format | str | float | None,
+    exclude: Iterable[str] = (),
+) -> dict[str, Format]:
+    """The formats of the embeddings and the head that are asked for, by module; None leaves one as it is.
+
+    Raises SourceError for one that cannot be coded or is excluded, FormatError for two formats of one that is tied.
+    """
+    wanted = [None if each is None else parse_format(each) for each in (embeddings, head)]
+    if wanted == [None, None]:
+        return {}
+    tables = find_tables(model).choose(*wanted)
+    for name, format in tables.items():
+        shape = model.get_parameter(f"{name}.weight").shape
+        if _matches(name, as_patterns(exclude)):
+            raise SourceError(f"{name}.weight: is excluded, and a format is given for it; leave one of them out")
+        if reason := format.reason_unfit(shape[0], shape[1]):
+            raise SourceError(f"{name}.weight: {[*shape]} stays dense as {format.spec} ({reason})")
+    return tables
+
+
+def compress_table(
+    model: nn.Module,
+    name: str,
+    format: Format,
+    *,
+    backend: str = "auto",
+    on_progress: Tell | None = None,
+    **settings: Any,
+) -> float:
+    """Compress one of `choose_tables`, with all that is tied to it, in place; the other options are those of `encode`.
+
+    returns   ||W - W^||_F / ||W||_F
+    """
+    dense = model.get_submodule(name)
+    if isinstance(dense, nn.Linear):
+        layer, error = compress_module(dense, format, backend=backend, on_progress=on_progress, **settings)
+        model.set_submodule(name, layer)
+        return error
+    assert isinstance(dense, nn.Embedding)
+    weight = dense.weight.detach()
+    encoded, squared_error = encode(weight, format, backend=backend, on_progress=on_progress, **settings)
+    packed = SeedEmbedding(dense, format, device="meta")
+    packed.take(encoded)
+    replace_embedding(model, name, packed)
+    return relative_error(squared_error, float(weight.double().square().sum()))
 
 
 def choose_modules(model: nn.Module, format: Format, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[str]:
@@ -107,6 +170,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> No
     experts = [(name, module) for name, module in model.named_modules() if isinstance(module, SeedExperts)]
     for name, module in experts:
         model.set_submodule(name, module.to_dense(dtype))
+    unpack(model, dtype)
     for name, layer in list(seed_linears(model)):
         model.set_submodule(name, layer.to_dense(dtype))
 
@@ -114,6 +178,11 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> No
 def seed_linears(model: nn.Module) -> Iterator[tuple[str, SeedLinear]]:
     """The packed layers of a model, those of experts among them, by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SeedLinear))
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
+    """All that hold codes in a model: `seed_linears`, and embeddings."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedModule))
 
 
 def share_inputs(model: nn.Module) -> None:

@@ -30,6 +30,7 @@ from seedlm.storage.metadata import (
     QUANT_METHOD,
     PackedInfo,
     Stack,
+    check_embeddings,
     check_stacks,
     guarded,
     heading,
@@ -129,6 +130,7 @@ class Checkpoint:
                     )
                 del found[name]
         check_stacks(packed, found, f"{folder}")
+        check_embeddings(packed, config, f"{folder}")
         for module in overrides:
             if module not in packed:
                 raise CheckpointError(f"{folder}: config.json gives {module} a format, but it is not a compressed module")

@@ -23,8 +23,8 @@ from seedlm.storage.safetensors import CONTROL, TensorInfo
 from seedlm.storage.untrusted import parse_json
 
 QUANT_METHOD: Final = "seedlm"
-FORMAT_VERSION: Final = 2
-"""The newest version, which is read and, by `compress` and on saving, written: version 1 has no digests."""
+FORMAT_VERSION: Final = 3
+"""The newest version that is read. Version 1 has no digests, and only 3 has embeddings in codes: 2 is written without them."""
 METADATA_KEY: Final = "seedlm"
 GUARD: Final = "none. This model's weights are packed by seedlm: `pip install seedlm`, then `import seedlm` before loading it"
 """The key in config.json's ``fusion_config`` that transformers quotes when it refuses a folder (`hf`)."""
@@ -75,14 +75,16 @@ class Stack:
 class PackedInfo:
     """A compressed weight, before any of it is read.
 
-    format   how it is stored
-    shape    (out_features, in_features) of the weight that it stands for
-    stack    the original's tensor that it is one matrix of; None if it has a tensor of its own
+    format      how it is stored
+    shape       (out_features, in_features) of the weight that it stands for; of an embedding (its rows, their length)
+    stack       the original's tensor that it is one matrix of; None if it has a tensor of its own
+    embedding   whether its rows are looked up, rather than its module a linear layer
     """
 
     format: Format
     shape: tuple[int, int]
     stack: Stack | None = None
+    embedding: bool = False
 
     @property
     def stored(self) -> dict[str, TensorInfo]:
@@ -131,21 +133,28 @@ def heading(name: str, info: TensorInfo, module: PackedInfo | None) -> bytes:
         facts += [module.format.spec, list(module.shape)]
         if stack := module.stack:
             facts += [stack.tensor, list(stack.shape), stack.transposed]
+        if module.embedding:
+            facts.append("embedding")
     return json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
 def quantization_config(
-    format: Format, settings: Mapping[str, str], dense: list[str], overrides: Mapping[str, Format] | None = None
+    format: Format,
+    settings: Mapping[str, str],
+    dense: list[str],
+    overrides: Mapping[str, Format] | None = None,
+    embeddings: bool = False,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of a packed checkpoint.
 
     settings    how it was encoded (`Family.defaults`), for the record: decoding does not depend on it
     dense       linear modules that are not compressed
     overrides   module -> format, where it is not `format`
+    embeddings  whether the rows of an embedding are in codes
     """
     config = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": written_version(embeddings),
         "format": format.to_dict(),
         **settings,
         "modules_to_not_convert": sorted(dense),
@@ -160,6 +169,11 @@ def version_of(formats: "Iterable[Format]") -> int:
     return max((family_of(format).since_version for format in formats), default=1)
 
 
+def written_version(embeddings: bool) -> int:
+    """The version of what is written, with embeddings in codes or without: older packages read all that they can."""
+    return FORMAT_VERSION if embeddings else FORMAT_VERSION - 1
+
+
 def guarded(fusions: Mapping[str, Any] | None) -> dict[str, Any]:
     """A model's ``fusion_config`` with the guard in it, which is off: its value is false."""
     return {**(fusions or {}), GUARD: False}
@@ -171,8 +185,11 @@ def metadata(packed: Mapping[str, PackedInfo], digests: Mapping[str, str]) -> di
     digests   stored name -> SHA-256 of its `heading` and bytes, of any tensors
     """
     table: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "tensors": {name: {"shape": list(info.shape), "format": info.format.spec} for name, info in packed.items()},
+        "format_version": written_version(any(info.embedding for info in packed.values())),
+        "tensors": {
+            name: {"shape": list(info.shape), "format": info.format.spec, **({"embedding": True} if info.embedding else {})}
+            for name, info in packed.items()
+        },
     }
     stacks = {info.stack.tensor: info.stack for info in packed.values() if info.stack}
     if stacks:
@@ -238,8 +255,13 @@ def read_metadata(strings: Mapping[str, str], where: str) -> Described:
     packed: dict[str, PackedInfo] = {}
     formats: dict[str, Format] = {}
     for module, item in data["tensors"].items():
-        if not isinstance(item, dict) or set(item) != {"shape", "format"}:
+        if not isinstance(item, dict) or set(item) - {"embedding"} != {"shape", "format"}:
             raise CheckpointError(f"{where}: {module} must have shape and format")
+        embedding = "embedding" in item
+        if embedding and (item["embedding"] is not True or data["format_version"] < FORMAT_VERSION):
+            raise CheckpointError(
+                f"{where}: {module}: embedding must be true, and is known from format_version {FORMAT_VERSION} on"
+            )
         shape, spec = _read_shape(item["shape"], 2, module, where), item["format"]
         text = spec if isinstance(spec, str) else f"{spec!r:.80}"
         if text not in formats:
@@ -249,7 +271,9 @@ def read_metadata(strings: Mapping[str, str], where: str) -> Described:
         stack = _stack_of(module, stacks)
         if stack and stack.matrix != shape:
             raise CheckpointError(f"{where}: {module} must be {[*stack.matrix]}, as in {stack.tensor}, got {[*shape]}")
-        packed[module] = PackedInfo(formats[text], (shape[0], shape[1]), stack)
+        if stack and embedding:
+            raise CheckpointError(f"{where}: {module} is a matrix of the stack {stack.tensor}, and no embedding")
+        packed[module] = PackedInfo(formats[text], (shape[0], shape[1]), stack, embedding)
     for stack in set(stacks.values()) - {info.stack for info in packed.values()}:
         raise CheckpointError(f"{where}: describes the stack {stack.tensor}, but none of its matrices")
     digests = data.get("sha256", {})
@@ -298,6 +322,17 @@ def check_stacks(packed: Mapping[str, PackedInfo], dense: Iterable[str], where: 
             raise CheckpointError(f"{where}: {missing} is missing, a matrix of the stack {stack.tensor}")
         if stack.tensor in names:
             raise CheckpointError(f"{where}: has {stack.tensor} twice, as a tensor and as codes")
+
+
+def check_embeddings(packed: Mapping[str, PackedInfo], config: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for an embedding in codes in a folder of a version that older packages would read without it."""
+    version = config["quantization_config"]["format_version"]
+    embedding = next((module for module, info in packed.items() if info.embedding), None)
+    if embedding is not None and version < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: {embedding} is an embedding in codes, for which config.json's format_version must be {FORMAT_VERSION}, "
+            f"got {version}"
+        )
 
 
 def reason_like_part(name: str, info: TensorInfo, formats: Iterable[Format]) -> str | None:

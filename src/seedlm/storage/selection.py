@@ -25,8 +25,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from seedlm.codes.base import Format
-from seedlm.errors import SourceError
-from seedlm.storage.checkpoint import Stack
+from seedlm.errors import FormatError, SourceError
+from seedlm.storage.checkpoint import PackedInfo, Stack
 from seedlm.storage.refusals import TRANSPOSED_MODELS
 from seedlm.storage.safetensors import TensorInfo
 
@@ -67,6 +67,38 @@ _SHOWN: Final = 3
 _EXPERT: Final = re.compile(r"(.*experts)\.\d+\.(.+)")
 
 
+@dataclass(frozen=True)
+class Tables:
+    """The two matrices of a model that have a row for each token of its vocabulary; in its files, tensors, else modules.
+
+    embeddings   the input embeddings; None if there are none
+    head         the output head, the same name if it is tied to the embeddings
+    reasons      "embeddings" or "head" -> why no code can stand for it
+    layer        the layer that is the output head, whatever it multiplies by: statistics know it by this name
+    """
+
+    embeddings: str | None = None
+    head: str | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    layer: str | None = None
+
+    def choose(self, embeddings: Format | None, head: Format | None) -> dict[str, Format]:
+        """The formats that are asked for, by name; None leaves a matrix as it is.
+
+        Raises SourceError for a matrix that cannot be coded, FormatError for two formats of one that is tied.
+        """
+        wanted = {option: format for option, format in (("embeddings", embeddings), ("head", head)) if format is not None}
+        for option in wanted:
+            if reason := self.reasons.get(option, None if getattr(self, option) else "nobody knows which they are"):
+                raise SourceError(f"--{option}: {reason}; leave it out")
+        if self.embeddings == self.head and embeddings and head and embeddings != head:
+            raise FormatError(
+                f"the output head is tied to the embeddings, one set of codes serves both: --embeddings {embeddings.spec} and "
+                f"--head {head.spec} must be the same, or one of them left out"
+            )
+        return {f"{getattr(self, option)}": format for option, format in wanted.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Survey:
     """What the model that a config describes tells about a source's tensors.
@@ -75,12 +107,14 @@ class Survey:
     dense    tensor -> why no code can take its place
     stacks   stack of experts -> whether it is [experts, in_features, out_features]
     notes    what a user should know before the search, a line each
+    tables   the tensors of the embeddings and the head
     """
 
     name: str | None = None
     dense: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, bool] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tables: Tables = Tables()
 
 
 NO_SURVEY: Final = Survey()
@@ -128,6 +162,34 @@ def select(
             f"nothing to compress: none of the {len(tensors)} tensors is the weight of a linear layer to be packed"
         )
     return chosen, left
+
+
+def tables_of(
+    tensors: Mapping[str, TensorInfo],
+    survey: Survey,
+    embeddings: Format | None,
+    head: Format | None,
+    exclude: Iterable[str] = (),
+) -> dict[str, PackedInfo]:
+    """The embeddings and the output head that are to be compressed, by module; None leaves one as it is.
+
+    Raises SourceError or FormatError for one that cannot be, as `Tables.choose`, and for one that is also excluded.
+    """
+    found = {}
+    for name, format in survey.tables.choose(embeddings, head).items():
+        module, info = name.removesuffix(".weight"), tensors[name]
+        option = "embeddings" if name == survey.tables.embeddings else "head"
+        if any(fnmatchcase(module, pattern) for pattern in as_patterns(exclude)):
+            raise SourceError(f"{name}: is excluded, and --{option} asks for codes of it; leave one of them out")
+        if info.dtype not in _ENCODABLE:
+            raise SourceError(
+                f"{name}: a weight must be F32, F16 or BF16, got {info}; convert the model, or leave --{option} out"
+            )
+        shape = (info.shape[0], info.shape[1])
+        if reason := format.reason_unfit(*shape):
+            raise SourceError(f"{name}: {[*shape]} stays dense as {format.spec} ({reason}); leave --{option} out")
+        found[module] = PackedInfo(format, shape, embedding=option == "embeddings")
+    return found
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:

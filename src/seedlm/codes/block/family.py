@@ -74,6 +74,17 @@ class BlockFamily:
         assert isinstance(format, BlockFormat)
         return codec.dequantize_rows(parts[CODES], int(parts["exponent_bias"]), shape[1], format)
 
+    def rows(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int], indices: "Tensor") -> "Tensor":
+        import torch
+
+        from seedlm.codes.block.kernels import torch_dequantize
+
+        assert isinstance(format, BlockFormat)
+        words = parts[CODES].index_select(0, indices.flatten())
+        tables = torch_dequantize.tables(format.seed_bits, words.device)
+        rows = torch_dequantize.dequantize(words, parts["exponent_bias"], *tables, shape[1], format, torch.float32)
+        return rows.reshape(*indices.shape, shape[1])
+
     def encoder(
         self, format: Format, shape: tuple[int, int], facts: Facts, options: EncodeOptions, device: "torch.device"
     ) -> Encoder:

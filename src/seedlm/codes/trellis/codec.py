@@ -26,6 +26,9 @@ VALUE_CENTER = 510
 VALUE_STD = 147.80
 """Standard deviation of the sum of four uniform bytes: sqrt(4 * (256^2 - 1) / 12)."""
 
+_ROW_VALUES = 1 << 22
+"""Values of looked-up rows that are decoded at a time, in int64."""
+
 
 def state_values(states: Tensor, multiplier: int) -> Tensor:
     """Values of states: integer of any shape -> int16 of that shape, in -510 .. 510."""
@@ -96,6 +99,38 @@ def rotated_weight(words: Tensor, scales: Tensor, scale: Tensor, format: Trellis
 def dequantize(words: Tensor, scales: Tensor, scale: Tensor, format: TrellisFormat, shape: tuple[int, int]) -> Tensor:
     """The weight as it is multiplied, float32 [out, in]: `rotated_weight` transformed back along the inputs."""
     return hadamard.inverse(rotated_weight(words, scales, scale, format, shape), format.transform)
+
+
+def dequantize_rows(
+    words: Tensor, scales: Tensor, scale: Tensor, format: TrellisFormat, shape: tuple[int, int], indices: Tensor
+) -> Tensor:
+    """Rows of `dequantize`, bit for bit, float32 [*indices.shape, in], of which each is decoded from its own windows alone.
+
+    indices   integer of any shape, 0 .. out - 1
+    The state of row t of a strip begins at bit R * t of every column's stream and has at most 16 bits, so it lies in two
+    words of it: a row costs two words a column, whatever the size of the weight.
+    """
+    found = []
+    for piece in indices.flatten().split(max(1, _ROW_VALUES // shape[1])):
+        row_scales = scales.index_select(0, piece).float() * scale
+        values = state_values(_row_states(words, format, shape, piece.long()), format.multiplier)
+        found.append(hadamard.inverse(values.float() * row_scales.unsqueeze(-1), format.transform))
+    return torch.cat(found).reshape(*indices.shape, shape[1])
+
+
+def _row_states(words: Tensor, format: TrellisFormat, shape: tuple[int, int], rows: Tensor) -> Tensor:
+    """States int64 [n, in] of rows int64 [n], from the two words of every column that hold them."""
+    rate, step = format.rate, format.sequence_rows // SEGMENT_ROWS
+    first = rows // format.sequence_rows * step
+    length = (format.segments(shape[0]) - first).clamp(max=step) * rate
+    bit = rows % format.sequence_rows * rate
+    streams = words.unflatten(-1, (shape[1], rate))
+
+    def word(number: Tensor) -> Tensor:
+        return streams[first + number // rate, :, number % rate].long() & 0xFFFFFFFF
+
+    low, high = word(bit // 32), word((bit // 32 + 1) % length)
+    return (low | high << 32) >> (bit % 32).unsqueeze(-1) & ((1 << format.state_bits) - 1)
 
 
 def padded_rows(rows: int) -> int:

@@ -56,6 +56,12 @@ class TrellisFamily:
         assert isinstance(format, TrellisFormat)
         return codec.dequantize(parts[CODES], parts["scales"], parts["scale"], format, shape)
 
+    def rows(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int], indices: "Tensor") -> "Tensor":
+        from seedlm.codes.trellis import codec
+
+        assert isinstance(format, TrellisFormat)
+        return codec.dequantize_rows(parts[CODES], parts["scales"], parts["scale"], format, shape, indices)
+
     def encoder(
         self, format: Format, shape: tuple[int, int], facts: Facts, options: EncodeOptions, device: "torch.device"
     ) -> Encoder:

@@ -20,10 +20,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from seedlm.codes.base import CODES
 from seedlm.errors import CheckpointError
 from seedlm.integrations.transformers.files import Verification
+from seedlm.modeling.embedding import SeedEmbedding, replace_embedding
 from seedlm.modeling.experts import PACKED, SeedExperts, projections_of
-from seedlm.modeling.linear import SeedLinear, own_name
+from seedlm.modeling.linear import PackedModule, SeedLinear, own_name
 from seedlm.modeling.places import LAST_NUMBER, Names, Place
-from seedlm.modeling.quantize import seed_linears, share_inputs
+from seedlm.modeling.quantize import packed_modules, share_inputs
 from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint, Stack, stored_name
 
 
@@ -69,7 +70,7 @@ class CodeNames(WeightRenaming):
         """Of all packed layers of a model, whose state dict from now on has the names of buffers."""
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         names: set[str] = set()
-        for name, layer in seed_linears(model):
+        for name, layer in packed_modules(model):
             layer.own_names = True
             names |= {name, prefix + name, name.removeprefix(prefix)}
         return cls(names)
@@ -94,7 +95,7 @@ class Places:
 
     @classmethod
     def fill(cls, model: nn.Module, checkpoint: Checkpoint) -> "Places":
-        """Swap every linear layer and all experts that are packed in a folder for empty packed ones on the same device.
+        """Swap all linear layers, experts and embeddings that are packed in a folder for empty packed ones on the same device.
 
         Raises CheckpointError unless the codes are those of weights in the right shapes, and no other codes are there.
         """
@@ -102,10 +103,14 @@ class Places:
         if not described:
             raise CheckpointError(f"{checkpoint.folder}: quant_method is {QUANT_METHOD!r} but no weight is packed")
 
-        def empty(module: str, shape: tuple[int, int], like: Tensor, bias: bool = False) -> SeedLinear:
-            format, found = described[module].format, described[module].shape
+        def check_shape(module: str, shape: tuple[int, int]) -> None:
+            found = described[module].shape
             if found != shape:
                 raise CheckpointError(f"{module} must be {[*shape]} in this model, {checkpoint.folder} has {[*found]}")
+
+        def empty(module: str, shape: tuple[int, int], like: Tensor, bias: bool = False) -> SeedLinear:
+            check_shape(module, shape)
+            format = described[module].format
             dtype = torch.float32 if kept.search(f"{module}.weight") else like.dtype
             layer = SeedLinear(shape[1], shape[0], format, bias=bias, dtype=dtype, device=like.device)
             layer.own_names = True
@@ -113,12 +118,36 @@ class Places:
 
         names, kept = Names(model), _kept_in_float32(model)
         filled: dict[str, str] = {}
+        tied: dict[str, str] = {}
+        for module in (module for module, info in described.items() if info.embedding):
+            where = names.embedding(module)
+            if where is None:
+                raise CheckpointError(
+                    f"{module} is packed as an embedding, and {type(model).__name__} has no embedding of that name that only "
+                    f"looks rows up"
+                )
+            if filled.setdefault(where, module) != module or where in tied:
+                raise CheckpointError(f"{module} and {filled.get(where, tied.get(where))} are packed, both for {where}")
+            dense: Any = model.get_submodule(where)
+            check_shape(module, (dense.num_embeddings, dense.embedding_dim))
+            dtype = torch.float32 if kept.search(f"{module}.weight") else dense.weight.dtype
+            packed = SeedEmbedding(dense, described[module].format, dtype=dtype)
+            tied |= dict.fromkeys(replace_embedding(model, where, packed), module)
+        for name in (name.removesuffix(".weight") for name in [*checkpoint.dense, *described] if tied):
+            if (where := names.module(name)) in tied and name != tied[where]:
+                raise CheckpointError(
+                    f"{name}.weight is stored, and {type(model).__name__} ties it to {tied[where]}, whose codes serve both"
+                )
         experts: dict[str, dict[str, Place]] = defaultdict(dict)
         stacks = {module: info.stack for module, info in described.items() if info.stack}
-        for module in described:
+        for module in (module for module, info in described.items() if not info.embedding):
             stack = stacks.get(module)
             place = names.place(module, stack)
             if place is None:
+                if (other := names.module(module)) and isinstance(model.get_submodule(other), nn.Embedding):
+                    raise CheckpointError(
+                        f"{module} is packed as a linear layer, and is an embedding in {type(model).__name__}"
+                    )
                 if any(part.isdigit() for part in module.split(".")):
                     pattern = stack.tensor.removesuffix(".weight") if stack else module
                     made = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
@@ -178,7 +207,7 @@ class Places:
         assert model is not None
         for layer, module in self._modules.items():
             packed = model.get_submodule(layer)
-            assert isinstance(packed, SeedLinear)
+            assert isinstance(packed, PackedModule)
             hook: Any = getattr(packed, "_hf_hook", None) if any(part.is_meta for part in packed.parts.values()) else None
             if hook is not None:
                 hook.pre_forward(packed)
@@ -201,8 +230,8 @@ def _kept_in_float32(model: Any) -> re.Pattern[str]:
 
 def _parts(model: nn.Module, layer: str) -> Iterable[str]:
     packed = model.get_submodule(layer)
-    assert isinstance(packed, SeedLinear)
-    return packed.format.parts(packed.out_features, packed.in_features)
+    assert isinstance(packed, PackedModule)
+    return packed.format.parts(*packed.shape)
 
 
 def saved_names(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:

@@ -29,11 +29,20 @@ from seedlm.codes.registry import check_settings, family_of, format_from_dict, p
 from seedlm.errors import CheckpointError, FormatError
 from seedlm.integrations.transformers.files import check_folder, open_files
 from seedlm.integrations.transformers.loading import CodeNames, ExpertNames, Places, saved_names
+from seedlm.modeling.embedding import SeedEmbedding
 from seedlm.modeling.experts import PACKED, SeedExperts
-from seedlm.modeling.linear import SeedLinear
-from seedlm.modeling.quantize import choose_modules, compress_model, dense_names, dequantize_model, seed_linears, weights_of
+from seedlm.modeling.linear import PackedModule
+from seedlm.modeling.quantize import (
+    choose_modules,
+    choose_tables,
+    compress_model,
+    dense_names,
+    dequantize_model,
+    packed_modules,
+    weights_of,
+)
 from seedlm.storage.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, stored_name
-from seedlm.storage.metadata import heading
+from seedlm.storage.metadata import heading, written_version
 
 
 class SeedLMConfig(QuantizationConfigMixin):
@@ -43,6 +52,7 @@ class SeedLMConfig(QuantizationConfigMixin):
     format                   a specification such as "block-k16-c8-p3-q4-e4", or the JSON form of a format
     modules_to_not_convert   linear layers to leave as they are: names, or glob patterns when compressing
     overrides                module name -> JSON form of its format, where it is not `format`
+    embeddings, head         formats of the embeddings and the output head when compressing; they stay dense without
     settings                 of the format's family: ``rounding="nearest"`` is the paper's for the block code
     Raises FormatError for an unknown format or option, CheckpointError for a newer format version.
     """
@@ -54,6 +64,8 @@ class SeedLMConfig(QuantizationConfigMixin):
         format: str | Mapping[str, Any] | None = None,
         modules_to_not_convert: list[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        embeddings: float | str | None = None,
+        head: float | str | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **settings: Any,
@@ -75,7 +87,9 @@ class SeedLMConfig(QuantizationConfigMixin):
         others = {name: format_from_dict(item) for name, item in (overrides or {}).items()}
         check_settings([parsed, *others.values()], settings)
         self.quant_method: Any = quant_method
-        self.format_version = FORMAT_VERSION  # of what is saved
+        self.format_version = written_version(False)  # of what is saved, unless embeddings are found to be packed
+        self.embeddings = None if embeddings is None else parse_format(embeddings).spec
+        self.head = None if head is None else parse_format(head).spec
         self.format = parsed.to_dict()
         self.settings = {**family_of(parsed).defaults, **settings}
         if not isinstance(modules_to_not_convert or [], list | tuple):
@@ -90,6 +104,7 @@ class SeedLMConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         data = dict(super().to_dict())
         data |= data.pop("settings")
+        del data["embeddings"], data["head"]  # a wish, which `overrides` has come true
         return data if data["overrides"] else {key: value for key, value in data.items() if key != "overrides"}
 
 
@@ -122,6 +137,8 @@ class SeedLMQuantizer(HfQuantizer):
             _compress_loaded(model, self.quantization_config)
             conversions = getattr(model, "_weight_conversions", None) or []
             model._weight_conversions = [*conversions, *_expert_names(model), CodeNames.of(model)]
+        packed = any(isinstance(module, SeedEmbedding) for _, module in packed_modules(model))
+        self.quantization_config.format_version = written_version(packed)
         _set_guard(model.config, True)
         return model
 
@@ -133,7 +150,7 @@ class SeedLMQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model):
         """No state dict of its own; the safetensors metadata of a packed file, in which shapes are told."""
-        layers = dict(seed_linears(model))
+        layers = dict(packed_modules(model))
         names = saved_names(model, layers)
         stacks: dict[str, Stack] = {}
         for experts, module in model.named_modules():
@@ -146,7 +163,7 @@ class SeedLMQuantizer(HfQuantizer):
             if stack is not None:  # under the name that it has in this file, which may have the base model's prefix or not
                 suffix = ".weight" if stack.tensor.endswith(".weight") else ""
                 stack = dataclasses.replace(stack, tensor=names[name].rpartition(".")[0] + suffix)
-            packed[names[name]] = PackedInfo(layer.format, (layer.out_features, layer.in_features), stack)
+            packed[names[name]] = PackedInfo(layer.format, layer.shape, stack, isinstance(layer, SeedEmbedding))
         return None, metadata(packed, _digests(names, layers, packed))
 
     def is_serializable(self) -> bool:
@@ -189,14 +206,19 @@ def _expert_names(model: nn.Module) -> list[ExpertNames]:
 def _compress_loaded(model: nn.Module, config: SeedLMConfig) -> None:
     """Compress a dense model that has just been loaded, and write down what was left as it is."""
     exclude, format = config.modules_to_not_convert, format_from_dict(config.format)
-    names = choose_modules(model, format, exclude=exclude)
+    tables = config.embeddings, config.head
+    formats = choose_tables(model, *tables)
+    names = {*choose_modules(model, format, exclude=exclude), *formats}
     total = sum(weights_of(model, name) for name in names)
     with logging.tqdm(total=total, desc="Compressing", unit=" weights", unit_scale=True) as bar:
-        compress_model(model, format, exclude=exclude, on_progress=bar.update, **config.settings)
+        options = {"embeddings": tables[0], "head": tables[1], **config.settings}
+        compress_model(model, format, exclude=exclude, on_progress=bar.update, **options)
+    saved = saved_names(model, formats)
+    config.overrides = {saved[name]: other.to_dict() for name, other in formats.items() if other != format}
     config.modules_to_not_convert = dense_names(model)
 
 
-def _digests(names: Mapping[str, str], layers: Mapping[str, SeedLinear], packed: Mapping[str, PackedInfo]) -> dict[str, str]:
+def _digests(names: Mapping[str, str], layers: Mapping[str, PackedModule], packed: Mapping[str, PackedInfo]) -> dict[str, str]:
     """The digests of all codes in memory, by stored name. Dense tensors, which transformers may yet convert, have none.
 
     names    layer of the model -> module of the file
