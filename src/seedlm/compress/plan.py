@@ -16,7 +16,7 @@ from seedlm.errors import OutputError, SourceError
 from seedlm.modeling.blueprint import survey
 from seedlm.storage import checkpoint
 from seedlm.storage.checkpoint import PackedInfo, stored_name
-from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part
+from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part, side_endings
 from seedlm.storage.safetensors import SINGLE_NAME, Layout, TensorInfo, layout
 from seedlm.storage.selection import Survey, dense_linears, groups_of, largest_left, matrices_of, select, stack_of
 from seedlm.storage.source import Source
@@ -133,7 +133,7 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sur
     """
     items: list[Item] = []
     taken: dict[str, str] = {}
-    kinds = set(formats.values())
+    endings = side_endings(set(formats.values()))
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config, survey)
@@ -144,7 +144,7 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sur
         else:
             convert = dtype is not None and info.dtype in DTYPES.values()
             stored = TensorInfo(dtype, info.shape) if dtype and convert else info
-            if reason := reason_like_part(name, stored, kinds):
+            if reason := reason_like_part(name, stored, endings):
                 raise SourceError(f"{name}: would be taken for a part of a compressed weight: {reason}")
             found = [Item(name, {name: stored})]
         for key in (key for item in found for key in item.stored):

@@ -20,6 +20,7 @@ from seedlm.compress.workfolder import WorkFolder
 from seedlm.errors import FormatError, SeedLMError, SourceError
 from seedlm.progress import Progress
 from seedlm.storage.source import Source
+from seedlm.storage.untrusted import read_text
 
 if TYPE_CHECKING:
     from seedlm.storage.statistics import Statistics
@@ -187,10 +188,7 @@ def _observe(
         text: OwnText = OwnText(sequences=sequences, length=_LENGTH, seed=wanted.seed)
         tokens, name = write_text(model, text, on_progress=progress), OWN_TEXT
     else:
-        try:
-            content = wanted.file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as reason:
-            raise SourceError(f"{wanted.file}: is not UTF-8 text (byte {reason.start})") from None
+        content = read_text(wanted.file, SourceError)
         ids = open_tokenizer(path)(content, return_tensors="pt").input_ids[0]
         count = min(sequences, len(ids) // _LENGTH)
         if not count:

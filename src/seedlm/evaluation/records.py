@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import Any, Final
@@ -63,7 +64,7 @@ def read_records(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
 
     named = results.get("records")
     places = dict.fromkeys((path.with_name(Path(named["file"]).name), records_path(path)) if named else ())
-    found = {file: read_bytes(file, _MAX_BYTES, EvaluationError, "records") for file in places if file.is_file()}
+    found = {file: read_bytes(file, _MAX_BYTES, EvaluationError, "records") for file in places if os.path.isfile(file)}
     if not named or not found:
         return None
     file = next((file for file, data in found.items() if hashlib.sha256(data).hexdigest() == named["sha256"]), None)

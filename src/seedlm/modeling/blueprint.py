@@ -15,9 +15,11 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
+from torch.nn.modules import module as registration
 
 from seedlm.errors import SourceError
 from seedlm.modeling.experts import experts_traits
@@ -25,7 +27,8 @@ from seedlm.storage.checkpoint import Stack
 from seedlm.storage.safetensors import TensorInfo
 from seedlm.storage.selection import Survey
 
-_MOST_LAYERS: Final = 10_000
+_FOR_EACH_TENSOR, _FREE = 5, 5_000
+"""Modules and parameters that a model may be built of, for each tensor of its source and besides."""
 _SHOWN: Final = 3
 _OPTIONAL: Final = re.compile(r".*(pooler|head|classifier|score|qa_outputs).*|.*bias")
 """Parameters that a source may lack: transformers starts them anew, and a model is whole without them."""
@@ -38,7 +41,8 @@ def survey(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Surv
     Raises SourceError if the source lacks weights of its model, or has some in another shape.
     """
     try:
-        model = _build(config)
+        with bounded(len(tensors)):
+            model = _build(config)
     except _NotBuiltError as reason:
         return Survey(notes=(f"{reason}: what is compressed is decided by names alone",))
     return _Surveyor(model).survey(tensors)
@@ -48,14 +52,38 @@ class _NotBuiltError(Exception):
     pass
 
 
+@contextmanager
+def bounded(tensors: int) -> Iterator[None]:
+    """Ends the building of a model that is far larger than its source: SourceError, from within the model's constructor.
+
+    tensors   of the source, whose config.json may say anything
+    """
+    limit, count = _FOR_EACH_TENSOR * tensors + _FREE, 0
+
+    def add(module: object, name: str, what: object) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise SourceError(
+                f"config.json describes a model of more than {limit:,} modules and weights; the source has {tensors:,} tensors"
+            )
+
+    hooks = [
+        registration.register_module_module_registration_hook(add),
+        registration.register_module_parameter_registration_hook(add),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _build(config: Mapping[str, Any]) -> Any:
     """The model of a config.json, on the meta device. Raises _NotBuiltError, with the reason."""
     kind, names = config.get("model_type"), config.get("architectures")
     if not isinstance(kind, str) or not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise _NotBuiltError("config.json names no model_type and no architectures")
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise SourceError(f"config.json declares {layers:,} layers; at most {_MOST_LAYERS:,} are read")
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.utils import logging
@@ -75,7 +103,7 @@ def _build(config: Mapping[str, Any]) -> Any:
             warnings.simplefilter("ignore")
             build: Any = chosen
             return build(parsed)
-    except _NotBuiltError:
+    except (_NotBuiltError, SourceError):
         raise
     except Exception as reason:  # whatever a wrong config, a missing library or a class's own arithmetic led to
         text = " ".join(str(reason).split())[:160]

@@ -27,20 +27,23 @@ _SHARD: Final = re.compile(r"model-\d+-of-\d+\.safetensors", re.ASCII)
 VERIFY_VARIABLE: Final = "SEEDLM_VERIFY"
 
 
-def check_model(path: Path) -> None:
-    """Read the headers of a local folder or GGUF file, whatever it holds. Raises SourceError or CheckpointError."""
-    if path.is_file():
+def check_model(path: Path) -> int | None:
+    """Read the headers of a local folder or GGUF file, whatever it holds. Raises SourceError or CheckpointError.
+
+    returns   how many tensors it has; None for what is no local path, and for weights in files that are not read here
+    """
+    if os.path.isfile(path):
         import gguf
 
-        read_gguf_header(path, gguf.GGML_QUANT_SIZES)
-        return
-    if not path.is_dir():
-        return
+        return len(read_gguf_header(path, gguf.GGML_QUANT_SIZES).tensors)
+    if not os.path.isdir(path):
+        return None
     section = read_config(path, SourceError).get("quantization_config")
     if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD:
-        Checkpoint.open(path)
-    elif any(os.path.lexists(path / file) for file in (SINGLE_NAME, INDEX_NAME)):
-        TensorFiles.open(path, SourceError)
+        return len(Checkpoint.open(path).files.entries)
+    if any(os.path.lexists(path / file) for file in (SINGLE_NAME, INDEX_NAME)):
+        return len(TensorFiles.open(path, SourceError).entries)
+    return None
 
 
 def check_folder(name: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 
 from seedlm.errors import SourceError
+from seedlm.modeling.blueprint import bounded
 from seedlm.modeling.quantize import dequantize_model, seed_linears
 from seedlm.storage.checkpoint import QUANT_METHOD
 from seedlm.storage.gguf_check import read_gguf_header
@@ -121,7 +122,7 @@ def _foreign_size(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), bounded(len(tensors)):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # without the word, it asks on stdin
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception:  # code of its own, a class that is not known: transformers raises whatever it led to
