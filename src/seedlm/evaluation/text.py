@@ -35,4 +35,3 @@ class Text:
         lines = read_text(path, EvaluationError).replace("\r\n", "\n").split("\n")
         rows = [f"{line}\n" if line.strip() else "" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
         return cls("\n\n".join(rows), str(path), _ROWS)
-

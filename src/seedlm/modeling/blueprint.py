@@ -11,6 +11,7 @@ in it by the renamings and joinings that transformers makes on loading (`places`
 Importing transformers and building a model takes 2 to 5 seconds on two cores, whatever the model's size.
 """
 
+import math
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -29,6 +30,8 @@ from seedlm.storage.selection import Survey
 
 _FOR_EACH_TENSOR, _FREE = 5, 5_000
 """Modules and parameters that a model may be built of, for each tensor of its source and besides."""
+_FOR_EACH_WEIGHT, _FREE_WEIGHTS = 3, 1 << 24
+"""And numbers in them: what a source lacks would be made before it is missed."""
 _SHOWN: Final = 3
 _OPTIONAL: Final = re.compile(r".*(pooler|head|classifier|score|qa_outputs).*|.*bias")
 """Parameters that a source may lack: transformers starts them anew, and a model is whole without them."""
@@ -41,7 +44,7 @@ def survey(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Surv
     Raises SourceError if the source lacks weights of its model, or has some in another shape.
     """
     try:
-        with bounded(len(tensors)):
+        with bounded(math.prod(info.shape) for info in tensors.values()):
             model = _build(config)
     except _NotBuiltError as reason:
         return Survey(notes=(f"{reason}: what is compressed is decided by names alone",))
@@ -53,19 +56,24 @@ class _NotBuiltError(Exception):
 
 
 @contextmanager
-def bounded(tensors: int) -> Iterator[None]:
+def bounded(sizes: Iterable[int]) -> Iterator[None]:
     """Ends the building of a model that is far larger than its source: SourceError, from within the model's constructor.
 
-    tensors   of the source, whose config.json may say anything
+    sizes   numbers in each tensor of the source, whose config.json may say anything
     """
-    limit, count = _FOR_EACH_TENSOR * tensors + _FREE, 0
+    sizes = list(sizes)
+    most, largest = _FOR_EACH_TENSOR * len(sizes) + _FREE, _FOR_EACH_WEIGHT * sum(sizes) + _FREE_WEIGHTS
+    count = weights = 0
 
     def add(module: object, name: str, what: object) -> None:
-        nonlocal count
+        nonlocal count, weights
         count += 1
-        if count > limit:
+        weights += what.numel() if isinstance(what, torch.nn.Parameter) else 0
+        if count > most or weights > largest:
+            far = f"{most:,} modules and tensors" if count > most else f"{largest:,} weights"
             raise SourceError(
-                f"config.json describes a model of more than {limit:,} modules and weights; the source has {tensors:,} tensors"
+                f"config.json describes a model of more than {far}; the source has {len(sizes):,} tensors, "
+                f"{sum(sizes):,} weights"
             )
 
     hooks = [

@@ -302,7 +302,8 @@ def check_stacks(packed: Mapping[str, PackedInfo], dense: Iterable[str], where: 
 
 def side_endings(formats: Iterable[Format]) -> tuple[str, ...]:
     """What the names of these formats' parts end in, but for codes, which have the weight's name."""
-    return tuple(sorted({stored_name("", part) for format in formats for part in format.parts(1, 1)} - {stored_name("", CODES)}))
+    endings = {stored_name("", part) for format in formats for part in format.parts(1, 1)}
+    return tuple(sorted(endings - {stored_name("", CODES)}))
 
 
 def reason_like_part(name: str, info: TensorInfo, endings: tuple[str, ...]) -> str | None:

@@ -46,7 +46,7 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tensors = check_model(Path(model))
+    sizes = check_model(Path(model))
     where, options = _arguments(model)
     if options:
         dtype = "float32" if dtype == "auto" else dtype
@@ -57,13 +57,13 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
             _check_kind(model, config)
         # Dequantizing a GGUF file shows a bar that has no switch.
         quiet = redirect_stderr(StringIO()) if options else nullcontext()
-        with quiet, nullcontext() if tensors is None else bounded(tensors):
+        with quiet, nullcontext() if sizes is None else bounded(sizes):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )
     except SeedLMError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as reason:
+    except Exception as reason:  # transformers raises whatever the config or a file led to
         raise SourceError(_ask_for_trust(model, reason) or f"{model}: cannot be loaded ({_one_line(reason)})") from reason
     network, info = loaded
     _check_whole(model, network, info)
