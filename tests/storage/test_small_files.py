@@ -33,9 +33,7 @@ def measured(tmp_path_factory):
     for path in [*folder.glob("*-*"), *folder.glob("*-*/*")]:
         assert not path.is_file() or path.stat().st_size < 1_000_000, path
     command = [sys.executable, small_files.__file__, str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=True, cwd=Path(small_files.__file__).parent
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return {name: found for name, *found in map(json.loads, done.stdout.splitlines())}
 
 

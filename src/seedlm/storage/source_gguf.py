@@ -123,7 +123,8 @@ class GGUFSource:
         paths = gguf_parts(path, header.size("split.count") if header.fields.get("split.count") else 1)
         headers = [header if part == path else read_gguf_header(part, gguf.GGML_QUANT_SIZES) for part in paths]
         check_decoder(headers)
-        self.path, self.notes = paths[0], []
+        self.path = paths[0]
+        self.notes: list[str] = []
         self.nbytes = sum(part.stat().st_size for part in paths)
         self._architecture, self._heads = architecture, {}
         if architecture == "llama":
@@ -151,7 +152,8 @@ class GGUFSource:
     def _check_kinds(self, header: GGUFHeader) -> None:
         """Raise SourceError for a tensor of a type that gguf-py makes no numbers of, such as integers."""
         for number, name in {tensor.kind: name for name, tensor in header.tensors.items()}.items():
-            kind, size = self._gguf.GGMLQuantizationType(number), self._gguf.GGML_QUANT_SIZES[number][1]
+            kind = self._gguf.GGMLQuantizationType(number)
+            size = self._gguf.GGML_QUANT_SIZES[kind][1]
             try:
                 if kind.name not in _PLAIN:
                     self._gguf.dequantize(np.zeros((1, size), np.uint8), kind)
