@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Final
 
 from seedlm.codes.base import Format
@@ -85,10 +86,19 @@ class Plan:
         return {name: line for item in self.items for name, line in item.headings.items()}
 
 
-def choose(source: Source, candidates: Iterable[Format], include: tuple[str, ...], exclude: tuple[str, ...]) -> Selected:
-    """What `selection` and the model's own class say of a source. Raises SourceError as they do."""
+def choose(
+    source: Source,
+    candidates: Iterable[Format],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    code: Path | None = None,
+) -> Selected:
+    """What `selection` and the model's own class say of a source, whose folder `code` is, if code in it is to be run.
+
+    Raises SourceError as they do.
+    """
     widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
-    found = survey(source.config, source.tensors)
+    found = survey(source.config, source.tensors, code)
     modules, left = select(source.tensors, source.config, widest, include, exclude, found)
     matrices = matrices_of(modules, source.tensors, source.config, found)
     return Selected(

@@ -103,6 +103,7 @@ def gather(
     devices: Sequence[torch.device],
     progress: Progress,
     tell: Callable[[str], None],
+    trust_remote_code: bool = False,
 ) -> Observed:
     """The statistics of this run, made if they are not there yet.
 
@@ -135,7 +136,7 @@ def gather(
             return Observed.of(Statistics.load(file), file)
         work.hold_against(before, known, "statistics")
     try:
-        _observe(path, file, wanted, sequences, device, progress)
+        _observe(path, file, wanted, sequences, device, progress, trust_remote_code)
     except (SeedLMError, torch.OutOfMemoryError, NotImplementedError) as reason:
         cause = " ".join(str(reason).split()).split(". ")[0]
         if wanted.kind != "auto":
@@ -176,6 +177,7 @@ def _observe(
     sequences: int,
     device: torch.device,
     progress: Progress,
+    trust: bool,
 ) -> None:
     from seedlm.calibration.own_text import OwnText, write_text
     from seedlm.calibration.statistics import OWN_TEXT, measure_statistics
@@ -183,13 +185,13 @@ def _observe(
 
     progress("text", 0, sequences * _LENGTH)
     dtype = "bfloat16" if device.type == "cuda" and not path.is_file() else "auto"
-    model: Any = open_language_model(path, dtype=dtype).to(device)
+    model: Any = open_language_model(path, dtype=dtype, trust_remote_code=trust).to(device)
     if wanted.file is None:
         text: OwnText = OwnText(sequences=sequences, length=_LENGTH, seed=wanted.seed)
         tokens, name = write_text(model, text, on_progress=progress), OWN_TEXT
     else:
         content = read_text(wanted.file, SourceError)
-        ids = open_tokenizer(path)(content, return_tensors="pt").input_ids[0]
+        ids = open_tokenizer(path, trust_remote_code=trust)(content, return_tensors="pt").input_ids[0]
         count = min(sequences, len(ids) // _LENGTH)
         if not count:
             raise SourceError(f"{wanted.file}: has {len(ids)} tokens, at least {_LENGTH} are needed")

@@ -17,6 +17,8 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -37,15 +39,16 @@ _OPTIONAL: Final = re.compile(r".*(pooler|head|classifier|score|qa_outputs).*|.*
 """Parameters that a source may lack: transformers starts them anew, and a model is whole without them."""
 
 
-def survey(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Survey:
+def survey(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], code: Path | None = None) -> Survey:
     """What the model of a config.json tells about a source's tensors.
 
+    code      the source's folder, if code that came with it (``auto_map``) is to be run
     returns   one without a name, and with the reason as its note, if the model cannot be built here
     Raises SourceError if the source lacks weights of its model, or has some in another shape.
     """
     try:
         with bounded(math.prod(info.shape) for info in tensors.values()):
-            model = _build(config)
+            model = _build(config, code)
     except _NotBuiltError as reason:
         return Survey(notes=(f"{reason}: what is compressed is decided by names alone",))
     return _Surveyor(model).survey(tensors)
@@ -87,7 +90,7 @@ def bounded(sizes: Iterable[int]) -> Iterator[None]:
             hook.remove()
 
 
-def _build(config: Mapping[str, Any]) -> Any:
+def _build(config: Mapping[str, Any], code: Path | None = None) -> Any:
     """The model of a config.json, on the meta device. Raises _NotBuiltError, with the reason."""
     kind, names = config.get("model_type"), config.get("architectures")
     if not isinstance(kind, str) or not isinstance(names, list) or not names or not isinstance(names[0], str):
@@ -96,20 +99,25 @@ def _build(config: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.utils import logging
 
-    if kind not in CONFIG_MAPPING:
-        raise _NotBuiltError(f"transformers {transformers.__version__} has no model_type {kind!r}")
+    own = config.get("auto_map")
+    trusted = code if isinstance(own, Mapping) else None
+    if kind not in CONFIG_MAPPING and trusted is None:
+        hint = ", and its own code is not run without --trust-remote-code" if own else ""
+        raise _NotBuiltError(f"transformers {transformers.__version__} has no model_type {kind!r:.80}{hint}")
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        parsed = CONFIG_MAPPING[kind].from_dict(dict(config))
-        chosen: Any = getattr(transformers, names[0], None)
-        if not isinstance(chosen, type) or not issubclass(chosen, transformers.PreTrainedModel):
-            chosen = transformers.AutoModelForCausalLM._model_mapping.get(type(parsed), None)
-        if chosen is None or not isinstance(parsed, getattr(chosen, "config_class", None) or type(parsed)):
-            raise _NotBuiltError(f"transformers {transformers.__version__} has no class {names[0]!r:.80} for {kind}")
+        if trusted is not None:
+            parsed, build = _own_class(own, trusted)
+        else:
+            parsed = CONFIG_MAPPING[kind].from_dict(dict(config))
+            build = getattr(transformers, names[0], None)
+            if not isinstance(build, type) or not issubclass(build, transformers.PreTrainedModel):
+                build = transformers.AutoModelForCausalLM._model_mapping.get(type(parsed), None)
+            if build is None or not isinstance(parsed, getattr(build, "config_class", None) or type(parsed)):
+                raise _NotBuiltError(f"transformers {transformers.__version__} has no class {names[0]!r:.80} for {kind}")
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            build: Any = chosen
             return build(parsed)
     except (_NotBuiltError, SourceError):
         raise
@@ -118,6 +126,18 @@ def _build(config: Mapping[str, Any]) -> Any:
         raise _NotBuiltError(f"{names[0]} cannot be built ({type(reason).__name__}: {text})") from reason
     finally:
         logging.set_verbosity(level)
+
+
+def _own_class(names: Any, folder: Path) -> tuple[Any, Any]:
+    """The configuration of a model whose code came with it, and what makes the model of it. This runs that code."""
+    import transformers
+
+    autos = [name for name in names if name.startswith("AutoModel")]
+    if not autos:
+        raise _NotBuiltError("auto_map names no model")
+    auto = getattr(transformers, "AutoModelForCausalLM" if "AutoModelForCausalLM" in autos else autos[0])
+    parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    return parsed, partial(auto.from_config, trust_remote_code=True)
 
 
 class _Surveyor:
