@@ -194,9 +194,9 @@ def file_layout(items: list[Item], digests: Mapping[str, str] | None = None) -> 
 def parse_size(size: int | str) -> int:
     """Bytes from a number or a text: ``"5GB"`` is 5 * 10^9, ``"5GiB"`` is 5 * 2^30. Raises OutputError."""
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    if match:
+    if match and len(match[1]) < 20:
         step = 1024 if match[3] else 1000
-        size = int(Decimal(match[1]) * step ** " KMGT".index(match[2].upper() or " ")) if len(match[1]) < 20 else 0
+        size = int(Decimal(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise OutputError(f"a shard size must be a positive number of bytes or a text such as '5GB', got {size!r:.40}")
     return size
