@@ -1,8 +1,23 @@
 """Every error this package raises on purpose. Each message says what was wrong, what was found, what is allowed, and where."""
 
+from typing import Final
+
+_MOST_CHARACTERS: Final = 2000
+_MOST_OF_A_WORD: Final = 240
+
 
 class SeedLMError(Exception):
-    """Base class. The command line prints its message on one line and exits with code 2."""
+    """Base class. The command line prints its message on one line and exits with code 2.
+
+    Messages quote names from files, which may be a megabyte long: one of over 2,000 characters is shown without their middle.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _MOST_CHARACTERS:
+            words = text.split(" ")
+            text = " ".join(word if len(word) <= _MOST_OF_A_WORD else f"{word[:160]}...{word[-60:]}" for word in words)
+        return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 500]} ... {text[-400:]}"
 
 
 class FormatError(SeedLMError, ValueError):

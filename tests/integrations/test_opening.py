@@ -15,6 +15,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from seedlm.compress.statistics import Feedback
 from seedlm.errors import CheckpointError, SourceError
 from seedlm.integrations.transformers.generate import generate
 from seedlm.integrations.transformers.models import load_model, longest_text
@@ -117,19 +118,40 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_code_of_its_own_runs_only_when_trusted_and_nothing_is_asked(tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    tiny_llama(folder)
+def own_model(folder, cache, monkeypatch):
+    """A model whose class is in a file beside it; nothing may be asked on stdin."""
+    tiny_llama(folder, layers=1)
     (folder / "own.py").write_text(OWN_CODE)
     config = json.loads((folder / "config.json").read_text())
     auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": auto}
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked on stdin"))
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(cache))
+    return folder
+
+
+def test_code_of_its_own_runs_only_when_trusted_and_nothing_is_asked(tmp_path, monkeypatch):
+    folder = own_model(tmp_path / "model", tmp_path / "cache", monkeypatch)
     with pytest.raises(SourceError, match=r"comes with code of its own .* --trust-remote-code"):
         open_language_model(folder)
     assert type(open_language_model(folder, trust_remote_code=True)).__name__ == "OwnForCausalLM"
+
+
+def test_a_model_with_code_of_its_own_is_compressed_by_its_class_if_that_is_trusted(tmp_path, monkeypatch):
+    folder = own_model(tmp_path / "model", tmp_path / "cache", monkeypatch)
+    notes = []
+    run(folder, tmp_path / "by-names", on_note=notes.append)
+    assert "its own code is not run without --trust-remote-code" in notes[0]
+    options = {"format": "3-fast", "backend": "auto", "feedback": Feedback("own", sequences=1), "on_note": notes.append}
+    notes.clear()
+    run(folder, tmp_path / "out", trust_remote_code=True, **options)
+    assert notes == []
+    assert (tmp_path / "out" / "own.py").exists()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["feedback"] == "own text"
+    model = open_language_model(tmp_path / "out", trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM"
+    assert len(list(seed_linears(model))) == 7
 
 
 def test_the_context_limit_of_a_model_of_several_parts_is_its_text_parts(tmp_path):

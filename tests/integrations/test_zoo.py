@@ -5,14 +5,19 @@ be is surveyed: every tensor must have a place, none may be missing, and codes m
 Nothing is computed, so all of them take half a minute; `test_architectures.py` runs the ones that people use.
 """
 
+import math
+from contextlib import contextmanager
+
 import pytest
 import torch
 import transformers
+from torch.nn.modules import module as modules
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from seedlm.codes.registry import parse_format
+from seedlm.modeling import blueprint
 from seedlm.modeling.blueprint import _Surveyor
 from seedlm.modeling.places import Names
 from seedlm.storage.refusals import TRANSPOSED_MODELS
@@ -68,6 +73,26 @@ def build(name):
         pytest.skip(f"its default configuration makes no model of two layers here ({type(reason).__name__})")
 
 
+@contextmanager
+def counted():
+    """What is put together meanwhile: [modules and parameters, numbers in them]."""
+    count = [0, 0]
+
+    def add(module, name, what):
+        count[0] += 1
+        count[1] += what.numel() if isinstance(what, torch.nn.Parameter) else 0
+
+    hooks = [
+        modules.register_module_module_registration_hook(add),
+        modules.register_module_parameter_registration_hook(add),
+    ]
+    try:
+        yield count
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def saved(model):
     """The tensors that it would be saved as."""
     state, seen = {}, set()
@@ -86,8 +111,11 @@ def saved(model):
 def test_every_tensor_has_its_place_and_codes_find_theirs(name):
     if ALL[name] in TRANSPOSED_MODELS or name == "GPT2LMHeadModel":
         pytest.skip("its layers are Conv1D, which is refused")
-    model = build(name)
+    with counted() as count:
+        model = build(name)
     tensors = saved(model)
+    assert count[0] <= blueprint.FOR_EACH_TENSOR * len(tensors)
+    assert count[1] <= blueprint.FOR_EACH_WEIGHT * sum(math.prod(info.shape) for info in tensors.values())
     if name == LOSES_ITS_NORM:
         tensors["norm.weight"] = tensors.pop("model.norm.weight")
     survey = _Surveyor(model).survey(tensors)

@@ -2,6 +2,7 @@
 
 import struct
 
+import numpy as np
 import pytest
 
 from seedlm.errors import SourceError
@@ -45,6 +46,14 @@ def text(value):
 def after(data, key):
     """Where the value of a key begins, after its type."""
     return data.index(text(key)) + len(text(key)) + 4
+
+
+def with_keys(data, *keys):
+    """More entries in front of the first, and one that fills them up to a multiple of 32 bytes: tensors stay aligned."""
+    filler = text(b"filler") + struct.pack("<I", 8)
+    size = sum(map(len, keys)) + len(filler) + 8
+    count = struct.unpack_from("<Q", data, 16)[0] + len(keys) + 1
+    return data[:16] + struct.pack("<Q", count) + b"".join(keys) + filler + text(b"x" * (-size % 32)) + data[24:]
 
 
 def with_number(data, key, value):
@@ -100,13 +109,48 @@ def test_tensors_lie_apart_and_inside(sound, refused, name, field, value, messag
 
 def test_counts_are_held_against_the_bytes_that_are_left(sound, refused):
     place = after(sound, b"tokenizer.ggml.tokens")
-    assert "texts in" in refused(sound[: place + 4] + struct.pack("<Q", 0xFFFFFFFF) + sound[place + 12 :])
-    scores = text(b"tokenizer.ggml.scores") + struct.pack("<IIQ", 9, 6, 0xFFFFFFFF)
-    keys = struct.unpack_from("<Q", sound, 16)[0]
-    more = sound[:16] + struct.pack("<Q", keys + 1) + scores + sound[24:]
-    assert "with 4294967295 entries takes 17179869180 bytes" in refused(more)
+    assert "texts in" in refused(sound[: place + 4] + struct.pack("<Q", 0x1FFFFF) + sound[place + 12 :])
+    assert "at most 2097152 are read" in refused(sound[: place + 4] + struct.pack("<Q", 0xFFFFFFFF) + sound[place + 12 :])
+    scores = struct.pack("<IIQ", 9, 6, 0x1FFFFF)
+    assert "with 2097151 entries takes 8388604 bytes" in refused(with_keys(sound, text(b"tokenizer.ggml.scores") + scores))
     refused(sound[:16] + struct.pack("<Q", 1 << 60) + sound[24:])  # keys, tensors: whatever comes next does not fit
     refused(sound[:8] + struct.pack("<Q", 1 << 60) + sound[16:])
+
+
+NUMBER = struct.pack("<IB", 0, 7)
+LISTS = [
+    ("numbers", [text(b"x.y") + struct.pack("<IIQ", 9, 0, 900_000) + bytes(900_000)], "x.y has 900000 entries, at most 4096"),
+    ("texts", [text(b"x.y") + struct.pack("<IIQ", 9, 8, 100_000) + bytes(800_000)], "x.y has 100000 entries, at most 4096"),
+    (
+        "tokenizer",
+        [text(b"tokenizer.x") + struct.pack("<IIQ", 9, 0, 900_000) + bytes(900_000)],
+        "tokenizer.x has 900000 entries, for 32 tokens",
+    ),
+    ("keys", [text(b"%x" % n) + NUMBER for n in range(50_000)], "keys, at most 1024 are read"),
+    (
+        "frequencies",
+        [text(b"llama.rope.dimension_count") + struct.pack("<II", 4, 8)],
+        "rope_freqs.weight must be [4] by its metadata, got [8]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), [case[1:] for case in LISTS], ids=[case[0] for case in LISTS])
+def test_what_takes_long_to_parse_is_refused_before(refused, tmp_path, keys, message):
+    tiny_gguf(tmp_path / "f.gguf", **{"rope_freqs.weight": ((8,), gguf.GGMLQuantizationType.F32)})
+    assert message in refused(with_keys((tmp_path / "f.gguf").read_bytes(), *keys))
+
+
+def test_frequencies_are_positive(sound, tmp_path):
+    tiny_gguf(tmp_path / "f.gguf", **{"rope_freqs.weight": np.zeros(8, np.float32)})
+    with pytest.raises(SourceError, match=r"rope_freqs.weight must be positive numbers, got 0.0 to 0.0"):
+        open_source(tmp_path / "f.gguf")
+
+
+def test_integers_are_no_weights(tmp_path):
+    tiny_gguf(tmp_path / "f.gguf", **{"blk.0.attn_q.weight": np.zeros((64, 64), np.int32)})
+    with pytest.raises(SourceError, match=r"blk.0.attn_q.weight is of type I32, which is not dequantized here"):
+        open_source(tmp_path / "f.gguf")
 
 
 def test_what_stands_twice_is_refused(sound, refused):

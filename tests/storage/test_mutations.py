@@ -2,10 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
@@ -182,58 +179,6 @@ def test_a_snapshot_in_the_cache_of_the_hub_links_to_its_blobs(folders, sound, t
         (snapshot / path.name).symlink_to(f"../../blobs/blob-{path.name}")
     for way, call in WAYS.items():
         assert outcome(call, snapshot, sound["packed", way]) == ("same", "")
-
-
-HOSTILE = {
-    "stacks": lambda folder: stacks(folder),
-    "repeated-key": lambda folder: (folder / "config.json").write_text("{" + '"a":1,' * 140_000 + '"b":1}'),
-    "many-keys": lambda folder: (folder / "config.json").write_text("{" + ",".join(f'"{n}":1' for n in range(90_000)) + "}"),
-    "empty-lists": lambda folder: (folder / INDEX).write_text('{"weight_map":[' + "[]," * 300_000 + "[]]}"),
-    "fifo-config": lambda folder: ((folder / "config.json").unlink(), os.mkfifo(folder / "config.json")),
-    "zero-index": lambda folder: ((folder / INDEX).unlink(), (folder / INDEX).symlink_to("/dev/zero")),
-    "long-number": lambda folder: (folder / "config.json").write_text('{"a":' + "9" * 900_000 + "}"),
-    "deep": lambda folder: (folder / "config.json").write_text("[" * 900_000),
-}
-
-
-def stacks(folder):
-    """Two hundred stacks that claim 65,536 matrices each, in some kilobytes."""
-    path = TensorFiles.open(folder, SourceError).entries[WORDS].path
-    header, data = split(path)
-    table = json.loads(header["__metadata__"]["seedlm"])
-    module = next(iter(table["tensors"].values()))
-    table["stacks"] = {f"s{n}": {"shape": [65536, *module["shape"]], "transposed": False} for n in range(200)}
-    table["tensors"] |= {f"s{n}.0": module for n in range(200)}
-    header["__metadata__"]["seedlm"] = json.dumps(table)
-    path.write_bytes(join(header, data))
-
-
-CHILD = """
-import resource, sys, time
-from seedlm.errors import CheckpointError
-from seedlm.storage.checkpoint import Checkpoint
-import seedlm.codes.block.family
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-try:
-    Checkpoint.open(sys.argv[1])
-    print("opened")
-except CheckpointError:
-    print("refused")
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.skipif(not hasattr(resource, "RUSAGE_SELF") or sys.platform != "linux", reason="memory is read as Linux tells it")
-@pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_small_file_makes_little_work(folders, tmp_path, damage):
-    """Bounds, not speeds: what they forbid took 103 s and 1.6 GB."""
-    spoiled = attempt([], folders["packed"], tmp_path / "copy")
-    damage(spoiled)
-    done = subprocess.run([sys.executable, "-c", CHILD, str(spoiled)], capture_output=True, text=True, timeout=60, check=True)
-    verdict, (seconds, kibibytes) = done.stdout.split("\n")[0], map(float, done.stdout.split("\n")[1].split())
-    assert verdict == "refused"
-    assert seconds < 10
-    assert kibibytes < 200_000
 
 
 def test_an_index_of_nothing_is_refused(folders, tmp_path):

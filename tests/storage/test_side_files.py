@@ -37,10 +37,12 @@ def test_all_that_a_sentence_transformers_model_is_made_of_comes_along(model, tm
     ("path", "file", "message"),
     [
         ("1_Pooling", None, "names the folder '1_Pooling', which is not there"),
-        ("../elsewhere", "../elsewhere/config.json", r"names the folder '\.\./elsewhere', which is not there"),
+        ("../elsewhere", "../elsewhere/config.json", r"names the folder '\.\./elsewhere'; its own and others are not copied"),
+        (".", None, r"names the folder '\.'; its own and others are not copied"),
+        ("1_Pooling/..", "1_Pooling/config.json", r"names the folder '1_Pooling/\.\.'; its own and others are not copied"),
         ("2_Dense", "2_Dense/pytorch_model.bin", "is a pickle, .* is not copied; let sentence-transformers write"),
     ],
-    ids=["missing", "outside", "pickle"],
+    ids=["missing", "outside", "own", "own-by-a-detour", "pickle"],
 )
 def test_a_sentence_transformers_model_that_cannot_be_copied_whole_is_refused(model, path, file, message):
     (model / "modules.json").write_text(json.dumps([{"path": path}]))

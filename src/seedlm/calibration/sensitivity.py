@@ -18,6 +18,7 @@ weights alone, norms and gains included, nearly.
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -193,6 +194,6 @@ def read_sensitivity(path: Path) -> tuple[str, dict[str, float]]:
             f"{path}: must have sensitivity_version {SENSITIVITY_VERSION}, model and sensitivity: seedlm sensitivity writes it"
         )
     for name, value in values.items():
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
+        if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
             raise EvaluationError(f"{path}: the sensitivity of {name} must be a finite number, 0 or more, got {value!r}")
     return model, values

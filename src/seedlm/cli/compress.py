@@ -80,6 +80,9 @@ def compress(
     ] = "auto",
     backend: Annotated[str, typer.Option(help="Search backend: auto, or one by name; all give the same bits.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Compress a model into a new folder.
@@ -116,6 +119,7 @@ def compress(
                 max_shard_size=max_shard_size,
                 device=device,
                 backend=backend,
+                trust_remote_code=trust_remote_code,
                 on_progress=on_progress,
                 on_note=lambda note: print(printable(f"seedlm: {note}"), file=sys.stderr),
                 **({"rounding": rounding} if rounding is not None else {}),

@@ -34,6 +34,9 @@ def observe(
         str | None, typer.Option(help="Use so much of the device, such as 40GB; default: what is free.", metavar="SIZE")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Observe a model, for `compress --feedback FILE` with any number of bits.
@@ -67,6 +70,7 @@ def observe(
                 out,
                 text=wanted,
                 device=device,
+                trust_remote_code=trust_remote_code,
                 on_progress=on_progress,
                 on_note=lambda note: print(printable(f"seedlm: {note}"), file=sys.stderr),
             )

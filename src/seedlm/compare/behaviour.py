@@ -49,14 +49,16 @@ def compare_tokens(columns: Columns) -> list[dict[str, Any]]:
     items = []
     for place in chosen.tolist():
         window, column = divmod(place, ids.shape[1] - 1)
-        text = [pieces[str(token)] for token in ids[window].tolist()]
+        begin = max(0, column + 1 - _BEFORE)
+        text = [pieces[str(token)] for token in ids[window, begin : column + 2 + _AFTER].tolist()]
+        here = column + 1 - begin
         items.append(
             {
                 "window": window,
                 "place": column + 1,
-                "before": "".join(text[max(0, column + 1 - _BEFORE) : column + 1]),
-                "token": text[column + 1],
-                "after": "".join(text[column + 2 : column + 2 + _AFTER]),
+                "before": "".join(text[:here]),
+                "token": text[here],
+                "after": "".join(text[here + 1 :]),
                 "original": {
                     "top": pieces[str(first["reference_top1"][window][column])],
                     "probability": _probability(first["reference_nll"][window][column]),

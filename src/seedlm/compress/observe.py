@@ -25,6 +25,7 @@ def observe_checkpoint(
     text: Feedback | None = None,
     device: str = "auto",
     revision: str | None = None,
+    trust_remote_code: bool = False,
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> "Statistics":
@@ -34,6 +35,7 @@ def observe_checkpoint(
     out       file to be created, ``.safetensors``; ``OUT.partial`` beside it keeps the text of an unfinished run
     text      which, and how much of it; by default the model's own
     device    to run the model on; layers that do not fit come to it one at a time
+    trust_remote_code   run code that comes with the model
     on_note   told what a user should know, a line each time
     returns   what is in the file
     Raises SourceError for a model that cannot be read or run, OutputError if the output exists, FormatError, BackendError.
@@ -45,13 +47,13 @@ def observe_checkpoint(
         raise FormatError(f"a model is observed on its own text or on a file, not on {wanted.kind!r}")
     where, path = choose_device(device), locate(source, revision=revision).absolute()
     model = open_source(path)
-    selected = plans.choose(model, [parse_format("4", DEFAULT)], (), ())
+    selected = plans.choose(model, [parse_format("4", DEFAULT)], (), (), code=path if trust_remote_code else None)
     from seedlm.storage.statistics import Statistics
 
     with WorkFolder.claim(out) as work:
         progress, tell = on_progress or (lambda phase, done, total: None), on_note or (lambda note: None)
         formats = [parse_format("4", DEFAULT)]
-        observed = gather(work, wanted, formats, model, path, selected.modules, [where], progress, tell)
+        observed = gather(work, wanted, formats, model, path, selected.modules, [where], progress, tell, trust_remote_code)
         assert observed.file is not None
         with open(observed.file, "r+b") as file:
             sync(file)

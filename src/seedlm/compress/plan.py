@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Final
 
 from seedlm.codes.base import Format, stored_bits
@@ -16,7 +17,7 @@ from seedlm.errors import FormatError, OutputError, SourceError
 from seedlm.modeling.blueprint import survey
 from seedlm.storage import checkpoint
 from seedlm.storage.checkpoint import PackedInfo, stored_name
-from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part
+from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part, side_endings
 from seedlm.storage.safetensors import SINGLE_NAME, Layout, TensorInfo, layout
 from seedlm.storage.selection import Survey, dense_linears, groups_of, largest_left, matrices_of, select, stack_of, tables_of
 from seedlm.storage.source import Source
@@ -108,10 +109,14 @@ def choose(
     exclude: tuple[str, ...],
     embeddings: Format | None = None,
     head: Format | None = None,
+    code: Path | None = None,
 ) -> Selected:
-    """What `selection` and the model's own class say of a source. Raises SourceError and FormatError as they do."""
+    """What `selection` and the model's own class say of a source, whose folder `code` is, if code in it is to be run.
+
+    Raises SourceError and FormatError as they do.
+    """
     widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
-    found = survey(source.config, source.tensors)
+    found = survey(source.config, source.tensors, code)
     modules, left = select(source.tensors, source.config, widest, include, exclude, found)
     tables = tables_of(source.tensors, found, embeddings, head, exclude)
     left = {name: reason for name, reason in left.items() if name.removesuffix(".weight") not in tables}
@@ -194,7 +199,7 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sel
     """
     items: list[Item] = []
     taken: dict[str, str] = {}
-    kinds = set(formats.values())
+    endings = side_endings(set(formats.values()))
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         experts = f"{module}.0" in formats and stack_of(name, source.tensors, source.config, selected.survey)
@@ -207,7 +212,7 @@ def _items(source: Source, formats: Mapping[str, Format], dtype: str | None, sel
         else:
             convert = dtype is not None and info.dtype in DTYPES.values()
             stored = TensorInfo(dtype, info.shape) if dtype and convert else info
-            if reason := reason_like_part(name, stored, kinds):
+            if reason := reason_like_part(name, stored, endings):
                 raise SourceError(f"{name}: would be taken for a part of a compressed weight: {reason}")
             found = [Item(name, {name: stored})]
         for key in (key for item in found for key in item.stored):
@@ -248,9 +253,9 @@ def file_layout(items: list[Item], digests: Mapping[str, str] | None = None) -> 
 def parse_size(size: int | str, what: str = "a shard size") -> int:
     """Bytes from a number or a text: ``"5GB"`` is 5 * 10^9, ``"5GiB"`` is 5 * 2^30. Raises OutputError."""
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    if match:
+    if match and len(match[1]) < 20:
         step = 1024 if match[3] else 1000
-        size = int(Decimal(match[1]) * step ** " KMGT".index(match[2].upper() or " ")) if len(match[1]) < 20 else 0
+        size = int(Decimal(match[1]) * step ** " KMGT".index(match[2].upper() or " "))
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise OutputError(f"{what} must be a positive number of bytes or a text such as '5GB', got {size!r:.40}")
     return size

@@ -54,6 +54,7 @@ def compress_checkpoint(
     device: str = "auto",
     backend: str = "auto",
     revision: str | None = None,
+    trust_remote_code: bool = False,
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
     **settings: Any,
@@ -74,6 +75,7 @@ def compress_checkpoint(
     max_shard_size      bytes, or a text such as ``"5GB"``
     device              where codes are searched (`device.choose_devices`): ``"auto"`` is every GPU, or the CPU if there is
                         none; ``"cuda:0,cuda:1"`` those two; ``"ray"`` a cluster (`workers_ray`). All find the same codes
+    trust_remote_code   run code that comes with the model, to know its layers and for statistics
     on_note             told, before the search, what a user should know of the plan, a line each time
     settings            of the format's family: ``rounding="nearest"`` is the paper's for the block code
     returns             sizes, bits and errors, read back from what was written, and how the run went
@@ -99,7 +101,8 @@ def compress_checkpoint(
     tell = on_note or (lambda note: None)
     path = locate(source, revision=revision).absolute()
     model = open_source(path)
-    selected = plans.choose(model, candidates, include, exclude, **tables)
+    code = path if trust_remote_code else None
+    selected = plans.choose(model, candidates, include, exclude, **tables, code=code)
     for note in selected.notes:
         tell(note)
 
@@ -111,7 +114,7 @@ def compress_checkpoint(
     with WorkFolder.claim(out) as work:
         if wanted.kind != "none" and any(family_of(each).feedback for each in candidates):
             clock.phase("observe")
-        observed = gather(work, wanted, candidates, model, path, selected.layers, devices, progress, tell)
+        observed = gather(work, wanted, candidates, model, path, selected.layers, devices, progress, tell, trust_remote_code)
         clock.phase("prepare")
         if isinstance(format, Mixture) and not format.sensitivity:
             format = observed.mixture(format, selected.modules, model)

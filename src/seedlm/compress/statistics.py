@@ -29,7 +29,7 @@ from seedlm.device import free_host_memory, free_memory
 from seedlm.errors import FormatError, SeedLMError, SourceError
 from seedlm.progress import Progress
 from seedlm.storage.source import Source
-from seedlm.storage.untrusted import read_config
+from seedlm.storage.untrusted import read_config, read_text
 
 if TYPE_CHECKING:
     from seedlm.calibration.own_text import OwnText
@@ -124,6 +124,7 @@ def gather(
     devices: Sequence[torch.device],
     progress: Progress,
     tell: Callable[[str], None],
+    trust_remote_code: bool = False,
 ) -> Observed:
     """The statistics of this run, made if they are not there yet.
 
@@ -155,7 +156,7 @@ def gather(
             return Observed.of(Statistics.load(file), file)
         work.hold_against(before, known, "statistics")
     try:
-        _observe(work.path, path, wanted, known, device, progress, tell)
+        _observe(work.path, path, wanted, known, device, progress, tell, trust_remote_code)
     except (SeedLMError, RuntimeError) as reason:  # no memory, a kernel that a dtype lacks, a model that cannot be trained
         cause = " ".join(str(reason).split()).split(". ")[0]
         if wanted.kind != "auto":
@@ -238,6 +239,7 @@ def _observe(
     device: torch.device,
     progress: Progress,
     tell: Callable[[str], None],
+    trust: bool,
 ) -> None:
     """Leave statistics in a folder, and the text that they are of."""
     from seedlm.calibration.own_text import OwnText, check_length, write_text
@@ -251,7 +253,7 @@ def _observe(
     if wanted.file is not None:
         name = wanted.file.name
         if tokens is None:
-            tokens = _tokens_of(wanted.file, open_tokenizer(path), text)
+            tokens = _tokens_of(wanted.file, open_tokenizer(path, trust_remote_code=trust), text)
     elif wanted.writer is not None:
         name = f"{OWN_TEXT}, written by {wanted.writer.name}"
         if tokens is None:
@@ -263,7 +265,7 @@ def _observe(
     if tokens is None:
         progress("text", 0, text.tokens)
     dtype = "bfloat16" if device.type == "cuda" and not path.is_file() else "auto"
-    model: Any = open_language_model(path, dtype=dtype)
+    model: Any = open_language_model(path, dtype=dtype, trust_remote_code=trust)
     check_length(model, text.length)
     large, on_disk = _place(model, wanted, text, device, tell)
     if tokens is None:
@@ -307,11 +309,7 @@ def _place(
 
 def _tokens_of(file: Path, tokenizer: Any, text: "OwnText") -> Tensor:
     """The beginning of a text as tokens [sequences, length]. Raises SourceError for one that is shorter than a sequence."""
-    try:
-        content = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as reason:
-        raise SourceError(f"{file}: is not UTF-8 text (byte {reason.start})") from None
-    ids = tokenizer(content, return_tensors="pt").input_ids[0]
+    ids = tokenizer(read_text(file, SourceError), return_tensors="pt").input_ids[0]
     count = min(text.sequences, len(ids) // text.length)
     if not count:
         raise SourceError(f"{file}: has {len(ids)} tokens, at least {text.length} are needed")

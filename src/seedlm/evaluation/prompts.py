@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 
 from seedlm.errors import EvaluationError
+from seedlm.storage.untrusted import read_text
 
 PROMPTS: Final = (
     "Once upon a time, there was a",
@@ -21,12 +22,7 @@ PROMPTS: Final = (
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt a line; blank lines are passed over. Raises EvaluationError if there are none."""
-    try:
-        prompts = tuple(line for line in path.read_bytes().decode().splitlines() if line.strip())
-    except OSError as reason:
-        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
-    except UnicodeDecodeError as reason:
-        raise EvaluationError(f"{path}: is not UTF-8 text (byte {reason.start})") from None
+    prompts = tuple(line for line in read_text(path, EvaluationError).splitlines() if line.strip())
     if not prompts:
         raise EvaluationError(f"{path}: holds no prompts, one is expected on every line")
     return prompts

@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import Any, Final
@@ -33,9 +34,11 @@ RECORDS_VERSION: Final = 1
 """Of the records' layout."""
 
 _MAX_BYTES: Final = 1 << 28
-_MAX_RATIO, _FREE_BYTES = 16, 1 << 16
-"""Records are read up to 256 MiB, and unpacked to at most 16 times their size: those of an evaluation shrink to a quarter,
+_MAX_RATIO, _FREE_BYTES = 10, 1 << 16
+"""Records are read up to 256 MiB, and unpacked to at most 10 times their size: those of an evaluation shrink to a quarter,
 tasks with their texts to an eighth."""
+_BYTES_OF_A_LIST, _FREE_LISTS = 24, 200_000
+"""Bytes of text that there must be for each list or object in it, but for the first: an empty one takes 64 to 184 in memory."""
 
 PREDICTIONS: Final = 1 << 15
 """Predictions that are kept one by one: 16 windows of the papers' length, a third of a megabyte."""
@@ -49,8 +52,9 @@ def records_path(out: Path) -> Path:
 def pack_records(records: dict[str, Any]) -> bytes:
     """The file's bytes."""
     data = finite({"records_version": RECORDS_VERSION, **records})
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return gzip.compress(text.encode(), mtime=0)
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    packed = gzip.compress(text, mtime=0)
+    return packed if len(text) <= _most(packed) else gzip.compress(text, 0, mtime=0)
 
 
 def read_records(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
@@ -63,7 +67,7 @@ def read_records(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
 
     named = results.get("records")
     places = dict.fromkeys((path.with_name(Path(named["file"]).name), records_path(path)) if named else ())
-    found = {file: read_bytes(file, _MAX_BYTES, EvaluationError, "records") for file in places if file.is_file()}
+    found = {file: read_bytes(file, _MAX_BYTES, EvaluationError, "records") for file in places if os.path.isfile(file)}
     if not named or not found:
         return None
     file = next((file for file, data in found.items() if hashlib.sha256(data).hexdigest() == named["sha256"]), None)
@@ -71,7 +75,10 @@ def read_records(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
         raise EvaluationError(
             f"{next(iter(found))}: is not the file that {path} names (its SHA-256 differs); restore it, or delete it"
         )
-    records = parse_json(_unpack(found[file], file), str(file), EvaluationError)
+    text = _unpack(found[file], file)
+    if (lists := text.count(b"[") + text.count(b"{")) > len(text) // _BYTES_OF_A_LIST + _FREE_LISTS:
+        raise EvaluationError(f"{file}: has {lists} lists in {len(text)} bytes, which no evaluation's records have")
+    records = parse_json(text, str(file), EvaluationError)
     if not isinstance(records, dict) or records.get("records_version") != RECORDS_VERSION:
         version = records.get("records_version") if isinstance(records, dict) else None
         raise EvaluationError(f"{file}: has version {version!r:.40}, this package reads {RECORDS_VERSION}")
@@ -81,8 +88,13 @@ def read_records(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
     return records
 
 
+def _most(packed: bytes) -> int:
+    """Bytes that records may become."""
+    return _MAX_RATIO * len(packed) + _FREE_BYTES
+
+
 def _unpack(data: bytes, file: Path) -> bytes:
-    limit = _MAX_RATIO * len(data) + _FREE_BYTES
+    limit = _most(data)
     unpacking = zlib.decompressobj(wbits=31)
     try:
         text = unpacking.decompress(data, limit + 1)

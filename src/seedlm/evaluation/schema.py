@@ -8,16 +8,19 @@ pydantic is what typer and much else in the environment bring along; it is impor
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from seedlm.errors import EvaluationError
 from seedlm.storage.untrusted import printable
 
+_T = TypeVar("_T")
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Text = Annotated[str, Field(max_length=1 << 20)]
-_Rows = list[list[float | None]]
+_List = Annotated[list[_T], Field(fail_fast=True)]
+"""A list of which the first item that is wrong is told, not a million of them."""
+_Rows = _List[_List[float | None]]
 _SHOWN = 120
 
 
@@ -141,12 +144,12 @@ class _Results(_Part):
 
 
 class _Tokens(_Part):
-    token_ids: list[list[_Count]]
+    token_ids: _List[_List[_Count]]
     nll: _Rows
-    top1: list[list[_Count]]
+    top1: _List[_List[_Count]]
     kl: _Rows | None = None
     reference_nll: _Rows | None = None
-    reference_top1: list[list[_Count]] | None = None
+    reference_top1: _List[_List[_Count]] | None = None
     pieces: dict[str, _Text]
 
     @model_validator(mode="after")
@@ -168,8 +171,8 @@ class _Tokens(_Part):
 
 
 class _Histogram(_Part):
-    edges: list[float]
-    counts: list[_Count]
+    edges: _List[float]
+    counts: _List[_Count]
 
     @model_validator(mode="after")
     def _fit(self) -> "_Histogram":
@@ -185,8 +188,8 @@ class _Linear(_Part):
 
 
 class _Layers(_Part):
-    linears: list[_Linear]
-    hidden: list[float | None]
+    linears: _List[_Linear]
+    hidden: _List[float | None]
 
 
 class _Prompt(_Part):
@@ -199,9 +202,9 @@ class _Question(_Part):
     id: int
     right: _Count | None
     chosen: _Count
-    log_likelihoods: Annotated[list[float | None], Field(min_length=1, max_length=1 << 16)]
+    log_likelihoods: Annotated[_List[float | None], Field(min_length=1, max_length=1 << 16)]
     question: _Text | None = None
-    choices: list[_Text] | None = None
+    choices: _List[_Text] | None = None
 
     @model_validator(mode="after")
     def _fit(self) -> "_Question":
@@ -219,8 +222,8 @@ class _Records(_Part):
     tokens: _Tokens | None = None
     distributions: dict[str, _Histogram] | None = None
     layers: _Layers | None = None
-    prompts: list[_Prompt] | None = None
-    tasks: dict[str, list[_Question]] | None = None
+    prompts: _List[_Prompt] | None = None
+    tasks: dict[str, _List[_Question]] | None = None
 
 
 def check_results(data: Any, where: str) -> None:

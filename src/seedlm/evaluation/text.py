@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from seedlm.errors import EvaluationError
+from seedlm.storage.untrusted import read_text
 
 _ROWS: Final = "the lines as dataset rows (a blank line is an empty row), joined by a blank line: '\\n\\n'.join(rows)"
 _AS_IS: Final = "the file as it is"
@@ -21,7 +22,7 @@ class Text:
     @classmethod
     def from_file(cls, path: str | Path) -> "Text":
         """A UTF-8 file as it is."""
-        return cls(_read_text(path), str(path), _AS_IS)
+        return cls(read_text(path, EvaluationError), str(path), _AS_IS)
 
     @classmethod
     def from_wikitext(cls, path: str | Path) -> "Text":
@@ -31,15 +32,6 @@ class Text:
         file with its line end, a blank line (" \n" in the file) the row "". Llama-2's tokenizer makes 341,469 tokens of it,
         the 166 windows of the papers, and GPT-2's 287,644.
         """
-        lines = _read_text(path).replace("\r\n", "\n").split("\n")
+        lines = read_text(path, EvaluationError).replace("\r\n", "\n").split("\n")
         rows = [f"{line}\n" if line.strip() else "" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
         return cls("\n\n".join(rows), str(path), _ROWS)
-
-
-def _read_text(path: str | Path) -> str:
-    try:
-        return Path(path).read_bytes().decode()
-    except OSError as reason:
-        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
-    except UnicodeDecodeError as reason:
-        raise EvaluationError(f"{path}: is not UTF-8 text (byte {reason.start})") from None

@@ -28,6 +28,7 @@ from typing import Any, Final
 import torch
 
 from seedlm.errors import EvaluationError
+from seedlm.storage.untrusted import MAX_TEXT_BYTES, read_bytes, read_text
 
 TASKS: Final = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq")
 """The five of the paper, by the harness' names."""
@@ -36,6 +37,8 @@ Row = dict[str, Any]
 
 _OUTPUTS: Final = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 _NOT_METRICS: Final = frozenset({"alias", "sample_len", "name", "sample_count"})
+_MAX_RATIO, _FREE_BYTES = 16, 1 << 16
+"""Packed questions are unpacked to at most 16 times their size: HellaSwag's shrink to a quarter."""
 _TEXTS, _QUESTION, _CHOICE = 500, 600, 200
 """Questions of a task whose texts are recorded, and the characters of a question and of a choice: half a megabyte a task."""
 
@@ -199,18 +202,29 @@ def read_local(task: str, data: str | Path) -> list[Row]:
     name, reader = _READERS[task]
     path = Path(data) / name
     try:
-        content = (bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()).decode()
-    except OSError as reason:
-        raise EvaluationError(f"{path}: cannot be read ({reason.strerror or reason})") from None
-    except UnicodeDecodeError:
-        raise EvaluationError(f"{path}: is not UTF-8 text") from None
-    try:
-        rows = reader(content)
-    except (ValueError, KeyError, IndexError, TypeError) as reason:
+        rows = reader(_unpack(path) if path.suffix == ".bz2" else read_text(path, EvaluationError))
+    except EvaluationError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as reason:
         raise EvaluationError(f"{path}: is not as {task} needs it ({type(reason).__name__}: {reason})") from None
     if not rows:
         raise EvaluationError(f"{path}: holds no questions")
     return rows
+
+
+def _unpack(path: Path) -> str:
+    """A text packed by bzip2. Raises EvaluationError for one that would become far larger than questions do."""
+    data = read_bytes(path, MAX_TEXT_BYTES, EvaluationError, "questions")
+    limit, unpacking = _MAX_RATIO * len(data) + _FREE_BYTES, bz2.BZ2Decompressor()
+    try:
+        text = unpacking.decompress(data, limit + 1)
+    except OSError as reason:
+        raise EvaluationError(f"{path}: cannot be read ({reason})") from None
+    if len(text) > limit:
+        raise EvaluationError(f"{path}: would become more than {_MAX_RATIO} times its size, which no questions do")
+    if not unpacking.eof or unpacking.unused_data:
+        raise EvaluationError(f"{path}: is damaged ({'ends early' if not unpacking.eof else 'goes on after its end'})")
+    return text.decode()
 
 
 def _write_local(task: str, stock: str, rows: list[Row], folder: Path) -> str:

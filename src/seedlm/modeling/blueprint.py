@@ -12,13 +12,18 @@ in it by the renamings and joinings that transformers makes on loading (`places`
 Importing transformers and building a model takes 2 to 5 seconds on two cores, whatever the model's size.
 """
 
+import math
 import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch.nn.modules import module as registration
 
 from seedlm.errors import SourceError
 from seedlm.modeling.embedding import find_tables
@@ -27,20 +32,25 @@ from seedlm.storage.checkpoint import Stack
 from seedlm.storage.safetensors import TensorInfo
 from seedlm.storage.selection import Survey, Tables
 
-_MOST_LAYERS: Final = 10_000
+FOR_EACH_TENSOR, _FREE = 7, 5_000
+"""Modules and parameters that a model may be built of, for each tensor of its source and besides: 5.5 is the most there is."""
+FOR_EACH_WEIGHT, _FREE_WEIGHTS = 8, 1 << 24
+"""And numbers in them, of tied embeddings once more for each: 6.6. What a source lacks would be made before it is missed."""
 _SHOWN: Final = 3
 _OPTIONAL: Final = re.compile(r".*(pooler|head|classifier|score|qa_outputs).*|.*bias")
 """Parameters that a source may lack: transformers starts them anew, and a model is whole without them."""
 
 
-def survey(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Survey:
+def survey(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], code: Path | None = None) -> Survey:
     """What the model of a config.json tells about a source's tensors.
 
+    code      the source's folder, if code that came with it (``auto_map``) is to be run
     returns   one without a name, and with the reason as its note, if the model cannot be built here
     Raises SourceError if the source lacks weights of its model, or has some in another shape.
     """
     try:
-        model = _build(config)
+        with bounded(math.prod(info.shape) for info in tensors.values()):
+            model = _build(config, code)
     except _NotBuiltError as reason:
         unknown = dict.fromkeys(("embeddings", "head"), f"what they are is told by the model's class, and {reason}")
         return Survey(notes=(f"{reason}: what is compressed is decided by names alone",), tables=Tables(reasons=unknown))
@@ -51,40 +61,86 @@ class _NotBuiltError(Exception):
     pass
 
 
-def _build(config: Mapping[str, Any]) -> Any:
+@contextmanager
+def bounded(sizes: Iterable[int]) -> Iterator[None]:
+    """Ends the building of a model that is far larger than its source: SourceError, from within the model's constructor.
+
+    sizes   numbers in each tensor of the source, whose config.json may say anything
+    """
+    sizes = list(sizes)
+    most, largest = FOR_EACH_TENSOR * len(sizes) + _FREE, FOR_EACH_WEIGHT * sum(sizes) + _FREE_WEIGHTS
+    count = weights = 0
+
+    def add(module: object, name: str, what: object) -> None:
+        nonlocal count, weights
+        count += 1
+        weights += what.numel() if isinstance(what, torch.nn.Parameter) else 0
+        if count > most or weights > largest:
+            far = f"{most:,} modules and tensors" if count > most else f"{largest:,} weights"
+            raise SourceError(
+                f"config.json describes a model of more than {far}; the source has {len(sizes):,} tensors, "
+                f"{sum(sizes):,} weights"
+            )
+
+    hooks = [
+        registration.register_module_module_registration_hook(add),
+        registration.register_module_parameter_registration_hook(add),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _build(config: Mapping[str, Any], code: Path | None = None) -> Any:
     """The model of a config.json, on the meta device. Raises _NotBuiltError, with the reason."""
     kind, names = config.get("model_type"), config.get("architectures")
     if not isinstance(kind, str) or not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise _NotBuiltError("config.json names no model_type and no architectures")
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise SourceError(f"config.json declares {layers:,} layers; at most {_MOST_LAYERS:,} are read")
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.utils import logging
 
-    if kind not in CONFIG_MAPPING:
-        raise _NotBuiltError(f"transformers {transformers.__version__} has no model_type {kind!r}")
+    own = config.get("auto_map")
+    trusted = code if isinstance(own, Mapping) else None
+    if kind not in CONFIG_MAPPING and trusted is None:
+        hint = ", and its own code is not run without --trust-remote-code" if own else ""
+        raise _NotBuiltError(f"transformers {transformers.__version__} has no model_type {kind!r:.80}{hint}")
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        parsed = CONFIG_MAPPING[kind].from_dict(dict(config))
-        chosen: Any = getattr(transformers, names[0], None)
-        if not isinstance(chosen, type) or not issubclass(chosen, transformers.PreTrainedModel):
-            chosen = transformers.AutoModelForCausalLM._model_mapping.get(type(parsed), None)
-        if chosen is None or not isinstance(parsed, getattr(chosen, "config_class", None) or type(parsed)):
-            raise _NotBuiltError(f"transformers {transformers.__version__} has no class {names[0]!r:.80} for {kind}")
+        if trusted is not None:
+            parsed, build = _own_class(own, trusted)
+        else:
+            parsed = CONFIG_MAPPING[kind].from_dict(dict(config))
+            build = getattr(transformers, names[0], None)
+            if not isinstance(build, type) or not issubclass(build, transformers.PreTrainedModel):
+                build = transformers.AutoModelForCausalLM._model_mapping.get(type(parsed), None)
+            if build is None or not isinstance(parsed, getattr(build, "config_class", None) or type(parsed)):
+                raise _NotBuiltError(f"transformers {transformers.__version__} has no class {names[0]!r:.80} for {kind}")
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            build: Any = chosen
             return build(parsed)
-    except _NotBuiltError:
+    except (_NotBuiltError, SourceError):
         raise
     except Exception as reason:  # whatever a wrong config, a missing library or a class's own arithmetic led to
         text = " ".join(str(reason).split())[:160]
         raise _NotBuiltError(f"{names[0]} cannot be built ({type(reason).__name__}: {text})") from reason
     finally:
         logging.set_verbosity(level)
+
+
+def _own_class(names: Any, folder: Path) -> tuple[Any, Any]:
+    """The configuration of a model whose code came with it, and what makes the model of it. This runs that code."""
+    import transformers
+
+    autos = [name for name in names if name.startswith("AutoModel")]
+    if not autos:
+        raise _NotBuiltError("auto_map names no model")
+    auto = getattr(transformers, "AutoModelForCausalLM" if "AutoModelForCausalLM" in autos else autos[0])
+    parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    return parsed, partial(auto.from_config, trust_remote_code=True)
 
 
 class _Surveyor:

@@ -39,6 +39,7 @@ from seedlm.storage.metadata import (
     read_metadata,
     read_quantization_config,
     reason_like_part,
+    side_endings,
     stored_name,
     version_of,
 )
@@ -106,7 +107,7 @@ class Checkpoint:
         files   its weight files, if they are not those that the folder's index names
         """
         folder = Path(folder)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise CheckpointError(f"{folder}: no such folder")
         if not os.path.lexists(folder / "config.json"):
             raise CheckpointError(f"{folder}: has no config.json; it is not a model folder, or a run that has not finished")
@@ -134,9 +135,9 @@ class Checkpoint:
         for module in overrides:
             if module not in packed:
                 raise CheckpointError(f"{folder}: config.json gives {module} a format, but it is not a compressed module")
-        formats = {format, *overrides.values()}
+        endings = side_endings({format, *overrides.values()})
         for name, dense in found.items():
-            if reason := reason_like_part(name, dense, formats):
+            if reason := reason_like_part(name, dense, endings):
                 raise CheckpointError(
                     f"{folder}: {name} looks like part of a compressed weight that no metadata describes: {reason}"
                 )

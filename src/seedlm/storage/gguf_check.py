@@ -28,9 +28,15 @@ _TEXT, _ARRAY = 8, 9
 _MAX_DIMENSIONS: Final = 4
 _MAX_TEXT: Final = 1 << 24
 _MAX_SIZE: Final = 1 << 40
+_MAX_KEYS, _MAX_LIST = 1024, 4096
+"""Keys of a file, and entries of a list: what parses them after this takes 20 to 200 us for each."""
+_MAX_TOKENS, _MAX_MERGES = 1 << 21, 4
+"""Entries of a tokenizer's lists, and merges for each token: Llama 3 has 2.2."""
 _LAYER: Final = re.compile(r"blk\.(\d{1,9})\.(.+)", re.ASCII)
 _PLAIN: Final = frozenset({"llama", "qwen2", "qwen3"})
 """Architectures whose layers are `_decoder`."""
+ROPE_FREQS: Final = "rope_freqs.weight"
+_MERGES: Final = "tokenizer.ggml.merges"
 _LISTS: Final = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 
 
@@ -67,12 +73,13 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a file declares: numbers and texts by key, the lengths of its lists, and its tensors."""
+    """What a file declares: numbers and texts by key, the lengths of its lists, its tensors, and where their bytes begin."""
 
     path: Path
     fields: dict[str, Any]
     lengths: dict[str, int]
     tensors: dict[str, GGUFTensor]
+    start: int
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer of the metadata. Raises SourceError for anything else, and if there is none and no default."""
@@ -120,6 +127,9 @@ class _Reader:
     def list(self, what: str) -> int:
         """Pass over a list; returns its length."""
         kind, count = self.number("I", what), self.number("Q", what)
+        most = _MAX_TOKENS if what.startswith("tokenizer.") else _MAX_LIST
+        if count > most:
+            raise SourceError(f"{self._path}: {what:.80} has {count} entries, at most {most} are read")
         if kind in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[kind]), f"{what} with {count} entries")
         elif kind == _TEXT:
@@ -151,6 +161,8 @@ def _read(path: Path, reader: _Reader, sizes: Mapping[Any, tuple[int, int]], end
         kind = "big-endian files are not read" if version in (2 << 24, 3 << 24) else f"version {version}, 2 and 3 are read"
         raise SourceError(f"{path}: not a readable GGUF file ({kind})")
     count, keys = reader.number("Q", "the header"), reader.number("Q", "the header")
+    if keys > _MAX_KEYS:
+        raise SourceError(f"{path}: has {keys} keys, at most {_MAX_KEYS} are read")
     fields: dict[str, Any] = {}
     lengths: dict[str, int] = {}
     for _ in range(keys):
@@ -190,7 +202,7 @@ def _read(path: Path, reader: _Reader, sizes: Mapping[Any, tuple[int, int]], end
             raise SourceError(
                 f"{path}: truncated, {name!r} ends at byte {position}, the file has {end}; was its download cut short?"
             )
-    return GGUFHeader(path, fields, lengths, tensors)
+    return GGUFHeader(path, fields, lengths, tensors, start)
 
 
 def _place(
@@ -233,6 +245,7 @@ def check_decoder(files: Sequence[GGUFHeader]) -> None:
     values = size("attention.value_length", head)
     if head % 2:
         raise SourceError(f"{header.path}: rotary embedding needs heads of even size, got {head}")
+    _check_shape(header, ROPE_FREQS, (size("rope.dimension_count", head) // 2,), optional=True)
     if architecture in _PLAIN:
         shapes = _decoder(width, size("feed_forward_length"), heads * head, shared * head, shared * values, heads * values)
         for layer in range(layers):
@@ -280,9 +293,12 @@ def _check_vocabulary(header: GGUFHeader, architecture: str, width: int) -> None
     _check_shape(header, "token_embd.weight", (rows, width))
     _check_shape(header, "output.weight", (rows, width), optional=True)
     _check_shape(header, "output_norm.weight", (width,))
-    for key in _LISTS:
-        if tokens is not None and header.lengths.get(key, tokens) != tokens:
-            raise SourceError(f"{header.path}: {key} has {header.lengths[key]} entries, for {tokens} tokens")
+    if (tokens or 0) > rows:
+        raise SourceError(f"{header.path}: has {tokens} tokens, for a vocabulary of {rows}")
+    for key, count in header.lengths.items():
+        most = max(_MAX_LIST, (tokens or 0) * (_MAX_MERGES if key == _MERGES else 1))
+        if key.startswith("tokenizer.") and (count > most or (key in _LISTS and tokens not in (None, count))):
+            raise SourceError(f"{header.path}: {key} has {count} entries, for {tokens or 0} tokens")
 
 
 def _check_shape(header: GGUFHeader, name: str, shape: tuple[int, ...], optional: bool = False) -> None:

@@ -35,7 +35,7 @@ def rope_parameters(
     if freqs is not None:
         if kind != "none" and factor != 1.0:
             raise _refuse(where, "scales rotary frequencies twice, by a table and by a factor")
-        return _from_table(freqs, theta, positions)
+        return _from_table(freqs, theta, positions, where)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return {}
     known = _NEUTRAL | ({"attn_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"} if kind == "yarn" else set())
@@ -57,8 +57,10 @@ def rope_parameters(
     return found
 
 
-def _from_table(freqs: Sequence[float], theta: float, positions: int) -> dict[str, Any]:
+def _from_table(freqs: Sequence[float], theta: float, positions: int, where: str) -> dict[str, Any]:
     """A divisor for each frequency, lowest dimension first."""
+    if not all(0 < value < math.inf for value in freqs):
+        raise SourceError(f"{where}: rope_freqs.weight must be positive numbers, got {min(freqs)} to {max(freqs)}")
     if all(value == 1.0 for value in freqs):
         return {}
     factor = max(freqs)

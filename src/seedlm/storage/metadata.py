@@ -335,11 +335,19 @@ def check_embeddings(packed: Mapping[str, PackedInfo], config: Mapping[str, Any]
         )
 
 
-def reason_like_part(name: str, info: TensorInfo, formats: Iterable[Format]) -> str | None:
-    """Why a dense tensor would be taken for a part of a compressed weight; None if it would not."""
-    side_parts = tuple({stored_name("", part) for format in formats for part in format.parts(1, 1)} - {stored_name("", CODES)})
-    if name.endswith(side_parts):
-        return f"its name ends in {next(end for end in side_parts if name.endswith(end))}"
+def side_endings(formats: Iterable[Format]) -> tuple[str, ...]:
+    """What the names of these formats' parts end in, but for codes, which have the weight's name."""
+    endings = {stored_name("", part) for format in formats for part in format.parts(1, 1)}
+    return tuple(sorted(endings - {stored_name("", CODES)}))
+
+
+def reason_like_part(name: str, info: TensorInfo, endings: tuple[str, ...]) -> str | None:
+    """Why a dense tensor would be taken for a part of a compressed weight; None if it would not.
+
+    endings   the `side_endings` of all formats of its model
+    """
+    if name.endswith(endings):
+        return f"its name ends in {next(end for end in endings if name.endswith(end))}"
     if info.dtype == "I32" and name.endswith(stored_name("", CODES)):
         return f"its name ends in {stored_name('', CODES)} and it holds {info.dtype}"
     return None

@@ -48,11 +48,13 @@ def refuse_quantized(name: str, config: Mapping[str, Any], tensors: Mapping[str,
 
 def _sections(config: Mapping[str, Any], *keys: str) -> Iterator[Any]:
     """The values of some keys that are set, at any depth of objects."""
-    for key, value in config.items():
-        if key in keys and value is not None:
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _sections(value, *keys)
+    left = [config]
+    while left:
+        for key, value in left.pop().items():
+            if key in keys and value is not None:
+                yield value
+            elif isinstance(value, Mapping):
+                left.append(value)
 
 
 def no_weights(folder: Path) -> str:

@@ -259,7 +259,7 @@ def _inside(folder: Path, name: str, error: type[SeedLMError]) -> Path:
         raise error(f"{folder}: {name!r} is not the plain name of a .safetensors file; paths are refused")
     path = folder / name
     check_inside(path, folder, error)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise error(f"{path}: is missing or not a file")
     return path
 

@@ -6,6 +6,7 @@ What describes weights that are no longer there does not: indexes, settings of a
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,10 +73,10 @@ class SideFiles:
             return
         modules = parse_json(read_bytes(path, MAX_JSON_BYTES, SourceError), str(path), SourceError)
         names = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
-        for name in names:
-            if not isinstance(name, str) or not name:
-                continue
-            if not (self._folder / name).is_dir() or not stays_inside(self._folder / name, self._folder):
+        for name in dict.fromkeys(name for name in names if isinstance(name, str) and name):
+            if not {"", ".", ".."}.isdisjoint(name.split("/")):  # the model's own would bring its weights along
+                raise SourceError(f"{path}: names the folder {name!r:.80}; its own and others are not copied")
+            if not os.path.isdir(self._folder / name) or not stays_inside(self._folder / name, self._folder):
                 raise SourceError(f"{path}: names the folder {name!r:.80}, which is not there; sentence-transformers needs it")
             for part in sorted(part for part in (self._folder / name).rglob("*") if part.is_file()):
                 self._check_link(part)

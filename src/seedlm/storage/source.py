@@ -6,6 +6,7 @@ size of the model or of a tensor. No model is ever built, and nothing that can r
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +105,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     Raises SourceError if there is none, or if it is another kind of file.
     """
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         if is_repository(source):
             return _download(str(source), revision)
         raise SourceError(f"{path}: no such file or folder (a Hub repository is written owner/name)")

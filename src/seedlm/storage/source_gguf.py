@@ -1,9 +1,9 @@
 """A GGUF file as a source: llama.cpp's container, whose blocks are dequantized a row range at a time.
 
-Blocks are dequantized by gguf-py; config and tokenizer come from transformers' reading of the file's metadata, and what that
-passes over is added (`gguf_rope`, `_CARRIED`). Architectures are read here whose conversion is a renaming, the row order of
-Llama's q and k, the 1 that Gemma's norms leave out, or a stack of experts: others, and tensors that are not in the tables, are
-refused. A model in several files (``split.count``) is read from all of them.
+The header is read here (`gguf_check`), and blocks are dequantized by gguf-py; config and tokenizer come from transformers'
+reading of the file's metadata, and what that passes over is added (`gguf_rope`, `_CARRIED`). Architectures are read here whose
+conversion is a renaming, the row order of Llama's q and k, the 1 that Gemma's norms leave out, or a stack of experts: others,
+and tensors that are not in the tables, are refused. A model in several files (``split.count``) is read from all of them.
 
 Dequantized blocks are float32, as transformers makes them; F32, F16 and BF16 tensors keep their dtype.
 """
@@ -11,14 +11,16 @@ Dequantized blocks are float32, as transformers makes them; F32, F16 and BF16 te
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seedlm.errors import SourceError
-from seedlm.storage.gguf_check import check_decoder, gguf_parts, read_gguf_header
+from seedlm.storage.gguf_check import ROPE_FREQS, GGUFHeader, GGUFTensor, check_decoder, gguf_parts, read_gguf_header
 from seedlm.storage.gguf_rope import rope_parameters
 from seedlm.storage.safetensors import TensorInfo
 from seedlm.storage.untrusted import opened
@@ -73,6 +75,31 @@ class UnreadArchitectureError(SourceError):
     """A GGUF file is of an architecture that is not read here."""
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as it lies in a file: of F32 and F16 its numbers, of every other type its bytes, rows first.
+
+    kind    of gguf's `GGMLQuantizationType`
+    shape   of the tensor
+    """
+
+    kind: Any
+    shape: tuple[int, ...]
+    data: "np.ndarray[Any, Any]"
+
+    @classmethod
+    def of(cls, content: "np.ndarray[Any, Any]", found: GGUFTensor, gguf: Any) -> "_Stored":
+        """The view of a file's bytes that a tensor of its header is. Nothing is read."""
+        kind = gguf.GGMLQuantizationType(found.kind)
+        data = content[found.start : found.start + found.nbytes]
+        dtype = {"F32": np.float32, "F16": np.float16}.get(kind.name)
+        return cls(kind, found.shape, (data if dtype is None else data.view(dtype)).reshape(*found.shape[:-1], -1))
+
+    def dequantized(self, gguf: Any, data: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+        """Some rows of `data` as numbers, in memory of their own."""
+        return data.copy() if self.kind.name in _PLAIN else gguf.dequantize(data, self.kind)
+
+
 class GGUFSource:
     """One GGUF file, or a model in several.
 
@@ -87,65 +114,71 @@ class GGUFSource:
             raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
         self._gguf = gguf
         header = read_gguf_header(path, gguf.GGML_QUANT_SIZES)
-        paths = gguf_parts(path, header.size("split.count") if header.fields.get("split.count") else 1)
-        headers = [header if part == path else read_gguf_header(part, gguf.GGML_QUANT_SIZES) for part in paths]
-        readers = [self._open(part) for part in paths]
-        reader, self.path = readers[0], paths[0]
-        self.nbytes = sum(part.stat().st_size for part in paths)
-        architecture = str(_field(reader, "general.architecture", self.path))
+        architecture = header.fields.get("general.architecture")
         if architecture not in _ARCHITECTURES:
             raise UnreadArchitectureError(
-                f"{path}: GGUF files of architecture {architecture!r} are not read here, only "
+                f"{path}: GGUF files of architecture {architecture!r:.80} are not read here, only "
                 f"{', '.join(sorted(_ARCHITECTURES))}; start from the original model's safetensors"
             )
+        paths = gguf_parts(path, header.size("split.count") if header.fields.get("split.count") else 1)
+        headers = [header if part == path else read_gguf_header(part, gguf.GGML_QUANT_SIZES) for part in paths]
         check_decoder(headers)
+        self.path = paths[0]
         self.notes: list[str] = []
+        self.nbytes = sum(part.stat().st_size for part in paths)
         self._architecture, self._heads = architecture, {}
         if architecture == "llama":
-            query = int(_field(reader, "llama.attention.head_count", path))
-            self._heads = {"q_proj": query, "k_proj": int(_field(reader, "llama.attention.head_count_kv", path, query))}
-        self._tensors: dict[str, tuple[Any, int | None]] = {}
+            query = headers[0].size("llama.attention.head_count")
+            self._heads = {"q_proj": query, "k_proj": headers[0].size("llama.attention.head_count_kv", query)}
+        self._tensors: dict[str, tuple[_Stored, int | None]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         freqs = None
-        for tensor in (tensor for each in readers for tensor in each.tensors):
-            if tensor.name == "rope_freqs.weight":
-                freqs = [float(value) for value in tensor.data.reshape(-1)]
-            else:
-                self._add(tensor)
-        self.config = self._config(reader, freqs)
+        for each in headers:
+            self._check_kinds(each)
+            content = np.memmap(each.path, mode="r")
+            for name, found in each.tensors.items():
+                stored = _Stored.of(content, found, gguf)
+                if name == ROPE_FREQS:
+                    freqs = [float(value) for value in stored.dequantized(gguf, stored.data)]
+                else:
+                    self._add(name, stored)
+        self.config = self._config(headers[0], freqs)
         self.fingerprint: dict[str, Any] = {
-            **{part.name: _digest(part, int(each.data_offset)) for part, each in zip(paths, readers, strict=True)},
+            **{each.path.name: _digest(each.path, each.start) for each in headers},
             "bytes": self.nbytes,
             "config.json": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
         }
 
-    def _open(self, path: Path) -> Any:
-        try:
-            return self._gguf.GGUFReader(path)
-        except Exception as reason:  # whatever numpy or the enums raise on a damaged file
-            raise SourceError(f"{path}: not a readable GGUF file ({str(reason) or type(reason).__name__})") from reason
+    def _check_kinds(self, header: GGUFHeader) -> None:
+        """Raise SourceError for a tensor of a type that gguf-py makes no numbers of, such as integers."""
+        for number, name in {tensor.kind: name for name, tensor in header.tensors.items()}.items():
+            kind = self._gguf.GGMLQuantizationType(number)
+            size = self._gguf.GGML_QUANT_SIZES[kind][1]
+            try:
+                if kind.name not in _PLAIN:
+                    self._gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+            except NotImplementedError:
+                raise SourceError(f"{header.path}: {name} is of type {kind.name}, which is not dequantized here") from None
 
-    def _add(self, tensor: Any) -> None:
+    def _add(self, name: str, stored: "_Stored") -> None:
         """List a tensor of the file; a stack of experts as the matrices that the original has."""
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        dtype = _PLAIN.get(tensor.tensor_type.name, "F32")
-        layer, _, kind = tensor.name.removesuffix(".weight").rpartition(".")
-        if kind in _EXPERTS and layer.startswith("blk.") and len(shape) == 3 and self._architecture == "qwen3moe":
-            for expert in range(shape[0]):
-                name = f"model.layers.{layer[4:]}.mlp.experts.{expert}.{_EXPERTS[kind]}.weight"
-                self._tensors[name], self.tensors[name] = (tensor, expert), TensorInfo(dtype, shape[1:])
+        dtype = _PLAIN.get(stored.kind.name, "F32")
+        layer, _, kind = name.removesuffix(".weight").rpartition(".")
+        if kind in _EXPERTS and layer.startswith("blk.") and len(stored.shape) == 3 and self._architecture == "qwen3moe":
+            for expert in range(stored.shape[0]):
+                matrix = f"model.layers.{layer[4:]}.mlp.experts.{expert}.{_EXPERTS[kind]}.weight"
+                self._tensors[matrix], self.tensors[matrix] = (stored, expert), TensorInfo(dtype, stored.shape[1:])
             return
-        name = _model_name(tensor.name, self._architecture, self.path)
-        self._tensors[name], self.tensors[name] = (tensor, None), TensorInfo(dtype, shape)
+        name = _model_name(name, self._architecture, self.path)
+        self._tensors[name], self.tensors[name] = (stored, None), TensorInfo(dtype, stored.shape)
 
     def rows(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
-        (tensor, expert), info = self._tensors[name], self.tensors[name]
-        stored = tensor.data if expert is None else tensor.data[expert]
-        data = stored[self._row_order(name)[start:stop]]
-        kind = tensor.tensor_type
-        if kind.name == "BF16":  # gguf-py hands bfloat16 out as bytes
+        (stored, expert), info = self._tensors[name], self.tensors[name]
+        matrix = stored.data if expert is None else stored.data[expert]
+        data = matrix[self._row_order(name)[start:stop]]
+        if stored.kind.name == "BF16":
             return torch.from_numpy(data.copy()).view(torch.bfloat16)
-        values = torch.from_numpy(data.copy() if kind.name in _PLAIN else self._gguf.dequantize(data, kind))
+        values = torch.from_numpy(stored.dequantized(self._gguf, data))
         if self._architecture in _LESS_ONE and "norm.weight" in name:
             values = values - 1
         return values.view(-1, *info.shape[1:])
@@ -174,13 +207,11 @@ class GGUFSource:
         llama.cpp's rotary embedding pairs neighbours (2i, 2i + 1) of a head, transformers pairs (i, i + half): the
         file's q and k rows are in the first order.
         """
-        import numpy as np
-
         rows = np.arange(self.tensors[name].shape[0])
         heads = self._heads.get(name.split(".")[-2]) if "." in name else None
         return rows if heads is None else rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
-    def _config(self, reader: Any, freqs: list[float] | None) -> dict[str, Any]:
+    def _config(self, header: GGUFHeader, freqs: list[float] | None) -> dict[str, Any]:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -192,7 +223,8 @@ class GGUFSource:
         data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
         for key in ("quantization_config", "_name_or_path", "transformers_version"):
             data.pop(key, None)
-        said = self._said(reader)
+        prefix = f"{self._architecture}."
+        said = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
         for key, setting in _CARRIED.items():
             if key in said and hasattr(config, setting):
                 data[setting] = int(said[key])
@@ -207,11 +239,6 @@ class GGUFSource:
         plain = {info.dtype for info in self.tensors.values() if len(info.shape) > 1}
         data["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(plain.pop() if len(plain) == 1 else "F32", "float32")
         return data
-
-    def _said(self, reader: Any) -> dict[str, Any]:
-        """The metadata of the architecture, by what follows its name."""
-        prefix = f"{self._architecture}."
-        return {key.removeprefix(prefix): field.contents() for key, field in reader.fields.items() if key.startswith(prefix)}
 
     def _set_rope(
         self, data: dict[str, Any], parameters: dict[str, Any], said: dict[str, Any], freqs: list[float] | None
@@ -232,15 +259,6 @@ class GGUFSource:
 def _digest(path: Path, nbytes: int) -> str:
     with opened(path, SourceError) as file:
         return hashlib.sha256(file.read(nbytes)).hexdigest()
-
-
-def _field(reader: Any, key: str, path: Path, default: Any = None) -> Any:
-    field = reader.get_field(key)
-    if field is None:
-        if default is None:
-            raise SourceError(f"{path}: has no {key} in its metadata")
-        return default
-    return field.contents()
 
 
 def _one_line(reason: BaseException) -> str:

@@ -205,7 +205,7 @@ def _checked(content: dict[str, Any], path: Path) -> tuple[StatisticsFacts, dict
     kinds = {part.name: part.type for part in fields(StatisticsFacts)}
     if not isinstance(facts, dict) or {key: type(value) for key, value in facts.items()} != kinds:
         raise SourceError(f"{path}: facts must have {', '.join(kinds)}")
-    if not isinstance(tokens, dict) or not all(type(count) is int and count >= 0 for count in tokens.values()):
+    if not isinstance(tokens, dict) or not all(type(count) is int and 0 <= count < 1 << 63 for count in tokens.values()):
         raise SourceError(f"{path}: tokens must map inputs to numbers of tokens")
     if not isinstance(reads, dict) or not all(isinstance(name, str) and name in tokens for name in reads.values()):
         raise SourceError(f"{path}: reads must map layers to inputs that are there")

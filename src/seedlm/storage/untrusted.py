@@ -7,6 +7,7 @@ cache. Work and memory are bounded by the size of the file, never by a number th
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,13 @@ from seedlm.errors import SeedLMError
 
 MAX_JSON_BYTES: Final = 100_000_000
 """Longest header (the limit of the safetensors library itself), index or config that is read at all."""
+_COUNTS: Final = (
+    (re.compile(r"\w*(layers?|depths?|blocks|stages)"), 1024),
+    (re.compile(r"(n|num|number)_\w+"), 1 << 20),
+)
+"""Settings of a config.json that a model's class counts up to, by their names, and how far: known models have 126 layers."""
+MAX_TEXT_BYTES: Final = 1 << 30
+"""Longest text to be predicted, and longest file of questions once it is unpacked."""
 
 
 @contextmanager
@@ -51,6 +59,14 @@ def read_bytes(path: Path, limit: int, error: type[SeedLMError], what: str = "by
             if len(data) > size:
                 raise error(f"{path}: grew while it was read")
         return bytes(data)
+
+
+def read_text(path: str | Path, error: type[SeedLMError]) -> str:
+    """All of a regular UTF-8 file, for people's own texts. Raises `error`, also for more than 1 GiB."""
+    try:
+        return read_bytes(Path(path), MAX_TEXT_BYTES, error, "text").decode()
+    except UnicodeDecodeError as reason:
+        raise error(f"{path}: is not UTF-8 text (byte {reason.start})") from None
 
 
 def parse_json(text: bytes | str, where: str, error: type[SeedLMError], *, infinite: bool = False) -> Any:
@@ -104,7 +120,23 @@ def read_config(folder: Path, error: type[SeedLMError]) -> dict[str, Any]:
         value = config.get(key)
         if value is not None and (not isinstance(value, kind) or not all(isinstance(item, str) for item in value)):
             raise error(f"{path}: {key} must be {what}, got {value!r:.80}")
+    _check_counts(config, path, error)
     return config
+
+
+def _check_counts(config: dict[str, Any], path: Path, error: type[SeedLMError]) -> None:
+    """Raise `error` for more layers, or more of anything, than models have: transformers would count up to there."""
+    left: list[tuple[str, Any]] = [("", config)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += ((key, item) for item in value)
+        elif type(value) is int:
+            most = next((most for pattern, most in _COUNTS if pattern.fullmatch(key)), None)
+            if most is not None and value > most:
+                raise error(f"{path}: {key:.80} must be at most {most:,}, got {f'{value:,}':.40}")
 
 
 def stays_inside(path: Path, folder: Path) -> bool:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,23 +25,30 @@ from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles
 from seedlm.storage.untrusted import read_config, read_json
 
 _SHARD: Final = re.compile(r"model-\d+-of-\d+\.safetensors", re.ASCII)
+_CODES_OF_A_BYTE: Final = 4
 VERIFY_VARIABLE: Final = "SEEDLM_VERIFY"
 
 
-def check_model(path: Path) -> None:
-    """Read the headers of a local folder or GGUF file, whatever it holds. Raises SourceError or CheckpointError."""
-    if path.is_file():
+def check_model(path: Path) -> list[int] | None:
+    """Read the headers of a local folder or GGUF file, whatever it holds. Raises SourceError or CheckpointError.
+
+    returns   how many numbers each of its tensors has, packed ones as they are originally, or may have, if another library
+              has packed them; None for what is no local path, and for weights in files that are not read here
+    """
+    if os.path.isfile(path):
         import gguf
 
-        read_gguf_header(path, gguf.GGML_QUANT_SIZES)
-        return
-    if not path.is_dir():
-        return
+        return [prod(tensor.shape) for tensor in read_gguf_header(path, gguf.GGML_QUANT_SIZES).tensors.values()]
+    if not os.path.isdir(path):
+        return None
     section = read_config(path, SourceError).get("quantization_config")
     if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD:
-        Checkpoint.open(path)
-    elif any(os.path.lexists(path / file) for file in (SINGLE_NAME, INDEX_NAME)):
-        TensorFiles.open(path, SourceError)
+        checkpoint = Checkpoint.open(path)
+        return [*(info.weights for info in checkpoint.packed.values()), *(prod(i.shape) for i in checkpoint.dense.values())]
+    if not any(os.path.lexists(path / file) for file in (SINGLE_NAME, INDEX_NAME)):
+        return None
+    infos = [entry.info for entry in TensorFiles.open(path, SourceError).entries.values()]
+    return [_CODES_OF_A_BYTE * info.nbytes if section else prod(info.shape) for info in infos]
 
 
 def check_folder(name: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 
 from seedlm.errors import SourceError
+from seedlm.modeling.blueprint import bounded
 from seedlm.modeling.quantize import dequantize_model, seed_linears
 from seedlm.storage.checkpoint import QUANT_METHOD
 from seedlm.storage.gguf_check import read_gguf_header
@@ -124,7 +125,7 @@ def _foreign_size(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), bounded(4 * info.nbytes for info in tensors.values()):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # without the word, it asks on stdin
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception:  # code of its own, a class that is not known: transformers raises whatever it led to
@@ -144,16 +145,12 @@ def _describe_gguf(name: str, path: Path) -> ModelInfo:
         import gguf
     except ImportError:
         raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
-    read_gguf_header(path, gguf.GGML_QUANT_SIZES)
-    try:
-        tensors = gguf.GGUFReader(path).tensors
-    except Exception as reason:  # whatever numpy or the enums raise on a damaged file
-        raise SourceError(f"{path}: not a readable GGUF file ({_one_line(reason)})") from reason
     weights: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
-    for tensor in tensors:
-        weights[tensor.tensor_type.name] += int(tensor.n_elements)
-        nbytes[tensor.tensor_type.name] += int(tensor.n_bytes)
+    for tensor in read_gguf_header(path, gguf.GGML_QUANT_SIZES).tensors.values():
+        kind = gguf.GGMLQuantizationType(tensor.kind).name
+        weights[kind] += prod(tensor.shape)
+        nbytes[kind] += tensor.nbytes
     if not weights:
         raise SourceError(f"{path}: holds no tensors")
     kind = weights.most_common(1)[0][0]
@@ -187,7 +184,3 @@ def _fingerprint(paths: list[Path], facts: dict[str, Any]) -> str:
                 file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _one_line(reason: BaseException) -> str:
-    return " ".join(str(reason).split())[:300] or type(reason).__name__

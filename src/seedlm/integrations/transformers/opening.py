@@ -4,6 +4,7 @@ transformers starts weights that a folder lacks from random values, builds a lan
 stdin whether code of a repository may run. Here all three are answered by a SourceError.
 """
 
+import os
 import re
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 from seedlm.errors import SeedLMError, SourceError
 from seedlm.integrations.transformers.files import check_model
+from seedlm.modeling.blueprint import bounded
 from seedlm.storage.untrusted import printable
 
 _NO_HEAD: Final = re.compile(r".*(For\w*Classification|ForQuestionAnswering|ForMultipleChoice|Reward\w*)")
@@ -44,7 +46,7 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_model(Path(model))
+    sizes = check_model(Path(model))
     where, options = _arguments(model)
     if options:
         dtype = "float32" if dtype == "auto" else dtype
@@ -54,13 +56,14 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
             _check_kind(model, config)
         # Dequantizing a GGUF file shows a bar that has no switch.
-        with redirect_stderr(StringIO()) if options else nullcontext():
+        quiet = redirect_stderr(StringIO()) if options else nullcontext()
+        with quiet, nullcontext() if sizes is None else bounded(sizes):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )
     except SeedLMError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as reason:
+    except Exception as reason:  # transformers raises whatever the config or a file led to
         raise SourceError(_ask_for_trust(model, reason) or f"{model}: cannot be loaded ({_one_line(reason)})") from reason
     network, info = loaded
     _check_whole(model, network, info)
@@ -70,7 +73,7 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
 def _arguments(model: str | Path) -> tuple[str | Path, dict[str, Any]]:
     """How transformers is told of a folder, a repository, and a GGUF file."""
     path = Path(model)
-    return (path.parent, {"gguf_file": path.name}) if path.is_file() else (model, {})
+    return (path.parent, {"gguf_file": path.name}) if os.path.isfile(path) else (model, {})
 
 
 def _gguf_config(path: Path) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""Work is bounded by a file's size: hostile files of less than a megabyte are refused in 2 s of a processor and 200 MB.
+
+These are bounds, not speeds: what they forbid took from 5 s to for ever, and up to 8 GB.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import small_files
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux tells it")
+pytest.importorskip("gguf")
+
+NAMES = [
+    *(f"packed-{name}" for name in small_files.PACKED),
+    *(f"source-{name}" for name in (*small_files.SOURCES, *small_files.GGUF)),
+    *(f"load-{name}" for name in (*small_files.SOURCES, *small_files.GGUF) if "folder" not in name),
+    *(f"runs-{name}" for name in small_files.RECORDS),
+    *(f"statistics-{name}" for name in ("rows", "long", "tokens")),
+    *(f"{kind}-{name}" for kind in ("text", "prompts") for name in ("fifo", "zero")),
+    *(f"sensitivity-{name}" for name in ("long", "large")),
+]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Name -> what came of it, seconds, kilobytes, message."""
+    folder = tmp_path_factory.mktemp("small")
+    small_files.write(folder)
+    for path in [*folder.glob("*-*"), *folder.glob("*-*/*")]:
+        assert not path.is_file() or path.stat().st_size < 1_000_000, path
+    command = [sys.executable, small_files.__file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return {name: found for name, *found in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_file_makes_little_work(measured, name):
+    result, seconds, kilobytes, message = measured[name]
+    assert result == "refused"
+    assert len(message) <= 2000
+    assert seconds < 2
+    assert kilobytes < 200_000
