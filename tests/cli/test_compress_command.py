@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import seedlm
-from seedlm.cli import console
+from seedlm.progress import Lines
 from tiny_models import SMALL, STORIES, folder_bytes, save_tensors
 
 COMMAND = [sys.executable, "-c", "from seedlm.cli import main; main()"]
@@ -205,10 +205,10 @@ def test_inspect_check_says_what_it_checked(compressed):
     assert "tensors match their SHA-256" in done.stderr
 
 
-def test_progress_has_lines_where_there_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(console, "_SAY_EVERY", -1.0)
-    with console.show_progress() as (on_progress, _):
-        on_progress("compress", 1_500_000, 3_000_000)
+def test_progress_has_lines_where_there_is_no_terminal(capsys):
+    lines = Lines(seconds=-1.0)
+    lines("open", 0, 0)
+    lines("compress", 1_500_000, 3_000_000)
     assert capsys.readouterr().err == "seedlm: Encoding: 1.5 / 3.0 M weights\n"
 
 

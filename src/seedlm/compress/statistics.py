@@ -180,7 +180,7 @@ def _observe(
     from seedlm.calibration.statistics import OWN_TEXT, measure_statistics
     from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
 
-    progress("text", 0, sequences * _LENGTH)
+    progress("load", 0, 0)
     dtype = "bfloat16" if device.type == "cuda" and not path.is_file() else "auto"
     model: Any = open_language_model(path, dtype=dtype).to(device)
     if wanted.file is None:

@@ -10,6 +10,7 @@ Dequantized blocks are float32, as transformers makes them; F32, F16 and BF16 te
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -100,6 +101,8 @@ class GGUFSource:
             )
         check_decoder(headers)
         self.notes: list[str] = []
+        licence = _field(reader, "general.license", self.path, "")
+        self.about: dict[str, Any] = {"license": licence} if isinstance(licence, str) and _LICENSE.fullmatch(licence) else {}
         self._architecture, self._heads = architecture, {}
         if architecture == "llama":
             query = int(_field(reader, "llama.attention.head_count", path))
@@ -227,6 +230,10 @@ class GGUFSource:
         if found:
             changed = {**base, "rope_theta": theta, **found}
             data["rope_parameters"] = {**parameters, "full_attention": changed} if several else changed
+
+
+_LICENSE: Final = re.compile(r"[\w.+-]{1,80}", re.ASCII)
+"""An identifier as the Hub has them, such as apache-2.0."""
 
 
 def _digest(path: Path, nbytes: int) -> str:
