@@ -13,7 +13,7 @@ from seedlm.version import __version__
 _TEXT: Final = """\
 # {name}, {bits:.2f} bits a weight
 
-{origin}, compressed by [SeedLM](https://pypi.org/project/seedlm/) {version}. The weights of its linear layers are not stored:
+{origin}, compressed by seedlm {version}. The weights of its linear layers are not stored:
 they are regrown from a few bits each. The folder loads with transformers once `seedlm` is imported.
 
 | | |
