@@ -41,11 +41,11 @@ fuzz: $(VENV)/installed
 # The documentation as a site, in build/site. The Markdown is that of the repository, its links too.
 docs:
 	rm -rf build/docs build/site
-	test -e build/docs-venv/bin/mkdocs || ($(PYTHON) -m venv build/docs-venv && build/docs-venv/bin/pip install -q 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1')
+	test -e build/docs-venv/bin/mkdocs || ($(PYTHON) -m venv build/docs-venv && build/docs-venv/bin/pip install -q 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1' ruff)
 	mkdir -p build/docs
 	cp *.md LICENSE build/docs
 	cp -r docs results build/docs
-	build/docs-venv/bin/mkdocs build -q
+	build/docs-venv/bin/mkdocs build -q --strict
 
 # Wheel and sdist in dist/, checked, and the wheel's own files tried.
 dist: $(VENV)/installed

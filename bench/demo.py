@@ -28,9 +28,9 @@ PROMPTS = ("Explain in two sentences why the sky is blue.", "Write one sentence 
 NEW_TOKENS = 96
 TEXT = Path(__file__).parent.parent / "FORMAT.md"
 CONTEXT, WINDOWS = 512, 4
-START = f"""\
+START = """\
 SmolLM2-135M-Instruct, 134 million weights, from 16 bits to 4, by a text that it writes itself.
-About {{minutes}} minutes on two quiet cores. Ctrl-C is fine: `make demo` goes on where it was.
+About {minutes} minutes on two quiet cores. Ctrl-C is fine: `make demo` goes on where it was.
 """
 
 

@@ -104,7 +104,7 @@ def test_a_program_that_is_run_loads_packed_folders(talking, tmp_path):
     assert done.stdout == "SeedLinear ['--help', '-x']\n"
 
 
-def test_commands_of_packages_and_modules_are_run(monkeypatch, here, capsys):
+def test_commands_of_packages_and_modules_are_run(here):
     done = here("run", "json.tool", "--help")
     assert (done.returncode, "usage" in done.stdout) == (0, True)
     done = subprocess.run([*COMMAND, "run", "transformers", "version"], capture_output=True, text=True, timeout=120)

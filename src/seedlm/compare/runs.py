@@ -97,7 +97,8 @@ def _check_same(first: Run, other: Run) -> None:
 
 def _text_of(run: Run) -> str:
     text = run.results["text"]
-    return printable(f"{text['path']} ({text['tokens']:,} tokens; {text['form'].partition(' (')[0]})")
+    form = f"; {str(text['form']).partition(' (')[0]}" if text.get("form") else ""
+    return printable(f"{text['path']} ({text['tokens']:,} tokens{form})")
 
 
 def _check_references(runs: list[Run]) -> None:
