@@ -79,14 +79,15 @@ class _Handler(BaseHTTPRequestHandler):
                 item["actions"] = {"upload": {"href": f"{self._address()}/lfs/{item['oid']}"}}
             self._say({"transfer": "basic", "objects": objects})
         elif parts[4:5] == ["commit"]:
-            files = self.hub.files["/".join(parts[2:4])]
+            name = "/".join(parts[2:4])
+            files = self.hub.files[name]
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = self.hub.objects[value["oid"]]
-            self._say({"success": True, "commitOid": COMMIT, "commitUrl": f"{self._address()}/commit/{COMMIT}"})
+            self._say({"success": True, "commitOid": COMMIT, "commitUrl": f"{self._address()}/{name}/commit/{COMMIT}"})
         else:
             self._say({"error": self.path}, 404)
 
