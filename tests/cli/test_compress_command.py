@@ -48,7 +48,7 @@ def test_help(arguments):
 def test_compress_ends_with_a_summary_and_is_quiet_when_not_a_terminal(compressed):
     _, done = compressed
     assert (done.returncode, done.stderr) == (0, "")
-    for word in ("size", "bits each", "relative error", "time", "weights/s", "seedlm chat", "at 3 bits", "--reference SOURCE"):
+    for word in ("size", "bits each", "relative error", "time", "weights/s", "seedlm chat", "at 5 bits", "--reference SOURCE"):
         assert word in done.stdout
 
 

@@ -92,7 +92,7 @@ def test_a_pushed_model_says_that_it_is_packed(circle):
 def test_a_local_folder_has_a_card_without_a_base(finished):
     card = (finished[0] / "README.md").read_text()
     assert "base_model" not in front(card)
-    assert "The model `llama`" in card
+    assert "A local model, LlamaForCausalLM, compressed by seedlm" in card
 
 
 @pytest.mark.parametrize(

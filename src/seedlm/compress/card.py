@@ -47,10 +47,9 @@ The error of the weights above, and nothing else. What it means for the text tha
 _FEEDBACK: Final = {"none": "the weights alone, no data", "own text": "a text that the model wrote itself, no other data"}
 
 
-def card(out: Path, report: Report, source: Source, path: Path, record: Mapping[str, Any]) -> str:
-    """The card of a model.
+def card(report: Report, source: Source, path: Path, record: Mapping[str, Any]) -> str:
+    """The card of a model, the same wherever its source lies and whatever the folder is called.
 
-    out      the folder's name to be
     report   what is in it
     path     where the source is: a folder, a GGUF file, a snapshot in the Hub's cache
     record   settings of encoding, as config.json holds them
@@ -59,11 +58,12 @@ def card(out: Path, report: Report, source: Source, path: Path, record: Mapping[
     front: dict[str, Any] = dict(source.about)
     if repository:
         front |= {"base_model": repository, "base_model_relation": "quantized"}
-    if any(name.endswith("ForCausalLM") for name in source.config.get("architectures") or []):
+    made = next(iter(source.config.get("architectures") or []), str(source.config.get("model_type") or "model"))
+    if made.endswith("ForCausalLM"):
         front.setdefault("pipeline_tag", "text-generation")
     front |= {"library_name": "transformers", "tags": ["seedlm"]}
-    name = (repository or path.stem if path.is_file() else repository or path.name).rpartition("/")[2] or out.name
-    link = f"[{repository}](https://huggingface.co/{repository})" if repository else f"The model `{_code(name)}`"
+    name = repository.rpartition("/")[2] if repository else made
+    link = f"[{repository}](https://huggingface.co/{repository})" if repository else f"A local model, {_code(made)}"
     text = _TEXT.format(
         name=_code(name),
         origin=link,

@@ -121,7 +121,7 @@ def compress_checkpoint(
         if done is not None:
             clock.phase("finish")
             _finish(work, plan, model, dtype, selected.dense, options)
-            work.write_text(CARD_NAME, card(out, inspect_checkpoint(work.model), model, path, options))
+            work.write_text(CARD_NAME, card(inspect_checkpoint(work.model), model, path, options))
             work.publish()
         work.remove()
     clock.phase("")
