@@ -3,12 +3,13 @@
     python bench/products_gpu.py [--bits 4 3 2] [--tokens 1 8] [--many 256 2048] [--shapes 57344x8192 ...]
 
 Times are medians of CUDA graph replays, in microseconds for one product; weights take turns so that none is read from a
-cache. `product` is the product alone, each kernel after the one before it has ended; `with input` is the rotation and
-quantisation of x and the product, as a layer runs them (they overlap on Hopper). Ratios are to cuBLAS FP16 at the same tokens
-in the same run. The last line is JSON.
+cache. `product` is the product alone, each kernel after the one before it has ended (`next early`: it may start before); `with
+input` is the rotation and quantisation of x and the product, as a layer runs them (they overlap on Hopper). Ratios are to
+cuBLAS FP16 at the same tokens in the same run. The last line is JSON.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -76,7 +77,7 @@ def check() -> int:
         launch.dequantize(weight, parts, format, original=True)
         if not torch.equal(weight, hadamard.inverse(rotated, format.transform)):
             sys.exit(f"{format} {out}x{width}: dequantize differs from the definition")
-        for tokens in (1, 3, 8, 16, 70):
+        for tokens in (1, 3, 8, 16, 70, 1100):
             for dtype in TOLERANCE:
                 for name, x in hard_inputs(tokens, width, dtype).items():
                     reference = hadamard.forward(x.double(), format.transform) @ rotated.double().T
@@ -123,35 +124,39 @@ def copies(nbytes: int) -> int:
     return max(1, CACHE_BYTES // nbytes + 1)
 
 
-def dense(out: int, width: int, tokens: list[int]) -> dict[int, float]:
-    """Times of FP16 weights through cuBLAS, by tokens."""
+def dense(out: int, width: int, tokens: int) -> float:
+    """Time of FP16 weights through cuBLAS."""
     weights = [torch.randn(out, width, device="cuda", dtype=torch.float16) for _ in range(copies(2 * out * width))]
-    inputs = {count: torch.randn(count, width, device="cuda", dtype=torch.float16) for count in tokens}
-    return {count: microseconds([lambda w=w, x=x: x @ w.T for w in weights]) for count, x in inputs.items()}
+    x = torch.randn(tokens, width, device="cuda", dtype=torch.float16)
+    return microseconds([lambda w=w: x @ w.T for w in weights])
 
 
-def tinygemm(out: int, width: int, tokens: list[int]) -> dict[int, float]:
-    """Times of torch's own 4-bit product, groups of 128, bfloat16; {} where it is missing."""
+def tinygemm(out: int, width: int, tokens: int) -> float | None:
+    """Time of torch's own 4-bit product, groups of 128, bfloat16; None where it is missing."""
     try:
         packed = []
         for _ in range(copies(out * width // 2)):
             codes = torch.randint(0, 256, (out, width // 2), device="cuda", dtype=torch.uint8)
             packed.append(torch.ops.aten._convert_weight_to_int4pack(codes, 8))
         tables = torch.randn(width // 128, out, 2, device="cuda", dtype=torch.bfloat16)
-        multiply = torch.ops.aten._weight_int4pack_mm
-        inputs = {count: torch.randn(count, width, device="cuda", dtype=torch.bfloat16) for count in tokens}
-        return {
-            count: microseconds([lambda w=w, x=x: multiply(x, w, 128, tables) for w in packed]) for count, x in inputs.items()
-        }
+        x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+        return microseconds([lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, tables) for w in packed])
     except (RuntimeError, AttributeError):
-        return {}
+        return None
 
 
-def measure(format: TrellisFormat, out: int, width: int, tokens: int, kind: launch.Kind) -> dict[str, float]:
-    """Times of the input's part, of the product alone, and of both as a layer runs them."""
+def measure(format: TrellisFormat, out: int, width: int, tokens: int, kind: launch.Kind | None) -> dict[str, float]:
+    """Times of the input's part, of the product alone, and of both as a layer runs them; kind None: as the backend chooses."""
     shape, dtype = (out, width), torch.float16
     weights = [random_weight(format, out, width) for _ in range(copies(out * width * format.rate // 8))]
     x, y = torch.randn(tokens, width, device="cuda", dtype=dtype), torch.empty(tokens, out, device="cuda", dtype=dtype)
+    if kind is None:
+        shared = EXACT.transform(x, format, width)
+        return {
+            "input": microseconds([lambda: EXACT.transform(x, format, width)] * 10),
+            "product": microseconds([lambda w=w: EXACT.linear(x, w, format, shape, None, shared) for w in weights]),
+            "with input": microseconds([lambda w=w: EXACT.linear(x, w, format, shape, None) for w in weights]),
+        }
 
     def steps(overlap: bool) -> tuple[Callable[[], None], Callable[[list[Tensor]], None]]:
         inputs = launch.input_plan(format.transform, width, tokens, dtype, kind, 0, overlap)
@@ -170,43 +175,39 @@ def measure(format: TrellisFormat, out: int, width: int, tokens: int, kind: laun
     return {
         "input": microseconds([rotate] * 20),
         "product": microseconds([lambda w=w: multiply(w) for w in weights]),
+        "next early": microseconds([lambda w=w: multiply_over(w) for w in weights]),
         "with input": microseconds([lambda w=w: both(w) for w in weights]),
     }
 
 
 def rows(options: argparse.Namespace, copy: float) -> Iterator[dict[str, object]]:
-    """Measure and print, line by line."""
+    """Measure and print, line by line. Many tokens heat the card: they come last, cuBLAS timed beside them."""
     for text in options.shapes:
         out, width = map(int, text.split("x"))
-        base = dense(out, width, [*options.tokens, *options.many])
-        tiny = tinygemm(out, width, options.tokens)
-        print(f"{text}: cuBLAS FP16 " + ", ".join(f"{count} tokens {time:.1f} us" for count, time in base.items()))
-        for count, time in tiny.items():
-            print(f"  tinygemm 4 bit, {count:4} tokens {time:8.1f} us {base[count] / time:5.2f}x", flush=True)
-            yield {"shape": text, "what": "tinygemm", "bits": 4, "tokens": count, "us": time, "ratio": base[count] / time}
-        kinds: list[tuple[int, launch.Kind]] = []
-        for count in options.tokens:
-            kinds += [(count, kind) for kind in ("exact", "int8") if count * launch.parts_of_token(kind) <= 16]
-        kinds += [(count, "halves") for count in options.many]
-        for bits in options.bits:
-            for count, kind in kinds:
-                times = measure(TrellisFormat(rate=bits), out, width, count, kind)
+        for tokens in (*options.tokens, *options.many):
+            few = tokens in options.tokens
+            base = dense(out, width, tokens)
+            print(f"{text}, {tokens} tokens: cuBLAS FP16 {base:.1f} us")
+            if few and (time := tinygemm(out, width, tokens)):
+                print(f"  tinygemm 4 bit {time:8.1f} us {base / time:5.2f}x", flush=True)
+                yield {"shape": text, "what": "tinygemm", "bits": 4, "tokens": tokens, "product": time, "ratio": base / time}
+            kinds: list[launch.Kind | None] = [None]
+            if few:
+                kinds = [kind for kind in ("exact", "int8") if tokens * launch.parts_of_token(kind) <= 16]
+            for bits, kind in itertools.product(options.bits, kinds):
+                times = measure(TrellisFormat(rate=bits), out, width, tokens, kind)
                 rate = out * width * bits / 8 / times["product"] / 1e6
-                ratio, whole = base[count] / times["product"], base[count] / times["with input"]
+                ratios = {name: base / time for name, time in times.items() if name != "input"}
                 print(
-                    f"  {bits} bit {kind:6} {count:4} tokens {times['product']:8.1f} us {ratio:5.2f}x  {rate:5.2f} TB/s = "
-                    f"{rate / copy:4.0%} of copy; input {times['input']:.1f} us, "
-                    f"with product {times['with input']:8.1f} us {whole:5.2f}x",
+                    f"  {bits} bit {kind or 'many':6} "
+                    + ", ".join(
+                        f"{name} {time:.1f} us" + (f" {ratios[name]:.2f}x" if name in ratios else "")
+                        for name, time in times.items()
+                    )
+                    + f"; {rate:.2f} TB/s, {rate / copy:.0%} of copy",
                     flush=True,
                 )
-                yield {
-                    "shape": text,
-                    "what": kind,
-                    "bits": bits,
-                    "tokens": count,
-                    "ratio": ratio,
-                    "ratio with input": whole,
-                } | times
+                yield {"shape": text, "what": kind or "many", "bits": bits, "tokens": tokens, "cuBLAS": base} | times
 
 
 def copy_bandwidth() -> float:

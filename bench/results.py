@@ -1,6 +1,7 @@
 """The results that are committed: one model through every preset and every baseline, by the commands that anybody can run.
 
     python bench/results.py run smollm2 SOURCE --wikitext wiki.test.raw --calibration c4.utf8 --task-data DATA --workers 8
+    python bench/results.py run smollm2 SOURCE --wikitext wiki.test.raw --only trellis-4,trellis-3,trellis-3.5
     python bench/results.py run stories260k tests/data/stories260k --text stories.txt --calibration more.txt --context 512
     python bench/results.py render            # results/*.json -> docs/results.md
 
@@ -8,8 +9,9 @@
 after the other, and measures in processes that take row after row. First the text with every row, then the zero-shot sets, so
 that a run that is stopped has the first table whole; a row that takes long to make, or whose records are wanted for `seedlm
 compare`, has all in one. Whole results are kept under WORK, where what is there is not made again, and what a table needs in
-results/NAME.json, written anew after each. A row that failed is named there with its error. Matrix products in float32 are
-allowed TF32 (PyTorch's "high"), the same for every row.
+results/NAME.json, written anew after each; rows that were not asked for stay as they are there. A row that failed is named with
+its error. `seedlm-B` is the block code's, `trellis-B` the trellis code's, whose text and statistics are made once for all.
+Matrix products in float32 are allowed TF32 (PyTorch's "high"), the same for every row.
 """
 
 import argparse
@@ -28,7 +30,9 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.utils import logging
 
+from seedlm.calibration import own_text
 from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, read_sensitivity, write_sensitivity
+from seedlm.calibration.statistics import measure_statistics
 from seedlm.codes.block.format import PRESETS
 from seedlm.codes.registry import family, parse_format
 from seedlm.compress.allocate import Mixture
@@ -45,8 +49,11 @@ from seedlm.storage.inspect import inspect_checkpoint
 ROOT = Path(__file__).parent.parent
 MIXED = ("4.5", "4", "3.5", "3", "2.5")
 """Bits at which formats are also mixed by sensitivity."""
+TRELLIS = ("4", "4-fast", "3.5", "3", "3-fast", "2.5", "2", "2-fast")
 RECORDED = ("original", "seedlm-4", "seedlm-4-mixed", "seedlm-3", "seedlm-3-mixed", "nf4-4", "gptq-3")
 """Rows whose predictions, layers, prompts and questions are kept, for a report of `seedlm compare`."""
+PLACE = ("device_name", "torch", "transformers", "float32_matmul_precision")
+"""What rows of one table should have in common; a row says what was otherwise."""
 MARKS = ("<!-- made by bench/results.py render -->", "<!-- end -->")
 SHORT = {"arc_easy": "ARC-e", "arc_challenge": "ARC-c", "hellaswag": "HellaSwag", "winogrande": "WinoGrande", "boolq": "BoolQ"}
 
@@ -58,6 +65,7 @@ def run(options: argparse.Namespace) -> bool:
     work = options.work / options.name
     work.mkdir(parents=True, exist_ok=True)
     ours = [f"seedlm-{preset}" for preset in PRESETS] + [f"seedlm-{bits}-mixed" for bits in MIXED]
+    ours += [f"trellis-{bits}" for bits in TRELLIS]
     names = sorted(["original", *ours, *baseline_names()], key=_bits, reverse=True)
     if options.only:
         names = [name for name in names if name in options.only.split(",")]
@@ -111,9 +119,21 @@ def _write(names: list[str], errors: dict[str, str], work: Path, options: argpar
             row["device_name"] = ("CPU, " if place["device"] == "cpu" else "") + place["device_name"]
     done = [row["name"] for row in rows]
     rows += [{"name": name, "error": error} for name, error in errors.items() if name not in done]
-    results = {"model": options.name, "label": options.label, **shared, "rows": rows}
+    place = options.out / f"{options.name}.json"
+    if before := _read(place):
+        assert before["text"] == shared["text"], f"{place} is of another text: {before['text']}"
+        made = {row["name"] for row in rows}
+        kept = [row for row in before["rows"] if row["name"] not in made]
+        if kept:
+            others = {
+                key: shared["environment"][key] for key in PLACE if shared["environment"][key] != before["environment"][key]
+            }
+            rows = [{**row, "environment": others} if others and "error" not in row else row for row in rows]
+            shared = {key: before[key] for key in shared}
+        rows = sorted([*kept, *rows], key=lambda row: -_bits(row["name"]))
+    results = {"model": options.name, "label": options.label or before.get("label", options.name), **shared, "rows": rows}
     options.out.mkdir(exist_ok=True)
-    (options.out / f"{options.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    place.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _expand(source: str, folder: Path) -> str:
@@ -171,8 +191,18 @@ def _measure(
 
 def _compress(name: str, source: str, work: Path) -> str:
     """The folder of one of our rows, compressed if it is not there."""
-    folder, sensitivity = work / name, work / "sensitivity.json"
-    if not folder.exists():
+    folder, sensitivity, statistics = work / name, work / "sensitivity.json", work / "statistics.safetensors"
+    if not folder.exists() and name.startswith("trellis-"):
+        if not statistics.exists():
+            network = models.load_model(Path(source), device=choose_device("auto"), dtype="float32")
+            text = own_text.write_text(network, own_text.OwnText.for_device(choose_device("auto")))
+            measure_statistics(network, text).save(statistics)
+            del network
+        bits, code = name.removeprefix("trellis-"), family("trellis")
+        mixed = bits not in code.presets
+        chosen = Mixture(bits=float(bits), formats=code.mixture) if mixed else parse_format(bits, "trellis")
+        compress_checkpoint(source, folder, format=chosen, feedback=statistics)
+    elif not folder.exists():
         format: str | Mixture = name.removeprefix("seedlm-")
         if name.endswith("-mixed"):
             if not sensitivity.exists():
@@ -180,7 +210,8 @@ def _compress(name: str, source: str, work: Path) -> str:
                 write_sensitivity(sensitivity, source, OwnText(), measure_sensitivity(network, OwnText()))
             format = Mixture(bits=_bits(name), sensitivity=read_sensitivity(sensitivity)[1], formats=family("block").mixture)
         compress_checkpoint(source, folder, format=format if isinstance(format, Mixture) else parse_format(format, "block"))
-        torch.cuda.empty_cache()  # the GPU is shared
+    torch.cuda.empty_cache()  # the GPU is shared
+    if not (work / f"{name}.report.json").exists():
         (work / f"{name}.report.json").write_text(json.dumps(inspect_checkpoint(folder).to_dict()))
     return str(folder)
 
@@ -265,6 +296,9 @@ def model_table(found: dict[str, Any]) -> str:
     for device in sorted({row["device_name"] for row in whole if "device_name" in row}):
         names = ", ".join(row["name"] for row in whole if row.get("device_name") == device)
         lines += ["", f"On another device ({device}): {names}."]
+    for others in sorted({json.dumps(row["environment"]) for row in whole if "environment" in row}):
+        names = ", ".join(row["name"] for row in whole if json.dumps(row.get("environment")) == others)
+        lines += ["", f"Measured elsewhere ({', '.join(map(str, json.loads(others).values()))}): {names}."]
     failed = [row for row in found["rows"] if "error" in row]
     lines += ["", *(f"- `{row['name']}` did not run: {row['error']}" for row in failed)] if failed else []
     return "\n".join(lines)
@@ -296,7 +330,7 @@ def _cells(row: dict[str, Any], tasks: list[str]) -> list[str]:
         return f"{scale * (found['mean'] or 0):.{digits}f}" + (f" ± {scale * error:.{digits}f}" if error is not None else "")
 
     mark = "*" if row["calibrated"] else ""
-    name = f"**{row['name']}**" if row["name"].startswith("seedlm") else row["name"]
+    name = f"**{row['name']}**" if row["name"].startswith(("seedlm", "trellis")) else row["name"]
     error = f"{row['relative_error']:.4f}" if row["relative_error"] is not None else ""
     perplexity = row["perplexity"]["mean"]
     cells = [name + mark, f"{row['bits_per_weight']:.3f}", error]
@@ -341,11 +375,11 @@ def main() -> None:
     command = commands.add_parser("run")
     command.add_argument("name")
     command.add_argument("source")
-    command.add_argument("--label", required=True, help="the table's heading")
+    command.add_argument("--label", help="the table's heading")
     text = command.add_mutually_exclusive_group(required=True)
     text.add_argument("--wikitext")
     text.add_argument("--text")
-    command.add_argument("--calibration", required=True)
+    command.add_argument("--calibration", help="a text for the methods that need one")
     command.add_argument("--task-data")
     command.add_argument("--context", type=int, default=2048)
     command.add_argument("--batch-size", type=int, default=4, help="windows in one forward pass")

@@ -1,10 +1,15 @@
 """Where to work, by name, and how much memory that took."""
 
+import os
 import sys
+from typing import Final
 
 import torch
 
 from seedlm.errors import BackendError
+
+_QUEUES: Final = "32"
+"""Queues of a GPU that streams share. With CUDA's 8 the small kernels of one matrix wait behind the long ones of others."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -24,8 +29,10 @@ def choose_device(name: str) -> torch.device:
 def choose_devices(names: str) -> list[torch.device]:
     """Devices by their names with commas between; "cuda" is every CUDA device, and "auto" too, or the CPU if there is none.
 
-    A device that is named twice is listed twice. Raises BackendError if one is not there.
+    A device that is named twice is listed twice. Many streams will run at once on each, for which CUDA is told if it has not
+    started yet. Raises BackendError if one is not there.
     """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", _QUEUES)
     if names == "auto":
         names = "cuda" if torch.cuda.is_available() else "cpu"
     if names == "cuda" and torch.cuda.device_count():

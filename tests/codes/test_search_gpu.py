@@ -54,7 +54,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("rounding", ["best", "nearest"])
 @pytest.mark.parametrize("spec", FORMATS)
 def test_random_blocks_equal_brute_force(spec, rounding):
-    format = parse_format(spec)
+    format = parse_format(spec, "block")
     blocks = torch.randn(301, format.block_size) * 0.02
     bias = choose_exponent_bias(blocks, format)
     assert_same(gpu_search(blocks, bias, format, rounding), torch_search.brute_force(blocks.cuda(), bias, format, rounding))
@@ -63,7 +63,7 @@ def test_random_blocks_equal_brute_force(spec, rounding):
 @pytest.mark.parametrize("kind", hard_blocks(8))
 @pytest.mark.parametrize("spec", FORMATS)
 def test_hard_blocks_equal_brute_force(spec, kind):
-    format = parse_format(spec)
+    format = parse_format(spec, "block")
     blocks = hard_blocks(format.block_size)[kind]
     for bias in {choose_exponent_bias(blocks, format), 0}:
         assert_same(gpu_search(blocks, bias, format), torch_search.brute_force(blocks.cuda(), bias, format))
@@ -74,7 +74,7 @@ def test_no_tile_seems_worse_than_its_margin_allows(spec):
     """What the proof says of the bound, for every tile: its best seed would be found if it were what has to be reached."""
     from seedlm.codes.block.search.triton_round import Rounds
 
-    format = parse_format(spec)
+    format = parse_format(spec, "block")
     blocks = torch.cat(
         [torch.randn(412, format.block_size), torch.distributions.StudentT(2.0).sample((100, format.block_size))]
     )

@@ -57,7 +57,10 @@ def relative_error(y, reference):
 def test_kernels_compile_for_every_architecture_without_a_gpu(rate, arch):
     format = TrellisFormat(rate=rate)
     texts = [sources.product_source(format, sources.choose(format, parts, arch)) for parts in (1, 8, 16)]
-    texts += [sources.rotate_source(128, 4096, arch, halves) for halves in (False, True)]
+    texts += [
+        sources.rotate_source(128, 4096, arch, halves, few) for halves, few in ((False, True), (True, True), (True, False))
+    ]
+    texts.append(sources.transform_source(128))
     texts.append(sources.dequantize_source(format, original=True))
     for text in texts:
         assert nvrtc.compile_only(text, arch).startswith(b"\x7fELF")
@@ -100,7 +103,7 @@ class TestOnADevice:
                 assert torch.equal(EXACT.dequantize(prepared, format, shape, dtype), expected.to(dtype))
             monkeypatch.undo()
 
-    @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9, 16, 17, 100, 300])
+    @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9, 16, 17, 100, 300, 1023, 1024])
     @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=str)
     def test_products_of_every_number_of_tokens(self, tokens, dtype, tolerance, monkeypatch):
         format, shape = TrellisFormat(rate=4), (1000, 576)
@@ -127,7 +130,30 @@ class TestOnADevice:
                 monkeypatch.undo()
                 assert relative_error(y, hadamard.forward(x.double(), format.transform) @ weight.T) < 2e-3
 
-    @pytest.mark.parametrize("tokens", [1, 8, 40])
+    @pytest.mark.parametrize(
+        ("shape", "tokens"), [((256, 4096), 17), ((130, 2100), 200), ((1000, 8192), 256), ((4096, 4096), 300)]
+    )
+    def test_tiles_split_along_their_columns(self, shape, tokens):
+        format = TrellisFormat(rate=3)
+        assert sources.gemm_splits(*shape, tokens, nvrtc.processors(0)) > 1
+        parts = random_parts(format, *shape)
+        prepared = EXACT.prepare(parts, format, shape)
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+        transformed = EXACT.transform(x, format, shape[1])
+        y = EXACT.linear(x, prepared, format, shape, None, transformed)
+        reference = hadamard.forward(x.double(), format.transform) @ exact_weight(parts, format, shape).T
+        assert relative_error(y, reference) < 2e-3
+        for _ in range(3):  # from the same workspace, whose counters are clear again
+            assert torch.equal(EXACT.linear(x, prepared, format, shape, None, transformed), y)
+
+    @pytest.mark.parametrize("block", [8, 128, 512])
+    @pytest.mark.parametrize("width", [1, 40, 576, 1100, 4096])
+    def test_inputs_of_formed_weights_are_transformed(self, block, width):
+        for dtype, tolerance in TOLERANCES:
+            x = torch.randn(37, width, device="cuda", dtype=dtype)
+            assert relative_error(launch.transform(x, block), hadamard.forward(x.double(), block)) < tolerance
+
+    @pytest.mark.parametrize("tokens", [1, 8, 40, 1500])
     @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e4, 1e30])
     def test_outlier_channels_and_extreme_magnitudes(self, tokens, scale):
         format, shape = TrellisFormat(rate=3), (300, 1024)
@@ -139,7 +165,7 @@ class TestOnADevice:
         reference = hadamard.forward(x.double(), format.transform) @ exact_weight(parts, format, shape).T
         assert relative_error(y, reference) < 8e-3
 
-    @pytest.mark.parametrize("tokens", [2, 40])
+    @pytest.mark.parametrize("tokens", [2, 40, 1500])
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_what_is_not_finite_stays_in_its_token(self, tokens, bad):
         format, shape = TrellisFormat(rate=4), (300, 256)
@@ -173,7 +199,7 @@ class TestOnADevice:
         alone = EXACT.linear(x, EXACT.prepare(some, format, (256, shape[1])), format, (256, shape[1]), None)
         assert torch.equal(alone, first[:, :256])
 
-    @pytest.mark.parametrize("tokens", [1, 6, 64])
+    @pytest.mark.parametrize("tokens", [1, 6, 64, 1500])
     def test_a_shared_transform_gives_the_same_bits(self, tokens):
         format = TrellisFormat(rate=2)
         x = torch.randn(tokens, 512, device="cuda", dtype=torch.float16)

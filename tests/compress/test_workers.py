@@ -16,7 +16,7 @@ import torch
 from seedlm.codes.base import totals
 from seedlm.codes.block.encode import encode_rows
 from seedlm.codes.block.format import PRESETS
-from seedlm.codes.registry import parse_format
+from seedlm.codes.registry import family, parse_format
 from seedlm.compress import workers as engine
 from seedlm.compress.allocate import Mixture
 from seedlm.compress.run import compress_checkpoint
@@ -201,8 +201,10 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("bits", PRESETS)
-def test_one_gpu_two_and_the_cpu_leave_the_same_bytes(tmp_path, request, bits):
+@pytest.mark.parametrize(
+    ("code", "bits"), [*(("block", bits) for bits in PRESETS), ("trellis", "4-fast"), ("trellis", "2-fast")]
+)
+def test_one_gpu_two_and_the_cpu_leave_the_same_bytes(tmp_path, request, code, bits):
     """Where there is one GPU, two processes share it."""
     torch.manual_seed(0)
     shapes = [(40, 96), (64, 64), (7, 130), (96, 40), (1, 8), (300, 24)]
@@ -213,7 +215,7 @@ def test_one_gpu_two_and_the_cpu_leave_the_same_bytes(tmp_path, request, bits):
     for device in ("cuda:0", "cpu", two):
         if device == two:
             request.getfixturevalue("child")  # waits for it: these tensors are done before it has begun
-        report = compress_checkpoint(source, tmp_path / device, format=bits, device=device)
+        report = compress_checkpoint(source, tmp_path / device, format=parse_format(bits, code), device=device)
         assert report.devices == sorted(set(device.split(",")))
         assert report.peak_device_bytes > 0 or device == "cpu"
         outputs[device] = folder_bytes(tmp_path / device)
@@ -222,12 +224,13 @@ def test_one_gpu_two_and_the_cpu_leave_the_same_bytes(tmp_path, request, bits):
 
 SMALL_CARD = """
 import sys, threading, torch
+from seedlm.codes.registry import parse_format
 from seedlm.compress.run import compress_checkpoint
 torch.cuda.set_per_process_memory_fraction(float(sys.argv[3]) / torch.cuda.get_device_properties(0).total_memory)
 threads = set()
 def look(*progress):
     threads.update(thread.ident for thread in threading.enumerate() if thread.name == "seedlm cuda:0")
-compress_checkpoint(sys.argv[1], sys.argv[2], format=sys.argv[4], device="cuda:0", on_progress=look)
+compress_checkpoint(sys.argv[1], sys.argv[2], format=parse_format(sys.argv[4], "block"), device="cuda:0", on_progress=look)
 print(len(threads), torch.cuda.max_memory_reserved())
 """
 
@@ -247,7 +250,7 @@ def test_a_card_of_8_gb_is_enough_for_a_7b_and_leaves_the_same_bytes(tmp_path, b
     threads, reserved = map(int, result.stdout.split())
     assert threads == 4
     assert reserved <= limit
-    compress_checkpoint(source, tmp_path / "large", format=bits, device="cuda:0")
+    compress_checkpoint(source, tmp_path / "large", format=parse_format(bits, "block"), device="cuda:0")
     assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "large")
 
 
@@ -259,7 +262,8 @@ def test_mixtures_one_after_the_other_leave_the_same_bytes(tmp_path):
     names = [f"model.layers.{n}.{kind}" for n in range(12) for kind in "abc"]
     source = save_tensors(tmp_path / "m", {f"{name}.weight": torch.randn(96, 64).bfloat16() for name in names})
     sensitivity = dict(zip(names, (10 ** torch.randn(len(names))).tolist(), strict=True))
-    mixtures = [Mixture(bits=bits, sensitivity=sensitivity) for bits in (3.5, 2.75, 4.25)]
+    formats = family("block").mixture
+    mixtures = [Mixture(bits=bits, sensitivity=sensitivity, formats=formats) for bits in (3.5, 2.75, 4.25)]
     assert all(len(set(mixture.assign(dict.fromkeys(names, (96, 64))).values())) > 4 for mixture in mixtures)
     for place, mixture in enumerate(mixtures):
         compress_checkpoint(source, tmp_path / f"cpu{place}", format=mixture, device="cpu")

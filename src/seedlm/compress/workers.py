@@ -36,7 +36,7 @@ _THREAD_BYTES: Final = 3 << 29
 """Units at once on a GPU, and memory that it should have free for each. On an H100 1, 2, 3 and 4 gave
 299, 430, 454 and 512 million weights/s (docs/log/pipeline.md). A search on a CPU has threads of its own."""
 
-_FEEDBACK_THREADS: Final = 16
+_FEEDBACK_THREADS: Final = 32
 """Units at once on a GPU with error feedback: column follows column, so a matrix of few rows fills few multiprocessors."""
 
 _TABLE_THREADS: Final = 4

@@ -4,12 +4,12 @@ By the number of tokens:
 
     to 8 (16 in int8)   `product`: decoded and multiplied on int8 tensor cores; activations as 16-bit integers with a scale for
                         each token (relative error 1e-4 and less), or int8 ("cuda-int8", about 5e-3)
-    more, on Hopper     `gemm`: decoded into tensor-core tiles, activations rounded to half precision in the transformed basis
-    more, elsewhere     the weight is formed in x's dtype for torch's product
+    to 1023, on Hopper  `gemm`: decoded into tensor-core tiles, activations rounded to half precision in the transformed basis
+    more, or elsewhere  the weight is formed in the transformed basis, in x's dtype, for torch's product
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Final, cast
+from typing import ClassVar, Final, Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from seedlm.codes.trellis.kernels import launch, sources
 from seedlm.codes.trellis.kernels.launch import Kind
 
 _GEMM_ARCHITECTURE: Final = 90
+_GEMM_TOKENS: Final = 1023
+"""From there on forming the weight costs less than `gemm` is slower than cuBLAS (docs/log/products.md)."""
 
 
 class CudaBackend:
@@ -51,15 +53,19 @@ class CudaBackend:
         tokens = x.numel() // in_features
         if (kind := self._kind(x, tokens)) is None:
             return []
+        if kind == "formed":
+            return [torch.empty(x.shape, dtype=x.dtype, device=x.device)]
         size = launch.workspace(in_features, tokens, kind, nvrtc.index_of(x.device))[-1]
         return [torch.empty(size, dtype=torch.int32, device=x.device)]
 
     def transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
-        """The workspace of `launch`; [] for no tokens and where the weight is formed."""
+        """The workspace of `launch`, or x in the transformed basis; [] for no tokens and other dtypes."""
         tokens = x.numel() // in_features
         if (kind := self._kind(x, tokens)) is None:
             return []
         block = cast(TrellisFormat, format).transform
+        if kind == "formed":
+            return [launch.transform(x.contiguous(), block)]
         plan = launch.input_plan(block, in_features, tokens, x.dtype, kind, nvrtc.index_of(x.device))
         work = torch.empty(plan.size, dtype=torch.int32, device=x.device)
         launch.rotate(x.contiguous(), plan, work)
@@ -79,6 +85,10 @@ class CudaBackend:
             return torch.nn.functional.linear(x, self.dequantize(prepared, format, shape, x.dtype), bias)
         trellis, index = cast(TrellisFormat, format), nvrtc.index_of(x.device)
         (work,) = transformed or self.transform(x, format, shape[1])
+        if kind == "formed":
+            weight = torch.empty(shape, dtype=x.dtype, device=x.device)
+            launch.dequantize(weight, prepared, trellis, original=False)
+            return torch.nn.functional.linear(work, weight, bias)
         inputs = launch.input_plan(trellis.transform, shape[1], tokens, x.dtype, kind, index)
         plan = launch.product_plan(trellis, shape, tokens, x.dtype, kind, index)
         y = torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype, device=x.device)
@@ -93,14 +103,14 @@ class CudaBackend:
             launch.dequantize(weight, prepared, format, original=True)
         return weight.to(dtype)
 
-    def _kind(self, x: Tensor, tokens: int) -> Kind | None:
-        """How activations are multiplied, None if the weight is formed for torch's product."""
+    def _kind(self, x: Tensor, tokens: int) -> Kind | Literal["formed"] | None:
+        """How activations are multiplied; None if kernels do not know them, and torch multiplies by the weight."""
         if x.dtype not in nvrtc.TYPES or tokens == 0:
             return None
         if tokens * launch.parts_of_token(self.few) <= sources.MOST_PARTS:
             return self.few
         gemm = x.dtype != torch.float32 and nvrtc.architecture(nvrtc.index_of(x.device)) == _GEMM_ARCHITECTURE
-        return "halves" if gemm else None
+        return "halves" if gemm and tokens <= _GEMM_TOKENS else "formed"
 
 
 class CudaInt8Backend(CudaBackend):

@@ -12,25 +12,6 @@ DEVICE float value(const u32 (&q)[R + 1], int row) {
   return __uint_as_float(dot4(hash(q, row), 0x01010101u, 0x4b000000u)) - 8389118.0f;
 }
 
-DEVICE void store_row(void* weight, u64 at, const float (&v)[E], int count, int type) {
-  if (type != FLOAT32 && count >= E && (at & 7) == 0) {
-#pragma unroll
-    for (int e = 0; e < E; e += 8) {
-      u32 pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float a = v[e + 2 * i], b = v[e + 2 * i + 1];
-        pairs[i] = type == FLOAT16 ? to_half(a) | (u32)to_half(b) << 16 : to_bfloat(a) | (u32)to_bfloat(b) << 16;
-      }
-      __stcs((uint4*)((u16*)weight + at + e), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
-    }
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < E; e++)
-    if (e < count) store_number(weight, at + e, type, v[e]);
-}
-
 extern "C" __global__ void __launch_bounds__(128)
 dequantize(const u32* words, const u16* row_scales, const float* scale, void* weight,
            int out, int in, int steps, int segments, int strip, int type) {
@@ -72,6 +53,6 @@ dequantize(const u32* words, const u16* row_scales, const float* scale, void* we
       for (int e = 0; e < E; e++)
         v[e] = signed_by(v[e] * (place.size ? factor : block_factor(place.size_of(e))), place.signs, e);
     }
-    store_row(weight, (u64)(segment * 32 + row) * in + first, v, in - first, type);
+    store_numbers(weight, (u64)(segment * 32 + row) * in + first, v, in - first, type);
   }
 }

@@ -10,7 +10,11 @@
 // Row 2i of a group of 16 is put at A's row i, row 2i + 1 at i + 8: so the two rows that a lane holds of the result are
 // neighbours in y.
 //
+// Where tiles are fewer than multiprocessors, each is split along its columns. Every split leaves its sums in `partials`, and
+// the last to arrive adds them up, in their order: the same bits every time.
+//
 // x: half [column blocks][tokens up to whole tiles][64], swizzled. x_scale: float [tokens]. y: [tokens, out] of `type`.
+// partials: float4 [tiles * splits][2][TOKENS / 8][128]; arrived: u32 [tiles][2], zero before and after.
 // Compile-time beside RATE, STATE_BITS, MULTIPLIER: TOKENS (64, 128, 256), STAGES; `multiply_tile` is generated for TOKENS.
 
 constexpr int DEPTH = 64;                 // columns of a stage
@@ -90,7 +94,18 @@ struct Problem {
   const float* scale;
   const void* bias;
   void* y;
-  int out, steps, segments, strip, tokens, type, depths, row_tiles, tiles;
+  float4* partials;
+  u32* arrived;
+  int out, steps, segments, strip, tokens, type, splits, depths, row_tiles, tiles;
+};
+
+// What a block does at a time: some stages of a tile.
+struct Unit {
+  int tile, begin, end;
+  DEVICE Unit(const Problem& p, int unit) : tile(unit / p.splits) {
+    const int split = unit % p.splits;
+    begin = split * p.depths / p.splits, end = (split + 1) * p.depths / p.splits;
+  }
 };
 
 DEVICE void produce(const Problem& p, u32 memory, u32 full, u32 empty) {
@@ -98,13 +113,15 @@ DEVICE void produce(const Problem& p, u32 memory, u32 full, u32 empty) {
   const int columns = p.steps * 16, padded_tokens = (p.tokens + TOKENS - 1) / TOKENS * TOKENS;
   const u32 at = warp * 32 * 128 + ((lane >> 2) << 4 | (lane & 3) << 2);
   Ring ring = {0, 1};
-  for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-    const int segment = min(tile % p.row_tiles * 4 + warp, p.segments - 1), tokens = tile / p.row_tiles * TOKENS;
+  for (int number = blockIdx.x; number < p.tiles * p.splits; number += gridDim.x) {
+    const Unit unit(p, number);
+    const int segment = min(unit.tile % p.row_tiles * 4 + warp, p.segments - 1), tokens = unit.tile / p.row_tiles * TOKENS;
     const u32* own = p.words + (u64)segment * columns * R;
     const u32* next = p.words + (u64)next_segment(segment, p.segments, p.strip) * columns * R;
     Words ahead;
-    ahead.load(own + min(2 * lane, columns - 2) * R, next + min(2 * lane, columns - 2) * R);
-    for (int depth = 0; depth < p.depths; depth++) {
+    const int first = min(unit.begin * DEPTH + 2 * lane, columns - 2);
+    ahead.load(own + first * R, next + first * R);
+    for (int depth = unit.begin; depth < unit.end; depth++) {
       const Words words = ahead;
       const int column = min((depth + 1) * DEPTH + 2 * lane, columns - 2);
       ahead.load(own + column * R, next + column * R);
@@ -157,15 +174,45 @@ DEVICE void write_tile(const Problem& p, const float (&acc)[TOKENS / 2], int fir
   }
 }
 
+// Leave the sums of a unit; true for the last of its tile, who then has them all. A group's threads only.
+DEVICE bool join(const Problem& p, float (&acc)[TOKENS / 2], int number, int tile, int group, int thread) {
+  __shared__ u32 before[2];
+  constexpr int SIZE = TOKENS / 8 * 128;
+  float4* mine = p.partials + (u64)(2 * number + group) * SIZE + thread;
+#pragma unroll
+  for (int i = 0; i < TOKENS / 8; i++)
+    __stcg(mine + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+  __threadfence();
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+  u32* arrived = p.arrived + 2 * tile + group;
+  if (thread == 0) before[group] = atomicAdd(arrived, 1);
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+  if (before[group] != p.splits - 1) return false;
+  if (thread == 0) *arrived = 0;
+  __threadfence();
+  const float4* all = p.partials + (u64)(2 * tile * p.splits + group) * SIZE + thread;
+#pragma unroll
+  for (int i = 0; i < TOKENS / 8; i++) {
+    float4 sum = __ldcg(all + i * 128);
+    for (int split = 1; split < p.splits; split++) {
+      const float4 more = __ldcg(all + (u64)split * 2 * SIZE + i * 128);
+      sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
+    acc[4 * i] = sum.x, acc[4 * i + 1] = sum.y, acc[4 * i + 2] = sum.z, acc[4 * i + 3] = sum.w;
+  }
+  return true;
+}
+
 DEVICE void consume(const Problem& p, u32 memory, u32 full, u32 empty) {
   const int thread = threadIdx.x - PRODUCERS, group = thread / 128, warp = thread / 32 % 4, lane = thread & 31;
   Ring ring = {0, 0};
-  for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+  for (int number = blockIdx.x; number < p.tiles * p.splits; number += gridDim.x) {
+    const Unit unit(p, number);
     float acc[TOKENS / 2];
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0.0f;
     int before = -1;
-    for (int depth = 0; depth < p.depths; depth++) {
+    for (int depth = unit.begin; depth < unit.end; depth++) {
       barrier_wait(full + 8 * ring.stage, ring.parity);
       const u32 stage = memory + ring.stage * STAGE_BYTES;
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -179,16 +226,17 @@ DEVICE void consume(const Problem& p, u32 memory, u32 full, u32 empty) {
     }
     wait_for_multiplies(acc);
     barrier_arrive(empty + 8 * before);
-    write_tile(p, acc, tile % p.row_tiles * 128 + group * 64 + warp * 16, tile / p.row_tiles * TOKENS, lane);
+    if (p.splits > 1 && !join(p, acc, number, unit.tile, group, thread % 128)) continue;
+    write_tile(p, acc, unit.tile % p.row_tiles * 128 + group * 64 + warp * 16, unit.tile / p.row_tiles * TOKENS, lane);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
 gemm(const u32* words, const u16* x, const float* x_scale, const u16* row_scales, const float* scale, const void* bias, void* y,
-     int out, int steps, int segments, int strip, int tokens, int type) {
+     float4* partials, u32* arrived, int out, int steps, int segments, int strip, int tokens, int type, int splits) {
   const int row_tiles = (segments + 3) / 4;
-  const Problem p = {words, x, x_scale, row_scales, scale, bias, y, out, steps, segments, strip, tokens, type,
-                     (steps + 3) / 4, row_tiles, row_tiles * ((tokens + TOKENS - 1) / TOKENS)};
+  const Problem p = {words, x, x_scale, row_scales, scale, bias, y, partials, arrived,
+                     out, steps, segments, strip, tokens, type, splits, (steps + 3) / 4, row_tiles, row_tiles * ((tokens + TOKENS - 1) / TOKENS)};
   extern __shared__ __align__(1024) char shared[];
   __shared__ u64 barriers[2 * STAGES];
   const u32 memory = (smem_address(shared) + 1023) & ~1023u;

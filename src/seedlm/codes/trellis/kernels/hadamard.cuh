@@ -72,3 +72,43 @@ DEVICE void butterflies(float (&v)[E], const Place& place, int lane) {
     }
   }
 }
+
+// E neighbours of a line of n numbers, zero past its end.
+DEVICE void load_numbers(float (&v)[E], const void* x, u64 row, int first, int n, int type) {
+  const u16* from = (const u16*)x + row + first;
+  if (type != FLOAT32 && first + E <= n && ((u64)from & 15) == 0) {
+#pragma unroll
+    for (int e = 0; e < E; e += 8) {
+      const uint4 q = *(const uint4*)(from + e);
+      const u32 pairs[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const u16 bits = (u16)(pairs[i / 2] >> (i % 2 * 16));
+        v[e + i] = type == FLOAT16 ? from_half(bits) : from_bfloat(bits);
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < E; e++) v[e] = first + e < n ? load_number(x, row + first + e, type) : 0.0f;
+}
+
+// The first `count` of E neighbours, to place `at`; what is not read again soon.
+DEVICE void store_numbers(void* to, u64 at, const float (&v)[E], int count, int type) {
+  if (type != FLOAT32 && count >= E && (at & 7) == 0) {
+#pragma unroll
+    for (int e = 0; e < E; e += 8) {
+      u32 pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float a = v[e + 2 * i], b = v[e + 2 * i + 1];
+        pairs[i] = type == FLOAT16 ? to_half(a) | (u32)to_half(b) << 16 : to_bfloat(a) | (u32)to_bfloat(b) << 16;
+      }
+      __stcs((uint4*)((u16*)to + at + e), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+    }
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < E; e++)
+    if (e < count) store_number(to, at + e, type, v[e]);
+}

@@ -10,7 +10,9 @@ Hopper each kernel may start while the one before it ends: a product fetches its
 
 The workspace of `kind` "exact" or "int8" is int32: x_parts, x_scale, x_sum, then the sums that blocks of a product share,
 which `rotate` clears and each product leaves clear: products of one workspace may follow each other on one stream, not run
-at once on two. That of kind "halves", for `gemm`, holds halves and x_scale.
+at once on two. That of kind "halves", for `gemm`, holds halves, x_scale, and counters in place of the sums.
+
+A weight that was formed in the transformed basis (`dequantize`) is multiplied by what `transform` makes of x.
 """
 
 from collections.abc import Sequence
@@ -56,6 +58,8 @@ class ProductPlan:
     block: int
     numbers: tuple[int, ...]
     shared: int
+    partials: int = 0
+    """float32 numbers that the splits of `gemm` leave for each other."""
 
 
 def parts_of_token(kind: Kind) -> int:
@@ -68,7 +72,8 @@ def workspace(in_features: int, tokens: int, kind: Kind, index: int) -> tuple[in
     if kind == "halves":
         width = sources.gemm_tokens(tokens)
         x_scale = -(-in_features // DEPTH) * (-(-tokens // width) * width) * DEPTH * 2
-        return x_scale, 0, 0, x_scale // 4 + tokens
+        counters = x_scale + -(-4 * tokens // 16) * 16
+        return x_scale, 0, counters, counters // 4 + -(-nvrtc.processors(index) // 2) * 4
     parts = tokens * parts_of_token(kind)
     x_scale = sources.steps(in_features) * parts * STEP
     x_sum = x_scale + 4 * tokens
@@ -87,9 +92,10 @@ def input_plan(
     unit = DEPTH if halves else STEP
     limit = sources.levels(in_features)
     base = 2 * limit + 1 if kind == "exact" else 0
-    zeros = 0 if halves else size - sums // 4
-    cluster, warps, _ = sources.rotate_blocks(transform, in_features, nvrtc.architecture(index))
-    text = sources.rotate_source(transform, in_features, nvrtc.architecture(index), halves)
+    zeros = size - sums // 4
+    few = tokens <= sources.MOST_PARTS
+    cluster, warps, _ = sources.rotate_blocks(transform, in_features, nvrtc.architecture(index), few)
+    text = sources.rotate_source(transform, in_features, nvrtc.architecture(index), halves, few)
     numbers = (in_features, -(-in_features // unit) * unit, base, limit, nvrtc.TYPES[dtype], zeros, -(-tokens // width) * width)
     return InputPlan(
         tokens=tokens,
@@ -128,13 +134,16 @@ def product_plan(
         width = sources.gemm_tokens(tokens)
         stages = sources.gemm_stages(width, arch)
         text = sources.gemm_source(format, width, stages)
-        most = sources.most_shared(arch)
+        most, processors = sources.most_shared(arch), nvrtc.processors(index)
+        splits = sources.gemm_splits(out_features, in_features, tokens, processors)
+        units = -(-out_features // 128) * -(-tokens // width) * splits
         return ProductPlan(
-            kernel=nvrtc.load(text, "gemm", "PPPPPPPiiiiii", device=device, shared=most, specific=True, overlap=overlap),
-            grid=(min(-(-out_features // 128) * -(-tokens // width), nvrtc.processors(index)),),
+            kernel=nvrtc.load(text, "gemm", "PPPPPPPPPiiiiiii", device=device, shared=most, specific=True, overlap=overlap),
+            grid=(min(units, processors),),
             block=384,
-            numbers=(*common, nvrtc.TYPES[dtype]),
+            numbers=(*common, nvrtc.TYPES[dtype], splits),
             shared=stages * sources.gemm_stage_bytes(width) + 1024,
+            partials=units * 128 * width if splits > 1 else 0,
         )
     parts = tokens * parts_of_token(kind)
     variant = variant or sources.choose(format, parts, arch)
@@ -165,8 +174,21 @@ def product(
     words, scales, scale = parts
     at = work.data_ptr()
     if inputs.kind == "halves":
+        partials = torch.empty(plan.partials, device=y.device) if plan.partials else None
         plan.kernel(
-            plan.grid, plan.block, words, at, at + inputs.x_scale, scales, scale, bias, y, *plan.numbers, shared=plan.shared
+            plan.grid,
+            plan.block,
+            words,
+            at,
+            at + inputs.x_scale,
+            scales,
+            scale,
+            bias,
+            y,
+            partials,
+            at + inputs.sums,
+            *plan.numbers,
+            shared=plan.shared,
         )
         return
     plan.kernel(
@@ -212,3 +234,12 @@ def dequantize(weight: Tensor, parts: Sequence[Tensor], format: TrellisFormat, o
         sources.strip(format),
         nvrtc.TYPES[weight.dtype],
     )
+
+
+def transform(x: Tensor, block: int) -> Tensor:
+    """Transform x [..., in], contiguous, not empty, by blocks of `block`, in its own dtype."""
+    y, width = torch.empty_like(x), x.shape[-1]
+    tokens = x.numel() // width
+    kernel = nvrtc.load(sources.transform_source(block), "transform", "PPiii", device=x.device)
+    kernel((-(-tokens * sources.pieces(block, width) // 8),), 256, x, y, width, tokens, nvrtc.TYPES[x.dtype])
+    return y

@@ -48,25 +48,6 @@ DEVICE u32 cluster_max(u32 value, u32 (&slots)[CLUSTER]) {
 #endif
 }
 
-DEVICE void load_numbers(float (&v)[E], const void* x, u64 row, int first, int n, int type) {
-  const u16* from = (const u16*)x + row + first;
-  if (type != FLOAT32 && first + E <= n && ((u64)from & 15) == 0) {
-#pragma unroll
-    for (int e = 0; e < E; e += 8) {
-      const uint4 q = *(const uint4*)(from + e);
-      const u32 pairs[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const u16 bits = (u16)(pairs[i / 2] >> (i % 2 * 16));
-        v[e + i] = type == FLOAT16 ? from_half(bits) : from_bfloat(bits);
-      }
-    }
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < E; e++) v[e] = first + e < n ? load_number(x, row + first + e, type) : 0.0f;
-}
-
 DEVICE void store_part(signed char* to, const int (&q)[E]) {
 #pragma unroll
   for (int e = 0; e < E; e += 8) {

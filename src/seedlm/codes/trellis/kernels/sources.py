@@ -8,6 +8,7 @@ run time.
     product      a few tokens' parts with packed weights
     gemm         many tokens, on Hopper's tensor cores
     dequantize   the weight itself
+    transform    x in the transformed basis, for a weight formed there
 """
 
 from dataclasses import dataclass
@@ -131,13 +132,23 @@ def gemm_stage_bytes(width: int) -> int:
     return (128 + width) * DEPTH * 2
 
 
-def rotate_blocks(transform: int, in_features: int, arch: int) -> tuple[int, int, int]:
-    """How `rotate` divides a token: blocks of a cluster, warps of a block, pieces of a warp."""
-    lane_numbers = 16 if transform > 256 else 8
-    pieces = -(-(-(-in_features // DEPTH) * DEPTH) // (32 * lane_numbers))
-    cluster = 8 if arch >= 90 else 1
-    warps = min(16 if cluster > 1 else 32, -(-pieces // cluster))
-    return cluster, warps, -(-pieces // (cluster * warps))
+def gemm_splits(out_features: int, in_features: int, tokens: int, processors: int) -> int:
+    """Into how many pieces along its columns a tile of `gemm` is cut, each of four stages or more, to keep processors busy."""
+    tiles = -(-out_features // 128) * -(-tokens // gemm_tokens(tokens))
+    return max(1, min(processors // tiles, -(-in_features // DEPTH) // 4))
+
+
+def pieces(transform: int, in_features: int) -> int:
+    """Warps' registers that a token fills."""
+    return -(-in_features // (32 * (16 if transform > 256 else 8)))
+
+
+def rotate_blocks(transform: int, in_features: int, arch: int, few: bool) -> tuple[int, int, int]:
+    """How `rotate` divides a token: blocks of a cluster, warps of a block, pieces of a warp. Many tokens need no cluster."""
+    pieces_of_token = pieces(transform, -(-in_features // DEPTH) * DEPTH)
+    cluster = 8 if few and arch >= 90 else 1
+    warps = min(16 if cluster > 1 else 32, -(-pieces_of_token // cluster))
+    return cluster, warps, -(-pieces_of_token // (cluster * warps))
 
 
 @cache
@@ -168,8 +179,8 @@ def _transforming(transform: int) -> Defines:
     )
 
 
-def rotate_source(transform: int, in_features: int, arch: int, halves: bool) -> str:
-    cluster, warps, rounds = rotate_blocks(transform, in_features, arch)
+def rotate_source(transform: int, in_features: int, arch: int, halves: bool, few: bool = True) -> str:
+    cluster, warps, rounds = rotate_blocks(transform, in_features, arch, few)
     dividing = (("WARPS", warps), ("CLUSTER", cluster), ("ROUNDS", rounds), ("HALVES", int(halves)))
     defines = (*_decoding(TrellisFormat(rate=1)), *_transforming(transform), *dividing)
     return _text("rotate", ("decode.cuh", "hadamard.cuh"), defines)
@@ -207,3 +218,7 @@ __device__ __forceinline__ void wait_for_multiplies(float (&c)[{count}]) {{
 def dequantize_source(format: TrellisFormat, original: bool) -> str:
     defines = (*_decoding(format), *_transforming(format.transform), ("ORIGINAL", int(original)))
     return _text("dequantize", ("decode.cuh", "hadamard.cuh"), defines)
+
+
+def transform_source(transform: int) -> str:
+    return _text("transform", ("decode.cuh", "hadamard.cuh"), (*_decoding(TrellisFormat(rate=1)), *_transforming(transform)))
