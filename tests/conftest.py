@@ -70,6 +70,14 @@ def folders(tmp_path_factory):
     return STORIES, packed
 
 
+@pytest.fixture(scope="session")
+def talking(folders, tmp_path_factory):
+    """The packed stories260K with a chat template: the turns, one after the other."""
+    folder = shutil.copytree(folders[1], tmp_path_factory.mktemp("talking") / "packed")
+    (folder / "chat_template.jinja").write_text("{% for turn in messages %}{{ turn['content'] }} {% endfor %}")
+    return folder
+
+
 @pytest.fixture
 def here(capfd):
     """The command line without a process of its own, which spends seconds on imports: arguments to a finished process."""

@@ -91,6 +91,9 @@ class ToyFamily:
     def reason_no_encoder(self, backend, device, format):
         return None if backend == "auto" else f"no backend {backend!r}"
 
+    def reason_slow(self, device, format):
+        return None
+
     def backends(self):
         return (ToyBackend(),)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlm.codes.registry import parse_format
-from seedlm.integrations.transformers.generate import Timing, generate
+from seedlm.integrations.transformers.generate import Drawing, Timing, generate
 from seedlm.integrations.transformers.quantizer import SeedLMConfig
 from seedlm.modeling.quantize import seed_linears
 from tiny_models import STORIES
@@ -64,18 +64,18 @@ def test_packed_and_loaded_again_it_is_nearly_as_good(packed, tokenizer):
 def test_it_tells_a_story_packed_or_dequantized(packed):
     format, folder = packed
     timing = Timing()
-    text = "".join(generate(folder, "Once upon a time", max_new_tokens=20, timing=timing))
+    text = "".join(generate(folder, "Once upon a time", drawing=Drawing(max_new_tokens=20), timing=timing))
     assert text.startswith("Once upon a time" + (" " if format == "block 3" else ", there was a little"))
     assert timing.tokens == 20
     assert timing.seconds > 0
-    assert text == "".join(generate(folder, "Once upon a time", max_new_tokens=20, dequantize=True))
+    assert text == "".join(generate(folder, "Once upon a time", drawing=Drawing(max_new_tokens=20), dequantize=True))
 
 
 def test_a_caller_that_has_enough_ends_the_generating():
     left, whole = Timing(), Timing()
-    pieces = generate(STORIES, "Once upon a time", max_new_tokens=400, device="cpu", timing=left)
+    pieces = generate(STORIES, "Once upon a time", drawing=Drawing(max_new_tokens=400), device="cpu", timing=left)
     for _ in range(3):
         next(pieces)
     pieces.close()
-    list(generate(STORIES, "Once upon a time", max_new_tokens=400, device="cpu", timing=whole))
+    list(generate(STORIES, "Once upon a time", drawing=Drawing(max_new_tokens=400), device="cpu", timing=whole))
     assert 0 < left.tokens < whole.tokens

@@ -33,7 +33,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from seedlm.calibration.own_text import OVERFLOW, check_length, predict
 from seedlm.errors import EvaluationError
 from seedlm.modeling.experts import experts_traits, projections_of
-from seedlm.progress import Progress
+from seedlm.progress import Progress, shown
 from seedlm.storage.untrusted import read_json
 from seedlm.version import __version__
 
@@ -68,6 +68,7 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
     error.
 
     model     a causal language model as transformers makes it, in evaluation mode
+    on_progress   told how far it is (`progress.Progress`); None shows a bar in a terminal or a notebook
     returns   module name -> sensitivity, six digits, by the names that the model is saved under, an expert of a stack by its
               number; layers that share their weight (a tied head) are left out
     Raises EvaluationError for text longer than the model's context, without linear layers, or if gradients are not finite.
@@ -77,10 +78,9 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
     weights = _weights(model)
     if not weights:
         raise EvaluationError(f"{type(model).__name__} has no linear layer with a weight of its own")
-    progress = on_progress or (lambda phase, done, total: None)
     done, total = 0, text.sequences * text.length
-    progress("sensitivity", done, total)
-    with _squared_gradients(model, weights) as rows:
+    with shown(on_progress) as progress, _squared_gradients(model, weights) as rows:
+        progress("sensitivity", done, total)
         for tokens in own_text(model, text):
             with torch.enable_grad():
                 logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()

@@ -4,23 +4,26 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 refus
 Ctrl-C, 143 by SIGTERM.
 """
 
+import functools
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from seedlm.cli.bench import bench
+from seedlm.cli.chat import chat
 from seedlm.cli.compare import compare
 from seedlm.cli.compress import compress, inspect
-from seedlm.cli.console import on_sigterm
+from seedlm.cli.console import on_sigterm, stopped
 from seedlm.cli.design import design
 from seedlm.cli.evaluate import evaluate
 from seedlm.cli.generate import generate
 from seedlm.cli.observe import observe
 from seedlm.cli.rtl import rtl
 from seedlm.cli.sensitivity import sensitivity
+from seedlm.cli.serve import run, serve
 from seedlm.errors import SeedLMError
 from seedlm.storage.untrusted import printable
 from seedlm.version import __version__
@@ -29,12 +32,28 @@ app = typer.Typer(
     name="seedlm",
     help="Large language models whose weights are regrown from seeds: a quarter of the memory, no calibration data.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compress, inspect, generate, bench, evaluate, compare, observe, sensitivity, design, rtl):
-    app.command()(command)
+
+
+def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that says in one line that it was stopped, if it does not say more itself."""
+
+    @functools.wraps(command)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except KeyboardInterrupt as error:
+            stopped(error)
+
+    return call
+
+
+for _command in (compress, inspect, generate, chat, serve, bench, evaluate, compare, observe, sensitivity, design, rtl):
+    app.command()(_stoppable(_command))
+# What follows the program's name is the program's, --help too.
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(_stoppable(run))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

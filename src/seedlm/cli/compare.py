@@ -25,7 +25,7 @@ def compare(
     The runs must be of one text, cut in one way; whatever lies beside their results (records) is shown too.
     """
     from seedlm.compare import compare_runs, load_runs, to_html, to_markdown
-    from seedlm.evaluation.journal import check_free, replacing
+    from seedlm.storage.written import check_free, replacing
 
     for path in filter(None, (out, json_out)):
         check_free(path)

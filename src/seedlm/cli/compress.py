@@ -18,7 +18,7 @@ from seedlm.storage.untrusted import printable
 if TYPE_CHECKING:
     from seedlm.codes.base import Format
     from seedlm.compress.allocate import Mixture
-    from seedlm.storage.inspect import Report
+    from seedlm.storage.inspect import Report, RunReport
 
 
 def compress(
@@ -91,6 +91,7 @@ def compress(
     embeddings and head without an option.
     Stopped at any moment, the same command goes on where it was.
     """
+    from seedlm.compress.workfolder import check_absent
     from seedlm.storage.source import locate
 
     start = time.monotonic()
@@ -100,12 +101,14 @@ def compress(
     observed = Path(feedback).suffix != ".safetensors" and feedback != "none"
     if sequences is not None and not observed:
         raise FormatError(f"--sequences says on how much text to observe the model, and --feedback {feedback} observes none")
+    check_absent(out)
     try:
-        path = locate(source, revision=revision)
-        from seedlm.compress.run import compress_checkpoint  # torch: what was mistyped has been answered without it
-        from seedlm.compress.statistics import Feedback
-
         with show_progress() as (on_progress, rate):
+            on_progress("open", 0, 0)
+            path = locate(source, revision=revision)
+            from seedlm.compress.run import compress_checkpoint  # torch: what was mistyped has been answered without it
+            from seedlm.compress.statistics import Feedback
+
             report = compress_checkpoint(
                 path,
                 out,
@@ -133,10 +136,12 @@ def compress(
         print(json.dumps({**report.to_dict(), **run}, indent=2))
         return
     _print_totals(report)
+    _print_dense(report)
     speed = f", {run['weights_per_second'] / 1e6:.3f} million weights/s" if run["weights_per_second"] else ""
     print(f"time              {run['seconds']:.1f} s{speed}")
     on_gpu = f", {in_bytes(report.peak_device_bytes)} on the GPU" if report.peak_device_bytes else ""
     print(f"memory            {in_bytes(report.peak_host_bytes)}{on_gpu}; on {', '.join(report.devices)}")
+    _print_next(report)
 
 
 def _format(
@@ -213,6 +218,34 @@ def inspect(
         show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print()
     _print_totals(report)
+
+
+def _dense_bytes(report: "Report") -> int:
+    return max(0, report.bytes - round(report.bits_per_weight * report.compressed_weights / 8))
+
+
+def _print_dense(report: "RunReport") -> None:
+    """What was left as it was, where that is much."""
+    from seedlm.storage.checkpoint import Checkpoint
+
+    dense = sorted(Checkpoint.open(report.folder).dense.items(), key=lambda item: -item[1].nbytes)[:2]
+    if dense and _dense_bytes(report) > report.bytes / 4:
+        largest = ", ".join(f"{name} {in_bytes(info.nbytes)}" for name, info in dense)
+        show(f"                  these are {in_bytes(_dense_bytes(report))} of the size: {largest}")
+
+
+def _print_next(report: "RunReport") -> None:
+    """What to do with it, and what other bits would give."""
+    dense, weights = _dense_bytes(report), report.compressed_weights
+    sizes = [
+        f"{in_bytes(dense + bits * weights // 8)} at {bits} bits"
+        for bits in (3, 4, 5, 6)
+        if abs(bits - report.bits_per_weight) > 0.5
+    ]
+    print()
+    show(f"talk with it      seedlm chat {report.folder}        (or generate, serve, bench)")
+    show(f"what was lost     seedlm evaluate {report.folder} --reference SOURCE --text FILE")
+    show(f"other sizes       {', '.join(sizes)}; --bits takes any number from 2 to 8")
 
 
 def _print_totals(report: "Report") -> None:

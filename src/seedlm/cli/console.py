@@ -7,14 +7,12 @@ line end that forges a row of a table. So whatever is not printable is shown as 
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Final, NoReturn
+from typing import NoReturn
 
+from seedlm.progress import Bars, Lines, Progress
 from seedlm.storage.untrusted import printable
-
-_SAY_EVERY: Final = 30.0
-"""Seconds between lines of progress where there is no terminal."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -46,55 +44,10 @@ def in_bytes(count: int) -> str:
 
 
 @contextmanager
-def show_progress() -> Iterator[tuple[Any, Any]]:
-    """Progress on stderr, a bar on a terminal and else a line every half minute: its callback, and the rate of encoding."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Amount(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            prefix, unit = task.fields["unit"]
-            scale = {"M": 1e6, "k": 1e3}[prefix]
-            speed = task.finished_speed or task.speed
-            rate = f" {speed / scale:6.3f} {prefix}/s" if speed else ""
-            return Text(f"{task.completed / scale:.1f} / {(task.total or 0) / scale:.1f} {prefix} {unit}{rate}")
-
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        Amount(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    labels = {
-        "text": ("Writing a text", ("k", "tokens")),
-        "statistics": ("Observing layers", ("k", "tokens")),
-        "read": ("Reading the source", ("M", "bytes")),
-        "compress": ("Encoding", ("M", "weights")),
-        "evaluate": ("Scoring", ("k", "tokens")),
-        "sensitivity": ("Measuring", ("k", "tokens")),
-    }
-    said = [time.monotonic()]
-    tasks: dict[str, Any] = {}
+def show_progress() -> Iterator[tuple[Progress, Callable[[], float | None]]]:
+    """Progress on stderr, bars on a terminal and else a line every half minute: its callback, and the rate of encoding."""
     started: dict[str, tuple[float, int]] = {}
     latest: dict[str, tuple[float, int]] = {}
-
-    def on_progress(phase: str, done: int, total: int) -> None:
-        if phase not in tasks:
-            label, unit = labels[phase]
-            tasks[phase] = bar.add_task(label, total=total, completed=done, unit=unit)
-            started[phase] = (time.monotonic(), done)
-        latest[phase] = (time.monotonic(), done)
-        if not console.is_terminal and latest[phase][0] - said[0] > _SAY_EVERY:
-            what, (prefix, amount) = labels[phase]
-            scale = {"M": 1e6, "k": 1e3}[prefix]
-            said[0] = latest[phase][0]
-            print(f"seedlm: {what}: {done / scale:.1f} / {total / scale:.1f} {prefix} {amount}", file=sys.stderr, flush=True)
-        bar.update(tasks[phase], completed=done)
 
     def rate() -> float | None:
         """Weights per second of this run's search; None if nothing was left to search."""
@@ -103,5 +56,11 @@ def show_progress() -> Iterator[tuple[Any, Any]]:
         seconds, weights = (end - begin for end, begin in zip(latest["compress"], started["compress"], strict=True))
         return weights / seconds if weights and seconds > 0 else None
 
-    with bar if console.is_terminal else nullcontext():
+    with Bars() if Bars.are_seen() else nullcontext(Lines()) as show_it:
+
+        def on_progress(phase: str, done: int, total: int) -> None:
+            latest[phase] = (time.monotonic(), done)
+            started.setdefault(phase, latest[phase])
+            show_it(phase, done, total)
+
         yield on_progress, rate

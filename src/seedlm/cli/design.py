@@ -1,6 +1,7 @@
 """``seedlm design``."""
 
 import json
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,9 +24,13 @@ def design(
     blocks: Annotated[int, typer.Option(help="Blocks to measure on: the standard error falls with their root.", min=2)] = 64,
     rounding: Annotated[str, typer.Option(help="How coefficients are chosen: best, or the paper's own nearest.")] = "best",
     max_block: Annotated[
-        int,
-        typer.Option(help="Longest block to consider, in weights; on a CPU 8 takes seconds, 64 many minutes.", min=2, max=64),
-    ] = 64,
+        int | None,
+        typer.Option(
+            help="Longest block to consider, in weights: 64 on a GPU; on a CPU 8, which takes seconds, 64 many minutes.",
+            min=2,
+            max=64,
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="Formats to list.", min=1)] = 12,
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
     device: Annotated[str, typer.Option(help="Where to work: auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
@@ -47,8 +52,11 @@ def design(
     start = time.monotonic()
     where = choose_device(device)
     samples = normal_blocks(blocks, seed) if model is None else model_blocks(open_source(model), blocks, seed)
-    formats = candidates(bits, max_block=min(max_block, samples.shape[1]))
+    longest = max_block or (8 if where.type == "cpu" else 64)
+    formats = candidates(bits, max_block=min(longest, samples.shape[1]))
     console = Console(stderr=True)
+    if max_block is None and where.type == "cpu":
+        print("seedlm: blocks of up to 8 weights, some seconds; --max-block 64 looks at all, in many minutes", file=sys.stderr)
     try:
         with Progress(console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("Measuring formats", total=len(formats))

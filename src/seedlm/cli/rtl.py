@@ -19,7 +19,9 @@ def rtl(
     from seedlm.codes.block.format import BlockFormat
     from seedlm.codes.registry import parse_format
     from seedlm.rtl.design import HalfDesign, SeedDesign
+    from seedlm.storage.written import check_free
 
+    check_free(output)
     try:
         from seedlm.rtl.verilog import emit
     except ImportError as error:

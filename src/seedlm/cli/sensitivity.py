@@ -27,7 +27,9 @@ def sensitivity(
     Needs no data: the model writes a text itself, whose gradients tell. All of the model has to fit the device.
     """
     from seedlm.storage.source import locate
+    from seedlm.storage.written import check_free
 
+    check_free(output)
     path = locate(model, revision=revision)
     from transformers.utils import logging  # and torch: what was mistyped has been answered without them
 

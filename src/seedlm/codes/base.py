@@ -278,6 +278,10 @@ class Family(Protocol):
         """Why an encoding backend, "auto" or one by name, cannot run there; None if it can."""
         ...
 
+    def reason_slow(self, device: "torch.device", format: Format) -> str | None:
+        """Why the search that "auto" runs there takes many times as long as it could, and the remedy; None if not."""
+        ...
+
     def backends(self) -> Sequence[LinearBackend]:
         """Products with its codes, fastest first; the last serves every device and format."""
         ...

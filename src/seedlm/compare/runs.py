@@ -90,8 +90,16 @@ def _check_same(first: Run, other: Run) -> None:
     for what, (section, key) in _SAME:
         old, new = (run.results[section][key] for run in (first, other))
         if old != new:
-            old, new = (printable(str(value)[:12]) for value in (old, new))
+            if key == "sha256":  # which tells nobody anything
+                what, (old, new) = "they scored different texts,", (_text_of(run) for run in (first, other))
+                new = "another of that name" if new == old else new
             raise EvaluationError(f"{first.path} and {other.path} cannot be compared: {what} {old} and {new}")
+
+
+def _text_of(run: Run) -> str:
+    text = run.results["text"]
+    form = f"; {str(text['form']).partition(' (')[0]}" if text.get("form") else ""
+    return printable(f"{text['path']} ({text['tokens']:,} tokens{form})")
 
 
 def _check_references(runs: list[Run]) -> None:

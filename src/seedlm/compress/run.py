@@ -23,14 +23,15 @@ from seedlm.codes.registry import check_settings, family_of, parse_format
 from seedlm.compress import plan as plans
 from seedlm.compress import workers, workers_ray
 from seedlm.compress.allocate import Mixture, most_common
+from seedlm.compress.card import CARD_NAME, card
 from seedlm.compress.plan import DTYPES, Plan, Selected, parse_size
 from seedlm.compress.scan import Scan, scan
 from seedlm.compress.statistics import Feedback, gather
 from seedlm.compress.worker import Destination, Item, Job, Unit
-from seedlm.compress.workfolder import WorkFolder
+from seedlm.compress.workfolder import WorkFolder, check_absent
 from seedlm.device import choose_devices, peak_memory
 from seedlm.errors import BackendError, FormatError, OutputError, TensorError
-from seedlm.progress import Progress
+from seedlm.progress import Progress, shown
 from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
@@ -76,6 +77,7 @@ def compress_checkpoint(
     device              where codes are searched (`device.choose_devices`): ``"auto"`` is every GPU, or the CPU if there is
                         none; ``"cuda:0,cuda:1"`` those two; ``"ray"`` a cluster (`workers_ray`). All find the same codes
     trust_remote_code   run code that comes with the model, to know its layers and for statistics
+    on_progress         told how far it is (`progress.Progress`); None shows bars in a terminal or a notebook
     on_note             told, before the search, what a user should know of the plan, a line each time
     settings            of the format's family: ``rounding="nearest"`` is the paper's for the block code
     returns             sizes, bits and errors, read back from what was written, and how the run went
@@ -95,10 +97,11 @@ def compress_checkpoint(
     tables = {option: parse_format(each) for option, each in (("embeddings", embeddings), ("head", head)) if each is not None}
     _check_encoding([*candidates, *tables.values()], devices, backend, settings)
     wanted = Feedback.parse(feedback)
+    check_absent(out)
     include, exclude = as_patterns(include), as_patterns(exclude)
     shard_bytes = parse_size(max_shard_size)
-    progress = on_progress or (lambda phase, done, total: None)
     tell = on_note or (lambda note: None)
+    _tell_slow(candidates, devices, backend, tell)
     path = locate(source, revision=revision).absolute()
     model = open_source(path)
     code = path if trust_remote_code else None
@@ -111,7 +114,7 @@ def compress_checkpoint(
 
     if isinstance(format, Mixture) and selected.modules:
         plans.check_reach(format, selected, size_of)
-    with WorkFolder.claim(out) as work:
+    with WorkFolder.claim(out) as work, shown(on_progress) as progress:
         if wanted.kind != "none" and any(family_of(each).feedback for each in candidates):
             clock.phase("observe")
         observed = gather(work, wanted, candidates, model, path, selected.layers, devices, progress, tell, trust_remote_code)
@@ -133,6 +136,8 @@ def compress_checkpoint(
         if done is not None:
             clock.phase("finish")
             _finish(work, plan, model, dtype, selected, options)
+            work.write_text(CARD_NAME, card(inspect_checkpoint(work.model), model, path, options))
+            work.publish()
         work.remove()
     clock.phase("")
     return _report(out, devices, done or [], clock)
@@ -147,6 +152,14 @@ def _check_encoding(
     for where, format in itertools.product(devices, formats):
         if backend != "auto" and (reason := family_of(format).reason_no_encoder(backend, where, format)):
             raise BackendError(reason)
+
+
+def _tell_slow(formats: Iterable[Format], devices: Iterable[torch.device], backend: str, tell: Callable[[str], None]) -> None:
+    """A line for every reason why the search will take many times as long as it could."""
+    pairs = itertools.product(devices, formats) if backend == "auto" else ()
+    for reason in dict.fromkeys(family_of(format).reason_slow(where, format) for where, format in pairs):
+        if reason is not None:
+            tell(f"the search will take many times as long as it could: {reason}")
 
 
 def _report(out: Path, devices: list[torch.device], done: list[workers.Finished], clock: "_Clock") -> RunReport:
@@ -193,7 +206,7 @@ def _say_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def _finish(
     work: WorkFolder, plan: Plan, model: Source, dtype: str | None, selected: Selected, record: Mapping[str, Any]
 ) -> None:
-    """What follows the last tensor: digests in the headers, small files, config.json, the folder's name."""
+    """What follows the last tensor: digests in the headers, small files, config.json."""
     config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
     if dtype is not None:
         config = {**_say_dtype(config, dtype), "dtype": dtype}
@@ -203,7 +216,6 @@ def _finish(
     digests = {name: known for item in plan.items for name, known in work.done[item.key]["sha256"].items()}
     work.finish({name: plans.file_layout(shard, digests) for name, shard in plan.shards.items()})
     _write_rest(work, model.nbytes, plan.shards, config)
-    work.publish()
 
 
 class _Clock:

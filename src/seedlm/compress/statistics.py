@@ -262,8 +262,7 @@ def _observe(
                 load_model(wanted.writer, device=device, packed=device.type == "cuda"), text, on_progress=progress
             )
             _keep_text(folder / _TEXT, tokens, known)
-    if tokens is None:
-        progress("text", 0, text.tokens)
+    progress("load", 0, 0)
     dtype = "bfloat16" if device.type == "cuda" and not path.is_file() else "auto"
     model: Any = open_language_model(path, dtype=dtype, trust_remote_code=trust)
     check_length(model, text.length)

@@ -44,6 +44,12 @@ _STATISTICS: Final = ("text.safetensors", "statistics.safetensors", "statistics.
 _UNFINISHED: Final = ("text.safetensors.part", "statistics.safetensors.part", "statistics.json.new", f"{_PLAN}.new")
 
 
+def check_absent(out: Path) -> None:
+    """Raise OutputError if an output exists and no unfinished run lies beside it, which may have been about to end."""
+    if os.path.lexists(out) and not (out.with_name(out.name + ".partial") / _PLAN).exists():
+        raise OutputError(f"{out}: exists already; choose another output, or delete it")
+
+
 class WorkFolder:
     """The unfinished run of one output folder, ours alone while `claim` holds it."""
 
@@ -62,8 +68,7 @@ class WorkFolder:
         work = cls(out)
         with work._reporting(), work._locked():
             try:
-                if out.exists() and not (work.path / _PLAN).exists():
-                    raise OutputError(f"{out}: exists already; choose another output, or delete it")
+                check_absent(out)
                 yield work
             finally:
                 if work.path.exists() and not (work.path / _PLAN).exists():  # nothing begun: leave no trace
@@ -225,7 +230,11 @@ class WorkFolder:
 
     def write_json(self, name: str, data: Any) -> None:
         """Put a JSON file into the model folder, whole or not at all."""
-        self._write_whole(self.model / name, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+        self.write_text(name, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Put a text into the model folder, whole or not at all."""
+        self._write_whole(self.model / name, text.encode())
 
     def stage(self, copy: Callable[[Path], None]) -> None:
         """Have all small files but ours put beside the run; if that fails, a run that has just begun leaves no trace."""

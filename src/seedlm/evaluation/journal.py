@@ -106,21 +106,3 @@ class Journal:
     def remove(self) -> None:
         if self._path is not None:
             self._path.unlink()
-
-
-def check_free(path: Path) -> None:
-    if path.exists():
-        raise OutputError(f"{path}: exists already; choose another output, or delete it")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent}: no such folder")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

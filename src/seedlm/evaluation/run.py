@@ -26,7 +26,7 @@ from seedlm.device import choose_device, peak_host_memory
 from seedlm.errors import EvaluationError
 from seedlm.evaluation import perplexity
 from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
-from seedlm.evaluation.journal import Journal, check_free, replacing
+from seedlm.evaluation.journal import Journal
 from seedlm.evaluation.layer_errors import compare_layers
 from seedlm.evaluation.prompts import continue_prompts
 from seedlm.evaluation.records import EVALUATION_VERSION, finite, pack_records, records_path, token_records
@@ -35,6 +35,7 @@ from seedlm.evaluation.zeroshot import check_tasks, zero_shot
 from seedlm.integrations.transformers import models
 from seedlm.progress import Progress
 from seedlm.storage.source import locate
+from seedlm.storage.written import check_free, replacing
 from seedlm.version import __version__
 
 

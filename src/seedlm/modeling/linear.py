@@ -16,6 +16,7 @@ needed, and let go with them. Parts are replaced from many sides (`.to`, loaders
 so every call looks whether they are still the same.
 """
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeGuard
@@ -190,6 +191,7 @@ class PackedModule(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        _refuse_unknown_owner()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.own_names:
             for part, name in self._names.items():
@@ -271,6 +273,23 @@ def dense_linear(weight: nn.Parameter, like: nn.Module) -> nn.Linear:
     layer.weight = weight
     layer.register_parameter("bias", like._parameters["bias"])
     return layer.train(like.training)
+
+
+def _refuse_unknown_owner() -> None:
+    """Raise CheckpointError if a model of transformers is being saved that does not say that it is packed.
+
+    That is one in which a layer was replaced by hand. Its folder would lack the configuration without which nothing loads it,
+    and who is saving stands nowhere but on the stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_name == "save_pretrained" else None
+        if hasattr(owner, "config") and not hasattr(owner, "peft_config") and getattr(owner, "hf_quantizer", None) is None:
+            raise CheckpointError(
+                f"{type(owner).__name__} has packed layers and does not know it, since they were put there by hand: a folder "
+                "of it would not load; call seedlm.compress_model(model, exclude='*') first, which tells it"
+            )
+        frame = frame.f_back
 
 
 class _Prepared:

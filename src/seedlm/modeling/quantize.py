@@ -6,9 +6,9 @@ share_inputs(model)       packed layers that read the same tensor: what comes be
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
@@ -20,8 +20,14 @@ from seedlm.errors import SourceError, TensorError
 from seedlm.modeling.embedding import SeedEmbedding, find_tables, replace_embedding, unpack
 from seedlm.modeling.experts import SeedExperts, compress_experts, projections_of
 from seedlm.modeling.linear import PackedModule, SeedLinear, compress_module, is_linear, share_input
-from seedlm.progress import Tell
+from seedlm.progress import Tell, counted
 from seedlm.storage.selection import as_patterns, groups_of, left_by_default
+
+Listener = Callable[[nn.Module, Mapping[str, Any]], None]
+"""Told of a model whose layers were packed or put back, and of the settings that they were packed with."""
+
+LISTENERS: Final[list[Listener]] = []
+"""What keeps books on a model besides its layers: transformers saves a packed folder only of a model that says it is one."""
 
 
 def compress_model(
@@ -40,42 +46,63 @@ def compress_model(
 
     include, exclude   glob patterns over module names, as in `choose_modules`
     embeddings, head   formats of the input embeddings and the output head, which stay dense without; one serves both if tied
+    on_progress        told how many weights more are done; None shows a bar in a terminal or a notebook
     settings           of the format's family (`encoded.encode`)
+    A model of transformers knows from then on that it is packed: `save_pretrained` writes a folder that loads.
     returns            module name -> relative error, of every matrix compressed; experts of a stack by their number
     Raises TensorError if a weight cannot be encoded or is shared with another module, naming it; SourceError and FormatError
     for embeddings and a head as `choose_tables` does.
     """
     parsed = parse_format(format)
-    errors: dict[str, float] = {}
-    stacks: dict[str, list[str]] = {}
     tables = choose_tables(model, embeddings, head, exclude)
-    chosen = [name for name in choose_modules(model, parsed, include, exclude) if name not in tables]
-    for name, each in tables.items():
+    names = [name for name in choose_modules(model, parsed, include, exclude) if name not in tables]
+    with counted(on_progress, "compress", sum(weights_of(model, name) for name in (*tables, *names))) as tell:
+        errors = _pack_tables(model, tables, backend, tell, settings) | _pack(model, names, parsed, backend, tell, settings)
+    share_inputs(model)
+    for listener in LISTENERS:
+        listener(model, settings)
+    return errors
+
+
+def _pack_tables(
+    model: nn.Module, tables: Mapping[str, Format], backend: str, tell: Tell, settings: Mapping[str, Any]
+) -> dict[str, float]:
+    """Replace what `choose_tables` named; the relative errors."""
+    errors = {}
+    for name, format in tables.items():
         try:
-            errors[name] = compress_table(model, name, each, backend=backend, on_progress=on_progress, **settings)
+            errors[name] = compress_table(model, name, format, backend=backend, on_progress=tell, **settings)
         except TensorError as reason:
             raise TensorError(f"{name}.weight: {reason}") from None
-    for name in chosen:
+    return errors
+
+
+def _pack(
+    model: nn.Module, names: Iterable[str], format: Format, backend: str, tell: Tell, settings: Mapping[str, Any]
+) -> dict[str, float]:
+    """Replace what `choose_modules` named; the relative errors, by the names of matrices."""
+    errors: dict[str, float] = {}
+    stacks: dict[str, list[str]] = {}
+    for name in names:
         parent, _, projection = name.rpartition(".")
         if projection in projections_of(model.get_submodule(parent)):
             stacks.setdefault(parent, []).append(projection)
             continue
         try:
             linear = cast(nn.Linear, model.get_submodule(name))
-            layer, errors[name] = compress_module(linear, parsed, backend=backend, on_progress=on_progress, **settings)
+            layer, errors[name] = compress_module(linear, format, backend=backend, on_progress=tell, **settings)
         except TensorError as reason:
             raise TensorError(f"{name}.weight: {reason}") from None
         model.set_submodule(name, layer)
     for name, projections in stacks.items():
         try:
             experts, found = compress_experts(
-                model.get_submodule(name), projections, parsed, backend=backend, on_progress=on_progress, **settings
+                model.get_submodule(name), projections, format, backend=backend, on_progress=tell, **settings
             )
         except TensorError as reason:
             raise TensorError(f"{name}.{reason}") from None
         errors |= {f"{name}.{matrix}": error for matrix, error in found.items()}
         model.set_submodule(name, experts)
-    share_inputs(model)
     return errors
 
 
@@ -173,6 +200,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> No
     unpack(model, dtype)
     for name, layer in list(seed_linears(model)):
         model.set_submodule(name, layer.to_dense(dtype))
+    for listener in LISTENERS:
+        listener(model, {})
 
 
 def seed_linears(model: nn.Module) -> Iterator[tuple[str, SeedLinear]]:

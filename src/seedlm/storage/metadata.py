@@ -26,8 +26,13 @@ QUANT_METHOD: Final = "seedlm"
 FORMAT_VERSION: Final = 3
 """The newest version that is read. Version 1 has no digests, and only 3 has embeddings in codes: 2 is written without them."""
 METADATA_KEY: Final = "seedlm"
-GUARD: Final = "none. This model's weights are packed by seedlm: `pip install seedlm`, then `import seedlm` before loading it"
-"""The key in config.json's ``fusion_config`` that transformers quotes when it refuses a folder (`hf`)."""
+_FIRST_GUARD: Final = (
+    "none. This model's weights are packed by seedlm: `pip install seedlm`, then `import seedlm` before loading it"
+)
+GUARD: Final = _FIRST_GUARD + ", or start the program by `seedlm run PROGRAM ...`, a server by `seedlm serve FOLDER`"
+"""The key in config.json's ``fusion_config`` that transformers quotes when it refuses a folder (`quantizer`)."""
+GUARDS: Final = (GUARD, _FIRST_GUARD)
+"""The keys that folders have: of the second kind are those that were written before 2026-11-28."""
 UNKNOWN_DIGEST: Final = "0" * 64
 """Stands where a digest will, while a file is being written."""
 
@@ -176,7 +181,7 @@ def written_version(embeddings: bool) -> int:
 
 def guarded(fusions: Mapping[str, Any] | None) -> dict[str, Any]:
     """A model's ``fusion_config`` with the guard in it, which is off: its value is false."""
-    return {**(fusions or {}), GUARD: False}
+    return {**{name: value for name, value in (fusions or {}).items() if name not in GUARDS}, GUARD: False}
 
 
 def metadata(packed: Mapping[str, PackedInfo], digests: Mapping[str, str]) -> dict[str, str]:
@@ -208,7 +213,7 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> tuple[For
     if section.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{where}: quant_method must be {QUANT_METHOD!r}, got {section.get('quant_method')!r:.80}")
     _check_version(section.get("format_version"), where)
-    if (config.get("fusion_config") or {}).get(GUARD, False) is not False:
+    if any((config.get("fusion_config") or {}).get(guard, False) is not False for guard in GUARDS):
         raise CheckpointError(f"{where}: the guard in fusion_config must be false")
     dense = section.get("modules_to_not_convert")
     if not isinstance(dense, list) or not all(isinstance(name, str) for name in dense):

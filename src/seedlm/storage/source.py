@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from seedlm.errors import SourceError
+from seedlm.storage.card import CARD_NAME, read_card
 from seedlm.storage.gguf_check import gguf_parts
 from seedlm.storage.refusals import no_weights, refuse_pickle, refuse_quantized
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles, TensorInfo
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_PARTIAL: Final = ".partial"
+"""Ends the name of the folder of an unfinished run (`compress.workfolder`)."""
 
 
 class Source(Protocol):
@@ -32,6 +35,7 @@ class Source(Protocol):
     tensors       name -> dtype and shape, in the order of the files
     nbytes        bytes of the weights' files on disk
     notes         what a user should know before it is compressed, a line each
+    about         what its card says that holds for a compressed one too (`card.KEPT`): its licence
     fingerprint   what must not change while a run over this source is going on, as JSON: headers, sizes, other files'
                   content. The weights' own content is not in it; a run checks that tensor by tensor.
     """
@@ -40,6 +44,7 @@ class Source(Protocol):
     tensors: dict[str, TensorInfo]
     nbytes: int
     notes: list[str]
+    about: dict[str, Any]
     fingerprint: dict[str, Any]
 
     def rows(self, name: str, start: int, stop: int, into: "Tensor | None" = None) -> "Tensor":
@@ -73,6 +78,7 @@ class FolderSource:
         self.chunks = self._files.chunks
         self._side_files = SideFiles(folder)
         self.notes = self._side_files.notes
+        self.about = read_card(folder)
         self.fingerprint = {
             "config.json": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
             **self._side_files.digests(),
@@ -111,6 +117,11 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
         raise SourceError(f"{path}: no such file or folder (a Hub repository is written owner/name)")
     if revision is not None:
         raise SourceError(f"{path}: a revision belongs to a Hub repository, this is a local path")
+    if path.suffix == _PARTIAL and path.is_dir() and not os.path.lexists(path / "config.json"):
+        whole = path.with_suffix("")
+        raise SourceError(
+            f"{path}: is an unfinished run of `seedlm compress`; repeat its command, and {whole} will be the model"
+        )
     if path.is_file():
         if path.suffix in PICKLE_SUFFIXES:
             raise SourceError(refuse_pickle(path))
@@ -134,7 +145,14 @@ def _download(repository: str, revision: str | None) -> Path:
     """A Hub repository's config, tokenizer and safetensors, in the Hub's own cache. Pickles are never fetched."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "LICENSE*", "LICENCE*", "NOTICE*", *(f"*{suffix}" for suffix in sorted(SIDE_SUFFIXES))]
+    patterns = [
+        "*.safetensors",
+        CARD_NAME,
+        "LICENSE*",
+        "LICENCE*",
+        "NOTICE*",
+        *(f"*{suffix}" for suffix in sorted(SIDE_SUFFIXES)),
+    ]
     try:
         folder = snapshot_download(
             repository,

@@ -10,6 +10,7 @@ Dequantized blocks are float32, as transformers makes them; F32, F16 and BF16 te
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,8 @@ class GGUFSource:
         self.path = paths[0]
         self.notes: list[str] = []
         self.nbytes = sum(part.stat().st_size for part in paths)
+        licence = headers[0].fields.get("general.license")
+        self.about: dict[str, Any] = {"license": licence} if isinstance(licence, str) and _LICENSE.fullmatch(licence) else {}
         self._architecture, self._heads = architecture, {}
         if architecture == "llama":
             query = headers[0].size("llama.attention.head_count")
@@ -254,6 +257,10 @@ class GGUFSource:
         if found:
             changed = {**base, "rope_theta": theta, **found}
             data["rope_parameters"] = {**parameters, "full_attention": changed} if several else changed
+
+
+_LICENSE: Final = re.compile(r"[\w.+-]{1,80}", re.ASCII)
+"""An identifier as the Hub has them, such as apache-2.0."""
 
 
 def _digest(path: Path, nbytes: int) -> str:

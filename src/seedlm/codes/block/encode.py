@@ -100,7 +100,7 @@ def reason_no_search(backend: str, device: torch.device, format: BlockFormat | N
         if device.type != "cpu":
             return f"backend 'numba' searches on the CPU, the weight is on {device}"
         if importlib.util.find_spec("numba") is None:
-            return "backend 'numba' needs numba: pip install 'seedlm[fast]'"
+            return "backend 'numba' needs numba: pip install numba"
         if format is not None and format.seed_bits > 16:
             return f"backend 'numba' takes at most 16 seed bits, not {format.seed_bits} ({format})"
         return None

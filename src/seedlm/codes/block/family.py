@@ -99,6 +99,13 @@ class BlockFamily:
         assert isinstance(format, BlockFormat)
         return reason_no_search(backend, device, format)
 
+    def reason_slow(self, device: "torch.device", format: Format) -> str | None:
+        from seedlm.codes.block.encode import SEARCHES, reason_no_search
+
+        assert isinstance(format, BlockFormat)
+        reasons = [reason_no_search(name, device, format) for name in SEARCHES if name != "torch"]
+        return "; ".join(filter(None, reasons)) if all(reasons) else None
+
     def backends(self) -> Sequence[LinearBackend]:
         from seedlm.codes.block.kernels import BACKENDS
 

@@ -75,6 +75,14 @@ class TrellisFamily:
 
         return None if backend == "auto" else viterbi.reason_no_search(backend, device)
 
+    def reason_slow(self, device: "torch.device", format: Format) -> str | None:
+        import torch
+
+        from seedlm.codes.trellis import viterbi
+
+        reasons = [viterbi.reason_no_search("cuda", device), viterbi.reason_no_search("numba", torch.device("cpu"))]
+        return reasons[-1] if all(reasons) else None
+
     def backends(self) -> Sequence[LinearBackend]:
         from seedlm.codes.trellis.kernels import BACKENDS
 

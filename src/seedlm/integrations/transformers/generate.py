@@ -1,7 +1,8 @@
-"""Text from a model, piece by piece as it comes: what the `generate` command prints."""
+"""Text from a model, piece by piece as it comes: what the commands `generate` and `chat` print."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -11,8 +12,12 @@ import torch
 
 from seedlm.device import choose_device
 from seedlm.errors import SourceError
+from seedlm.integrations.transformers.models import longest_text
 from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
 from seedlm.storage.source import is_repository, locate
+
+Turn = dict[str, str]
+"""``{"role": "system", "user" or "assistant", "content": text}``, as chat templates take it."""
 
 
 @dataclass
@@ -24,94 +29,135 @@ class Timing:
     seconds: float = 0.0
 
 
-def generate(
-    model: str | Path,
-    prompt: str,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    chat: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    dequantize: bool = False,
-    trust_remote_code: bool = False,
-    timing: Timing | None = None,
-) -> Iterator[str]:
-    """Generate from a folder or Hub id, packed or not, yielding text as it is decoded: the prompt and what follows it.
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How tokens are chosen: the likeliest at temperature 0; above, drawn with a seed from the likeliest of share `top_p`."""
 
-    temperature   0 is greedy; above, tokens are drawn with this `seed`
-    chat          put the prompt into the model's chat template, and yield the answer alone
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Writer:
+    """A language model that writes.
+
+    model         a folder, packed or not, a GGUF file or a Hub repository
+    chat          whether it answers turns by its chat template; None if it has one
     device        "auto", or a torch device
     dtype         of everything that is not packed: "auto" (as stored) or a torch dtype's name
     dequantize    all weights once after loading: faster on small models, as large as the original
     trust_remote_code   run code that comes with the model
     Raises SourceError if the model cannot be opened, lacks a weight, is no language model, or has no chat template.
     """
-    timing = timing if timing is not None else Timing()
-    start = time.perf_counter()
-    where = choose_device(device)
-    if not is_repository(model):
-        locate(model)  # transformers would ask the Hub, several times, for a path that was mistyped
-    tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
-    network = open_language_model(model, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
-    if dequantize and hasattr(network, "hf_quantizer"):
-        network = network.dequantize()
-    timing.load_seconds = time.perf_counter() - start
 
-    if chat and not tokenizer.chat_template:
-        raise SourceError(f"{model} has no chat template: generate without --chat")
-    inputs = _tokens(tokenizer, prompt, chat=chat).to(where)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        torch.manual_seed(seed)
-        options |= {"temperature": temperature, "top_p": top_p}
-    yield from _stream(network, tokenizer, inputs, options, timing, skip_prompt=chat)
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        chat: bool | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        dequantize: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        start = time.perf_counter()
+        where = choose_device(device)
+        if not is_repository(model):
+            locate(model)  # transformers would ask the Hub, several times, for a path that was mistyped
+        self._tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
+        has_template = bool(self._tokenizer.chat_template)
+        if chat and not has_template:
+            raise SourceError(f"{model} has no chat template, so it only goes on from a text: seedlm generate {model} TEXT")
+        self.chats = has_template if chat is None else chat
+        self._network = open_language_model(model, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
+        if dequantize and hasattr(self._network, "hf_quantizer"):
+            self._network = self._network.dequantize()
+        self.timing = Timing(load_seconds=time.perf_counter() - start)
 
+    def go_on(self, prompt: str, drawing: Drawing) -> Generator[str, None, None]:
+        """A text and what follows it."""
+        return self._stream(self._tokenizer(prompt, return_tensors="pt"), drawing, skip_prompt=False)
 
-def _tokens(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    """What a model is given: the prompt, or with `chat` a user's turn of it and the beginning of an answer."""
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt")
-    turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    def answer(self, turns: Sequence[Turn], drawing: Drawing) -> Generator[str, None, None]:
+        """The answer to some turns, the last of which is the user's. Raises SourceError if the model has no room for them."""
+        inputs = self._tokenizer.apply_chat_template(
+            list(turns), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        longest, count = longest_text(self._network), inputs["input_ids"].shape[1]
+        if longest is not None and count >= longest:
+            raise SourceError(f"the conversation has {count} tokens, the model knows {longest} positions")
+        return self._stream(inputs, drawing, skip_prompt=True)
 
+    def _stream(self, inputs: Any, drawing: Drawing, *, skip_prompt: bool) -> Generator[str, None, None]:
+        """The text as a thread generates it; whatever that raises is raised here, at the end.
 
-def _stream(
-    network: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], timing: Timing, *, skip_prompt: bool
-) -> Iterator[str]:
-    """The text as a thread generates it; whatever that raises is raised here, at the end.
+        Left early (Ctrl-C, or a caller that has enough), it waits for the thread, which ends after the token it is at: a
+        process that ends with torch at work in a thread is aborted.
+        """
+        from transformers import TextIteratorStreamer
 
-    Left early (Ctrl-C, or a caller that has enough), it waits for the thread, which ends after the token it is at: a process
-    that ends with torch at work in a thread is aborted.
-    """
-    from transformers import TextIteratorStreamer
+        options: dict[str, Any] = {"max_new_tokens": drawing.max_new_tokens, "do_sample": drawing.temperature > 0}
+        if drawing.temperature > 0:
+            torch.manual_seed(drawing.seed)
+            options |= {"temperature": drawing.temperature, "top_p": drawing.top_p}
+        inputs, left = inputs.to(self._network.device), Event()
 
-    left = Event()
+        def enough(input_ids: Any, scores: Any, **_: Any) -> Any:
+            return torch.full((len(input_ids),), left.is_set(), device=input_ids.device)
 
-    def enough(input_ids: Any, scores: Any, **_: Any) -> Any:
-        return torch.full((len(input_ids),), left.is_set(), device=input_ids.device)
+        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+        failure: list[BaseException] = []
 
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
-    failure: list[BaseException] = []
+        def work() -> None:
+            begin = time.perf_counter()
+            try:
+                output = self._network.generate(**inputs, **options, streamer=streamer, stopping_criteria=[enough])
+                self.timing.tokens = output.shape[1] - inputs["input_ids"].shape[1]
+            except BaseException as reason:  # shown in the caller's thread
+                failure.append(reason)
+                streamer.end()
+            self.timing.seconds = time.perf_counter() - begin
 
-    def work() -> None:
-        begin = time.perf_counter()
+        thread = Thread(target=work, daemon=True)
         try:
-            output = network.generate(**inputs, **options, streamer=streamer, stopping_criteria=[enough])
-            timing.tokens = output.shape[1] - inputs["input_ids"].shape[1]
-        except BaseException as reason:  # shown in the caller's thread
-            failure.append(reason)
-            streamer.end()
-        timing.seconds = time.perf_counter() - begin
+            thread.start()
+            yield from (piece for piece in streamer if piece)
+        finally:
+            left.set()
+            _wait_for(thread)
+        if failure:
+            raise failure[0]
 
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield from (piece for piece in streamer if piece)
-    finally:
-        left.set()
-        thread.join()
-    if failure:
-        raise failure[0]
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    chat: bool | None = None,
+    drawing: Drawing | None = None,
+    timing: Timing | None = None,
+    **opening: Any,
+) -> Generator[str, None, None]:
+    """Text from a model as it is decoded: the answer by its chat template, or the prompt and what follows it.
+
+    chat      whether to use the template; None if there is one
+    timing    filled in while text comes
+    opening   the other arguments of `Writer`, which says what is raised
+    """
+    writer = Writer(model, chat=chat, **opening)
+    if timing is not None:
+        timing.load_seconds, writer.timing = writer.timing.load_seconds, timing
+    drawing = drawing or Drawing()
+    pieces = writer.answer([{"role": "user", "content": prompt}], drawing) if writer.chats else writer.go_on(prompt, drawing)
+    with closing(pieces):
+        yield from pieces
+
+
+def _wait_for(thread: Thread) -> None:
+    """Until it has ended: a second Ctrl-C asks for what is under way."""
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            continue

@@ -13,6 +13,7 @@ ValueError about it comes before anything is loaded, whatever the arguments. Its
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch import nn
 from transformers import fusion_mapping
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from seedlm.codes.base import Format
@@ -33,16 +33,14 @@ from seedlm.modeling.embedding import SeedEmbedding
 from seedlm.modeling.experts import PACKED, SeedExperts
 from seedlm.modeling.linear import PackedModule
 from seedlm.modeling.quantize import (
-    choose_modules,
-    choose_tables,
+    LISTENERS,
     compress_model,
     dense_names,
     dequantize_model,
     packed_modules,
-    weights_of,
 )
-from seedlm.storage.checkpoint import FORMAT_VERSION, GUARD, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, stored_name
-from seedlm.storage.metadata import heading, written_version
+from seedlm.storage.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, stored_name
+from seedlm.storage.metadata import GUARDS, heading, written_version
 
 
 class SeedLMConfig(QuantizationConfigMixin):
@@ -133,19 +131,18 @@ class SeedLMQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._places.check_codes()
             del self._places  # it has files and locks, which a model's copies have no use for
+            self.quantization_config.format_version = _version_of(model)
+            _set_guard(model.config, True)
         else:
-            _compress_loaded(model, self.quantization_config)
-            conversions = getattr(model, "_weight_conversions", None) or []
-            model._weight_conversions = [*conversions, *_expert_names(model), CodeNames.of(model)]
-        packed = any(isinstance(module, SeedEmbedding) for _, module in packed_modules(model))
-        self.quantization_config.format_version = written_version(packed)
-        _set_guard(model.config, True)
+            config = self.quantization_config
+            tables = {"embeddings": config.embeddings, "head": config.head}
+            format = format_from_dict(config.format)
+            compress_model(model, format, exclude=config.modules_to_not_convert, **tables, **config.settings)
         return model
 
     def _dequantize(self, model, dtype: torch.dtype | None = None):
         # Saving leaves config.dtype, which transformers passes on here, as a string.
         dequantize_model(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
-        _set_guard(model.config, False)
         return model
 
     def get_state_dict_and_metadata(self, model):
@@ -188,7 +185,52 @@ def register() -> None:
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(QUANT_METHOD)(SeedLMConfig)
         auto.register_quantizer(QUANT_METHOD)(SeedLMQuantizer)
-        getattr(fusion_mapping, "_FUSION_REGISTRY", {}).setdefault(GUARD, None)
+        for guard in GUARDS:
+            getattr(fusion_mapping, "_FUSION_REGISTRY", {}).setdefault(guard, None)
+    if _keep_books not in LISTENERS:
+        LISTENERS.append(_keep_books)
+
+
+def _keep_books(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Let every model of transformers in here say what it is, packed or not, so that it saves a folder that loads."""
+    from transformers import PreTrainedModel  # which imports the registry, and that this module
+
+    if not isinstance(model, PreTrainedModel):
+        for child in model.children():
+            _keep_books(child, settings)
+    elif any(packed_modules(model)):
+        _say_packed(model, settings)
+    elif isinstance(quantizer := getattr(model, "hf_quantizer", None), SeedLMQuantizer):
+        quantizer.remove_quantization_config(model)
+        _set_guard(model.config, False)
+
+
+def _say_packed(model: Any, settings: Mapping[str, Any]) -> None:
+    """Give a model whose layers were packed in memory what one has that was loaded packed."""
+    known = [each for each in getattr(model, "_weight_conversions", None) or [] if not isinstance(each, CodeNames)]
+    model._weight_conversions = (
+        known if any(isinstance(each, ExpertNames) for each in known) else [*known, *_expert_names(model)]
+    )
+    model._weight_conversions.append(CodeNames.of(model))
+    layers = dict(packed_modules(model))
+    formats = {name: layers[module].format for module, name in saved_names(model, layers).items()}
+    leading, _ = Counter(formats.values()).most_common(1)[0]
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, SeedLMQuantizer):
+        quantizer = SeedLMQuantizer(SeedLMConfig(format=leading.to_dict(), **settings))
+    config = quantizer.quantization_config
+    config.format = leading.to_dict()
+    config.overrides = {name: format.to_dict() for name, format in formats.items() if format != leading}
+    config.modules_to_not_convert = dense_names(model)
+    config.format_version = _version_of(model)
+    model.hf_quantizer, model.config.quantization_config = quantizer, config
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    _set_guard(model.config, True)
+
+
+def _version_of(model: nn.Module) -> int:
+    """The version that a folder of this model has to say."""
+    return written_version(any(isinstance(module, SeedEmbedding) for _, module in packed_modules(model)))
 
 
 def _expert_names(model: nn.Module) -> list[ExpertNames]:
@@ -201,21 +243,6 @@ def _expert_names(model: nn.Module) -> list[ExpertNames]:
                 module.stacks[part] = dataclasses.replace(stack, tensor=tensor)
                 templates[f"{tensor.removesuffix('.weight')}.*"] = f"{name}.{PACKED}.{part}.*"
     return [ExpertNames(templates)] if templates else []
-
-
-def _compress_loaded(model: nn.Module, config: SeedLMConfig) -> None:
-    """Compress a dense model that has just been loaded, and write down what was left as it is."""
-    exclude, format = config.modules_to_not_convert, format_from_dict(config.format)
-    tables = config.embeddings, config.head
-    formats = choose_tables(model, *tables)
-    names = {*choose_modules(model, format, exclude=exclude), *formats}
-    total = sum(weights_of(model, name) for name in names)
-    with logging.tqdm(total=total, desc="Compressing", unit=" weights", unit_scale=True) as bar:
-        options = {"embeddings": tables[0], "head": tables[1], **config.settings}
-        compress_model(model, format, exclude=exclude, on_progress=bar.update, **options)
-    saved = saved_names(model, formats)
-    config.overrides = {saved[name]: other.to_dict() for name, other in formats.items() if other != format}
-    config.modules_to_not_convert = dense_names(model)
 
 
 def _digests(names: Mapping[str, str], layers: Mapping[str, PackedModule], packed: Mapping[str, PackedInfo]) -> dict[str, str]:
@@ -240,7 +267,8 @@ def _digests(names: Mapping[str, str], layers: Mapping[str, PackedModule], packe
 def _set_guard(config: Any, wanted: bool) -> None:
     """Put the guard into a model's configuration, or take it out."""
     fusions = dict(getattr(config, "fusion_config", None) or {})
-    fusions.pop(GUARD, None)
+    for guard in GUARDS:
+        fusions.pop(guard, None)
     if wanted:
         fusions = guarded(fusions)
     if fusions:

@@ -102,7 +102,7 @@ def reason_no_search(name: str, device: torch.device) -> str | None:
     try:
         return _load(name).reason_unavailable(device)
     except ImportError as error:
-        return f"{error.name} is not installed"
+        return f"{error.name} is not installed (pip install {error.name})"
 
 
 def _load(name: str) -> ModuleType:

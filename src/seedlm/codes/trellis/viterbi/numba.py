@@ -69,9 +69,12 @@ def search(targets: Tensor, roots: Tensor, trellis: Trellis, overlap: int) -> Te
         block[:, :, : len(part)] = part.transpose(1, 2, 0)
         _encode(machine, block.reshape(2, -1), overlap, tables, symbols[first : first + LANES])
 
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        for _ in pool.map(piece, range(0, count, LANES)):
-            pass
+    if count <= LANES:  # a column with error feedback: what is left of the processor is for other matrices (`workers`)
+        piece(0)
+    else:
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            for _ in pool.map(piece, range(0, count, LANES)):
+                pass
     return torch.from_numpy(symbols).long()
 
 

@@ -1,0 +1,102 @@
+"""``seedlm chat``."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from seedlm.errors import SourceError
+from seedlm.storage.untrusted import printable
+
+if TYPE_CHECKING:
+    from seedlm.integrations.transformers.generate import Drawing, Turn, Writer
+
+_HELP = "/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or Hub repository with a chat template.")],
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.", metavar="TEXT")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.", max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")] = "auto",
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", "--expand", help="Dequantize once after loading: faster on a CPU, full size in memory."),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
+    ] = False,
+) -> None:
+    """Talk with a model, turn by turn.
+
+    It remembers what was said until /reset. Ctrl-C stops an answer and not the program; /exit or Ctrl-D ends it.
+    """
+    from transformers.utils import logging
+
+    from seedlm.integrations.transformers.generate import Drawing, Writer
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    drawing = Drawing(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    writer = Writer(model, chat=True, device=device, dtype=dtype, dequantize=dequantize, trust_remote_code=trust_remote_code)
+    print(f"{model}: {_HELP}", file=sys.stderr)
+    _converse(writer, [{"role": "system", "content": system}] if system else [], drawing)
+
+
+def _converse(writer: "Writer", opening: list["Turn"], drawing: "Drawing") -> None:
+    """Turns from stdin until its end."""
+    turns = list(opening)
+    while (said := _read()) is not None:
+        if said in ("/exit", "/quit"):
+            return
+        if said == "/reset":
+            turns = list(opening)
+        elif said.startswith("/"):
+            print(_HELP, file=sys.stderr)
+        elif said:
+            turns = _answer(writer, turns, said, len(opening), drawing)
+
+
+def _read() -> str | None:
+    """A line; None at the end of input. Ctrl-C gives up what was typed, and with nothing typed says how to end."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # lines can be edited, and come again by the arrow keys
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print(f"\n{_HELP}", file=sys.stderr)
+        return ""
+
+
+def _answer(writer: "Writer", turns: list["Turn"], said: str, kept: int, drawing: "Drawing") -> list["Turn"]:
+    """Print the answer to a turn; the conversation with both, the oldest turns left out where the model has no room for them.
+
+    kept   turns at the start that always stay
+    """
+    turns = [*turns, {"role": "user", "content": said}]
+    while True:
+        try:
+            pieces = writer.answer(turns, drawing)
+            break
+        except SourceError as reason:
+            if len(turns) <= kept + 2:
+                print(printable(f"seedlm: {reason}"), file=sys.stderr)
+                return turns[:-1]
+            turns = [*turns[:kept], *turns[kept + 2 :]]
+            print("seedlm: the conversation is too long for the model; its oldest turns are forgotten", file=sys.stderr)
+    answer = ""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            answer += piece
+    except KeyboardInterrupt:
+        pieces.close()  # which waits for its thread
+        print(" [stopped]", end="", file=sys.stderr, flush=True)
+    print()
+    return [*turns, {"role": "assistant", "content": answer}]

@@ -1,0 +1,92 @@
+"""``seedlm serve`` and ``seedlm run``: other programs, in which packed folders load because this package is imported first."""
+
+import importlib.util
+import runpy
+import socket
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seedlm.errors import BackendError, FormatError
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or Hub repository, compressed or not.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8000,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
+    ] = False,
+) -> None:
+    """Serve a model to OpenAI clients: chat, completions, streaming, at http://HOST:PORT/v1.
+
+    The server is transformers' own; `seedlm run transformers serve` has all of its options.
+    """
+    from seedlm.storage.source import is_repository, locate
+
+    if not is_repository(model):
+        found = locate(model)
+        if found.is_file():
+            raise BackendError(f"{model}: a server takes folders and Hub repositories; compress the file first")
+    for name in ("fastapi", "uvicorn", "openai"):
+        if importlib.util.find_spec(name) is None:
+            raise BackendError(f"serving needs {name}: pip install 'seedlm[serve]'")
+    _check_port(host, port)
+    from seedlm.device import choose_device
+    from seedlm.integrations.transformers.files import check_model
+
+    choose_device(device)
+    check_model(Path(model))
+    from transformers.cli.serve import Serve
+
+    print(f"seedlm: {model} at http://{host}:{port}/v1; Ctrl-C ends", file=sys.stderr, flush=True)
+    Serve(force_model=model, host=host, port=port, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise BackendError if nothing can listen there: the server would find out after the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as reason:
+        raise BackendError(f"{host}:{port}: cannot listen there ({reason.strerror or reason}); choose another --port") from None
+
+
+def run(
+    program: Annotated[
+        str, typer.Argument(help="A command of this Python's packages (lm_eval, transformers), a .py file, or a module.")
+    ],
+    arguments: Annotated[list[str] | None, typer.Argument(help="What follows is the program's.")] = None,
+) -> None:
+    """Run another Python program that can load compressed models: it finds seedlm imported.
+
+    seedlm run lm_eval --model hf --model_args pretrained=OUT --tasks arc_easy
+
+    Programs that start others (accelerate launch, torchrun) need `import seedlm` in those.
+    """
+    sys.argv = [program, *(arguments or [])]
+    scripts = entry_points(group="console_scripts", name=program)
+    if scripts:
+        start = next(iter(scripts)).load()
+        sys.exit(start())
+    elif program.endswith(".py") and Path(program).is_file():
+        sys.path.insert(0, str(Path(program).resolve().parent))
+        runpy.run_path(program, run_name="__main__")
+    elif _is_module(program):
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        raise FormatError(f"{program!r:.80} is no command of this Python's packages, no .py file that is there, and no module")
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False

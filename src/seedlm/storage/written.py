@@ -1,0 +1,28 @@
+"""Files that a command creates: refused before it works if they are there already, and written whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from seedlm.errors import OutputError
+
+
+def check_free(path: Path) -> None:
+    """Raise OutputError if a file or folder is there already, or no folder for it."""
+    if os.path.lexists(path):
+        raise OutputError(f"{path}: exists already; choose another output, or delete it")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent}: no such folder")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

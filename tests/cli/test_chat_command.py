@@ -1,0 +1,90 @@
+"""`seedlm chat`, and the chat template in `generate`: turns come from a pipe, or from a terminal that Ctrl-C is typed at."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tiny_models import STORIES
+
+COMMAND = [sys.executable, "-m", "seedlm"]
+FEW = ["--max-new-tokens", "8"]
+
+
+def talk(folder, said, *arguments):
+    return subprocess.run(
+        [*COMMAND, "chat", str(folder), *FEW, *arguments], input=said, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_turns_are_answered_and_remembered_until_reset(talking):
+    done = talk(talking, "Once upon a time\nOnce upon a time\n/reset\nOnce upon a time\n/what\n\n")
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert first == third
+    assert first != second  # it has read more
+    assert done.stderr.count("/reset forgets") == 2  # at the start, and for what it does not know
+
+
+def test_the_system_turn_stays_over_a_reset(talking):
+    done = talk(talking, "Once\n/reset\nOnce\n/exit\nOnce\n", "--system", "A story about a dog.")
+    first, second = done.stdout.splitlines()
+    assert first == second
+    assert first != talk(talking, "Once\n").stdout.strip()
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns(talking):
+    done = talk(talking, "Once upon a time there was a dog. " * 20 + "\n" + "The cat sat. " * 60 + "\n" + "x " * 600 + "\n")
+    assert done.returncode == 0
+    assert "its oldest turns are forgotten" in done.stderr
+    assert "the model knows 512 positions" in done.stderr
+
+
+def test_a_model_without_a_template_is_refused(here):
+    done = here("chat", STORIES)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "has no chat template, so it only goes on from a text" in done.stderr
+
+
+def test_generate_answers_by_the_template_unless_it_is_raw(talking, here):
+    answer = here("generate", talking, "Once upon a time", *FEW).stdout
+    raw = here("generate", talking, "Once upon a time", *FEW, "--raw").stdout
+    assert raw.startswith("Once upon a time")
+    assert not answer.startswith("Once")
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(talking):
+    primary, secondary = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "chat", str(talking), "--max-new-tokens", "480"],
+        stdin=secondary,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    os.close(secondary)
+    assert process.stdout is not None
+    os.write(primary, b"Once upon a time\n")
+    shown = b""
+    while shown.count(b" ") < 8:
+        shown += os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    os.write(primary, b"/reset\n")
+    os.write(primary, b"/exit\n")
+    shown += process.stdout.read()
+    assert process.wait(timeout=60) == 0
+    os.close(primary)
+    assert len(shown.split()) < 400
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "run", "generate"])
+def test_help(command, here):
+    done = here(command, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout

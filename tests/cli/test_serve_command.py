@@ -1,0 +1,143 @@
+"""`seedlm serve`, asked by the `openai` package, and `seedlm run`: programs in which packed folders load."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "seedlm"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(talking):
+    for name in ("openai", "fastapi", "uvicorn"):
+        pytest.importorskip(name, reason="serving needs the extra: pip install 'seedlm[serve]'")
+    port = free_port()
+    process = subprocess.Popen(
+        [*COMMAND, "serve", str(talking), "--port", str(port), "--device", "cpu"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    address = f"http://localhost:{port}"
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            break
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(process.communicate()[1])
+            time.sleep(0.2)
+    yield f"{address}/v1", port
+    process.terminate()
+    assert process.wait(timeout=60) in (0, 143, -15)
+    assert process.stderr is not None
+    assert f"at {address}/v1; Ctrl-C ends" in process.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    import openai
+
+    return openai.OpenAI(base_url=server[0], api_key="none")
+
+
+TURNS = [{"role": "user", "content": "Once upon a time"}]
+
+
+def test_an_openai_client_chats_and_streams(client, talking, here):
+    ask = {"model": str(talking), "messages": TURNS, "max_tokens": 8, "temperature": 0}
+    answer = client.chat.completions.create(**ask)
+    assert answer.choices[0].message.content
+    pieces = client.chat.completions.create(**ask, stream=True)
+    streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert streamed == answer.choices[0].message.content
+    shown = here("generate", talking, "Once upon a time", "--max-new-tokens", 8).stdout
+    assert streamed.strip() == shown.strip()
+
+
+def test_an_openai_client_completes(client, talking):
+    ask = {"model": str(talking), "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
+    whole = client.completions.create(**ask).choices[0].text
+    assert whole
+    assert "".join(piece.choices[0].text or "" for piece in client.completions.create(**ask, stream=True)) == whole
+
+
+def test_a_port_that_is_taken_is_refused_before_the_model_loads(server, talking, here):
+    done = here("serve", talking, "--port", server[1])
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "cannot listen there" in done.stderr
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path, here):
+    done = here("serve", tmp_path / "nosuch")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "no such file or folder" in done.stderr
+
+
+PROGRAM = """
+import sys
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__, sys.argv[2:])
+"""
+
+
+def test_a_program_that_is_run_loads_packed_folders(talking, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    alone = subprocess.run([sys.executable, tmp_path / "program.py", talking], capture_output=True, text=True, timeout=120)
+    assert "seedlm run PROGRAM" in alone.stderr
+    arguments = [*COMMAND, "run", str(tmp_path / "program.py"), str(talking), "--help", "-x"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "SeedLinear ['--help', '-x']\n"
+
+
+def test_commands_of_packages_and_modules_are_run(here):
+    done = here("run", "json.tool", "--help")
+    assert (done.returncode, "usage" in done.stdout) == (0, True)
+    done = subprocess.run([*COMMAND, "run", "transformers", "version"], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().startswith("5.")
+
+
+@pytest.mark.parametrize("name", ["nosuch", "nosuch.py", "no such"])
+def test_what_cannot_be_run_is_refused(name, here):
+    done = here("run", name)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "is no command of this Python's packages" in done.stderr
+
+
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["dog", "cat"]
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_lm_evaluation_harness_opens_a_packed_folder(talking, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'seedlm[eval]'")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"question": f"Once {n} times there was a"}) + "\n" for n in range(3)))
+    (tmp_path / "tiny.yaml").write_text(TASK.format(data=data))
+    arguments = ["run", "lm_eval", "--model", "hf", "--model_args", f"pretrained={talking}", "--tasks", "tiny"]
+    arguments += ["--include_path", str(tmp_path), "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300, env=environment)
+    assert "|tiny |" in done.stdout, done.stderr[-2000:]
