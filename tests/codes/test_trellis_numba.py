@@ -5,7 +5,7 @@ import torch
 
 from seedlm.codes.registry import parse_format
 from seedlm.codes.trellis import codec
-from seedlm.codes.trellis.kernels.numba_dequantize import NumbaBackend
+from seedlm.codes.trellis.kernels.cpu import NumbaBackend
 
 pytest.importorskip("numba")
 FORMS = [f"trellis-r{rate}-l16-t64-h16" for rate in range(1, 9)] + ["trellis-r3-l12-t96-h8", "trellis-r6-l12-t32-h1"]

@@ -1,0 +1,195 @@
+"""The trellis family's backend on CPUs: products without weights in memory, compiled by numba at the first use.
+
+By the number of tokens:
+
+    to `FEW`   `numba_product`: decoded and multiplied in registers; rotated activations as 16-bit integers with a scale for each
+               256 columns (relative error 1e-4 and less), or int8 ("numba-int8", about 5e-3)
+    more       `numba_weights`: a tile of rows at a time is formed in the transformed basis, in x's dtype, for torch's product
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from seedlm.codes import hadamard
+from seedlm.codes.base import CODES, Format
+from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
+
+FEW: Final = 4
+"""Tokens that are multiplied in registers."""
+
+TILE_BYTES: Final = 16 << 20
+
+KINDS: Final = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes that kernels read and write; others are converted to float32."""
+
+_PIECE: Final = 1 << 15
+"""Weights that a thread takes at a time: some microseconds."""
+
+
+class NumbaBackend:
+    """Activations in 16 bits. Prepared: the words as they are stored, the scale of every row."""
+
+    name: ClassVar[str] = "numba"
+    exact: ClassVar[bool] = True
+
+    def reason_unavailable(self, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
+        if device.type != "cpu":
+            return f"backend {self.name!r} works on the CPU, the codes are on {device}"
+        if importlib.util.find_spec("numba") is None:
+            return f"backend {self.name!r} needs numba: pip install 'seedlm[fast]'"
+        return None
+
+    def prepare(self, parts: Mapping[str, Tensor], format: Format, shape: tuple[int, int]) -> list[Tensor]:
+        return [parts[CODES], parts["scales"].float() * parts["scale"]]
+
+    def empty_transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
+        tokens = x.numel() // in_features
+        if tokens == 0:
+            return []
+        if tokens > FEW:
+            return [torch.empty(x.shape, dtype=x.dtype if x.dtype in KINDS else torch.float32, device=x.device)]
+        from seedlm.codes.trellis.kernels import numba_product
+
+        return [torch.empty(tokens * numba_product.workspace(in_features), dtype=torch.uint8, device=x.device)]
+
+    def transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
+        """Activations as `numba_product` reads them; for many tokens x in the transformed basis."""
+        assert isinstance(format, TrellisFormat)
+        if x.dtype not in KINDS:
+            x = x.float()
+        made = self.empty_transform(x, format, in_features)
+        if made:
+            tokens, x = x.numel() // in_features, x.contiguous()
+            signs = _signs(format.transform)
+            numbers = (tokens, x.data_ptr(), KINDS[x.dtype], in_features, format.transform, signs.data_ptr())
+            if tokens > FEW:
+                from seedlm.codes import hadamard_numba
+
+                (y,) = made
+                rows = y if y.dtype == torch.float32 else torch.empty(x.shape, dtype=torch.float32)
+                hadamard_numba.rotation().share((*numbers, rows.data_ptr(), y.data_ptr(), KINDS[y.dtype]), tokens)
+            else:
+                from seedlm.codes.trellis.kernels import numba_product
+
+                rows = torch.empty(tokens * numba_product.groups(in_features) * numba_product.GROUP, dtype=torch.float32)
+                kernel = numba_product.rotation(format.rate, self.exact)
+                kernel.share((*numbers, rows.data_ptr(), made[0].data_ptr()), tokens)
+        return made
+
+    def linear(
+        self,
+        x: Tensor,
+        prepared: Sequence[Tensor],
+        format: Format,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        transformed: Sequence[Tensor] = (),
+    ) -> Tensor:
+        assert isinstance(format, TrellisFormat)
+        if x.dtype not in KINDS:
+            wide = None if bias is None else bias.float()
+            return self.linear(x.float(), prepared, format, shape, wide, transformed).to(x.dtype)
+        tokens = x.numel() // shape[1]
+        y = torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype)
+        if tokens:
+            (inputs,) = transformed or self.transform(x, format, shape[1])
+            if tokens > FEW:
+                self._wide(inputs.view(tokens, -1), prepared, format, shape, bias, y.view(tokens, -1))
+            else:
+                self._few(tokens, inputs, prepared, format, shape, bias, y)
+        return y
+
+    def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        assert isinstance(format, TrellisFormat)
+        weight = torch.empty(shape, dtype=torch.float32)
+        _form(weight, 0, prepared, format, shape, rotated=False)
+        return weight.to(dtype)
+
+    def _few(
+        self,
+        tokens: int,
+        inputs: Tensor,
+        prepared: Sequence[Tensor],
+        format: TrellisFormat,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        from seedlm.codes.trellis.kernels import numba_product
+
+        words, factors = prepared[0].contiguous(), prepared[1]
+        if bias is not None:
+            bias = bias.to(y.dtype).contiguous()
+        pieces, numbers = _pieces(format, shape)
+        addresses = (words.data_ptr(), factors.data_ptr(), inputs.data_ptr(), 0 if bias is None else bias.data_ptr())
+        kernel = numba_product.product(format.rate, format.state_bits, self.exact, tokens)
+        kernel.share((*numbers, *addresses, y.data_ptr(), KINDS[y.dtype]), pieces)
+
+    def _wide(
+        self,
+        x: Tensor,
+        prepared: Sequence[Tensor],
+        format: TrellisFormat,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        rows = max(1, TILE_BYTES // (x.element_size() * shape[1] * SEGMENT_ROWS)) * SEGMENT_ROWS
+        weight = torch.empty(min(rows, shape[0]), shape[1], dtype=x.dtype)
+        for first in range(0, shape[0], rows):
+            tile = weight[: shape[0] - first]
+            _form(tile, first // SEGMENT_ROWS, prepared, format, shape, rotated=True)
+            y[:, first : first + rows] = torch.mm(x, tile.T)
+        if bias is not None:
+            y += bias
+
+
+class NumbaInt8Backend(NumbaBackend):
+    """The same with int8 activations, at a price, where the processor multiplies bytes."""
+
+    name: ClassVar[str] = "numba-int8"
+    exact: ClassVar[bool] = False
+
+    def reason_unavailable(self, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
+        if reason := super().reason_unavailable(device, format, shape):
+            return reason
+        from seedlm.codes import vectors
+
+        if vectors.byte_products() in ("pairs", "plain"):
+            return f"backend {self.name!r} needs a processor that adds products of bytes (VNNI, or dot products on ARM)"
+        return None
+
+
+@lru_cache(maxsize=16)
+def _signs(block: int) -> Tensor:
+    with torch.inference_mode(False):
+        return hadamard.signs(block)
+
+
+@lru_cache(maxsize=4096)
+def _pieces(format: TrellisFormat, shape: tuple[int, int]) -> tuple[int, tuple[int, ...]]:
+    """In how many pieces a product is shared out, and the numbers of its job."""
+    segments = format.segments(shape[0])
+    length = max(1, min(_PIECE // (SEGMENT_ROWS * shape[1]), segments // 4))
+    pieces = -(-segments // length)
+    return pieces, (pieces, length, segments, format.sequence_rows // SEGMENT_ROWS, shape[1], shape[0])
+
+
+def _form(
+    weight: Tensor, first: int, prepared: Sequence[Tensor], format: TrellisFormat, shape: tuple[int, int], rotated: bool
+) -> None:
+    """Write the rows from segment `first` on to weight [rows, in]: of `KINDS` in the transformed basis, else float32."""
+    from seedlm.codes.trellis.kernels import numba_weights
+
+    words, factors, signs = prepared[0].contiguous(), prepared[1], _signs(format.transform)
+    count = format.segments(len(weight))
+    numbers = (count, first, format.segments(shape[0]), format.sequence_rows // SEGMENT_ROWS, shape[1], shape[0])
+    where = (words.data_ptr(), factors.data_ptr(), weight.data_ptr(), KINDS[weight.dtype])
+    block = 0 if rotated else format.transform
+    kernel = numba_weights.weights(format.rate, format.state_bits)
+    kernel.share((*numbers, *where, block, signs.data_ptr()), count)
