@@ -79,13 +79,14 @@ def forward(address, width, largest, signs):
 
     The factor comes first, so that nothing overflows that would not in the end.
     """
-    x, first, size = carray(as_pointer(address), (width,), np.float32), 0, largest
+    first, size = 0, largest
     while first < width:
         while size > width - first:
             size >>= 1
+        x = carray(as_pointer(address + 4 * first), (size,), np.float32)
         factor = np.float32(1.0 / np.sqrt(np.float64(size)))
         for i in range(size):
-            x[first + i] *= signs[i] * factor
+            x[i] *= signs[i] * factor
         butterflies(address + 4 * first, size)
         first += size
 
@@ -93,15 +94,25 @@ def forward(address, width, largest, signs):
 @njit(nogil=True, error_model="numpy")
 def inverse(address, width, largest, signs):
     """Undo `forward` on a row of a weight: to the bit what `hadamard.inverse` does."""
-    x, first, size = carray(as_pointer(address), (width,), np.float32), 0, largest
+    first, size = 0, largest
     while first < width:
         while size > width - first:
             size >>= 1
+        x = carray(as_pointer(address + 4 * first), (size,), np.float32)
         factor = np.float32(1.0 / np.sqrt(np.float64(size)))
         butterflies(address + 4 * first, size)
         for i in range(size):
-            x[first + i] = x[first + i] * factor * signs[i]
+            x[i] = x[i] * factor * signs[i]
         first += size
+
+
+@njit(nogil=True, error_model="numpy")
+def largest_bits(row, width):
+    """The bits of the largest magnitude of float32 [width] as an int32: from 0x7F800000 on where one is not finite."""
+    bits, largest = carray(as_pointer(row), (width,), np.int32), np.int32(0)
+    for i in range(width):
+        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
+    return largest
 
 
 @njit(nogil=True, error_model="numpy")
@@ -123,10 +134,7 @@ def rotate_row(x, kind, token, width, padded, block, signs, row):
             bits[i] = np.int32(np.uint32(halves[i]) << np.uint32(16))
     for i in range(width, padded):
         values[i] = np.float32(0)
-    largest = np.int32(0)
-    for i in range(width):
-        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
-    tiny = largest < np.int32(67 << 23)
+    tiny = largest_bits(row, width) < np.int32(67 << 23)
     if tiny:
         for i in range(width):
             values[i] *= np.float32(2.0**64)
@@ -138,27 +146,29 @@ def rotate_row(x, kind, token, width, padded, block, signs, row):
 def rotation() -> Kernel:
     """Transforms tokens one after another.
 
-    Its job: tokens, x, kind of x, width, block, signs float32 [block], float32 [tokens, width] to work in, y, kind of y. x, signs,
-    y and what to work in, which may be y, are addresses.
+    Its job: tokens, x, kind of x, width, block, signs float32 [block], float32 [pieces, width] to work in, y, kind of y, pieces. x,
+    signs, y and what to work in are addresses.
     """
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
     def rotate(job):
-        tokens, x, kind, width, block, y, y_kind = job[1], job[2], job[3], job[4], job[5], job[8], job[9]
+        tokens, x, kind, width, block, y, y_kind, pieces = job[1], job[2], job[3], job[4], job[5], job[8], job[9], job[10]
         signs = carray(as_pointer(job[6]), (block,), np.float32)
         while True:
-            token = take(job_address(job))
-            if token >= tokens:
+            piece = take(job_address(job))
+            if piece >= pieces:
                 break
-            row = job[7] + 4 * width * token
-            lift = rotate_row(x, kind, token, width, width, block, signs, row)
+            row = job[7] + 4 * width * piece
             values = carray(as_pointer(row), (width,), np.float32)
-            if y_kind == 0:
-                for i in range(width):
-                    values[i] *= lift
-            else:
-                halves = carray(as_pointer(y + 2 * width * token), (width,), np.uint16)
-                for i in range(width):
-                    halves[i] = to_bfloat16(values[i] * lift)
+            for token in range(tokens * piece // pieces, tokens * (piece + 1) // pieces):
+                lift = rotate_row(x, kind, token, width, width, block, signs, row)
+                if y_kind == 0:
+                    floats = carray(as_pointer(y + 4 * width * token), (width,), np.float32)
+                    for i in range(width):
+                        floats[i] = values[i] * lift
+                else:
+                    halves = carray(as_pointer(y + 2 * width * token), (width,), np.uint16)
+                    for i in range(width):
+                        halves[i] = to_bfloat16(values[i] * lift)
 
     return Kernel(rotate)

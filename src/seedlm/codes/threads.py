@@ -12,6 +12,7 @@ threads do it.
 
 import ctypes
 import os
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -46,7 +47,7 @@ class Kernel:
 
     def share(self, numbers: tuple[int, ...], pieces: int) -> None:
         """Run it with the numbers behind the first, on no more threads than there are pieces; returns when all is done."""
-        job = (ctypes.c_int64 * (1 + len(numbers)))(0, *numbers)
+        job = struct.pack(f"{1 + len(numbers)}q", 0, *numbers)  # which nobody else knows, so that it can be written to
         threads = min(torch.get_num_threads(), pieces)
         if threads < 2:
             self._call(job)

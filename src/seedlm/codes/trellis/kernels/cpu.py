@@ -10,7 +10,7 @@ By the number of tokens:
 import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,19 @@ from seedlm.codes import hadamard
 from seedlm.codes.base import CODES, Format
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 
-FEW: Final = 4
+FEW: Final = 8
 """Tokens that are multiplied in registers."""
+
+_AT_ONCE: Final = 4
+"""Of them, those that share the decoding of a weight: more have no registers for their sums."""
 
 TILE_BYTES: Final = 16 << 20
 
 KINDS: Final = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that kernels read and write; others are converted to float32."""
+
+_ROTATING: Final = 32
+"""In how many pieces many tokens are rotated."""
 
 _PIECE: Final = 1 << 15
 """Weights that a thread takes at a time: some microseconds."""
@@ -53,32 +59,22 @@ class NumbaBackend:
             return []
         if tokens > FEW:
             return [torch.empty(x.shape, dtype=x.dtype if x.dtype in KINDS else torch.float32, device=x.device)]
-        from seedlm.codes.trellis.kernels import numba_product
-
-        return [torch.empty(tokens * numba_product.workspace(in_features), dtype=torch.uint8, device=x.device)]
+        return [torch.empty(_inputs(format, in_features, tokens, self.exact).size, dtype=torch.uint8, device=x.device)]
 
     def transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
         """Activations as `numba_product` reads them; for many tokens x in the transformed basis."""
-        assert isinstance(format, TrellisFormat)
-        if x.dtype not in KINDS:
-            x = x.float()
+        x = x.contiguous() if x.dtype in KINDS else x.float().contiguous()
         made = self.empty_transform(x, format, in_features)
         if made:
-            tokens, x = x.numel() // in_features, x.contiguous()
-            signs = _signs(format.transform)
-            numbers = (tokens, x.data_ptr(), KINDS[x.dtype], in_features, format.transform, signs.data_ptr())
-            if tokens > FEW:
-                from seedlm.codes import hadamard_numba
-
-                (y,) = made
-                rows = y if y.dtype == torch.float32 else torch.empty(x.shape, dtype=torch.float32)
-                hadamard_numba.rotation().share((*numbers, rows.data_ptr(), y.data_ptr(), KINDS[y.dtype]), tokens)
+            y, tokens = made[0], x.numel() // in_features
+            plan = _inputs(format, in_features, tokens if tokens <= FEW else 0, self.exact)
+            if tokens <= FEW:
+                where = (y.data_ptr(),)
             else:
-                from seedlm.codes.trellis.kernels import numba_product
-
-                rows = torch.empty(tokens * numba_product.groups(in_features) * numba_product.GROUP, dtype=torch.float32)
-                kernel = numba_product.rotation(format.rate, self.exact)
-                kernel.share((*numbers, rows.data_ptr(), made[0].data_ptr()), tokens)
+                pieces = min(tokens, _ROTATING)
+                rows = torch.empty(pieces * in_features, dtype=torch.float32)
+                where = (rows.data_ptr(), y.data_ptr(), KINDS[y.dtype], pieces)
+            plan.kernel.share((tokens, x.data_ptr(), KINDS[x.dtype], *plan.numbers, *where), tokens)
         return made
 
     def linear(
@@ -95,13 +91,13 @@ class NumbaBackend:
             wide = None if bias is None else bias.float()
             return self.linear(x.float(), prepared, format, shape, wide, transformed).to(x.dtype)
         tokens = x.numel() // shape[1]
+        if tokens == 0:
+            return x.new_empty(*x.shape[:-1], shape[0])
+        (inputs,) = transformed or self.transform(x, format, shape[1])
+        if tokens > FEW:
+            return self._wide(inputs, prepared, format, shape, bias)
         y = torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype)
-        if tokens:
-            (inputs,) = transformed or self.transform(x, format, shape[1])
-            if tokens > FEW:
-                self._wide(inputs.view(tokens, -1), prepared, format, shape, bias, y.view(tokens, -1))
-            else:
-                self._few(tokens, inputs, prepared, format, shape, bias, y)
+        self._few(tokens, inputs, prepared, format, shape, bias, y)
         return y
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -120,15 +116,15 @@ class NumbaBackend:
         bias: Tensor | None,
         y: Tensor,
     ) -> None:
-        from seedlm.codes.trellis.kernels import numba_product
-
         words, factors = prepared[0].contiguous(), prepared[1]
         if bias is not None:
             bias = bias.to(y.dtype).contiguous()
-        pieces, numbers = _pieces(format, shape)
-        addresses = (words.data_ptr(), factors.data_ptr(), inputs.data_ptr(), 0 if bias is None else bias.data_ptr())
-        kernel = numba_product.product(format.rate, format.state_bits, self.exact, tokens)
-        kernel.share((*numbers, *addresses, y.data_ptr(), KINDS[y.dtype]), pieces)
+        where, kind = (words.data_ptr(), factors.data_ptr(), 0 if bias is None else bias.data_ptr()), KINDS[y.dtype]
+        x_place, y_place = inputs.data_ptr(), y.data_ptr()
+        for first in range(0, tokens, _AT_ONCE):
+            plan = _product(format, shape, min(_AT_ONCE, tokens - first), self.exact)
+            places = (x_place + first * plan.size, y_place + first * shape[0] * y.element_size())
+            plan.kernel.share((*plan.numbers, *where, *places, kind), plan.numbers[0])
 
     def _wide(
         self,
@@ -137,16 +133,18 @@ class NumbaBackend:
         format: TrellisFormat,
         shape: tuple[int, int],
         bias: Tensor | None,
-        y: Tensor,
-    ) -> None:
+    ) -> Tensor:
+        y = x.new_empty(*x.shape[:-1], shape[0])
         rows = max(1, TILE_BYTES // (x.element_size() * shape[1] * SEGMENT_ROWS)) * SEGMENT_ROWS
         weight = torch.empty(min(rows, shape[0]), shape[1], dtype=x.dtype)
         for first in range(0, shape[0], rows):
             tile = weight[: shape[0] - first]
             _form(tile, first // SEGMENT_ROWS, prepared, format, shape, rotated=True)
-            y[:, first : first + rows] = torch.mm(x, tile.T)
-        if bias is not None:
-            y += bias
+            some = None if bias is None else bias[first : first + rows]
+            if len(tile) == shape[0]:
+                return torch.nn.functional.linear(x, tile, some)
+            y[..., first : first + rows] = torch.nn.functional.linear(x, tile, some)
+        return y
 
 
 class NumbaInt8Backend(NumbaBackend):
@@ -165,19 +163,44 @@ class NumbaInt8Backend(NumbaBackend):
         return None
 
 
+class _Plan(NamedTuple):
+    """A kernel, what calls of one shape have in common of its job, the bytes of inputs (all tokens', or one's), and signs."""
+
+    kernel: Any
+    numbers: tuple[int, ...]
+    size: int = 0
+    signs: Tensor | None = None
+
+
+@lru_cache(maxsize=4096)
+def _inputs(format: Format, in_features: int, tokens: int, exact: bool) -> _Plan:
+    """How a few tokens are transformed and rounded; 0 tokens stand for many, which are transformed."""
+    from seedlm.codes import hadamard_numba
+    from seedlm.codes.trellis.kernels import numba_product
+
+    assert isinstance(format, TrellisFormat)
+    signs = _signs(format.transform)
+    kernel = numba_product.rotation(format.rate, exact) if tokens else hadamard_numba.rotation()
+    numbers = (in_features, format.transform, signs.data_ptr())
+    return _Plan(kernel, numbers, tokens * numba_product.workspace(in_features), signs)
+
+
+@lru_cache(maxsize=4096)
+def _product(format: TrellisFormat, shape: tuple[int, int], tokens: int, exact: bool) -> _Plan:
+    """How a few tokens are multiplied."""
+    from seedlm.codes.trellis.kernels import numba_product
+
+    segments = format.segments(shape[0])
+    length = max(1, min(_PIECE // (SEGMENT_ROWS * shape[1]), segments // 4))
+    numbers = (-(-segments // length), length, segments, format.sequence_rows // SEGMENT_ROWS, shape[1], shape[0])
+    kernel = numba_product.product(format.rate, format.state_bits, exact, tokens)
+    return _Plan(kernel, numbers, numba_product.records(shape[1]))
+
+
 @lru_cache(maxsize=16)
 def _signs(block: int) -> Tensor:
     with torch.inference_mode(False):
         return hadamard.signs(block)
-
-
-@lru_cache(maxsize=4096)
-def _pieces(format: TrellisFormat, shape: tuple[int, int]) -> tuple[int, tuple[int, ...]]:
-    """In how many pieces a product is shared out, and the numbers of its job."""
-    segments = format.segments(shape[0])
-    length = max(1, min(_PIECE // (SEGMENT_ROWS * shape[1]), segments // 4))
-    pieces = -(-segments // length)
-    return pieces, (pieces, length, segments, format.sequence_rows // SEGMENT_ROWS, shape[1], shape[0])
 
 
 def _form(

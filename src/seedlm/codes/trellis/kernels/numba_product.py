@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 
-from seedlm.codes.hadamard_numba import rotate_row
+from seedlm.codes.hadamard_numba import largest_bits, rotate_row
 from seedlm.codes.threads import Kernel
 from seedlm.codes.trellis.kernels.numba_windows import Products, Windows, copy_end, neighbours, slots
 from seedlm.codes.vectors import (
@@ -58,16 +58,19 @@ RECORD: Final = _INTEGERS + 2 * _PADDED + 32
 HEADER: Final = 64
 """Bytes before a token's records: a power of two that its products are multiplied by."""
 
-MOST_TOKENS: Final = 4
-
 
 def groups(width: int) -> int:
     return -(-width // GROUP)
 
 
-def workspace(width: int) -> int:
+def records(width: int) -> int:
     """Bytes of a token's activations."""
     return HEADER + groups(width) * RECORD
+
+
+def workspace(width: int) -> int:
+    """Bytes for a token's activations, and for the floats that they are made from, which lie behind those of all tokens."""
+    return records(width) + 4 * GROUP * groups(width)
 
 
 @intrinsic(prefer_literal=True)
@@ -169,8 +172,8 @@ def _quantize(typingctx, row, inverse, record, steps, rate, exact):
 def rotation(rate: int, exact: bool) -> Kernel:
     """Rotates and rounds the activations of one token after another.
 
-    Its job: tokens, x, kind of x (`KINDS`), width, block of the transform, signs float32 [block], rows float32 [tokens, width to
-    whole groups] to work in, records [tokens, `workspace`]. All but numbers are addresses.
+    Its job: tokens, x, kind of x (`KINDS`), width, block of the transform, signs float32 [block], y (tokens times `workspace`
+    bytes). x, signs and y are addresses.
     """
     columns, levels = LANES // rate, LEVELS if exact else 127
 
@@ -179,18 +182,16 @@ def rotation(rate: int, exact: bool) -> Kernel:
         tokens, x, kind, width, block = job[1], job[2], job[3], job[4], job[5]
         signs = carray(as_pointer(job[6]), (block,), np.float32)
         count = -(-width // 256)
+        stride = 64 + count * RECORD
         while True:
             token = take(job_address(job))
             if token >= tokens:
                 break
-            row = job[7] + 4 * 256 * count * token
-            work = job[8] + (64 + count * RECORD) * token
-            bits = carray(as_pointer(row), (256 * count,), np.int32)
+            work = job[7] + stride * token
+            row = job[7] + stride * tokens + 4 * 256 * count * token
             carray(as_pointer(work), (1,), np.float32)[0] = rotate_row(x, kind, token, width, 256 * count, block, signs, row)
             for group in range(count):
-                largest = np.int32(0)
-                for i in range(256 * group, 256 * group + 256):
-                    largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
+                largest = largest_bits(row + 1024 * group, 256)
                 record = work + 64 + group * RECORD
                 scale, sized = carray(as_pointer(record), (1,), np.float32), carray(as_pointer(record), (1,), np.int32)
                 sized[0] = largest
@@ -212,7 +213,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
     """Multiplies records of so many tokens by the segments of a weight.
 
     Its job: pieces, segments of a piece, segments in all, words of a strip's segments, width, rows, addresses of words, factors
-    float32 [rows], records, bias or 0, y, y's kind (`KINDS`).
+    float32 [rows], bias or 0, records, y, y's kind (`KINDS`).
     """
     columns, count = LANES // rate, len(slots(rate, state_bits))
     size, room = tokens * count * LANES, 4 * tokens * count * LANES
@@ -220,7 +221,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
     @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
     def multiply(job):
         pieces, length, total, strip, width, rows = job[1], job[2], job[3], job[4], job[5], job[6]
-        words, records, bias, y, kind = job[7], job[9], job[10], job[11], job[12]
+        words, bias, records, y, kind = job[7], job[9], job[10], job[11], job[12]
         factors = carray(as_pointer(job[8]), (rows,), np.float32)
         groups = -(-width // 256)
         stride = 64 + groups * RECORD
