@@ -1,13 +1,9 @@
 """Compiled code that runs without the interpreter's lock, shared out over as many threads as torch may use.
 
-    share_rows   a Python function over ranges of rows, by plain threads: work of milliseconds and more
-    share        a compiled kernel whose threads take pieces until none is left: work of microseconds
+    share_rows   a Python function over ranges of rows, by a pool of threads: work of milliseconds and more
+    Kernel       a compiled function whose threads take pieces until none is left: work of microseconds (`team`)
 
-Torch's idle OpenMP threads wait by spinning: for a while after each operation they take the processors from any other threads,
-so that two threads of our own were slower than one. `share` therefore runs on those very threads, by the call that a compiler
-makes of a parallel region (``GOMP_parallel``, in the OpenMP library that torch has loaded): they are awake, and there are no
-more of them than processors. Where torch has no such library, and in a forked child, where its threads are gone, plain
-threads do it.
+They follow `torch.get_num_threads()` and survive a fork (the child makes new ones); OpenMP, numba's own choice, does not.
 """
 
 import ctypes
@@ -16,7 +12,6 @@ import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,26 +43,18 @@ class Kernel:
     def share(self, numbers: tuple[int, ...], pieces: int) -> None:
         """Run it with the numbers behind the first, on no more threads than there are pieces; returns when all is done."""
         job = struct.pack(f"{1 + len(numbers)}q", 0, *numbers)  # which nobody else knows, so that it can be written to
-        threads = min(torch.get_num_threads(), pieces)
-        if threads < 2:
-            self._call(job)
-        elif (team := _team()) is not None:
-            team(self._address, job, threads, 0)
+        helpers = min(torch.get_num_threads(), pieces) - 1
+        if helpers > 0:
+            _team(helpers).run(self._address, job)
         else:
-            list(_pool(torch.get_num_threads()).map(self._call, [job] * threads))
+            self._call(job)
 
 
-@lru_cache(maxsize=1)
-def _team() -> Any:
-    """``GOMP_parallel(function, argument, threads, flags)`` of torch's own OpenMP library, None if it has none."""
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        try:
-            found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-        return found
-    return None
+@lru_cache(maxsize=4)
+def _team(helpers: int) -> Any:
+    from seedlm.codes.team import Team
+
+    return Team(helpers)
 
 
 @lru_cache(maxsize=4)
@@ -76,9 +63,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _after_fork() -> None:
-    global _team
     _pool.cache_clear()
-    _team = lambda: None  # noqa: E731
+    _team.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
