@@ -119,7 +119,7 @@ def largest_bits(row, width):
 def rotate_row(x, kind, token, width, padded, block, signs, row):
     """Transform a token of x [tokens, width] to float32 [padded] at `row`, zeros behind it.
 
-    kind      of x, as `vectors.KINDS`
+    kind      of x, as `on_cpu.KINDS`
     returns   a power of two that the row is to be multiplied by: tiny inputs are made larger, so that their scales are no
               subnormal numbers
     """
@@ -146,8 +146,8 @@ def rotate_row(x, kind, token, width, padded, block, signs, row):
 def rotation() -> Kernel:
     """Transforms tokens one after another.
 
-    Its job: tokens, x, kind of x, width, block, signs float32 [block], float32 [pieces, width] to work in, y, kind of y, pieces. x,
-    signs, y and what to work in are addresses.
+    Its job: tokens, x, kind of x, width, block, signs float32 [block], float32 [pieces, width] to work in, y, kind of y,
+    pieces. x, signs, y and what to work in are addresses.
     """
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")

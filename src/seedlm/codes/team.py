@@ -128,8 +128,8 @@ class Team:
     def __init__(self, helpers: int) -> None:
         self._memory = np.zeros(64, np.int64)
         self._board = self._memory.ctypes.data
-        self._lead = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(_lead.address)
-        self._help = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_help.address)
+        self._lead = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(_lead.address or 0)
+        self._help = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_help.address or 0)
         self._asleep: deque[Any] = deque()
         for _ in range(helpers):
             threading.Thread(target=self._work, name="seedlm", daemon=True).start()

@@ -31,7 +31,7 @@ def share_rows(work: Callable[[int, int], None], rows: int, weights_per_row: int
 
 
 class Kernel:
-    """A function compiled by `numba.cfunc` that takes the address of its job, int64 numbers of which the first is the next piece.
+    """A function compiled by `numba.cfunc` that is given its job's address: int64, of which the first is the next piece.
 
     It takes pieces (`vectors.take`) and does them until there are no more, so any number of threads may run it at once.
     """

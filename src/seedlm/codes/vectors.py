@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_default_triple, get_host_cpu_features
-from numba import extending, njit, types
+from numba import carray, extending, njit, types
 from numba.core import cgutils, config
 
 LANES: Final = 16
@@ -29,8 +29,8 @@ intrinsic: Any = extending.intrinsic
 @lru_cache(maxsize=1)
 def features() -> frozenset[str]:
     """What numba compiles for: the host's features, or those of ``NUMBA_CPU_FEATURES``."""
-    if config.CPU_FEATURES is not None:
-        return frozenset(name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+"))
+    if (asked := getattr(config, "CPU_FEATURES", None)) is not None:
+        return frozenset(name[1:] for name in asked.split(",") if name.startswith("+"))
     return frozenset(name for name, there in get_host_cpu_features().items() if there)
 
 
@@ -100,9 +100,7 @@ def in_parts(builder, name: str, part: ir.VectorType, *arguments: ir.Value) -> i
             cut.append(shuffle(builder, value, range(n * size, (n + 1) * size)))
         pieces.append(call(builder, name, part, *cut))
     while len(pieces) > 1:
-        pieces = [
-            shuffle(builder, x, range(2 * x.type.count), y) for x, y in zip(pieces[::2], pieces[1::2], strict=True)
-        ]
+        pieces = [shuffle(builder, x, range(2 * x.type.count), y) for x, y in zip(pieces[::2], pieces[1::2], strict=True)]
     return pieces[0]
 
 
@@ -165,3 +163,16 @@ def to_bfloat16(value):
     if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
         return np.uint16(0x7FC0)
     return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+
+
+@njit(nogil=True, error_model="numpy")
+def put(y, kind, index, value, bias, row):
+    """Write float32 value, plus bias[row] unless the address of bias is 0, to y[index]; kind 0 is float32, 1 bfloat16."""
+    if kind == 0:
+        if bias:
+            value += carray(as_pointer(bias + 4 * row), (1,), np.float32)[0]
+        carray(as_pointer(y + 4 * index), (1,), np.float32)[0] = value
+        return
+    if bias:
+        value += from_bits(np.int32(carray(as_pointer(bias + 2 * row), (1,), np.uint16)[0]) << np.int32(16))
+    carray(as_pointer(y + 2 * index), (1,), np.uint16)[0] = to_bfloat16(value)

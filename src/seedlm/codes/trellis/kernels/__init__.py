@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from seedlm.codes.base import LinearBackend
-from seedlm.codes.trellis.kernels.cuda import CudaBackend, CudaInt8Backend
 from seedlm.codes.trellis.kernels.cpu import NumbaBackend, NumbaInt8Backend
+from seedlm.codes.trellis.kernels.cuda import CudaBackend, CudaInt8Backend
 from seedlm.codes.trellis.kernels.torch_dequantize import TorchBackend
 
 BACKENDS: Final[Sequence[LinearBackend]] = (

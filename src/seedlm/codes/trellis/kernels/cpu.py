@@ -2,39 +2,25 @@
 
 By the number of tokens:
 
-    to `FEW`   `numba_product`: decoded and multiplied in registers; rotated activations as 16-bit integers with a scale for each
-               256 columns (relative error 1e-4 and less), or int8 ("numba-int8", about 5e-3)
+    to `FEW`   `numba_product`: decoded and multiplied in registers; rotated activations as 16-bit integers with a scale for
+               each 256 columns (relative error 1e-4 and less), or int8 ("numba-int8", below 1e-2)
     more       `numba_weights`: a tile of rows at a time is formed in the transformed basis, in x's dtype, for torch's product
 """
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from seedlm.codes import hadamard
+from seedlm.codes import hadamard, on_cpu
 from seedlm.codes.base import CODES, Format
+from seedlm.codes.on_cpu import AT_ONCE, FEW, KINDS, PIECE
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
-
-FEW: Final = 8
-"""Tokens that are multiplied in registers."""
-
-_AT_ONCE: Final = 4
-"""Of them, those that share the decoding of a weight: more have no registers for their sums."""
-
-TILE_BYTES: Final = 16 << 20
-
-KINDS: Final = {torch.float32: 0, torch.bfloat16: 1}
-"""Dtypes that kernels read and write; others are converted to float32."""
 
 _ROTATING: Final = 32
 """In how many pieces many tokens are rotated."""
-
-_PIECE: Final = 1 << 15
-"""Weights that a thread takes at a time: some microseconds."""
 
 
 class NumbaBackend:
@@ -44,11 +30,7 @@ class NumbaBackend:
     exact: ClassVar[bool] = True
 
     def reason_unavailable(self, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
-        if device.type != "cpu":
-            return f"backend {self.name!r} works on the CPU, the codes are on {device}"
-        if importlib.util.find_spec("numba") is None:
-            return f"backend {self.name!r} needs numba: pip install 'seedlm[fast]'"
-        return None
+        return on_cpu.reason_unavailable(self.name, device)
 
     def prepare(self, parts: Mapping[str, Tensor], format: Format, shape: tuple[int, int]) -> list[Tensor]:
         return [parts[CODES], parts["scales"].float() * parts["scale"]]
@@ -59,7 +41,11 @@ class NumbaBackend:
             return []
         if tokens > FEW:
             return [torch.empty(x.shape, dtype=x.dtype if x.dtype in KINDS else torch.float32, device=x.device)]
-        return [torch.empty(_inputs(format, in_features, tokens, self.exact).size, dtype=torch.uint8, device=x.device)]
+        return [
+            torch.empty(
+                _inputs(cast(TrellisFormat, format), in_features, tokens, self.exact).size, dtype=torch.uint8, device=x.device
+            )
+        ]
 
     def transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
         """Activations as `numba_product` reads them; for many tokens x in the transformed basis."""
@@ -67,9 +53,9 @@ class NumbaBackend:
         made = self.empty_transform(x, format, in_features)
         if made:
             y, tokens = made[0], x.numel() // in_features
-            plan = _inputs(format, in_features, tokens if tokens <= FEW else 0, self.exact)
+            plan = _inputs(cast(TrellisFormat, format), in_features, tokens if tokens <= FEW else 0, self.exact)
             if tokens <= FEW:
-                where = (y.data_ptr(),)
+                where: tuple[int, ...] = (y.data_ptr(),)
             else:
                 pieces = min(tokens, _ROTATING)
                 rows = torch.empty(pieces * in_features, dtype=torch.float32)
@@ -86,7 +72,7 @@ class NumbaBackend:
         bias: Tensor | None,
         transformed: Sequence[Tensor] = (),
     ) -> Tensor:
-        assert isinstance(format, TrellisFormat)
+        trellis = cast(TrellisFormat, format)
         if x.dtype not in KINDS:
             wide = None if bias is None else bias.float()
             return self.linear(x.float(), prepared, format, shape, wide, transformed).to(x.dtype)
@@ -95,9 +81,15 @@ class NumbaBackend:
             return x.new_empty(*x.shape[:-1], shape[0])
         (inputs,) = transformed or self.transform(x, format, shape[1])
         if tokens > FEW:
-            return self._wide(inputs, prepared, format, shape, bias)
+            return on_cpu.tiled(
+                inputs,
+                shape[0],
+                SEGMENT_ROWS,
+                lambda tile, first: _form(tile, first // SEGMENT_ROWS, prepared, trellis, shape, rotated=True),
+                bias,
+            )
         y = torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype)
-        self._few(tokens, inputs, prepared, format, shape, bias, y)
+        self._few(tokens, inputs, prepared, trellis, shape, bias, y)
         return y
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -121,30 +113,10 @@ class NumbaBackend:
             bias = bias.to(y.dtype).contiguous()
         where, kind = (words.data_ptr(), factors.data_ptr(), 0 if bias is None else bias.data_ptr()), KINDS[y.dtype]
         x_place, y_place = inputs.data_ptr(), y.data_ptr()
-        for first in range(0, tokens, _AT_ONCE):
-            plan = _product(format, shape, min(_AT_ONCE, tokens - first), self.exact)
+        for first in range(0, tokens, AT_ONCE):
+            plan = _product(format, shape, min(AT_ONCE, tokens - first), self.exact)
             places = (x_place + first * plan.size, y_place + first * shape[0] * y.element_size())
             plan.kernel.share((*plan.numbers, *where, *places, kind), plan.numbers[0])
-
-    def _wide(
-        self,
-        x: Tensor,
-        prepared: Sequence[Tensor],
-        format: TrellisFormat,
-        shape: tuple[int, int],
-        bias: Tensor | None,
-    ) -> Tensor:
-        y = x.new_empty(*x.shape[:-1], shape[0])
-        rows = max(1, TILE_BYTES // (x.element_size() * shape[1] * SEGMENT_ROWS)) * SEGMENT_ROWS
-        weight = torch.empty(min(rows, shape[0]), shape[1], dtype=x.dtype)
-        for first in range(0, shape[0], rows):
-            tile = weight[: shape[0] - first]
-            _form(tile, first // SEGMENT_ROWS, prepared, format, shape, rotated=True)
-            some = None if bias is None else bias[first : first + rows]
-            if len(tile) == shape[0]:
-                return torch.nn.functional.linear(x, tile, some)
-            y[..., first : first + rows] = torch.nn.functional.linear(x, tile, some)
-        return y
 
 
 class NumbaInt8Backend(NumbaBackend):
@@ -173,12 +145,11 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _inputs(format: Format, in_features: int, tokens: int, exact: bool) -> _Plan:
+def _inputs(format: TrellisFormat, in_features: int, tokens: int, exact: bool) -> _Plan:
     """How a few tokens are transformed and rounded; 0 tokens stand for many, which are transformed."""
     from seedlm.codes import hadamard_numba
     from seedlm.codes.trellis.kernels import numba_product
 
-    assert isinstance(format, TrellisFormat)
     signs = _signs(format.transform)
     kernel = numba_product.rotation(format.rate, exact) if tokens else hadamard_numba.rotation()
     numbers = (in_features, format.transform, signs.data_ptr())
@@ -191,7 +162,7 @@ def _product(format: TrellisFormat, shape: tuple[int, int], tokens: int, exact: 
     from seedlm.codes.trellis.kernels import numba_product
 
     segments = format.segments(shape[0])
-    length = max(1, min(_PIECE // (SEGMENT_ROWS * shape[1]), segments // 4))
+    length = max(1, min(PIECE // (SEGMENT_ROWS * shape[1]), segments // 4))
     numbers = (-(-segments // length), length, segments, format.sequence_rows // SEGMENT_ROWS, shape[1], shape[0])
     kernel = numba_product.product(format.rate, format.state_bits, exact, tokens)
     return _Plan(kernel, numbers, numba_product.records(shape[1]))

@@ -11,12 +11,13 @@ activations lie in memory:
     pairs, plain    int16
 """
 
+import itertools
 from functools import lru_cache
 from typing import Final
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 from numba.core import cgutils
 
 from seedlm.codes.hadamard_numba import largest_bits, rotate_row
@@ -33,16 +34,15 @@ from seedlm.codes.vectors import (
     as_pointer,
     call,
     constant,
-    from_bits,
     intrinsic,
     job_address,
     literal,
     load,
+    put,
     scratch,
     splat,
     store,
     take,
-    to_bfloat16,
 )
 
 GROUP: Final = 256
@@ -98,7 +98,7 @@ def _emit(builder, args, rate: int, state_bits: int, exact: bool, tokens: int) -
     count, room = len(windows.slots), max(1, products.room // (products.parts * tokens))
     passes = -(-count // room)
     edges = [count * i // passes for i in range(passes + 1)]
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in itertools.pairwise(edges):
         totals = [
             [[cgutils.alloca_once(builder, INTS) for _ in range(products.parts)] for _ in records] for _ in range(first, last)
         ]
@@ -172,8 +172,8 @@ def _quantize(typingctx, row, inverse, record, steps, rate, exact):
 def rotation(rate: int, exact: bool) -> Kernel:
     """Rotates and rounds the activations of one token after another.
 
-    Its job: tokens, x, kind of x (`KINDS`), width, block of the transform, signs float32 [block], y (tokens times `workspace`
-    bytes). x, signs and y are addresses.
+    Its job: tokens, x, kind of x (`on_cpu.KINDS`), width, block of the transform, signs float32 [block], y (tokens times
+    `workspace` bytes). x, signs and y are addresses.
     """
     columns, levels = LANES // rate, LEVELS if exact else 127
 
@@ -213,7 +213,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
     """Multiplies records of so many tokens by the segments of a weight.
 
     Its job: pieces, segments of a piece, segments in all, words of a strip's segments, width, rows, addresses of words, factors
-    float32 [rows], bias or 0, records, y, y's kind (`KINDS`).
+    float32 [rows], bias or 0, records, y, y's kind (`on_cpu.KINDS`).
     """
     columns, count = LANES // rate, len(slots(rate, state_bits))
     size, room = tokens * count * LANES, 4 * tokens * count * LANES
@@ -241,9 +241,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
                     if group == groups - 1:
                         end = steps - 1
                         copy_end(own + at, after + at, 4 * rate * columns * end, rate * (used - columns * end), tail)
-                    _multiply(
-                        own + at, after + at, record, steps, stride, place, end, tail, rate, state_bits, exact, tokens
-                    )
+                    _multiply(own + at, after + at, record, steps, stride, place, end, tail, rate, state_bits, exact, tokens)
                 for token in range(tokens):
                     lift = np.float64(carray(as_pointer(records + stride * token), (1,), np.float32)[0])
                     for word in range(rate):
@@ -258,16 +256,3 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
                                 put(y, kind, rows * token + row, value, bias, row)
 
     return Kernel(multiply)
-
-
-@njit(nogil=True, error_model="numpy")
-def put(y, kind, index, value, bias, row):
-    """Round a sum and its bias to an element of y."""
-    if kind == 0:
-        if bias:
-            value += carray(as_pointer(bias + 4 * row), (1,), np.float32)[0]
-        carray(as_pointer(y + 4 * index), (1,), np.float32)[0] = value
-        return
-    if bias:
-        value += from_bits(np.int32(carray(as_pointer(bias + 2 * row), (1,), np.uint16)[0]) << np.int32(16))
-    carray(as_pointer(y + 2 * index), (1,), np.uint16)[0] = to_bfloat16(value)

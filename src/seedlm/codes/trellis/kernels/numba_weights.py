@@ -15,7 +15,6 @@ from seedlm.codes.trellis.kernels.numba_windows import Products, Windows, copy_e
 from seedlm.codes.vectors import (
     FLOATS,
     I64,
-    INTS,
     LANES,
     as_pointer,
     constant,
@@ -37,7 +36,7 @@ _TILE_BYTES: Final = 4 * 32 * _TILE
 
 @intrinsic(prefer_literal=True)
 def _values(typingctx, words, after, steps, tile, end, tail, rate, state_bits):
-    """Values of a segment's columns, as many as 16 // rate times `steps`, to float32 [32, _TILE]. Arguments as in `numba_product`."""
+    """Write a segment's values, 16 // rate times `steps` columns, to float32 [32, _TILE]. Arguments as in `numba_product`."""
     numbers = literal(rate, state_bits)
 
     def codegen(context, builder, sig, args):
@@ -65,8 +64,8 @@ def weights(rate: int, state_bits: int) -> Kernel:
     """Forms the rows of some segments.
 
     Its job: segments, the first of them, segments in all, words of a strip's segments, width, rows in all, addresses of words,
-    factors float32 [rows], y [rows of these segments, width], y's kind (`vectors.KINDS`), block of the transform or 0 for weights
-    in the transformed basis (else y is float32), signs float32 [block].
+    factors float32 [rows], y [rows of these segments, width], y's kind (`on_cpu.KINDS`), block of the transform or 0 for
+    weights in the transformed basis (else y is float32), signs float32 [block].
     """
     columns = LANES // rate
 

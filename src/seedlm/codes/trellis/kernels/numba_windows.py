@@ -81,9 +81,7 @@ class Windows:
         places = ((words, tail), (after, builder.add(tail, ir.Constant(I64, 128))))
         own, others = (load(builder, builder.select(ends, last, builder.add(first, at)), INTS) for first, last in places)
         at = [column * self.rate + word for column, word in zip(self.column, self.word, strict=True)]
-        following = [
-            i + 1 if word + 1 < self.rate else LANES + i - word for i, word in zip(at, self.word, strict=True)
-        ]
+        following = [i + 1 if word + 1 < self.rate else LANES + i - word for i, word in zip(at, self.word, strict=True)]
         self._low, self._high = shuffle(builder, own, at, others), shuffle(builder, own, following, others)
         self._base, self._shifted = 0, self._low
 
@@ -146,17 +144,17 @@ class Products:
         if self.way == "dot":
             return builder.xor(mixed, constant([0x80808080] * LANES))
         if self.way == "pairs":
-            width, name = (64, "avx512.pmaddubs.w.512") if "avx512bw" in features() else (
-                (32, "avx2.pmadd.ub.sw") if "avx2" in features() else (16, "ssse3.pmadd.ub.sw.128")
+            width, name = (
+                (64, "avx512.pmaddubs.w.512")
+                if "avx512bw" in features()
+                else ((32, "avx2.pmadd.ub.sw") if "avx2" in features() else (16, "ssse3.pmadd.ub.sw.128"))
             )
             ones = constant([1] * 4 * LANES, I8)
             part = ir.VectorType(I16, width // 2)
             return in_parts(builder, f"llvm.x86.{name}", part, builder.bitcast(mixed, BYTES), ones)
         if self.way == "plain":
             low = constant([0x00FF00FF] * LANES)
-            pairs = builder.add(
-                builder.and_(mixed, low), builder.and_(builder.lshr(mixed, constant([8] * LANES)), low)
-            )
+            pairs = builder.add(builder.and_(mixed, low), builder.and_(builder.lshr(mixed, constant([8] * LANES)), low))
             both = builder.add(pairs, builder.lshr(pairs, constant([16] * LANES)))
             return builder.and_(both, constant([0xFFFF] * LANES))
         return mixed
@@ -166,8 +164,10 @@ class Products:
         if self.way == "plain":
             return builder.add(total, builder.mul(found, activation))
         if self.way == "pairs":
-            width, name = (32, "avx512.pmaddw.d.512") if "avx512bw" in features() else (
-                (16, "avx2.pmadd.wd") if "avx2" in features() else (8, "sse2.pmadd.wd")
+            width, name = (
+                (32, "avx512.pmaddw.d.512")
+                if "avx512bw" in features()
+                else ((16, "avx2.pmadd.wd") if "avx2" in features() else (8, "sse2.pmadd.wd"))
             )
             part = ir.VectorType(I32, width // 2)
             return builder.add(total, in_parts(builder, f"llvm.x86.{name}", part, found, activation))
@@ -182,7 +182,7 @@ class Products:
 
 @njit(nogil=True, error_model="numpy")
 def neighbours(words, segment, strip, total, bytes_of_row):
-    """Addresses of a segment's words and of those that its windows reach over into, which are its strip's first for the last."""
+    """Addresses of a segment's words and of those that its windows reach into: after a strip's last come its first."""
     start = segment // strip * strip
     following = start + (segment - start + 1) % min(strip, total - start)
     return words + segment * bytes_of_row, words + following * bytes_of_row
