@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from random_codes import random_words
+from seedlm.codes import on_cpu
 from seedlm.codes.block.family import FAMILY
 from seedlm.codes.block.format import PRESETS, parse_spec
-from seedlm.codes.block.kernels import BACKENDS, backends, torch_dequantize
+from seedlm.codes.block.kernels import BACKENDS, torch_dequantize
 
 SMALL = parse_spec("block-k8-c8-p3-q4-e4")
 FORMATS = [
@@ -95,7 +96,7 @@ def test_each_backend_says_where_it_cannot_run(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert "works on the CPU, the codes are on cuda" in NUMBA.reason_unavailable(cuda, SMALL, (4, 64))
     assert TORCH.reason_unavailable(cuda, SMALL, (4, 64)) is None
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(on_cpu.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'seedlm[fast]'" in NUMBA.reason_unavailable(cpu, SMALL, (4, 64))
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from seedlm.codes import on_cpu
 from seedlm.codes.block.format import parse_spec
-from seedlm.codes.block.kernels import backends as block_backends
 from seedlm.errors import BackendError
 from seedlm.inference import backend
 
@@ -14,7 +14,7 @@ SMALL = parse_spec("block-k8-c8-p3-q4-e4")
 
 @pytest.fixture
 def no_numba(monkeypatch):
-    monkeypatch.setattr(block_backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(on_cpu.importlib.util, "find_spec", lambda name: None)
 
 
 def test_auto_takes_the_first_that_can_run():

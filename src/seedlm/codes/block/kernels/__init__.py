@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from seedlm.codes.base import LinearBackend
-from seedlm.codes.block.kernels.backends import NumbaBackend, TorchBackend
+from seedlm.codes.block.kernels.backends import TorchBackend
+from seedlm.codes.block.kernels.cpu import NumbaBackend
 from seedlm.codes.block.kernels.cuda import CudaBackend
 
 BACKENDS: Final[Sequence[LinearBackend]] = (CudaBackend(), NumbaBackend(), TorchBackend())

@@ -1,0 +1,196 @@
+"""A whole Llama-shaped model on a CPU, batch 1: dense beside packed, through transformers, and llama.cpp where it is given.
+
+    python bench/generate_cpu.py [--shapes smollm2|1b] [--bits 4,3] [--new 32] [--threads 2] [--repeats 5]
+        [--llama-cpp FOLDER --gguf MODEL.gguf]
+
+Weights are random: speed does not depend on them, and any word is a valid trellis code. Before a time is taken, every kind of
+packed layer is held against its dequantized weight. Then all rows take turns. A row's times are of a token, from the difference
+between runs of some new tokens and runs of one: of the shortest and of the median on the clock, and of the least processor
+time, which on a machine that other work shares is the only one that is the program's own.
+
+    products     the packed layers of a token alone, one after the other, inputs transformed once where layers share them
+    llama.cpp    its own whole token, from the libraries in FOLDER (libllama, libggml), which no Python package is needed for
+"""
+
+import argparse
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from seedlm.codes.registry import parse_format
+from seedlm.inference import ops
+from seedlm.modeling.linear import SeedLinear
+from seedlm.modeling.quantize import seed_linears, share_inputs
+
+SHAPES = {
+    "smollm2": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
+    ),
+    "1b": LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=True, max_position_embeddings=8192,
+    ),
+    "tiny": LlamaConfig(
+        vocab_size=500, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+PROMPT = 16
+
+
+def dense(shapes: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return LlamaForCausalLM(SHAPES[shapes]).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def packed(shapes: str, dtype: torch.dtype, bits: str) -> LlamaForCausalLM:
+    """Random codes in all linear layers but the head, each kind of which is checked."""
+    model, checked = dense(shapes, dtype), set()
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        layer = SeedLinear(module.in_features, module.out_features, parse_format(bits), dtype=dtype)
+        layer.weight_words.random_(-(2**31), 2**31 - 1)
+        layer.weight_scales.fill_(0.02 / 148)
+        layer.weight_scale.fill_(1.0)
+        model.set_submodule(name, layer)
+        kind = (module.in_features, module.out_features)
+        if kind not in checked:
+            checked.add(kind)
+            x = torch.randn(2, module.in_features).to(dtype)
+            expected = x.double() @ layer.dequantize().double().T
+            error = float((layer(x).double() - expected).norm() / expected.norm())
+            assert error < (1e-4 if dtype == torch.float32 else 5e-3), (name, error)
+    share_inputs(model)
+    return model
+
+
+def generate(model: LlamaForCausalLM, prompt: torch.Tensor, count: int) -> None:
+    options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+
+def products(model: LlamaForCausalLM) -> Callable[[int], None]:
+    """The packed layers of so many tokens, without a model around them."""
+    inputs, steps, shared = {}, [], {}
+    for _, layer in seed_linears(model):
+        plan, prepared = layer.prepare()
+        x = inputs.setdefault(plan.shape[1], torch.randn(1, 1, plan.shape[1]).to(model.dtype))
+        owner = None if layer._shared is None else id(layer._shared[0])
+        steps.append((x, plan, prepared, owner is None or owner not in shared))
+        shared[owner] = True
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            for x, plan, prepared, first in steps:
+                if first:
+                    transformed = ops.transform(x, plan)
+                ops.linear(x, transformed, prepared, plan, None)
+
+    return run
+
+
+class LlamaCpp:
+    """A model in llama.cpp, through its C interface. Parameters are passed on as they are, without knowing their fields."""
+
+    class Opaque(ctypes.Structure):
+        _fields_ = (("bytes", ctypes.c_byte * 1024),)
+
+    class Batch(ctypes.Structure):
+        _fields_ = (("n_tokens", ctypes.c_int32), ("pointers", ctypes.c_void_p * 6))
+
+    def __init__(self, folder: Path, model: Path, threads: int) -> None:
+        def library(name: str) -> ctypes.CDLL:
+            return ctypes.CDLL(str(next(path for path in sorted(folder.glob(f"{name}.*")))), mode=ctypes.RTLD_GLOBAL)
+
+        library("libggml-base"), (ggml := library("libggml"))
+        self._llama = llama = library("libllama")
+        self._quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+        llama.llama_log_set(self._quiet, None)
+        ggml.ggml_backend_load_all_from_path(str(folder).encode())
+        llama.llama_model_default_params.restype = llama.llama_context_default_params.restype = self.Opaque
+        llama.llama_model_load_from_file.restype = llama.llama_init_from_model.restype = ctypes.c_void_p
+        llama.llama_model_load_from_file.argtypes = (ctypes.c_char_p, self.Opaque)
+        llama.llama_init_from_model.argtypes = (ctypes.c_void_p, self.Opaque)
+        llama.llama_batch_get_one.restype = self.Batch
+        llama.llama_decode.argtypes = (ctypes.c_void_p, self.Batch)
+        llama.llama_get_memory.restype, llama.llama_get_memory.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+        llama.llama_memory_clear.argtypes = (ctypes.c_void_p, ctypes.c_bool)
+        llama.llama_set_n_threads.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)
+        loaded = llama.llama_model_load_from_file(str(model).encode(), llama.llama_model_default_params())
+        self._context = llama.llama_init_from_model(loaded, llama.llama_context_default_params()) if loaded else None
+        if not self._context:
+            raise SystemExit(f"llama.cpp cannot open {model}")
+        llama.llama_set_n_threads(self._context, threads, threads)
+
+    def generate(self, count: int) -> None:
+        """A prompt of `PROMPT` tokens in one batch, then count - 1 single tokens."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+        for size in [PROMPT] + [1] * (count - 1):
+            tokens = (ctypes.c_int32 * size)(*range(100, 100 + size))
+            assert self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, size)) == 0
+            self._llama.llama_synchronize(ctypes.c_void_p(self._context))
+
+
+def seconds(run: Callable[[int], None], count: int) -> tuple[float, float]:
+    """Of a run, on the clock and of the processor."""
+    start, used = time.perf_counter(), time.process_time()
+    run(count)
+    return time.perf_counter() - start, time.process_time() - used
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=SHAPES, default="smollm2")
+    parser.add_argument("--bits", default="4,3")
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--no-dense", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    prompt = torch.randint(SHAPES[options.shapes].vocab_size, (1, PROMPT))
+    rows: dict[str, Callable[[int], None]] = {}
+    for name in options.dtypes.split(","):
+        dtype = getattr(torch, name)
+        if not options.no_dense:
+            rows[f"dense {name}"] = lambda count, model=dense(options.shapes, dtype): generate(model, prompt, count)
+        for bits in options.bits.split(","):
+            model = packed(options.shapes, dtype, bits)
+            rows[f"{bits} bits {name}"] = lambda count, model=model: generate(model, prompt, count)
+            rows[f"{bits} bits {name}, products"] = products(model)
+    if options.llama_cpp:
+        rows["llama.cpp"] = LlamaCpp(options.llama_cpp, options.gguf, options.threads).generate
+    for run in rows.values():
+        run(2)
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {(name, n): [] for name in rows for n in (1, 1 + options.new)}
+    for _ in range(options.repeats):
+        for name, count in found:
+            found[name, count].append(seconds(rows[name], count))
+    print(f"{options.shapes}, {options.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{'ms a token':34}{'shortest':>10}{'median':>10}{'processor':>10}")
+    for name in rows:
+        (one, used_one), (all, used) = (zip(*found[name, count], strict=True) for count in (1, 1 + options.new))
+        shown = min(all) - min(one), statistics.median(all) - statistics.median(one), min(used) - min(used_one)
+        print(f"{name:34}" + "".join(f"{1e3 * each / options.new:10.2f}" for each in shown))
+
+
+if __name__ == "__main__":
+    main()

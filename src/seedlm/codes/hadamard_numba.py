@@ -1,0 +1,174 @@
+"""`codes.hadamard` compiled, for rows in memory; the same operations in the same order as there, so the same bits."""
+
+from functools import lru_cache
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from seedlm.codes.threads import Kernel
+from seedlm.codes.vectors import (
+    F32,
+    FLOATS,
+    LANES,
+    as_pointer,
+    constant,
+    intrinsic,
+    job_address,
+    load,
+    shuffle,
+    store,
+    take,
+    to_bfloat16,
+)
+
+
+@intrinsic
+def _within(typingctx, address):
+    """Strides 1, 2, 4 and 8 on 16 floats."""
+
+    def codegen(context, builder, sig, args):
+        x = load(builder, args[0], FLOATS)
+        for stride in (1, 2, 4, 8):
+            signs = constant([-1.0 if lane & stride else 1.0 for lane in range(LANES)], F32)
+            x = builder.fadd(shuffle(builder, x, [lane ^ stride for lane in range(LANES)]), builder.fmul(x, signs))
+        store(builder, x, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@intrinsic
+def _between(typingctx, low, high):
+    """One stride on 16 floats and the 16 that they are paired with."""
+
+    def codegen(context, builder, sig, args):
+        a, b = (load(builder, address, FLOATS) for address in args)
+        store(builder, builder.fadd(a, b), args[0])
+        store(builder, builder.fsub(a, b), args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@njit(nogil=True, error_model="numpy")
+def butterflies(address, size):
+    """Sums and differences at strides 1, 2, 4, ... of float32 [size], a power of two, in place."""
+    stride = 1
+    if size >= LANES:
+        for i in range(0, size, LANES):
+            _within(address + 4 * i)
+        stride = LANES
+    else:
+        x = carray(as_pointer(address), (size,), np.float32)
+        while stride < size:
+            for i in range(size):
+                if not i & stride:
+                    a, b = x[i], x[i + stride]
+                    x[i], x[i + stride] = a + b, a - b
+            stride *= 2
+    while stride < size:
+        for first in range(0, size, 2 * stride):
+            for i in range(first, first + stride, LANES):
+                _between(address + 4 * i, address + 4 * (i + stride))
+        stride *= 2
+
+
+@njit(nogil=True, error_model="numpy")
+def forward(address, width, largest, signs):
+    """Transform a row of inputs, float32 [width] at `address`, in place; signs float32 [largest].
+
+    The factor comes first, so that nothing overflows that would not in the end.
+    """
+    first, size = 0, largest
+    while first < width:
+        while size > width - first:
+            size >>= 1
+        x = carray(as_pointer(address + 4 * first), (size,), np.float32)
+        factor = np.float32(1.0 / np.sqrt(np.float64(size)))
+        for i in range(size):
+            x[i] *= signs[i] * factor
+        butterflies(address + 4 * first, size)
+        first += size
+
+
+@njit(nogil=True, error_model="numpy")
+def inverse(address, width, largest, signs):
+    """Undo `forward` on a row of a weight: to the bit what `hadamard.inverse` does."""
+    first, size = 0, largest
+    while first < width:
+        while size > width - first:
+            size >>= 1
+        x = carray(as_pointer(address + 4 * first), (size,), np.float32)
+        factor = np.float32(1.0 / np.sqrt(np.float64(size)))
+        butterflies(address + 4 * first, size)
+        for i in range(size):
+            x[i] = x[i] * factor * signs[i]
+        first += size
+
+
+@njit(nogil=True, error_model="numpy")
+def largest_bits(row, width):
+    """The bits of the largest magnitude of float32 [width] as an int32: from 0x7F800000 on where one is not finite."""
+    bits, largest = carray(as_pointer(row), (width,), np.int32), np.int32(0)
+    for i in range(width):
+        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
+    return largest
+
+
+@njit(nogil=True, error_model="numpy")
+def rotate_row(x, kind, token, width, padded, block, signs, row):
+    """Transform a token of x [tokens, width] to float32 [padded] at `row`, zeros behind it.
+
+    kind      of x, as `on_cpu.KINDS`
+    returns   a power of two that the row is to be multiplied by: tiny inputs are made larger, so that their scales are no
+              subnormal numbers
+    """
+    values, bits = carray(as_pointer(row), (padded,), np.float32), carray(as_pointer(row), (padded,), np.int32)
+    if kind == 0:
+        floats = carray(as_pointer(x + 4 * width * token), (width,), np.float32)
+        for i in range(width):
+            values[i] = floats[i]
+    else:
+        halves = carray(as_pointer(x + 2 * width * token), (width,), np.uint16)
+        for i in range(width):
+            bits[i] = np.int32(np.uint32(halves[i]) << np.uint32(16))
+    for i in range(width, padded):
+        values[i] = np.float32(0)
+    tiny = largest_bits(row, width) < np.int32(67 << 23)
+    if tiny:
+        for i in range(width):
+            values[i] *= np.float32(2.0**64)
+    forward(row, width, block, signs)
+    return np.float32(2.0**-64) if tiny else np.float32(1)
+
+
+@lru_cache(maxsize=1)
+def rotation() -> Kernel:
+    """Transforms tokens one after another.
+
+    Its job: tokens, x, kind of x, width, block, signs float32 [block], float32 [pieces, width] to work in, y, kind of y,
+    pieces. x, signs, y and what to work in are addresses.
+    """
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+    def rotate(job):
+        tokens, x, kind, width, block, y, y_kind, pieces = job[1], job[2], job[3], job[4], job[5], job[8], job[9], job[10]
+        signs = carray(as_pointer(job[6]), (block,), np.float32)
+        while True:
+            piece = take(job_address(job))
+            if piece >= pieces:
+                break
+            row = job[7] + 4 * width * piece
+            values = carray(as_pointer(row), (width,), np.float32)
+            for token in range(tokens * piece // pieces, tokens * (piece + 1) // pieces):
+                lift = rotate_row(x, kind, token, width, width, block, signs, row)
+                if y_kind == 0:
+                    floats = carray(as_pointer(y + 4 * width * token), (width,), np.float32)
+                    for i in range(width):
+                        floats[i] = values[i] * lift
+                else:
+                    halves = carray(as_pointer(y + 2 * width * token), (width,), np.uint16)
+                    for i in range(width):
+                        halves[i] = to_bfloat16(values[i] * lift)
+
+    return Kernel(rotate)

@@ -1,0 +1,50 @@
+"""What the families' CPU backends share: which dtypes kernels know, how work is cut, products of many tokens by tiles."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+FEW: Final = 8
+"""Tokens that are multiplied in registers; for more a tile of rows at a time is formed for torch's product."""
+
+AT_ONCE: Final = 4
+"""Of them, those that share the decoding of a weight: more have no registers for their sums."""
+
+PIECE: Final = 1 << 15
+"""Weights that a thread takes at a time: some microseconds."""
+
+KINDS: Final = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes that kernels read and write, and their numbers there; others are converted to float32."""
+
+_TILE_BYTES: Final = 16 << 20
+
+
+def reason_unavailable(name: str, device: torch.device) -> str | None:
+    """Why a backend that numba compiles cannot run on a device; None if it can."""
+    if device.type != "cpu":
+        return f"backend {name!r} works on the CPU, the codes are on {device}"
+    if importlib.util.find_spec("numba") is None:
+        return f"backend {name!r} needs numba: pip install 'seedlm[fast]'"
+    return None
+
+
+def tiled(x: Tensor, rows: int, step: int, form: Callable[[Tensor, int], None], bias: Tensor | None) -> Tensor:
+    """The product x W^T + bias of x [..., in], a tile of W's rows at a time.
+
+    rows      of W
+    step      a tile has a multiple of so many rows, but for the last
+    form      form(tile, first) writes the rows of W from `first` on to a tile [.., in] of x's dtype
+    """
+    most = max(1, _TILE_BYTES // (x.element_size() * x.shape[-1] * step)) * step
+    weight = torch.empty(min(most, rows), x.shape[-1], dtype=x.dtype)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    parts = []
+    for first in range(0, rows, most):
+        tile = weight[: rows - first]
+        form(tile, first)
+        parts.append(torch.nn.functional.linear(x, tile, None if bias is None else bias[first : first + most]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -1,0 +1,189 @@
+"""The trellis family's backend on CPUs: products without weights in memory, compiled by numba at the first use.
+
+By the number of tokens:
+
+    to `FEW`   `numba_product`: decoded and multiplied in registers; rotated activations as 16-bit integers with a scale for
+               each 256 columns (relative error 1e-4 and less), or int8 ("numba-int8", below 1e-2)
+    more       `numba_weights`: a tile of rows at a time is formed in the transformed basis, in x's dtype, for torch's product
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, Final, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from seedlm.codes import hadamard, on_cpu
+from seedlm.codes.base import CODES, Format
+from seedlm.codes.on_cpu import AT_ONCE, FEW, KINDS, PIECE
+from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
+
+_ROTATING: Final = 32
+"""In how many pieces many tokens are rotated."""
+
+
+class NumbaBackend:
+    """Activations in 16 bits. Prepared: the words as they are stored, the scale of every row."""
+
+    name: ClassVar[str] = "numba"
+    exact: ClassVar[bool] = True
+
+    def reason_unavailable(self, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
+        return on_cpu.reason_unavailable(self.name, device)
+
+    def prepare(self, parts: Mapping[str, Tensor], format: Format, shape: tuple[int, int]) -> list[Tensor]:
+        return [parts[CODES], parts["scales"].float() * parts["scale"]]
+
+    def empty_transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
+        tokens = x.numel() // in_features
+        if tokens == 0:
+            return []
+        if tokens > FEW:
+            return [torch.empty(x.shape, dtype=x.dtype if x.dtype in KINDS else torch.float32, device=x.device)]
+        return [
+            torch.empty(
+                _inputs(cast(TrellisFormat, format), in_features, tokens, self.exact).size, dtype=torch.uint8, device=x.device
+            )
+        ]
+
+    def transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
+        """Activations as `numba_product` reads them; for many tokens x in the transformed basis."""
+        x = x.contiguous() if x.dtype in KINDS else x.float().contiguous()
+        made = self.empty_transform(x, format, in_features)
+        if made:
+            y, tokens = made[0], x.numel() // in_features
+            plan = _inputs(cast(TrellisFormat, format), in_features, tokens if tokens <= FEW else 0, self.exact)
+            if tokens <= FEW:
+                where: tuple[int, ...] = (y.data_ptr(),)
+            else:
+                pieces = min(tokens, _ROTATING)
+                rows = torch.empty(pieces * in_features, dtype=torch.float32)
+                where = (rows.data_ptr(), y.data_ptr(), KINDS[y.dtype], pieces)
+            plan.kernel.share((tokens, x.data_ptr(), KINDS[x.dtype], *plan.numbers, *where), tokens)
+        return made
+
+    def linear(
+        self,
+        x: Tensor,
+        prepared: Sequence[Tensor],
+        format: Format,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        transformed: Sequence[Tensor] = (),
+    ) -> Tensor:
+        trellis = cast(TrellisFormat, format)
+        if x.dtype not in KINDS:
+            wide = None if bias is None else bias.float()
+            return self.linear(x.float(), prepared, format, shape, wide, transformed).to(x.dtype)
+        tokens = x.numel() // shape[1]
+        if tokens == 0:
+            return x.new_empty(*x.shape[:-1], shape[0])
+        (inputs,) = transformed or self.transform(x, format, shape[1])
+        if tokens > FEW:
+            return on_cpu.tiled(
+                inputs,
+                shape[0],
+                SEGMENT_ROWS,
+                lambda tile, first: _form(tile, first // SEGMENT_ROWS, prepared, trellis, shape, rotated=True),
+                bias,
+            )
+        y = torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype)
+        self._few(tokens, inputs, prepared, trellis, shape, bias, y)
+        return y
+
+    def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        assert isinstance(format, TrellisFormat)
+        weight = torch.empty(shape, dtype=torch.float32)
+        _form(weight, 0, prepared, format, shape, rotated=False)
+        return weight.to(dtype)
+
+    def _few(
+        self,
+        tokens: int,
+        inputs: Tensor,
+        prepared: Sequence[Tensor],
+        format: TrellisFormat,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        words, factors = prepared[0].contiguous(), prepared[1]
+        if bias is not None:
+            bias = bias.to(y.dtype).contiguous()
+        where, kind = (words.data_ptr(), factors.data_ptr(), 0 if bias is None else bias.data_ptr()), KINDS[y.dtype]
+        x_place, y_place = inputs.data_ptr(), y.data_ptr()
+        for first in range(0, tokens, AT_ONCE):
+            plan = _product(format, shape, min(AT_ONCE, tokens - first), self.exact)
+            places = (x_place + first * plan.size, y_place + first * shape[0] * y.element_size())
+            plan.kernel.share((*plan.numbers, *where, *places, kind), plan.numbers[0])
+
+
+class NumbaInt8Backend(NumbaBackend):
+    """The same with int8 activations, at a price, where the processor multiplies bytes."""
+
+    name: ClassVar[str] = "numba-int8"
+    exact: ClassVar[bool] = False
+
+    def reason_unavailable(self, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
+        if reason := super().reason_unavailable(device, format, shape):
+            return reason
+        from seedlm.codes import vectors
+
+        if vectors.byte_products() in ("pairs", "plain"):
+            return f"backend {self.name!r} needs a processor that adds products of bytes (VNNI, or dot products on ARM)"
+        return None
+
+
+class _Plan(NamedTuple):
+    """A kernel, what calls of one shape have in common of its job, the bytes of inputs (all tokens', or one's), and signs."""
+
+    kernel: Any
+    numbers: tuple[int, ...]
+    size: int = 0
+    signs: Tensor | None = None
+
+
+@lru_cache(maxsize=4096)
+def _inputs(format: TrellisFormat, in_features: int, tokens: int, exact: bool) -> _Plan:
+    """How a few tokens are transformed and rounded; 0 tokens stand for many, which are transformed."""
+    from seedlm.codes import hadamard_numba
+    from seedlm.codes.trellis.kernels import numba_product
+
+    signs = _signs(format.transform)
+    kernel = numba_product.rotation(format.rate, exact) if tokens else hadamard_numba.rotation()
+    numbers = (in_features, format.transform, signs.data_ptr())
+    return _Plan(kernel, numbers, tokens * numba_product.workspace(in_features), signs)
+
+
+@lru_cache(maxsize=4096)
+def _product(format: TrellisFormat, shape: tuple[int, int], tokens: int, exact: bool) -> _Plan:
+    """How a few tokens are multiplied."""
+    from seedlm.codes.trellis.kernels import numba_product
+
+    segments = format.segments(shape[0])
+    length = max(1, min(PIECE // (SEGMENT_ROWS * shape[1]), segments // 4))
+    numbers = (-(-segments // length), length, segments, format.sequence_rows // SEGMENT_ROWS, shape[1], shape[0])
+    kernel = numba_product.product(format.rate, format.state_bits, exact, tokens)
+    return _Plan(kernel, numbers, numba_product.records(shape[1]))
+
+
+@lru_cache(maxsize=16)
+def _signs(block: int) -> Tensor:
+    with torch.inference_mode(False):
+        return hadamard.signs(block)
+
+
+def _form(
+    weight: Tensor, first: int, prepared: Sequence[Tensor], format: TrellisFormat, shape: tuple[int, int], rotated: bool
+) -> None:
+    """Write the rows from segment `first` on to weight [rows, in]: of `KINDS` in the transformed basis, else float32."""
+    from seedlm.codes.trellis.kernels import numba_weights
+
+    words, factors, signs = prepared[0].contiguous(), prepared[1], _signs(format.transform)
+    count = format.segments(len(weight))
+    numbers = (count, first, format.segments(shape[0]), format.sequence_rows // SEGMENT_ROWS, shape[1], shape[0])
+    where = (words.data_ptr(), factors.data_ptr(), weight.data_ptr(), KINDS[weight.dtype])
+    block = 0 if rotated else format.transform
+    kernel = numba_weights.weights(format.rate, format.state_bits)
+    kernel.share((*numbers, *where, block, signs.data_ptr()), count)

@@ -1,0 +1,107 @@
+"""The trellis code's weights on a CPU, to the bit those of `codec`: in the transformed basis, or in the model's."""
+
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, types
+from numba.core import cgutils
+
+from seedlm.codes.hadamard_numba import inverse
+from seedlm.codes.threads import Kernel
+from seedlm.codes.trellis.format import SEGMENT_ROWS
+from seedlm.codes.trellis.kernels.numba_windows import Products, Windows, copy_end, neighbours
+from seedlm.codes.vectors import (
+    FLOATS,
+    I64,
+    LANES,
+    as_pointer,
+    constant,
+    intrinsic,
+    job_address,
+    literal,
+    scratch,
+    shuffle,
+    store,
+    take,
+    to_bfloat16,
+)
+
+_TILE: Final = 256 + LANES
+"""Columns of a tile of values, and room for the last step."""
+
+_TILE_BYTES: Final = 4 * 32 * _TILE
+
+
+@intrinsic(prefer_literal=True)
+def _values(typingctx, words, after, steps, tile, end, tail, rate, state_bits):
+    """Write a segment's values, 16 // rate times `steps` columns, to float32 [32, _TILE]. Arguments as in `numba_product`."""
+    numbers = literal(rate, state_bits)
+
+    def codegen(context, builder, sig, args):
+        words, after, steps, tile, end, tail = args[:6]
+        windows, products = Windows(*numbers), Products(exact=False)
+        with cgutils.for_range(builder, steps) as loop:
+            windows.load_step(builder, words, after, loop.index, end, tail)
+            place = builder.add(tile, builder.mul(loop.index, ir.Constant(I64, 4 * windows.columns)))
+            for slot in windows.slots:
+                found = products.bytes(builder, windows.mixed(builder, slot))
+                total = products.add(builder, constant([-products.excess] * LANES), found, products.ones(builder))
+                values = builder.sitofp(total, FLOATS)
+                for word, offset in enumerate(slot.offsets):
+                    if offset < SEGMENT_ROWS:
+                        row, first = (SEGMENT_ROWS * word + offset) // windows.rate, word * windows.columns
+                        some = shuffle(builder, values, range(first, first + windows.columns))
+                        store(builder, some, place, 4 * _TILE * row)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6, rate, state_bits), codegen
+
+
+@lru_cache(maxsize=64)
+def weights(rate: int, state_bits: int) -> Kernel:
+    """Forms the rows of some segments.
+
+    Its job: segments, the first of them, segments in all, words of a strip's segments, width, rows in all, addresses of words,
+    factors float32 [rows], y [rows of these segments, width], y's kind (`on_cpu.KINDS`), block of the transform or 0 for
+    weights in the transformed basis (else y is float32), signs float32 [block].
+    """
+    columns = LANES // rate
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+    def form(job):
+        count, first, total, strip, width, rows = job[1], job[2], job[3], job[4], job[5], job[6]
+        words, y, kind, block = job[7], job[9], job[10], job[11]
+        factors, signs = carray(as_pointer(job[8]), (rows,), np.float32), carray(as_pointer(job[12]), (block,), np.float32)
+        place, tail = scratch(_TILE_BYTES), scratch(256)
+        tile = carray(as_pointer(place), (32, _TILE), np.float32)
+        groups = -(-width // 256)
+        while True:
+            segment = first + take(job_address(job))
+            if segment >= first + count:
+                break
+            own, after = neighbours(words, segment, strip, total, 4 * rate * width)
+            for group in range(groups):
+                used, at = min(256, width - 256 * group), 1024 * rate * group
+                steps, end = -(-used // columns), -1
+                if group == groups - 1:
+                    end = steps - 1
+                    copy_end(own + at, after + at, 4 * rate * columns * end, rate * (used - columns * end), tail)
+                _values(own + at, after + at, steps, place, end, tail, rate, state_bits)
+                for r in range(min(32, rows - 32 * segment)):
+                    row, begin = 32 * segment + r, width * (32 * (segment - first) + r) + 256 * group
+                    factor = factors[row]
+                    if kind == 0:
+                        floats = carray(as_pointer(y + 4 * begin), (used,), np.float32)
+                        for c in range(used):
+                            floats[c] = tile[r, c] * factor
+                    else:
+                        halves = carray(as_pointer(y + 2 * begin), (used,), np.uint16)
+                        for c in range(used):
+                            halves[c] = to_bfloat16(tile[r, c] * factor)
+            if block:
+                for r in range(min(32, rows - 32 * segment)):
+                    inverse(y + 4 * width * (32 * (segment - first) + r), width, block, signs)
+
+    return Kernel(form)

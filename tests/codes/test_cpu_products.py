@@ -1,0 +1,258 @@
+"""Products on a CPU, both families, against the definition in float64."""
+
+import mmap
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from seedlm.codes.block import packing
+from seedlm.codes.block.format import PRESETS
+from seedlm.codes.registry import family_of, parse_format
+from seedlm.inference import backend
+
+pytest.importorskip("numba")
+
+CPU = torch.device("cpu")
+TRELLIS = [f"trellis-r{rate}-l16-t96-h128" for rate in range(1, 9)] + [f"trellis-r{rate}-l12-t64-h16" for rate in (1, 3, 6)]
+BLOCK = [format.spec for format in PRESETS.values()] + ["block-k8-c5-p2-q3-e3", "block-k17-c8-p3-q4-e4", "block-k15-c7-p3-q4-e4"]
+SEVERAL = (TRELLIS[2], TRELLIS[3], TRELLIS[7], BLOCK[2], BLOCK[4])
+LIMITS = {"trellis": 1e-4, "block": 1e-6}
+FEW_AND_MANY = (1, 3, 4, 6, 9)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that nobody has written to is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def parts_of(format, shape, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+
+    def integers(low, high, *size):
+        return torch.randint(low, high, size, generator=draw)
+
+    kinds = format.parts(*shape)
+    if format.family == "trellis":
+        scales = torch.rand(shape[0], generator=draw).half()
+        return {"words": integers(-(2**31), 2**31, *kinds["words"].shape).int(), "scales": scales, "scale": torch.tensor([0.01])}
+    blocks, half = format.blocks_per_row(shape[1]), 1 << format.exponent_bits - 1
+    exponents = integers(-half, half, shape[0], blocks).to(torch.int8)
+    low, high = format.coefficient_range
+    coefficients = integers(low, high + 1, shape[0], blocks, format.num_coefficients).to(torch.int8)
+    words = packing.pack(integers(1, 1 << format.seed_bits, shape[0], blocks).int(), exponents, coefficients, format)
+    return {"words": words, "exponent_bias": torch.tensor([-4], dtype=torch.int32)}
+
+
+class Weight:
+    """A packed weight, its backend and what it stands for."""
+
+    def __init__(self, spec, shape, name="numba"):
+        self.format, self.shape = parse_format(spec), shape
+        self.backend = backend.choose(name, CPU, self.format, shape)
+        self.parts = parts_of(self.format, shape)
+        self.prepared = self.backend.prepare(self.parts, self.format, shape)
+        self.dense = family_of(self.format).dequantize(self.parts, self.format, shape).double()
+
+    def multiply(self, x, bias=None, transformed=()):
+        return self.backend.linear(x, self.prepared, self.format, self.shape, bias, transformed)
+
+    def error(self, x, bias=None):
+        """The largest relative error of a token's product."""
+        found = self.multiply(x, bias).double()
+        expected = x.double() @ self.dense.T + (0 if bias is None else bias.double())
+        return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+@pytest.mark.parametrize("spec", TRELLIS + BLOCK)
+@pytest.mark.parametrize("shape", [(1, 1), (70, 13), (133, 389)], ids=str)
+def test_products_are_those_of_the_definition(spec, shape):
+    weight = Weight(spec, shape)
+    torch.manual_seed(1)
+    for tokens in FEW_AND_MANY if shape[0] == 70 and spec in SEVERAL else (1, 9):
+        x, bias = torch.randn(tokens, shape[1]), torch.randn(shape[0])
+        assert weight.error(x) < LIMITS[weight.format.family]
+        assert weight.error(x, bias) < LIMITS[weight.format.family]
+
+
+@pytest.mark.parametrize("spec", [TRELLIS[2], TRELLIS[3], PRESETS["4"].spec, PRESETS["3"].spec])
+def test_hard_inputs(spec):
+    weight = Weight(spec, (65, 700))
+    torch.manual_seed(2)
+    x = torch.randn(8, 700)
+    x[1, ::97] *= 100
+    x[2] *= 1e4
+    x[3] *= 1e-42 / 4
+    x[4, 256:] = 0
+    x[5] = torch.where(torch.arange(700) == 300, 3e4, 1e-20)
+    x[6] *= 1e30
+    x[7] = 1
+    many = x[[0, 1, 2, 4, 5, 6, 7] * 2]  # torch's own product has no room below the smallest numbers
+    for some in (*x.split(1), x, many):
+        expected = some.double() @ weight.dense.T
+        found = weight.multiply(some).double()
+        tiny = 2.0**-149 * 4  # what a subnormal result is rounded to
+        assert bool(((found - expected).norm(dim=-1) <= LIMITS[weight.format.family] * expected.norm(dim=-1) + 8 * tiny).all())
+    assert not weight.multiply(torch.zeros(1, 700)).any()
+
+
+@pytest.mark.parametrize("spec", [TRELLIS[3], PRESETS["4"].spec])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_what_is_not_finite_stays_so_in_its_token(spec, value):
+    weight = Weight(spec, (40, 300))
+    x = torch.randn(3, 300)
+    x[1, 7] = value
+    found = weight.multiply(x)
+    assert found[::2].isfinite().all()
+    assert not found[1].isfinite().any()
+
+
+@pytest.mark.parametrize("spec", [TRELLIS[3], PRESETS["4"].spec, "block-k8-c5-p2-q3-e3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtypes_layouts_and_shared_inputs(spec, dtype):
+    weight = Weight(spec, (45, 70))
+    for tokens in (2, 12):
+        x, bias = torch.randn(70, tokens).to(dtype).T, torch.randn(45).to(dtype)
+        found = weight.multiply(x.unsqueeze(0), bias)
+        assert found.dtype == dtype
+        assert found.shape == (1, tokens, 45)
+        assert found.is_contiguous()
+        expected = x.double() @ weight.dense.T + bias.double()
+        limit = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-4}[dtype]
+        assert float((found[0].double() - expected).norm() / expected.norm()) < limit
+        transformed = weight.backend.transform(x.unsqueeze(0), weight.format, 70)
+        empty = weight.backend.empty_transform(x.unsqueeze(0), weight.format, 70)
+        assert [(each.shape, each.dtype) for each in transformed] == [(each.shape, each.dtype) for each in empty]
+        assert torch.equal(weight.multiply(x.unsqueeze(0), bias, transformed), found)
+    assert weight.multiply(torch.empty(0, 70, dtype=dtype)).shape == (0, 45)
+
+
+@pytest.mark.parametrize("spec", [TRELLIS[2], PRESETS["3"].spec])
+def test_any_number_of_threads_gives_the_same_bits(spec):
+    weight, before = Weight(spec, (400, 600)), torch.get_num_threads()
+    x, found = torch.randn(5, 600), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found += [weight.multiply(x) for _ in range(20)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_threads_that_multiply_at_once_get_their_own_products():
+    from concurrent.futures import ThreadPoolExecutor
+
+    weight = Weight(TRELLIS[3], (400, 600))
+    inputs = [torch.randn(1, 600) for _ in range(40)]
+    expected = [weight.multiply(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(weight.multiply, inputs), expected))
+
+
+def test_int8_activations_are_coarser_and_asked_for():
+    format = parse_format("4")
+    assert backend.choose("auto", CPU, format, (64, 256)).name == "numba"
+    if reason := backend.reason_no_backend("numba-int8", CPU, format, (64, 256)):
+        pytest.skip(reason)
+    weight = Weight("trellis-r4-l16-t256-h128", (256, 512), "numba-int8")
+    assert 1e-3 < weight.error(torch.randn(4, 512)) < 2e-2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for a page that may not be read")
+@pytest.mark.parametrize("spec", [*TRELLIS[:8], *BLOCK[:7]])
+def test_nothing_is_read_past_the_words(spec):
+    import ctypes
+
+    weight = Weight(spec, (64, 131))
+    words = weight.prepared[0]
+    size = -(-words.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
+    held = ctypes.c_char.from_buffer(pages)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(ctypes.addressof(held) + size), mmap.PAGESIZE, 0) == 0
+    try:
+        placed = torch.frombuffer(pages, dtype=torch.int32, offset=size - words.nbytes, count=words.numel()).view_as(words)
+        placed.copy_(words)
+        for tokens in (1, 9):
+            x = torch.randn(tokens, 131)
+            expected = weight.multiply(x)
+            found = weight.backend.linear(x, [placed, *weight.prepared[1:]], weight.format, weight.shape, None)
+            assert torch.equal(found, expected)
+    finally:
+        libc.mprotect(ctypes.c_void_p(ctypes.addressof(held) + size), mmap.PAGESIZE, 3)
+
+
+X86 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16"
+AVX2 = f"{X86},+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt"
+PRODUCTS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_cpu_products import Weight
+from seedlm.codes import vectors
+torch.manual_seed(0)
+x = torch.randn(1, 389)
+print(vectors.byte_products())
+torch.save([Weight(spec, (133, 389)).multiply(x) for spec in sys.argv[3:]], sys.argv[2])
+"""
+
+
+def products(folder, specs, **environment):
+    """The way that bytes are multiplied in, and products in a process of its own."""
+    file = folder / "products.pt"
+    command = [sys.executable, "-c", PRODUCTS, os.path.dirname(__file__), str(file), *specs]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), torch.load(file)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="features of x86-64")
+@pytest.mark.parametrize(("way", "features"), [("pairs", AVX2), ("plain", "+sse,+sse2")])
+def test_other_processors_give_the_same_bits(tmp_path, way, features):
+    """The trellis code's sums are integers. The block code's are floats, fused or not."""
+    specs = [TRELLIS[2], TRELLIS[3], PRESETS["4"].spec]
+    _, here = products(tmp_path, specs)
+    found, there = products(tmp_path, specs, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES=features)
+    assert found == way
+    assert torch.equal(there[0], here[0])
+    assert torch.equal(there[1], here[1])
+    assert float((there[2] - here[2]).norm() / here[2].norm()) < 1e-6
+
+
+ARM = "aarch64-unknown-linux-gnu"
+
+
+@pytest.mark.parametrize("rate", [3, 4])
+@pytest.mark.parametrize("found", [frozenset({"neon", "dotprod"}), frozenset({"neon"})], ids=lambda found: str(len(found)))
+def test_code_for_arm(monkeypatch, rate, found):
+    """The trellis' loop, as it is emitted for ARM; run in an emulator where that is installed."""
+    from llvmlite import binding, ir
+
+    from seedlm.codes import vectors
+    from seedlm.codes.trellis.kernels import numba_product, numba_windows
+
+    monkeypatch.setattr(vectors, "features", lambda: found)
+    monkeypatch.setattr(numba_windows, "features", lambda: found)
+    monkeypatch.setattr(vectors, "get_default_triple", lambda: ARM)
+    assert vectors.byte_products() == ("dot" if "dotprod" in found else "plain")
+    module = ir.Module()
+    module.triple = ARM
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [vectors.I64] * 8), "run")
+    builder = ir.IRBuilder(function.append_basic_block())
+    numba_product._emit(builder, function.args, rate, 16, True, 1)
+    builder.ret_void()
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    target = binding.Target.from_triple(ARM)
+    machine = target.create_target_machine(cpu="generic", features=",".join(f"+{name}" for name in found), opt=3)
+    parsed = binding.parse_assembly(str(module))
+    parsed.verify()
+    assembly = machine.emit_assembly(parsed)
+    assert ("sdot" in assembly) == ("dotprod" in found)
+    assert len(machine.emit_object(parsed)) > 1000
