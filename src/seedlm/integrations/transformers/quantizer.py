@@ -135,7 +135,7 @@ class SeedLMQuantizer(HfQuantizer):
             _set_guard(model.config, True)
         else:
             config = self.quantization_config
-            tables = {"embeddings": config.embeddings, "head": config.head}
+            tables: dict[str, Any] = {"embeddings": config.embeddings, "head": config.head}
             format = format_from_dict(config.format)
             compress_model(model, format, exclude=config.modules_to_not_convert, **tables, **config.settings)
         return model
