@@ -7,7 +7,7 @@ from seedlm.calibration import placement
 from seedlm.calibration import statistics as module
 from seedlm.calibration.layer_by_layer import NotAChainError
 from seedlm.calibration.own_text import OwnText, write_text
-from seedlm.calibration.placement import is_away, nbytes, numbered_layers, place, workspace
+from seedlm.calibration.placement import is_away, kept, nbytes, numbered_layers, place, workspace
 from seedlm.calibration.spool import keep
 from seedlm.calibration.statistics import measure_statistics
 from seedlm.errors import EvaluationError
@@ -160,5 +160,6 @@ def test_workspace_counts_sums_logits_and_caches():
         config = LlamaConfig(**sizes, num_hidden_layers=80, vocab_size=128256, dtype=torch.bfloat16)
         model = AutoModelForCausalLM.from_config(config)
     assert 137e9 < nbytes(model) < 142e9
+    assert kept(model, 64 * 256) == 80 * 64 * 256 * 8192 * 2
     assert 10e9 < workspace(model, 128, 256, 1) < 20e9
     assert 13e9 < workspace(model, 1, 256, 8) < 25e9

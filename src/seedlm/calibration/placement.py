@@ -53,6 +53,11 @@ def workspace(model: Any, sequences: int, length: int, batch: int) -> int:
     return max(writing, most, passing)
 
 
+def kept(model: Any, tokens: int) -> int:
+    """Bytes of all layers' inputs."""
+    return len(numbered_layers(model)) * tokens * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize
+
+
 def place(model: nn.Module, device: torch.device, room: int | None = None, host: int = 0) -> int:
     """Put a model on a device: first all but its numbered layers, then these in order, as long as there is room.
 

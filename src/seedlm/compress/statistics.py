@@ -287,10 +287,10 @@ def _place(
 ) -> tuple[bool, bool]:
     """Put a model on the device as far as it fits, and say in a line what does not.
 
-    returns   whether not all of it fits, and whether the rest does not fit the memory either
+    returns   whether what observing it leaves belongs on a disk, and whether weights that do not fit come from there already
     """
     from seedlm.calibration.own_text import BATCH
-    from seedlm.calibration.placement import nbytes, place, workspace
+    from seedlm.calibration.placement import kept, nbytes, place, workspace
 
     free, host, size = wanted.memory or free_memory(device), free_host_memory(), nbytes(model)
     room = None if free is None else free - workspace(model, min(BATCH, text.sequences), text.length, _BATCH)
@@ -303,7 +303,7 @@ def _place(
         )
     elif on_disk:
         tell(f"the model's {size / 1e9:.3g} GB do not fit the memory: they are read from the disk as they are used")
-    return away > 0 or on_disk, on_disk
+    return away > 0 or (host is not None and size + kept(model, text.tokens) > host // 2), on_disk
 
 
 def _tokens_of(file: Path, tokenizer: Any, text: "OwnText") -> Tensor:

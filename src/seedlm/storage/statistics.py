@@ -100,8 +100,8 @@ class InputStatistics:
         for i in range(width):
             full[i, : i + 1] = self.correlation[start : start + i + 1]
             start += i + 1
-        full = full * self.scale[:, None] * self.scale
-        return full.tril() + full.tril(-1).T
+        full.mul_(self.scale[:, None]).mul_(self.scale)
+        return full + full.tril(-1).T
 
 
 @dataclass(frozen=True, eq=False)
