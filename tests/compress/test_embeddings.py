@@ -167,6 +167,15 @@ def test_a_tied_head_that_is_stored_a_second_time_is_refused(dense, tmp_path):
         compress_checkpoint(source, tmp_path / "out", format=TOY, embeddings=TOY, device="cpu")
 
 
+def test_tied_embeddings_that_are_stored_under_the_heads_name_are_refused(dense, tmp_path):
+    source = shutil.copytree(dense / "tied", tmp_path / "renamed")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="under a name that is no embedding's"):
+        compress_checkpoint(source, tmp_path / "out", format=TOY, embeddings=TOY, device="cpu")
+
+
 def test_embeddings_of_another_kind_are_refused_with_their_class(tmp_path):
     model = tiny_model("gpt_neox", tie_word_embeddings=False)
     model.config.architectures = ["NoSuchClass"]

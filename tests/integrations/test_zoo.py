@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from seedlm.codes.registry import parse_format
 from seedlm.modeling import blueprint
 from seedlm.modeling.blueprint import _Surveyor
+from seedlm.modeling.embedding import SeedEmbedding, replace_embedding
 from seedlm.modeling.places import Names
 from seedlm.storage.refusals import TRANSPOSED_MODELS
 from seedlm.storage.safetensors import TensorInfo
@@ -133,3 +134,8 @@ def test_every_tensor_has_its_place_and_codes_find_theirs(name):
         assert filled.setdefault(place.layer, module) == module
         if not place.projection:
             assert tuple(model.get_parameter(f"{place.name}.weight").shape) == shape, tensor
+    if "embeddings" not in survey.tables.reasons:
+        where = names.embedding(survey.tables.embeddings.removesuffix(".weight"))
+        tied = replace_embedding(model, where, SeedEmbedding(model.get_submodule(where), FORMAT))
+        model.tie_weights()
+        assert not {f"{layer}.weight" for layer in tied} & model.all_tied_weights_keys.keys()

@@ -94,7 +94,15 @@ def test_an_embedding_that_does_more_than_look_up_is_refused():
     class Normed(nn.Embedding):
         pass
 
+    class MoreScaledWordEmbedding(nn.Embedding):
+        """As T5Gemma 2's."""
+
+        def __init__(self):
+            super().__init__(64, 32)
+            self.eoi_embedding = nn.Parameter(torch.zeros(32))
+
     for replaced, message in (
+        (MoreScaledWordEmbedding(), "MoreScaledWordEmbedding does more than look rows up"),
         (Normed(64, 32), "Normed does more than look rows up"),
         (nn.Embedding(64, 32, max_norm=1.0), "max_norm changes rows"),
     ):

@@ -186,13 +186,16 @@ class _Surveyor:
                 continue
             owners = self._owners[id(self._parameters[f"{module}.weight"])]
             filling = [name for owner in owners for name in self._fills[owner]]
-            if filling:
-                tensors[option] = filling[0]
-            if option == "head" and module != tables.embeddings and len(filling) == 1 and filling[0] in dense:
-                reasons.setdefault(option, f"{filling[0]}: {dense[filling[0]]}")
             if len(filling) != 1:
-                stored = f"is stored {len(filling)} times ({', '.join(filling)})" if filling else "is not stored"
-                reasons.setdefault(option, f"{module}.weight {stored}, and codes stand for one tensor alone")
+                stored = f"stored {len(filling)} times ({', '.join(filling)})" if filling else "not stored"
+                reasons[option] = f"{module}.weight is {stored}, and codes stand for one tensor alone"
+                continue
+            tensor = tensors[option] = filling[0]
+            if module == tables.embeddings:
+                if self._names.embedding(tensor.removesuffix(".weight")) is None:
+                    reasons[option] = f"{module}.weight is stored as {tensor}, under a name that is no embedding's"
+            elif tensor in dense:
+                reasons[option] = f"{tensor}: {dense[tensor]}"
         return Tables(tensors.get("embeddings"), tensors.get("head"), reasons, tables.layer)
 
     @property

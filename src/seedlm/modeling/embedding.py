@@ -31,7 +31,8 @@ def reason_no_embedding(module: nn.Module) -> str | None:
     """Why no `SeedEmbedding` can take a module's place; None if one can."""
     if not isinstance(module, nn.Embedding):
         return f"{type(module).__name__} is no embedding"
-    if type(module) is not nn.Embedding and not type(module).__name__.endswith(_SCALED):
+    scaled = type(module).__name__.endswith(_SCALED) and module._parameters.keys() == {"weight"}  # T5Gemma 2's has another row
+    if type(module) is not nn.Embedding and not scaled:
         return f"{type(module).__name__} does more than look rows up"
     return "max_norm changes rows as they are looked up" if module.max_norm is not None else None
 

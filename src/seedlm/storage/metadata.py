@@ -25,6 +25,7 @@ from seedlm.storage.untrusted import parse_json
 QUANT_METHOD: Final = "seedlm"
 FORMAT_VERSION: Final = 3
 """The newest version that is read. Version 1 has no digests, and only 3 has embeddings in codes: 2 is written without them."""
+_EMBEDDINGS_SINCE: Final = 3
 METADATA_KEY: Final = "seedlm"
 _FIRST_GUARD: Final = (
     "none. This model's weights are packed by seedlm: `pip install seedlm`, then `import seedlm` before loading it"
@@ -176,7 +177,7 @@ def version_of(formats: "Iterable[Format]") -> int:
 
 def written_version(embeddings: bool) -> int:
     """The version of what is written, with embeddings in codes or without: older packages read all that they can."""
-    return FORMAT_VERSION if embeddings else FORMAT_VERSION - 1
+    return _EMBEDDINGS_SINCE if embeddings else _EMBEDDINGS_SINCE - 1
 
 
 def guarded(fusions: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -263,9 +264,9 @@ def read_metadata(strings: Mapping[str, str], where: str) -> Described:
         if not isinstance(item, dict) or set(item) - {"embedding"} != {"shape", "format"}:
             raise CheckpointError(f"{where}: {module} must have shape and format")
         embedding = "embedding" in item
-        if embedding and (item["embedding"] is not True or data["format_version"] < FORMAT_VERSION):
+        if embedding and (item["embedding"] is not True or data["format_version"] < _EMBEDDINGS_SINCE):
             raise CheckpointError(
-                f"{where}: {module}: embedding must be true, and is known from format_version {FORMAT_VERSION} on"
+                f"{where}: {module}: embedding must be true, and is known from format_version {_EMBEDDINGS_SINCE} on"
             )
         shape, spec = _read_shape(item["shape"], 2, module, where), item["format"]
         text = spec if isinstance(spec, str) else f"{spec!r:.80}"
@@ -333,10 +334,10 @@ def check_embeddings(packed: Mapping[str, PackedInfo], config: Mapping[str, Any]
     """Raise CheckpointError for an embedding in codes in a folder of a version that older packages would read without it."""
     version = config["quantization_config"]["format_version"]
     embedding = next((module for module, info in packed.items() if info.embedding), None)
-    if embedding is not None and version < FORMAT_VERSION:
+    if embedding is not None and version < _EMBEDDINGS_SINCE:
         raise CheckpointError(
-            f"{where}: {embedding} is an embedding in codes, for which config.json's format_version must be {FORMAT_VERSION}, "
-            f"got {version}"
+            f"{where}: {embedding} is an embedding in codes, for which config.json's format_version must be "
+            f"{_EMBEDDINGS_SINCE}, got {version}"
         )
 
 
