@@ -5,6 +5,7 @@ import random
 import pytest
 
 from seedlm.codes.block import lfsr
+from seedlm.codes.block.basis import cycle_states
 
 
 def test_worked_example_of_the_paper():
@@ -66,3 +67,8 @@ def _primes(n):
         factor += 1
     if n > 1:
         yield n
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8, 13, 16])
+def test_the_table_of_states_is_the_cycle_twice(bits):
+    assert cycle_states(bits).tolist() == 2 * lfsr.cycle(bits)

@@ -1,4 +1,4 @@
-"""LoRA on packed layers: trained, saved, loaded again, merged."""
+"""LoRA on packed layers of both families: trained, saved, loaded again, merged."""
 
 import pytest
 import torch
@@ -15,11 +15,12 @@ IDS = torch.arange(1, 13).view(2, 6)
 TARGETS = ["q_proj", "down_proj"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=[SMALL, "3-fast"], ids=["block", "trellis"])
+def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("peft")
     tiny_model("llama", num_hidden_layers=1, tie_word_embeddings=False, mlp_bias=True).save_pretrained(folder / "dense")
-    run(folder / "dense", folder / "packed")
+    feedback = {} if request.param == SMALL else {"feedback": "none", "backend": "auto"}
+    run(folder / "dense", folder / "packed", format=request.param, **feedback)
     return folder
 
 

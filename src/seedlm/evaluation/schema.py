@@ -25,7 +25,7 @@ _SHOWN = 120
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
 class _Estimate(_Part):

@@ -20,8 +20,8 @@ from seedlm.errors import SeedLMError
 MAX_JSON_BYTES: Final = 100_000_000
 """Longest header (the limit of the safetensors library itself), index or config that is read at all."""
 _COUNTS: Final = (
-    (re.compile(r"\w*(layers?|depths?|blocks|stages)"), 1024),
-    (re.compile(r"(n|num|number)_\w+"), 1 << 20),
+    (re.compile(r"(\w+_)?(layers?|blocks|stages)|depths?"), 1024),
+    (re.compile(r"(n|num|number)_(\w+_)?(labels|classes|codebooks|experts|heads|groups)"), 1 << 20),
 )
 """Settings of a config.json that a model's class counts up to, by their names, and how far: known models have 126 layers."""
 MAX_TEXT_BYTES: Final = 1 << 30

@@ -47,7 +47,14 @@ class Basis:
 @lru_cache(maxsize=8)
 def cycle_states(seed_bits: int) -> Tensor:
     """The register's cycle from state 1 on, twice over so that windows may wrap: int64 [2 * (2^K - 1)]."""
-    states = torch.tensor(lfsr.cycle(seed_bits), dtype=torch.int64)
+    states, columns = torch.ones(1, dtype=torch.int64), lfsr.advance_matrix(1, seed_bits)
+    while len(states) < lfsr.period(seed_bits):  # as many again, by the map that goes so many steps further
+        further = torch.zeros_like(states)
+        for bit, column in enumerate(columns):
+            further ^= (states >> bit & 1) * column
+        states = torch.cat([states, further])
+        columns = [lfsr.apply(columns, column) for column in columns]
+    states = states[: lfsr.period(seed_bits)]
     return torch.cat([states, states])
 
 
