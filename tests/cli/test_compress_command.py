@@ -24,6 +24,11 @@ def call(*arguments, **options):
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
 
 
+def told(stderr):
+    """The lines of stderr but for progress, of which a busy machine sees one every half minute."""
+    return [line for line in stderr.splitlines() if "M weights" not in line]
+
+
 @pytest.fixture(scope="module")
 def compressed(llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "out"
@@ -161,7 +166,7 @@ def test_ctrl_c_says_how_to_go_on(llama, compressed, tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
-    assert stderr.count("\n") == 1
+    assert len(told(stderr)) == 1
     assert "run the same command again to go on" in stderr
     assert call(*arguments).returncode == 0
     assert folder_bytes(tmp_path / "out") == folder_bytes(compressed[0])
