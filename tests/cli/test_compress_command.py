@@ -14,7 +14,7 @@ import torch
 
 import seedlm
 from seedlm.progress import Lines
-from tiny_models import SMALL, STORIES, folder_bytes, save_tensors
+from tiny_models import SMALL, STORIES, folder_bytes, save_tensors, told
 
 COMMAND = [sys.executable, "-c", "from seedlm.cli import main; main()"]
 FAST = ["--format", SMALL, "--backend", "torch"]
@@ -22,11 +22,6 @@ FAST = ["--format", SMALL, "--backend", "torch"]
 
 def call(*arguments, **options):
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
-
-
-def told(stderr):
-    """The lines of stderr but for progress, of which a busy machine sees one every half minute."""
-    return [line for line in stderr.splitlines() if "M weights" not in line]
 
 
 @pytest.fixture(scope="module")
