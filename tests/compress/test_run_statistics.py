@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from seedlm.compress import workers
 from seedlm.compress.run import compress_checkpoint
 from seedlm.compress.statistics import Feedback
 from seedlm.compress.workfolder import WorkFolder
@@ -75,6 +77,26 @@ def test_a_run_that_died_while_observing_goes_on_with_its_text(dense, whole, tmp
     compress(dense, tmp_path / "out")
     assert folder_bytes(tmp_path / "out") == folder_bytes(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_matrices_at_once_leave_the_same_bytes(dense, whole, tmp_path, monkeypatch):
+    """As many as there are threads, on a CPU with error feedback."""
+    before, at_once = torch.get_num_threads(), []
+    real = workers.Threads.__init__
+
+    def start(self, *arguments):
+        real(self, *arguments)
+        at_once.append(len(self._threads))
+
+    monkeypatch.setattr(workers.Threads, "__init__", start)
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            compress(dense, tmp_path / f"{count}")
+        finally:
+            torch.set_num_threads(before)
+    assert at_once == [1, 3]
+    assert folder_bytes(tmp_path / "1") == folder_bytes(tmp_path / "3") == folder_bytes(whole)
 
 
 def test_a_run_with_other_statistics_does_not_go_on(dense, stopped, whole):

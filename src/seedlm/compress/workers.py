@@ -39,6 +39,9 @@ _THREAD_BYTES: Final = 3 << 29
 _FEEDBACK_THREADS: Final = 32
 """Units at once on a GPU with error feedback: column follows column, so a matrix of few rows fills few multiprocessors."""
 
+_CPU_FEEDBACK_THREADS: Final = 4
+"""The same on a CPU, at most: with feedback a column of a small matrix is one piece of work, for one thread of the search."""
+
 _TABLE_THREADS: Final = 4
 """Torch's threads on the processor beside a GPU, which make tables by thousands of small operations: spread over all
 processors by a process for each GPU, they wait for each other (docs/log/pipeline.md)."""
@@ -110,6 +113,8 @@ class Threads:
         if device.type == "cuda":
             most = _GPU_THREADS if job.statistics is None else _FEEDBACK_THREADS
             count = max(1, min(most, torch.cuda.mem_get_info(device)[0] // _THREAD_BYTES))
+        elif job.statistics is not None:
+            count = min(_CPU_FEEDBACK_THREADS, torch.get_num_threads())
         self._threads = [threading.Thread(target=self._work, name=f"seedlm {device}") for _ in range(count)]
         self._settler = threading.Thread(target=self._settle, name=f"seedlm {device} disk")
         for thread in (*self._threads, self._settler):
