@@ -18,7 +18,11 @@ pytest.importorskip("numba")
 
 CPU = torch.device("cpu")
 TRELLIS = [f"trellis-r{rate}-l16-t96-h128" for rate in range(1, 9)] + [f"trellis-r{rate}-l12-t64-h16" for rate in (1, 3, 6)]
-BLOCK = [format.spec for format in PRESETS.values()] + ["block-k8-c5-p2-q3-e3", "block-k17-c8-p3-q4-e4", "block-k15-c7-p3-q4-e4"]
+BLOCK = [format.spec for format in PRESETS.values()] + [
+    "block-k8-c5-p2-q3-e3",
+    "block-k17-c8-p3-q4-e4",
+    "block-k15-c7-p3-q4-e4",
+]
 SEVERAL = (TRELLIS[2], TRELLIS[3], TRELLIS[7], BLOCK[2], BLOCK[4])
 LIMITS = {"trellis": 1e-4, "block": 1e-6}
 FEW_AND_MANY = (1, 3, 4, 6, 9)
@@ -41,7 +45,11 @@ def parts_of(format, shape, seed=0):
     kinds = format.parts(*shape)
     if format.family == "trellis":
         scales = torch.rand(shape[0], generator=draw).half()
-        return {"words": integers(-(2**31), 2**31, *kinds["words"].shape).int(), "scales": scales, "scale": torch.tensor([0.01])}
+        return {
+            "words": integers(-(2**31), 2**31, *kinds["words"].shape).int(),
+            "scales": scales,
+            "scale": torch.tensor([0.01]),
+        }
     blocks, half = format.blocks_per_row(shape[1]), 1 << format.exponent_bits - 1
     exponents = integers(-half, half, shape[0], blocks).to(torch.int8)
     low, high = format.coefficient_range
