@@ -3,10 +3,10 @@
     python bench/generate_cpu.py [--shapes smollm2|1b] [--bits 4,3] [--new 32] [--threads 2] [--repeats 5]
         [--llama-cpp FOLDER --gguf MODEL.gguf]
 
-Speed does not depend on weights: dense ones are all alike, codes random, since any word is a valid trellis code. Before a time is taken, every kind of
-packed layer is held against its dequantized weight. Then all rows take turns. A row's times are of a token, from the difference
-between runs of some new tokens and runs of one: of the shortest and of the median on the clock, and of the least processor
-time, which on a machine that other work shares is the only one that is the program's own.
+Speed does not depend on weights: dense ones are all alike, codes random, since any word is a valid trellis code. Before a
+time is taken, every kind of packed layer is held against its dequantized weight. Then all rows take turns. A row's times are of
+a token, from the difference between runs of some new tokens and runs of one: of the shortest and of the median on the clock, and
+of the least processor time, which on a machine that other work shares is the only one that is the program's own.
 
     products     the packed layers of a token alone, one after the other, inputs transformed once where layers share them
     llama.cpp    its own whole token, from the libraries in FOLDER (libllama, libggml), which no Python package is needed for
@@ -56,7 +56,7 @@ def dense(shapes: str, dtype: torch.dtype) -> LlamaForCausalLM:
     makers = (nn.Linear, "reset_parameters"), (nn.Embedding, "reset_parameters"), (LlamaForCausalLM, "_init_weights")
     with ExitStack() as patched:
         for owner, name in makers:
-            patched.enter_context(mock.patch.object(owner, name, lambda *_: None))
+            patched.enter_context(mock.patch.object(owner, name))
         model = LlamaForCausalLM(SHAPES[shapes]).eval()
     torch.set_default_dtype(before)
     for parameter in model.parameters():
