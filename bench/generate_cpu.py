@@ -3,10 +3,10 @@
     python bench/generate_cpu.py [--shapes smollm2|1b] [--bits 4,3] [--new 32] [--threads 2] [--repeats 5]
         [--llama-cpp FOLDER --gguf MODEL.gguf]
 
-Weights are random: speed does not depend on them, and any word is a valid trellis code. Before a time is taken, every kind of
-packed layer is held against its dequantized weight. Then all rows take turns. A row's times are of a token, from the difference
-between runs of some new tokens and runs of one: of the shortest and of the median on the clock, and of the least processor
-time, which on a machine that other work shares is the only one that is the program's own.
+Speed does not depend on weights: dense ones are all alike, codes random, since any word is a valid trellis code. Before a
+time is taken, every kind of packed layer is held against its dequantized weight. Then all rows take turns. A row's times are of
+a token, from the difference between runs of some new tokens and runs of one: of the shortest and of the median on the clock, and
+of the least processor time, which on a machine that other work shares is the only one that is the program's own.
 
     products     the packed layers of a token alone, one after the other, inputs transformed once where layers share them
     llama.cpp    its own whole token, from the libraries in FOLDER (libllama, libggml), which no Python package is needed for
@@ -17,7 +17,10 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -47,13 +50,18 @@ PROMPT = 16
 
 
 def dense(shapes: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    torch.manual_seed(0)
+    """All weights alike, since random ones take minutes to make."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    try:
-        return LlamaForCausalLM(SHAPES[shapes]).eval()
-    finally:
-        torch.set_default_dtype(before)
+    makers = (nn.Linear, "reset_parameters"), (nn.Embedding, "reset_parameters"), (LlamaForCausalLM, "_init_weights")
+    with ExitStack() as patched:
+        for owner, name in makers:
+            patched.enter_context(mock.patch.object(owner, name))
+        model = LlamaForCausalLM(SHAPES[shapes]).eval()
+    torch.set_default_dtype(before)
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
+    return model
 
 
 def packed(shapes: str, dtype: torch.dtype, bits: str) -> LlamaForCausalLM:
@@ -171,10 +179,10 @@ def main() -> None:
     for name in options.dtypes.split(","):
         dtype = getattr(torch, name)
         if not options.no_dense:
-            rows[f"dense {name}"] = lambda count, model=dense(options.shapes, dtype): generate(model, prompt, count)
+            rows[f"dense {name}"] = partial(generate, dense(options.shapes, dtype), prompt)
         for bits in options.bits.split(","):
             model = packed(options.shapes, dtype, bits)
-            rows[f"{bits} bits {name}"] = lambda count, model=model: generate(model, prompt, count)
+            rows[f"{bits} bits {name}"] = partial(generate, model, prompt)
             rows[f"{bits} bits {name}, products"] = products(model)
     if options.llama_cpp:
         rows["llama.cpp"] = LlamaCpp(options.llama_cpp, options.gguf, options.threads).generate

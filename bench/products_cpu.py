@@ -1,59 +1,92 @@
-"""One token through one layer on a CPU: each backend of the trellis code and a dense layer, checked, then timed in turn.
+"""Products on a CPU: packed layers of both codes beside dense ones, checked, then timed in turn.
 
-python bench/products_cpu.py --size 2048 --threads 2
+    python bench/products_cpu.py [--size 2048] [--threads 2] [--tokens 1,4,8,512] [--formats 4,3,2,4-fast,block-k16-c8-p3-q4-e4]
+
+Microseconds: the shortest on the clock and, in brackets, the least time of this thread's processor, which is what a product
+costs where other work shares the machine and one thread multiplies. Layers take turns, so that each finds its weight outside
+the nearest caches. The last numbers, for bfloat16, are nanoseconds of that time a weight, and times the dense layer's.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from seedlm.codes.block import packing
 from seedlm.codes.registry import parse_format
+from seedlm.inference.backend import reason_no_backend
 from seedlm.modeling.linear import SeedLinear
 
 
-def layer(bits: str, size: int, backend: str) -> SeedLinear:
-    """Random codes: every word is a valid one."""
+def layer(spec: str, size: int, backend: str) -> SeedLinear:
+    """Random codes."""
     torch.manual_seed(0)
-    made = SeedLinear(size, size, parse_format(bits), dtype=torch.float32, backend=backend)
-    made.weight_words.random_(-(2**31), 2**31 - 1)
-    made.weight_scales.fill_(1.0)
-    made.weight_scale.fill_(1.0)
+    format = parse_format(spec)
+    made = SeedLinear(size, size, format, dtype=torch.float32, backend=backend)
+    if format.family == "trellis":
+        made.weight_words.random_(-(2**31), 2**31 - 1)
+        made.weight_scales.fill_(1.0)
+        made.weight_scale.fill_(1.0)
+        return made
+    blocks = format.blocks_per_row(size)
+    fields = torch.randint(1, 1 << format.seed_bits, (size, blocks)), torch.randint(-8, 8, (size, blocks))
+    made.weight_words.copy_(packing.pack(*fields, torch.randint(-4, 4, (size, blocks, format.num_coefficients)), format))
     return made
 
 
-def milliseconds(call: Callable[[], Tensor], repeats: int = 7) -> float:
-    """The shortest of some calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times)
+def shortest(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, tuple[float, float]]:
+    """Microseconds of each call, which take turns: the shortest on the clock, the least of this thread's processor."""
+    found, end = {name: [] for name in calls}, time.monotonic() + seconds
+    while time.monotonic() < end or len(found[next(iter(calls))]) < 5:
+        for name, call in calls.items():
+            start, used = time.perf_counter(), time.thread_time()
+            call()
+            found[name].append((time.perf_counter() - start, time.thread_time() - used))
+    return {name: tuple(1e6 * min(each) for each in zip(*times, strict=True)) for name, times in found.items()}
 
 
+@torch.inference_mode()
 def main() -> None:
-    """Print milliseconds, and how many times the dense layer's that is."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", default="1,4,8,512")
+    parser.add_argument("--formats", default="4,3,2,4-fast,block-k16-c8-p3-q4-e4,block-k16-c12-p4-q4-e4")
+    parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    x = torch.randn(1, options.size)
-    for bits in ("4", "3", "2", "4-fast"):
-        layers = {backend: layer(bits, options.size, backend) for backend in ("numba", "torch")}
-        with torch.no_grad():
-            weight = layers["torch"].dequantize()
-            calls = {name: (lambda made=made: made(x)) for name, made in layers.items()}
-            calls["dense"] = lambda weight=weight: torch.nn.functional.linear(x, weight)
-            for call in calls.values():
-                torch.testing.assert_close(call(), calls["dense"](), rtol=1e-3, atol=1e-3 * float(calls["dense"]().abs().max()))
-            found = {name: milliseconds(call) for name, call in calls.items()}
-        print(
-            f"{bits:7}", ", ".join(f"{name} {ms:.2f} ms ({ms / found['dense']:.1f})" for name, ms in found.items()), flush=True
-        )
+    for spec in options.formats.split(","):
+        exact = layer(spec, options.size, "numba")
+        weight = exact.dequantize()
+        half, coarse = weight.bfloat16(), layer(spec, options.size, "numba-int8")
+        if reason_no_backend("numba-int8", torch.device("cpu"), coarse.format, (options.size, options.size)):
+            coarse = None
+        for tokens in map(int, options.tokens.split(",")):
+            x = torch.randn(tokens, options.size)
+            y = x.bfloat16()
+            calls = {
+                "float32": partial(exact, x),
+                "bfloat16": partial(exact, y),
+                "dense float32": partial(linear, x, weight),
+                "dense bfloat16": partial(linear, y, half),
+            }
+            if coarse is not None:
+                calls["int8"] = partial(coarse, y)
+            expected = x.double() @ weight.double().T
+            for name, call in calls.items():
+                error = float((call().double() - expected).norm() / expected.norm())
+                assert error < (1e-4 if name.endswith("float32") else 2e-2), (spec, tokens, name, error)
+            found = shortest(calls, options.seconds)
+            used = found["bfloat16"][1]
+            times = ", ".join(f"{name} {clock:.0f} ({own:.0f})" for name, (clock, own) in found.items())
+            print(
+                f"{spec}, {tokens}: {times}; {1e3 * used / options.size**2:.3f} ns, {used / found['dense bfloat16'][1]:.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -150,9 +150,9 @@ class _Blocks:
         more = load(builder, address, INTS, 4 * LANES) if self.loaded > LANES else None
         begins = [lane * self.bits for lane in range(LANES)]
         parts = [shuffle(builder, own, [min((b >> 5) + n, self.words - 1) for b in begins], more) for n in range(3)]
-        shifts = constant([b & 31 for b in begins])
-        self._low = self._funnel(builder, parts[1], parts[0], shifts)
-        self._high = self._funnel(builder, parts[2], parts[1], shifts) if self.bits > 32 else constant([0] * LANES)
+        shifts = [b & 31 for b in begins]
+        self._low = self._cut(builder, parts[1], parts[0], shifts)
+        self._high = self._cut(builder, parts[2], parts[1], shifts) if self.bits > 32 else constant([0] * LANES)
         seeds = self._low
         digits = -(-self.seed_bits // _DIGIT)
         if self.seed_bits < _DIGIT * digits:
@@ -197,6 +197,13 @@ class _Blocks:
             product = _multiply_pairs(builder, builder.bitcast(centred, INTS), pair)
             total = product if total is None else builder.add(total, product)
         return builder.sitofp(total, FLOATS)
+
+    def _cut(self, builder, high: ir.Value, low: ir.Value, shifts: list[int]) -> ir.Value:
+        """32 bits from each lane's own place on. LLVM 15 makes something else of funnels where only some lanes stay."""
+        if not any(shifts):
+            return low
+        moved = self._funnel(builder, high, low, constant([shift or 16 for shift in shifts]))
+        return shuffle(builder, moved, [lane if shift else LANES + lane for lane, shift in enumerate(shifts)], low)
 
     def _funnel(self, builder, high: ir.Value, low: ir.Value, shifts: ir.Value) -> ir.Value:
         return call(builder, f"llvm.fshr.v{LANES}i32", INTS, high, low, shifts)
