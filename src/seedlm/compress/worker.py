@@ -144,6 +144,13 @@ class Worker:
                 encoder = family_of(format).encoder(format, shape, Facts(1.0), self.job.options, self.device)
                 encoder.rows(torch.ones(shape, device=self.device), lambda weights: None)
 
+    def working_bytes(self, unit: Unit) -> int:
+        """About what a unit with error feedback takes on a CPU: a piece of rows in several forms, and its coefficients."""
+        if unit.item.target is None:
+            return 0
+        rows, columns = unit.item.target.packed.shape
+        return 40 * min(rows * columns, max(PIECE_WEIGHTS["cpu"], columns)) + 16 * columns**2
+
     def run(self, unit: Unit, tell: Tell) -> dict[str, Any]:
         """Put one tensor into its place; its bytes have reached the disk once `settle` was called after this.
 

@@ -26,8 +26,9 @@ from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
 import torch
 
+from seedlm.codes.together import Room
 from seedlm.compress.worker import Job, Unit, Worker
-from seedlm.device import peak_memory
+from seedlm.device import free_host_memory, peak_memory
 from seedlm.errors import BackendError, SeedLMError
 from seedlm.storage.source import Source
 
@@ -39,8 +40,12 @@ _THREAD_BYTES: Final = 3 << 29
 _FEEDBACK_THREADS: Final = 32
 """Units at once on a GPU with error feedback: column follows column, so a matrix of few rows fills few multiprocessors."""
 
-_CPU_FEEDBACK_THREADS: Final = 4
-"""The same on a CPU, at most: with feedback a column of a small matrix is one piece of work, for one thread of the search."""
+_CPU_FEEDBACK_THREADS: Final = 12
+"""The same on a CPU, for each of torch's threads: with feedback a column of a small matrix is a few sequences, and the search
+takes 32 of several matrices at once (`codes.together`)."""
+
+_CPU_SHARE: Final = 2
+"""One part in so many of the memory that is free is used for matrices with feedback at a time, or what one of them takes."""
 
 _TABLE_THREADS: Final = 4
 """Torch's threads on the processor beside a GPU, which make tables by thousands of small operations: spread over all
@@ -114,7 +119,8 @@ class Threads:
             most = _GPU_THREADS if job.statistics is None else _FEEDBACK_THREADS
             count = max(1, min(most, torch.cuda.mem_get_info(device)[0] // _THREAD_BYTES))
         elif job.statistics is not None:
-            count = min(_CPU_FEEDBACK_THREADS, torch.get_num_threads())
+            count = _CPU_FEEDBACK_THREADS * torch.get_num_threads()
+        self._room = Room((free_host_memory() or 8 << 30) // _CPU_SHARE) if count > 1 and device.type == "cpu" else None
         self._threads = [threading.Thread(target=self._work, name=f"seedlm {device}") for _ in range(count)]
         self._settler = threading.Thread(target=self._settle, name=f"seedlm {device} disk")
         for thread in (*self._threads, self._settler):
@@ -142,7 +148,7 @@ class Threads:
                     self._worker.warm_up()
             self._post(self, Ready())
             while (unit := self._units.get()) is not None:
-                self._written.put((unit, self._worker.run(unit, self._tell)))
+                self._written.put((unit, self._run(self._worker, unit)))
                 self._post(self, Ready())
         except _Stopped:
             pass
@@ -151,6 +157,16 @@ class Threads:
             self._post(self, BackendError(f"{self._device}: {free:,} of its {total:,} bytes are free, not enough; {KEPT}"))
         except BaseException as error:  # raised where the events are read
             self._post(self, error)
+
+    def _run(self, worker: Worker, unit: Unit) -> dict[str, Any]:
+        if self._room is None:
+            return worker.run(unit, self._tell)
+        nbytes = worker.working_bytes(unit)
+        self._room.enter(nbytes)
+        try:
+            return worker.run(unit, self._tell)
+        finally:
+            self._room.leave(nbytes)
 
     def _settle(self) -> None:
         try:
