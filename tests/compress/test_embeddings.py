@@ -274,9 +274,8 @@ def test_errors_of_tied_embeddings_are_fed_back_by_what_the_head_reads(tmp_path)
         options = {"format": "3-fast", "embeddings": "3-fast", "exclude": "*mlp*", "device": "cpu"}
         compress_checkpoint(STORIES, out, feedback=feedback, **options)
         error = Checkpoint.open(out).tensor(EMBEDDING).dequantize().double() - weight
-        rows = statistics.rows["lm_head"].double()
-        return float(((error @ products) * error).sum(1) @ rows), float(error.square().sum())
+        return float(((error @ products) * error).sum()), float(error.square().sum())
 
     (blind, least), (weighed, more) = costs("none"), costs(tmp_path / "statistics.safetensors")
-    assert weighed < 0.6 * blind
-    assert more > least
+    assert weighed < 0.8 * blind
+    assert least < more < 4 * least  # no row bears the errors of all others

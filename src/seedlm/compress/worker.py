@@ -10,7 +10,7 @@ import json
 import math
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, Final
@@ -202,7 +202,7 @@ class Worker:
         on_gpu = self.device.type == "cuda"
         weights = PIECE_WEIGHTS["cuda" if on_gpu else "cpu"]
         with torch.cuda.stream(self._stream()):
-            facts = self._facts(target.observed or module, largest)
+            facts = self._facts(target, largest)
             encoder = family_of(format).encoder(format, shape, facts, self.job.options, self.device)
             for piece in pieces(self.source, item.name, target, weights, pinned=on_gpu):
                 left = len(piece) * columns
@@ -240,14 +240,19 @@ class Worker:
             raise SourceError(f"{item.name}: has NaN or Inf values that it did not have before; it changed while being read")
         return {"squared_error": error, "squared_norm": norm}
 
-    def _facts(self, layer: str, largest: float) -> Facts:
-        """What is known of a matrix; statistics are read by the first that has some."""
+    def _facts(self, target: Target, largest: float) -> Facts:
+        """What is known of a matrix; statistics are read by the first that has some.
+
+        Rows of embeddings and heads count alike: what a gradient says of tokens that a text hardly has is next to nothing, and
+        rows that count next to nothing would take all errors (docs/log/quality.md).
+        """
         if self.job.statistics is None:
             return Facts(largest)
         with self._opening:
             if self._statistics is None:
                 self._statistics = Statistics.load(self.job.statistics)
-        return self._statistics.facts_of(layer, largest)
+        facts = self._statistics.facts_of(target.observed or target.module, largest)
+        return facts if target.observed is None else replace(facts, importance=None)
 
     def _stream(self) -> torch.cuda.Stream | None:
         if self.device.type == "cuda" and not hasattr(self._own, "stream"):
