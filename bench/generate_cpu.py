@@ -5,8 +5,8 @@
 
 Speed does not depend on weights: dense ones are all alike, codes random, since any word is a valid trellis code. Before a
 time is taken, every kind of packed layer is held against its dequantized weight. Then all rows take turns. A row's times are of
-a token, from the difference between runs of some new tokens and runs of one: of the shortest and of the median on the clock, and
-of the least processor time, which on a machine that other work shares is the only one that is the program's own.
+a token, from the difference between runs of some new tokens and runs of one: of the shortest and of the median on the clock,
+and of the least processor time, which on a machine that other work shares is the only one that is the program's own.
 
     products     the packed layers of a token alone, one after the other, inputs transformed once where layers share them
     llama.cpp    its own whole token, from the libraries in FOLDER (libllama, libggml), which no Python package is needed for
