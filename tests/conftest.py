@@ -122,3 +122,11 @@ def forty(tmp_path_factory):
     """Results of forty compressed models."""
     folder = tmp_path_factory.mktemp("forty")
     return [write(folder, f"run{number:02}", *synthetic(number)) for number in range(40)]
+
+
+@pytest.fixture
+def dequantizing(monkeypatch):
+    """Layers form their weights by the definition, so that a packed model can be held against a dense one to the bit."""
+    from seedlm.codes.block.kernels.cpu import NumbaBackend
+
+    monkeypatch.setattr(NumbaBackend, "reason_unavailable", lambda *_: "this test compares to the bit")

@@ -18,6 +18,8 @@ from seedlm.storage.safetensors import TensorInfo
 from seedlm.storage.selection import stack_of
 from tiny_models import SMALL, tiny_model
 
+pytestmark = pytest.mark.usefixtures("dequantizing")
+
 EXPERTS_CASES = ["mixtral", "gpt_oss", "llama4_text", "granitemoe"]
 """Held expert by expert; stacked and transposed, with biases; not routed by the usual interface; stacked under other names."""
 IDS = torch.arange(1, 13).view(2, 6)

@@ -8,6 +8,8 @@ import toy_family  # noqa: F401 (registers a family with float16 parts)
 from seedlm import compress_checkpoint
 from seedlm.modeling.quantize import seed_linears
 
+pytestmark = pytest.mark.usefixtures("dequantizing")
+
 IDS = torch.arange(1, 9).view(2, 4)
 
 

@@ -11,6 +11,8 @@ from tiny_models import SMALL, run, tiny_model
 peft = pytest.importorskip("peft")
 from seedlm.integrations.peft import for_packed  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("dequantizing")
+
 IDS = torch.arange(1, 13).view(2, 6)
 TARGETS = ["q_proj", "down_proj"]
 

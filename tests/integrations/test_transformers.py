@@ -19,6 +19,8 @@ from seedlm.modeling.linear import SeedLinear
 from seedlm.modeling.quantize import seed_linears
 from seedlm.storage.checkpoint import GUARD, stored_name
 
+pytestmark = pytest.mark.usefixtures("dequantizing")
+
 FORMAT = parse_format("block-k8-c8-p3-q4-e4")
 IDS = torch.arange(1, 13).view(2, 6)
 

@@ -11,6 +11,8 @@ from seedlm.modeling.linear import SeedLinear, compress_module
 from seedlm.modeling.quantize import choose_modules, compress_model, dequantize_model
 from seedlm.storage.checkpoint import stored_name
 
+pytestmark = pytest.mark.usefixtures("dequantizing")
+
 SPEC = "block-k8-c8-p3-q4-e4"
 FORMAT = parse_format(SPEC)
 

@@ -9,6 +9,8 @@ from seedlm.modeling.linear import compress_module
 from seedlm.modeling.quantize import compress_model, dequantize_model, seed_linears
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("dequantizing")
+
 SPEC = "block-k8-c8-p3-q4-e4"
 IDS = torch.arange(1, 9).view(2, 4)
 
