@@ -45,7 +45,7 @@ def test_tied_embeddings_and_head_are_one_set_of_codes(spec):
     weight = embedding.dequantize()
     assert torch.equal(embedding(IDS), weight[IDS])
     x = torch.randn(3, 32)
-    torch.testing.assert_close(head(x), x @ weight.T)
+    torch.testing.assert_close(head(x), x @ weight.T, rtol=1e-3, atol=1e-4)  # which reads x in 16 bits
     assert [name for name in model.state_dict() if "head" in name] == []
     found = logits(model)
     dequantize_model(model)
@@ -134,11 +134,8 @@ def test_it_is_copied_pickled_and_cast_as_one():
 def test_a_state_dict_fills_another_model_tied_head_included():
     one, other = packed(), packed(seed=1)
     assert not torch.equal(logits(one), logits(other))
-    assert {name for name in one.state_dict() if "embed" in name} == {
-        "model.embed_tokens.weight",
-        "model.embed_tokens.weight_scales",
-        "model.embed_tokens.weight_unit",
-    }
+    parts = ("words", "scales", "unit")
+    assert {name for name in one.state_dict() if "embed" in name} == {f"model.embed_tokens.weight_{part}" for part in parts}
     other.load_state_dict(one.state_dict())
     assert torch.equal(logits(one), logits(other))
 
