@@ -7,6 +7,7 @@ from seedlm.calibration.after_feedback import after_elimination, sensitivities
 from seedlm.codes.encoded import encode
 from seedlm.codes.registry import parse_format
 from seedlm.errors import SourceError
+from seedlm.storage.selection import matrices_of
 from seedlm.storage.source import FolderSource
 from seedlm.storage.statistics import InputStatistics, Statistics, StatisticsFacts
 from tiny_models import save_tensors
@@ -74,3 +75,18 @@ def test_rows_count_by_their_gradients_and_energies(source):
 def test_without_gradients_they_are_refused(source):
     with pytest.raises(SourceError, match="have no gradients"):
         sensitivities(statistics({}), {"model.layers.0.a": (ROWS, WIDTH)}, source)
+
+
+def test_experts_of_a_stack_have_their_own(tmp_path):
+    """A stack is one tensor of the file and as many matrices as there are experts."""
+    random = torch.Generator().manual_seed(2)
+    stack = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {stack: torch.randn(2, WIDTH, ROWS, generator=random)}
+    source = FolderSource(save_tensors(tmp_path / "experts", tensors, model_type="llama4_text", hidden_size=WIDTH))
+    modules = matrices_of([stack], source.tensors, source.config)
+    assert set(modules) == {f"{stack}.0", f"{stack}.1"}
+    shapes = {module: shape for module, (_, shape, _) in modules.items()}
+    read = InputStatistics.of(correlated(1.0), TOKENS)
+    rows = {module: torch.ones(shape[0]) for module, shape in shapes.items()}
+    found = sensitivities(Statistics(FACTS, {"x": read}, dict.fromkeys(shapes, "x"), rows), shapes, source)
+    assert all(found[module] > 0 for module in shapes)

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -264,3 +265,26 @@ def test_code_for_arm(monkeypatch, rate, found):
     assembly = machine.emit_assembly(parsed)
     assert ("sdot" in assembly) == ("dotprod" in found)
     assert len(machine.emit_object(parsed)) > 1000
+
+
+def test_helpers_are_as_many_as_were_ever_asked_for_and_no_more():
+    """However many numbers of pieces, and of threads, a process sees."""
+    before = torch.get_num_threads()
+    weights = [Weight("trellis-r2-l12-t64-h16", (rows, 64)) for rows in (64, 128, 192, 256, 320, 384, 448)]
+    try:
+        for threads in (2, 5, 3, 4, 6, 2, 5):
+            torch.set_num_threads(threads)
+            for weight in weights:
+                weight.multiply(torch.randn(1, 64))
+            if threads == 6:
+                count = threading.active_count()
+        assert threading.active_count() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("spec", ["4-fast", "block-k16-c8-p3-q4-e4"])
+def test_no_tokens_in_another_dtype_than_the_bias(spec):
+    weight = Weight(spec, (64, 64))
+    empty = weight.multiply(torch.empty(0, 64, dtype=torch.bfloat16), torch.zeros(64))
+    assert (empty.shape, empty.dtype) == ((0, 64), torch.bfloat16)

@@ -294,3 +294,14 @@ def test_the_compiled_factorization_has_the_same_bits(width, monkeypatch):
     plain = coefficients(x.mT @ x, damping=0.0)
     assert torch.equal(compiled.values, plain.values)
     assert torch.equal(compiled.shift, plain.shift)
+
+
+def test_a_diagonal_that_rounding_made_negative_is_an_input_that_is_nothing():
+    """Statistics are kept as float16, so one that the transform leaves without input may come out below zero."""
+    hessian = torch.eye(8, dtype=torch.float64)
+    hessian[3, 3] = 0
+    expected = coefficients(hessian)
+    hessian[3, 3] = -1e-4
+    found = coefficients(hessian)
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.shift, expected.shift)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seedlm.codes import hadamard
 from seedlm.errors import SourceError
-from seedlm.storage.selection import matrices_of
+from seedlm.storage.selection import NO_SURVEY, Survey, matrices_of
 from seedlm.storage.source import Source
 from seedlm.storage.statistics import Statistics
 
@@ -26,16 +26,21 @@ _TRANSFORM = 128
 _DAMPING = 0.01
 
 
-def sensitivities(statistics: Statistics, shapes: Mapping[str, tuple[int, int]], source: Source) -> dict[str, float]:
+def sensitivities(
+    statistics: Statistics, shapes: Mapping[str, tuple[int, int]], source: Source, survey: Survey = NO_SURVEY
+) -> dict[str, float]:
     """Module -> KL in nats a token, per unit of relative squared error of its code.
 
-    shapes   of the modules to be compressed
+    shapes   of the modules to be compressed, each of a stack of experts under a name of its own
+    survey   what the model's class says of the source, which stacks among it
     Six digits; 0 for a layer that was not observed or that no token reached (`allocate` takes it as the least of the others).
     Raises SourceError if the statistics have no gradients.
     """
     if not statistics.rows:
         raise SourceError("these statistics have no gradients; measure them again, or give --sensitivity FILE")
-    tensors = matrices_of(shapes, source.tensors, source.config)
+    held = {name.removesuffix(".weight") for name in source.tensors}
+    stacks = {module.rpartition(".")[0] for module in shapes if module not in held}
+    tensors = matrices_of({*shapes, *stacks}, source.tensors, source.config, survey)
     left: dict[str, float] = {}
     found = {}
     for module, (rows, columns) in shapes.items():

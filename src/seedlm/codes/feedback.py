@@ -50,6 +50,9 @@ _BOUND_BITS: Final = 16
 _MOST_SHIFT: Final = 60
 _PART_BITS: Final = 22
 _LEAST_PIVOT: Final = 2.0**-30
+_ROUNDED: Final = 2.0**-3
+"""Share of the largest diagonal that one may be below zero. Statistics are kept as float16 correlations, off by 2^-12 at most,
+and an input in the transformed basis adds up those of a block, 512 at most."""
 PANEL: Final = 64
 """Columns between two matrix products, at most."""
 _STRIPE: Final = 4096
@@ -100,8 +103,10 @@ def coefficients(hessian: Tensor, *, step: int = 1, damping: float = DAMPING) ->
         raise TensorError("X'X has NaN or Inf in it")
     matrix = hessian.double()
     matrix = (matrix + matrix.mT) * 0.5
-    if (matrix.diagonal(dim1=-2, dim2=-1) < 0).any():
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    if (diagonal < -_ROUNDED * diagonal.amax(-1, keepdim=True)).any():
         raise TensorError("X'X has a negative diagonal")
+    diagonal.clamp_(min=0)  # what rounding made of an input that is nothing
     unit = _unit_factor(matrix, damping)
     _join_columns(unit, step)
     sums = (unit.abs() * 2.0**_BOUND_BITS).ceil().sum(-2, keepdim=True).amax(-1, keepdim=True)  # of integers: exact

@@ -123,16 +123,21 @@ def _help(board):
 
 
 class Team:
-    """So many helpers, which live as long as the process."""
+    """Helpers, as many as were ever asked for, which live as long as the process."""
 
-    def __init__(self, helpers: int) -> None:
+    def __init__(self) -> None:
         self._memory = np.zeros(64, np.int64)
         self._board = self._memory.ctypes.data
         self._lead = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(_lead.address or 0)
         self._help = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_help.address or 0)
         self._asleep: deque[Any] = deque()
-        for _ in range(helpers):
-            threading.Thread(target=self._work, name="seedlm", daemon=True).start()
+        self._count, self._growing = 0, threading.Lock()
+
+    def _grow(self, helpers: int) -> None:
+        with self._growing:
+            while self._count < helpers:
+                threading.Thread(target=self._work, name="seedlm", daemon=True).start()
+                self._count += 1
 
     def _work(self) -> None:
         lock = threading.Lock()
@@ -143,9 +148,11 @@ class Team:
             lock.release()
             self._help(self._board)
 
-    def run(self, kernel: int, job: bytes) -> None:
-        """Run the kernel at an address, which takes pieces until there are none, on this thread and on helpers."""
-        while self._asleep:
+    def run(self, kernel: int, job: bytes, helpers: int) -> None:
+        """Run the kernel at an address, which takes pieces until there are none, here and on helpers: so many are woken."""
+        if self._count < helpers:
+            self._grow(helpers)
+        for _ in range(helpers):
             try:
                 self._asleep.pop().release()
             except IndexError:

@@ -41,20 +41,20 @@ class Kernel:
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
 
     def share(self, numbers: tuple[int, ...], pieces: int) -> None:
-        """Run it with the numbers behind the first, on no more threads than there are pieces; returns when all is done."""
+        """Run it with the numbers behind the first, on as many threads as there are pieces; returns when all is done."""
         job = struct.pack(f"{1 + len(numbers)}q", 0, *numbers)  # which nobody else knows, so that it can be written to
         helpers = min(torch.get_num_threads(), pieces) - 1
         if helpers > 0:
-            _team(helpers).run(self._address, job)
+            _team().run(self._address, job, helpers)
         else:
             self._call(job)
 
 
-@lru_cache(maxsize=4)
-def _team(helpers: int) -> Any:
+@lru_cache(maxsize=1)
+def _team() -> Any:
     from seedlm.codes.team import Team
 
-    return Team(helpers)
+    return Team()
 
 
 @lru_cache(maxsize=4)

@@ -143,7 +143,7 @@ def check_reach(mixture: Mixture, selected: Selected, size_of: SizeOf) -> None:
         return
     low, high = (size_of(dict.fromkeys(selected.modules, format)) for format in mixture.extremes(selected.modules))
     if not low <= mixture.size <= high:
-        raise FormatError(f"the weight files of this model have {low:,} to {high:,} bytes, got {mixture.size:,}")
+        raise FormatError(f"the weight files of this model can have {low:,} to {high:,} bytes, got {mixture.size:,}")
 
 
 def assign(format: Format | Mixture, selected: Selected, size_of: SizeOf) -> dict[str, Format]:

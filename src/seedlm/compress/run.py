@@ -120,7 +120,7 @@ def compress_checkpoint(
         observed = gather(work, wanted, candidates, model, path, selected.layers, devices, progress, tell, trust_remote_code)
         clock.phase("prepare")
         if isinstance(format, Mixture) and not format.sensitivity:
-            format = observed.mixture(format, selected.modules, model)
+            format = observed.mixture(format, selected.modules, model, selected.survey)
         formats = plans.assign(format, selected, size_of)
         leading = most_common(formats) if formats else candidates[0]  # whose options a reader takes the record for
         options = {**family_of(leading).defaults, **settings, **observed.record}

@@ -28,6 +28,7 @@ from seedlm.compress.workfolder import WorkFolder
 from seedlm.device import free_host_memory, free_memory
 from seedlm.errors import FormatError, SeedLMError, SourceError
 from seedlm.progress import Progress
+from seedlm.storage.selection import NO_SURVEY, Survey
 from seedlm.storage.source import Source
 from seedlm.storage.untrusted import read_config, read_text
 
@@ -76,7 +77,9 @@ class Feedback:
             return cls(value)  # type: ignore[arg-type]
         path = Path(value)
         if not path.is_file():
-            raise FormatError(f"feedback must be auto, own, none, a file of statistics or a text, got {str(value)!r}")
+            raise FormatError(
+                f"feedback must be auto, own, none, or a file of statistics or text; there is no file {str(value)!r}"
+            )
         return cls("statistics" if path.suffix == ".safetensors" else "text", path)
 
 
@@ -99,7 +102,9 @@ class Observed:
         identity = f"{facts.weighting} {facts.sequences} x {facts.length}, text {facts.text[:16]}, model {facts.model[:16]}"
         return cls(file.absolute(), {"feedback": facts.source}, identity)
 
-    def mixture(self, wanted: Mixture, shapes: Mapping[str, tuple[int, int]], source: Source) -> Mixture:
+    def mixture(
+        self, wanted: Mixture, shapes: Mapping[str, tuple[int, int]], source: Source, survey: Survey = NO_SURVEY
+    ) -> Mixture:
         """A mixture with the sensitivities that follow from the statistics. Raises FormatError without any."""
         from seedlm.calibration.after_feedback import sensitivities
         from seedlm.storage.statistics import Statistics
@@ -110,7 +115,7 @@ class Observed:
                 f"{wish} a mixture of formats, which needs to know where bits matter: leave out --feedback none, or measure "
                 "the model with `seedlm sensitivity SOURCE -o FILE` and add --sensitivity FILE"
             )
-        found = sensitivities(Statistics.load(self.file), shapes, source)
+        found = sensitivities(Statistics.load(self.file), shapes, source, survey)
         return replace(wanted, sensitivity=found)
 
 

@@ -71,7 +71,9 @@ def measure_speed(model: str, settings: Settings | None = None) -> dict[str, Any
     network = models.load_model(path, device=device, dtype=settings.dtype, packed=True, trust_remote_code=trust)
     longest, needed = models.longest_text(network), settings.prompt_tokens + settings.tokens
     if longest is not None and needed > longest:
-        raise EvaluationError(f"the model knows {longest} positions, prompt and new tokens are {needed}: ask for fewer")
+        raise EvaluationError(
+            f"the model knows {longest} positions, prompt and new tokens are {needed}: fewer --prompt-tokens or --tokens"
+        )
     rows, left_out = [], {}
     layers = [layer for _, layer in seed_linears(network)]
     if layers:

@@ -65,7 +65,7 @@ class NumbaBackend(DequantizingBackend):
     ) -> Tensor:
         plan, tokens = _plan(cast(BlockFormat, format), shape[1]), x.numel() // shape[1]
         if plan is None or tokens == 0:
-            return super().linear(x, prepared, format, shape, bias)
+            return super().linear(x, prepared, format, shape, None if bias is None else bias.to(x.dtype))
         if x.dtype not in KINDS:
             wide = None if bias is None else bias.float()
             return self.linear(x.float(), prepared, format, shape, wide, transformed).to(x.dtype)
