@@ -27,7 +27,7 @@ def reason_unavailable(name: str, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"backend {name!r} works on the CPU, the codes are on {device}"
     if importlib.util.find_spec("numba") is None:
-        return f"backend {name!r} needs numba: pip install 'seedlm[fast]'"
+        return f"backend {name!r} needs numba: pip install numba"
     return None
 
 
