@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from seedlm.cli.console import in_bytes, show
+from seedlm.cli.options import Dtype, TrustRemoteCode
 
 
 def bench(
@@ -18,11 +19,9 @@ def bench(
         bool, typer.Option("--compile", help="A static cache, compiled by transformers, with CUDA graphs. Takes minutes.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")] = "auto",
+    dtype: Dtype = "auto",
     explain: Annotated[bool, typer.Option("--explain", help="Only say which backend multiplies, and why no other.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure how fast a model generates here: compressed, dense, and in bitsandbytes' NF4 where that is installed."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from seedlm.cli.options import Dequantize, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
 from seedlm.errors import SourceError
 from seedlm.storage.untrusted import printable
 
@@ -18,18 +19,13 @@ def chat(
     model: Annotated[str, typer.Argument(help="Model folder, GGUF file or Hub repository with a chat template.")],
     system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.", metavar="TEXT")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.", min=0.0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.", max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: DrawingSeed = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")] = "auto",
-    dequantize: Annotated[
-        bool,
-        typer.Option("--dequantize", "--expand", help="Dequantize once after loading: faster on a CPU, full size in memory."),
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
-    ] = False,
+    dtype: Dtype = "auto",
+    dequantize: Dequantize = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a model, turn by turn.
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seedlm.cli.console import in_bytes, number, show, show_progress, stopped
+from seedlm.cli.console import in_bytes, note, number, show, show_progress, stopped
+from seedlm.cli.options import TrustRemoteCode
 from seedlm.codes.registry import DEFAULT, family, parse_format
 from seedlm.errors import FormatError
 from seedlm.storage.untrusted import printable
@@ -80,9 +81,7 @@ def compress(
     ] = "auto",
     backend: Annotated[str, typer.Option(help="Search backend: auto, or one by name; all give the same bits.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Compress a model into a new folder.
@@ -124,7 +123,7 @@ def compress(
                 backend=backend,
                 trust_remote_code=trust_remote_code,
                 on_progress=on_progress,
-                on_note=lambda note: print(printable(f"seedlm: {note}"), file=sys.stderr),
+                on_note=note,
                 **({"rounding": rounding} if rounding is not None else {}),
             )
     except KeyboardInterrupt as error:

@@ -35,6 +35,11 @@ def show(line: str) -> None:
     print(printable(line))
 
 
+def note(text: str) -> None:
+    """Print a line that is no result, on stderr."""
+    print(printable(f"seedlm: {text}"), file=sys.stderr)
+
+
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from seedlm.cli.console import in_bytes, show, show_progress, stopped
+from seedlm.cli.options import TrustRemoteCode
 from seedlm.errors import EvaluationError
 
 
@@ -54,9 +55,7 @@ def evaluate(
     new_tokens: Annotated[int, typer.Option(help="Tokens to continue each prompt by.", metavar="N")] = 48,
     layers: Annotated[int, typer.Option(help="Windows on which to hold every layer against the reference's.", metavar="N")] = 2,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure how well a model predicts a text, and how far it is from a reference.

@@ -6,15 +6,16 @@ from typing import Annotated
 import typer
 
 from seedlm.cli.console import stopped
+from seedlm.cli.options import Dequantize, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
 
 
 def generate(
     model: Annotated[str, typer.Argument(help="Model folder, GGUF file or Hub repository, compressed or not.")],
     prompt: Annotated[str, typer.Argument(help="Text to answer or, of a model without a chat template, to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.", min=0.0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.", max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: DrawingSeed = 0,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -22,14 +23,9 @@ def generate(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")] = "auto",
-    dequantize: Annotated[
-        bool,
-        typer.Option("--dequantize", "--expand", help="Dequantize once after loading: faster on a CPU, full size in memory."),
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
-    ] = False,
+    dtype: Dtype = "auto",
+    dequantize: Dequantize = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text, printed as it comes; then, on stderr, the speed."""
     from transformers.utils import logging

@@ -1,16 +1,15 @@
 """``seedlm observe``."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from seedlm.cli.console import in_bytes, show, show_progress, stopped
+from seedlm.cli.console import in_bytes, note, show, show_progress, stopped
+from seedlm.cli.options import TrustRemoteCode
 from seedlm.errors import FormatError
-from seedlm.storage.untrusted import printable
 
 
 def observe(
@@ -34,9 +33,7 @@ def observe(
         str | None, typer.Option(help="Use so much of the device, such as 40GB; default: what is free.", metavar="SIZE")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Observe a model, for `compress --feedback FILE` with any number of bits.
@@ -72,7 +69,7 @@ def observe(
                 device=device,
                 trust_remote_code=trust_remote_code,
                 on_progress=on_progress,
-                on_note=lambda note: print(printable(f"seedlm: {note}"), file=sys.stderr),
+                on_note=note,
             )
     except KeyboardInterrupt as error:
         partial = out.with_name(out.name + ".partial")

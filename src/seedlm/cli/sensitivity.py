@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from seedlm.cli.console import show_progress
+from seedlm.cli.options import TrustRemoteCode
 
 
 def sensitivity(
@@ -18,9 +19,7 @@ def sensitivity(
     device: Annotated[str, typer.Option(help="auto, or a torch device such as cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure where a model's bits matter, for `compress --bits 3.5 --sensitivity FILE`.
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from seedlm.cli.options import Dtype, TrustRemoteCode
 from seedlm.errors import BackendError, FormatError
 
 
@@ -18,10 +19,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "localhost",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8000,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
-    ] = False,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model to OpenAI clients: chat, completions, streaming, at http://HOST:PORT/v1.
 
