@@ -76,11 +76,11 @@ def encode_panel(
     if hasattr(search, "encode_panel"):
         return PanelCodes(*search.encode_panel(weight, fed, coefficients, strips, trellis, overlap))
     own = None if coefficients is None else coefficients[strips.matrix.long()]
-    panel = _Columns(weight, fed, own, strips, search)
+    panel = _Columns(weight, fed, own, strips)
     key = (*weight.shape[1:], fed is None, own is None, trellis, overlap, search.__name__, weight.device)
 
     def run(panels: list[_Columns]) -> list[PanelCodes]:
-        return _encode(panels, trellis, overlap)
+        return _encode(panels, search, trellis, overlap)
 
     return _together.do(key, panel, len(weight), run, max(1, torch.get_num_threads()))
 
@@ -92,10 +92,9 @@ class _Columns(NamedTuple):
     fed: Tensor | None
     given: Tensor | None
     strips: Strips
-    search: ModuleType
 
 
-def _encode(panels: list[_Columns], trellis: Trellis, overlap: int) -> list[PanelCodes]:
+def _encode(panels: list[_Columns], search: ModuleType, trellis: Trellis, overlap: int) -> list[PanelCodes]:
     """Several panels of one kind, one column of all of them after another."""
     weight = torch.cat([panel.weight for panel in panels])
     strips = Strips(*(torch.cat(parts) for parts in zip(*(panel.strips for panel in panels), strict=True)))
@@ -112,7 +111,7 @@ def _encode(panels: list[_Columns], trellis: Trellis, overlap: int) -> list[Pane
             taken = taken + torch.bmm(given[:, None, :column, column], errors[:, :column]).squeeze(1)
         target = (weight[:, column].double() + taken * strips.take).float()
         target = torch.where(strips.scale > 0, target / strips.scale, 0.0)
-        words.append(codec.pack(panels[0].search.search(target, strips.roots, trellis, overlap), trellis.rate))
+        words.append(codec.pack(search.search(target, strips.roots, trellis, overlap), trellis.rate))
         values.append(codec.decode_streams(words[-1], trellis))
         coded = values[-1].float() * strips.scale
         missed = ((weight[:, column].double() - coded.double()) * strips.per_unit).round()
