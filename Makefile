@@ -5,7 +5,7 @@ PY = $(VENV)/bin/python
 DEMO ?= .demo
 
 # A CPU build of torch: from PyTorch's own index where it can be reached, else whatever pip finds (macOS and Windows have CPU builds
-# anyway). Set TORCH to choose another.
+# anyway). Set TORCH to choose another. Nothing is compiled to bytecode while it installs (40 s of 80): what is imported compiles then.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -13,8 +13,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --progress-bar on --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PY) -m pip install --progress-bar on $(TORCH)
-	$(PY) -m pip install --progress-bar on -e '.[gguf,rtl,report,dev]'
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --no-compile --progress-bar on --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PY) -m pip install --no-compile --progress-bar on $(TORCH)
+	$(PY) -m pip install --no-compile --progress-bar on -e '.[gguf,rtl,report,dev]'
 	touch $@
 
 # The environment of the demo is made first, then the model is fetched; bench/demo.py tells the rest, and goes on where it was.
@@ -59,8 +59,8 @@ dist: $(VENV)/installed
 # The environment of `make test` with every version and file pinned; Linux on x86-64, Python 3.11.
 locked:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q --no-deps --require-hashes -r requirements-dev.lock
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q --no-compile --retries 0 --timeout 10 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PY) -m pip install -q --no-compile $(TORCH)
+	$(PY) -m pip install -q --no-compile --no-deps --require-hashes -r requirements-dev.lock
 	$(PY) -m pip install -q --no-deps -e .
 	touch $(VENV)/installed
 
