@@ -80,7 +80,7 @@ def search(
 # roundings, and the smallest and largest coefficient and exponent; `tables` and `plan` are those of `Plan`.
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _fill_table(dims, unit, sums, table):
     """Fixed-point <w, s> / sqrt(C) of 32 blocks for every sign pattern s, 8 rows at a time.
 
@@ -110,7 +110,7 @@ def _fill_table(dims, unit, sums, table):
         first += rows
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _projection(dims, table, offsets, n):
     """Fixed-point <w, s(n)> / sqrt(C) of 32 blocks."""
     h = simd.load(table, offsets[0, n])
@@ -119,7 +119,7 @@ def _projection(dims, table, offsets, n):
     return h
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _bound(dims, table, offsets, constants, seeds, tiles, maxima, top):
     """Fixed-point energies of all seeds: the largest of each tile int16 [tiles * 32] and of all of them int16 [32]."""
     count = len(dims[1])
@@ -153,7 +153,7 @@ def _bound(dims, table, offsets, constants, seeds, tiles, maxima, top):
     simd.store(top, 0, highest)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _evaluate(dims, block, position, tables, code, winner, q, winner_q):
     """Score one seed for one block as `codec.evaluate` does, and keep it in `winner` if it comes first under the tie rule.
 
@@ -224,7 +224,7 @@ def _evaluate(dims, block, position, tables, code, winner, q, winner_q):
             winner_q[:] = q
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _energies(dims, unit, lane, spans, tile):
     """Float32 energies of one block for the 32 positions of a tile; unit float32 [C, 32]."""
     size, count = len(dims[0]), len(dims[1])
@@ -239,7 +239,7 @@ def _energies(dims, unit, lane, spans, tile):
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _scan(dims, unit, lanes, exact, block_energy, tile, positions, spans, tables, code, winners, q, winners_q):
     """Evaluate the seeds of a tile that could beat or tie the winner, for the blocks whose bit is set in `lanes`."""
     while lanes:
@@ -255,7 +255,7 @@ def _scan(dims, unit, lanes, exact, block_energy, tile, positions, spans, tables
                 _evaluate(dims, exact[lane], position, tables, code, winners[lane], q, winners_q[lane])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _start(dims, unit, lane, block, tile, positions, spans, tables, code, winner, q, winner_q, floats):
     """Evaluate the most promising seed of a tile."""
     simd.store(floats, 0, _energies(dims, unit, lane, spans, tile))
@@ -266,7 +266,7 @@ def _start(dims, unit, lane, block, tile, positions, spans, tables, code, winner
     _evaluate(dims, block, np.int64(max(positions[tile, best], 0)), tables, code, winner, q, winner_q)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _nearly_nothing(dims, block, norm, weakness, by_weakness, tables, code, winner, q, winner_q):
     """Decide a block so small that few seeds can do better than zero coefficients; False if they are not few.
 
@@ -288,13 +288,13 @@ def _nearly_nothing(dims, block, norm, weakness, by_weakness, tables, code, winn
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _fixed_bar(score, energy, margin):
     """The least fixed-point energy that can belong to a seed as good as this score."""
     return np.int16(max(-1.0, math.floor((-score / energy - margin) * ENERGY_UNIT)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 def _run(dims, blocks, code, plan, tables, out):
     """Search float32 [N, C] blocks; results into the arrays of `out`."""
     size, count = len(dims[0]), len(dims[1])
