@@ -24,8 +24,8 @@ _MARGIN = 1e-5
 give less than 4e-6."""
 _PAIRS = {"cpu": 1 << 16}
 _MANY_PAIRS = 1 << 22
-"""(block, seed) pairs scored at once. On a CPU 2^18 of them leave its caches and take 2 to 3 times as long (one core, presets 2,
-3 and 4); elsewhere millions, or the device idles."""
+"""(block, seed) pairs scored at once. On a CPU 2^18 of them leave its caches and take 2 to 3 times as long (presets 2, 3 and
+4, one core); elsewhere millions, or the device idles."""
 _FIRST_SEEDS = 8
 """Seeds that set the bar, each the best of its tile. One is not enough: the highest cap may be an ill-conditioned seed's, whose
 coefficients do not survive rounding."""
