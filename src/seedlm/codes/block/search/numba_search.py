@@ -25,7 +25,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,18 +75,12 @@ def search(
             running.extend(pool.submit(piece, part) for part in itertools.islice(pieces, 1))
 
 
-_NO_WAYS_IN: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-_inner = njit(nogil=True, **_NO_WAYS_IN)
-"""Compiles what only `_run` calls: without ways in from Python and from C, which take their time to compile too."""
-
-
 # The compiled part. `dims` is a pair of tuples with C and P elements: a tuple's length is part of its type, so numba compiles
 # (and caches on disk) one version per shape in which both are constants. `code` holds the exponent bias, whether to try all
-# roundings, and the smallest and largest coefficient and exponent; `tables` and `plan` are those of `Plan`. Arrays are filled
-# and cut by loops and offsets: numba's own slices, and arrays made inside, double the seconds that a shape takes to compile.
+# roundings, and the smallest and largest coefficient and exponent; `tables` and `plan` are those of `Plan`.
 
 
-@_inner
+@simd.inner
 def _fill_table(dims, unit, sums, table):
     """Fixed-point <w, s> / sqrt(C) of 32 blocks for every sign pattern s, 8 rows at a time.
 
@@ -117,7 +110,7 @@ def _fill_table(dims, unit, sums, table):
         first += rows
 
 
-@_inner
+@simd.inner
 def _projection(dims, table, offsets, n):
     """Fixed-point <w, s(n)> / sqrt(C) of 32 blocks."""
     h = simd.load(table, offsets[0, n])
@@ -126,7 +119,7 @@ def _projection(dims, table, offsets, n):
     return h
 
 
-@_inner
+@simd.inner
 def _bound(dims, table, offsets, constants, seeds, tiles, maxima, top):
     """Fixed-point energies of all seeds: the largest of each tile int16 [tiles * 32] and of all of them int16 [32]."""
     count = len(dims[1])
@@ -160,7 +153,7 @@ def _bound(dims, table, offsets, constants, seeds, tiles, maxima, top):
     simd.store(top, 0, highest)
 
 
-@_inner
+@simd.inner
 def _evaluate(dims, block, position, tables, code, winner, scratch, winner_q):
     """Score one seed for one block as `codec.evaluate` does, and keep it in `winner` if it comes first under the tie rule.
 
@@ -232,7 +225,7 @@ def _evaluate(dims, block, position, tables, code, winner, scratch, winner_q):
                 winner_q[p] = q[p]
 
 
-@_inner
+@simd.inner
 def _energies(dims, unit, lane, spans, tile):
     """Float32 energies of one block for the 32 positions of a tile; unit float32 [C, 32]."""
     size, count = len(dims[0]), len(dims[1])
@@ -247,7 +240,7 @@ def _energies(dims, unit, lane, spans, tile):
     return total
 
 
-@_inner
+@simd.inner
 def _scan(dims, unit, lanes, exact, block_energy, tile, positions, spans, tables, code, winners, scratch, winners_q):
     """Evaluate the seeds of a tile that could beat or tie the winner, for the blocks whose bit is set in `lanes`."""
     while lanes:
@@ -263,7 +256,7 @@ def _scan(dims, unit, lanes, exact, block_energy, tile, positions, spans, tables
                 _evaluate(dims, exact[lane], position, tables, code, winners[lane], scratch, winners_q[lane])
 
 
-@_inner
+@simd.inner
 def _start(dims, unit, lane, block, tile, positions, spans, tables, code, winner, scratch, winner_q, floats):
     """Evaluate the most promising seed of a tile."""
     simd.store(floats, 0, _energies(dims, unit, lane, spans, tile))
@@ -274,7 +267,7 @@ def _start(dims, unit, lane, block, tile, positions, spans, tables, code, winner
     _evaluate(dims, block, np.int64(max(positions[tile, best], 0)), tables, code, winner, scratch, winner_q)
 
 
-@_inner
+@simd.inner
 def _nearly_nothing(dims, block, norm, weakness, by_weakness, tables, code, winner, scratch, winner_q):
     """Decide a block so small that few seeds can do better than zero coefficients; False if they are not few.
 
@@ -296,7 +289,7 @@ def _nearly_nothing(dims, block, norm, weakness, by_weakness, tables, code, winn
     return True
 
 
-@_inner
+@simd.inner
 def _fixed_bar(score, energy, margin):
     """The least fixed-point energy that can belong to a seed as good as this score."""
     return np.int16(max(-1.0, math.floor((-score / energy - margin) * ENERGY_UNIT)))
