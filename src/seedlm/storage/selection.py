@@ -105,14 +105,14 @@ class Survey:
 
     name     the model's class; None if it could not be built, and names are all there is
     dense    tensor -> why no code can take its place
-    stacks   stack of experts -> whether it is [experts, in_features, out_features]
+    stacks   stack of experts -> how its matrices lie in it
     notes    what a user should know before the search, a line each
     tables   the tensors of the embeddings and the head
     """
 
     name: str | None = None
     dense: Mapping[str, str] = field(default_factory=dict)
-    stacks: Mapping[str, bool] = field(default_factory=dict)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tables: Tables = Tables()
 
@@ -215,8 +215,7 @@ def stack_of(
     if not _is_stack(name, tensors[name], survey):
         return None
     if survey.name is not None:
-        experts, rows, columns = tensors[name].shape
-        return Stack(name, (experts, rows, columns), survey.stacks[name])
+        return survey.stacks[name]
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) else config
     hidden, kind = config.get("hidden_size"), config.get("model_type")
