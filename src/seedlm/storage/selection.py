@@ -37,6 +37,9 @@ _LEFT_DENSE: Final = {
         *("*.dt_proj", "*.x_proj", "*.mamba.out_proj", "*.mixer.out_proj"),  # Mamba
         *("*.attention.output", "*.feed_forward.value"),  # RWKV
     ),
+    "a weight that is stored under a name without .weight": (
+        *("*sconv.weight_proj", "*convolution.weight_proj", "*_message_gate.*"),  # Inkling 2
+    ),
     "part of a vision or audio tower": ("*vision*", "*visual*", "*audio*", "*multi_modal_projector*", "*mm_projector*"),
     "an output head": ("*lm_head*", "*embed_out", "output"),
 }
@@ -337,6 +340,7 @@ def groups_of(modules: Iterable[str]) -> list[list[str]]:
 
 def left_by_default(module: str) -> str | None:
     """Rule 2: why a linear layer of this name stays as it is unless it is included; None if it is compressed."""
+    module = module.replace(".vision_moe.", ".")  # Ernie 4.5 VL's experts for the tokens of images: part of no tower
     for reason, patterns in _LEFT_DENSE.items():
         if any(fnmatchcase(module, pattern) for pattern in patterns):
             return reason

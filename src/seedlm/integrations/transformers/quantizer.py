@@ -243,8 +243,8 @@ def _expert_names(model: nn.Module) -> list[ExpertNames]:
     for name, module in model.named_modules():
         if isinstance(module, SeedExperts):
             for projection, (part, *_) in module.parts.items():
-                tensor = saved_names(model, [f"{name}.{projection}"])[f"{name}.{projection}"]
-                module.stacks[part] = dataclasses.replace(module.stacks[part], tensor=tensor)
+                tensor = f"{name}.{projection}"
+                module.stacks[part] = dataclasses.replace(module.stacks[part], tensor=saved_names(model, [tensor])[tensor])
                 templates[f"{tensor.removesuffix('.weight')}.*"] = f"{name}.{PACKED}.{part}.*"
     return [ExpertNames(templates)] if templates else []
 
