@@ -29,6 +29,7 @@ from torch.nn.modules import module as registration
 from seedlm.errors import SourceError
 from seedlm.modeling.embedding import find_tables
 from seedlm.modeling.experts import Projection
+from seedlm.modeling.linear import is_linear
 from seedlm.storage.checkpoint import Stack
 from seedlm.storage.safetensors import TensorInfo
 from seedlm.storage.selection import Survey, Tables
@@ -229,7 +230,10 @@ class _Surveyor:
             return None
         if place is None:
             owner = self._model.get_submodule(targets[0].rpartition(".")[0])
-            return f"{type(owner).__name__} is no plain linear layer" if converter is None else "rearranged on loading"
+            if converter is not None:
+                return "rearranged on loading"
+            kind = type(owner).__name__
+            return "renamed on loading as codes would not be" if is_linear(owner) else f"{kind} is no plain linear layer"
         own = f"{place.name}.{place.projection or 'weight'}"
         shared = [owner for owner in self._owners[id(self._parameters[own])] if owner != own]
         return f"shared with {shared[0]}" if shared else None
@@ -250,7 +254,7 @@ class _Surveyor:
         if place is None or (scaled and not re.match(r"B?F\d+$", info.dtype)):
             return "rearranged on loading"
         turned = converter is not None and type(converter.operations[0]).__name__ == "Transpose"
-        straight = (first, second // place.count, third)
+        straight = (first, second * len({*place.halves, projection}) // place.count, third)
         if form.flat or (info.shape == straight and not (turned and not getattr(converter.operations[0], "check_dims", False))):
             return replace(stack, shape=straight)
         if turned and info.shape == (first, third, second):

@@ -12,7 +12,7 @@ All else of the module, its activation, gate and biases, is taken over as it is,
 architectures whose experts follow transformers' `use_experts_implementation`, and those whose `Kind` stands here.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -62,6 +62,7 @@ _UNMARKED: Final = {
     "Llama4TextExperts": Kind(transposed=frozenset({"gate_up_proj", "down_proj"})),
     "Step3p7Experts": Kind(),
     "LongcatFlashExperts": Kind(),
+    "InklingSharedExperts": Kind(("gate_proj", "up_proj"), "down_proj"),
     _PARALLEL: Kind(("weight",), None, has_gate=False),
     _DBRX: Kind(("mlp.w1", "mlp.v1"), "mlp.w2", transposed=frozenset({"mlp.w2"}), flat=True),
 }
@@ -150,7 +151,7 @@ class SeedExperts(nn.Module):
     parts    projection -> parts of its output features, in order
     layers   part -> the layers of all experts
     stacks   part -> the tensor that a checkpoint's original holds it as, for those that are stacked there
-    paired   the projections whose layers give the first output of both halves, then the second of both, and so on (Inkling)
+    halves   of projections whose layers give outputs of two halves by turns (Inkling): which of them, in order, from 0
     Experts from number `identity_from` on hand back what they are given (LongCat).
     """
 
@@ -165,13 +166,14 @@ class SeedExperts(nn.Module):
         parts: Mapping[str, Sequence[str]],
         layers: Mapping[str, Sequence[SeedLinear]],
         stacks: Mapping[str, Stack],
-        paired: Collection[str] = (),
+        halves: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         kind = _kind_of(dense)
         assert kind is not None
         super().__init__()
         _take_over(self, dense)
-        self.dense_class, self.kind, self.projections, self.paired = type(dense), kind, projections_of(dense), frozenset(paired)
+        self.dense_class, self.kind, self.projections = type(dense), kind, projections_of(dense)
+        self.halves = dict(halves or {})
         self.identity_from = getattr(dense, "num_routed_experts", None) if hasattr(dense, "identity_expert") else None
         self.parts = {projection: tuple(names) for projection, names in parts.items()}
         self.stacks = dict(stacks)
@@ -180,12 +182,20 @@ class SeedExperts(nn.Module):
             del parameters[leaf]
         self.add_module(PACKED, nn.ModuleDict({part: nn.ModuleList(group) for part, group in layers.items()}))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Any = None, top_k_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Any = None,
+        top_k_weights: Tensor | None = None,
+        *,
+        gammas: Tensor | None = None,
+    ) -> Tensor:
         """What the dense module computes.
 
         hidden_states   [..., hidden]
         top_k_index     int64 [tokens, k], the experts of each token; one that does not exist stands for none
         top_k_weights   [tokens, k], how much each of them counts
+        gammas          [..., experts], in place of these two (Inkling's shared experts): all tokens go to all experts
         returns         [..., hidden]
         Without index and weights (Llama 4): tokens come sorted by expert, as many for each. With a list in place of the index
         (JetMoe): as many for each as it says.
@@ -193,6 +203,10 @@ class SeedExperts(nn.Module):
         if self.dense_class.__name__ == _PARALLEL:
             groups = hidden_states.split(top_k_index)
             return torch.cat([self._project("weight", expert, x) for expert, x in enumerate(groups)])
+        if gammas is not None:
+            tokens, weights = hidden_states.flatten(0, -2), gammas.flatten(0, -2)
+            shared = [self._expert(expert, tokens, weight) for expert, weight in enumerate(weights[..., None].unbind(1))]
+            return torch.stack(shared).float().sum(0).to(tokens.dtype).view(hidden_states.shape)
         if top_k_index is None or top_k_weights is None:
             groups = hidden_states.reshape(self.num_experts, -1, hidden_states.shape[-1])
             return torch.cat([self._expert(expert, x) for expert, x in enumerate(groups)])
@@ -207,19 +221,20 @@ class SeedExperts(nn.Module):
                 outputs[token, rank] = (self._expert(expert, x) if expert < real else x) * top_k_weights[token, rank, None]
         return outputs.sum(1).to(tokens.dtype).view(hidden_states.shape)
 
-    def _expert(self, expert: int, x: Tensor) -> Tensor:
-        """One expert's output for some tokens [n, hidden]."""
+    def _expert(self, expert: int, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """One expert's output for some tokens [n, hidden], whose weights [n, 1] count before the last product if given."""
         read = _joined([self._project(projection, expert, x) for projection in self.kind.reads])
         apply_gate: Any = getattr(self.dense_class, "_apply_gate", _apply_gate)
         inner = apply_gate(self, read) if self.kind.has_gate else self.act_fn(read)
         assert self.kind.writes is not None
-        out = self._project(self.kind.writes, expert, inner)
+        out = self._project(self.kind.writes, expert, inner if weight is None else inner * weight)
         return self.post_expert_norm(out) if getattr(self, "has_post_expert_norm", False) else out
 
     def _project(self, projection: str, expert: int, x: Tensor) -> Tensor:
         if projection in self.parts:
             out = _joined([layers[expert](x) for layers in self._layers(projection)])
-            out = torch.cat([out[..., ::2], out[..., 1::2]], -1) if projection in self.paired else out
+            if halves := self.halves.get(projection):
+                out = _joined([out[..., half::2] for half in halves])
         else:
             out = nn.functional.linear(x, self.projections[projection].matrices(self.get_parameter(projection))[expert])
         return out + getattr(self, f"{projection}_bias")[expert] if self.kind.has_bias else out
@@ -231,7 +246,7 @@ class SeedExperts(nn.Module):
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The dense module again, with the same weights."""
         dense = self.dense_class.__new__(self.dense_class)
-        _take_over(dense, self, but=("dense_class", "kind", "projections", "parts", "stacks", "paired", "identity_from"))
+        _take_over(dense, self, but=("dense_class", "kind", "projections", "parts", "stacks", "halves", "identity_from"))
         del dense._modules[PACKED]
         for projection, form in self.projections.items():
             if projection not in self.parts:
@@ -240,8 +255,8 @@ class SeedExperts(nn.Module):
                 torch.cat([layer.dequantize(dtype) for layer in expert])
                 for expert in zip(*self._layers(projection), strict=True)
             ]
-            if projection in self.paired:
-                matrices = [torch.cat([matrix[::2], matrix[1::2]]) for matrix in matrices]
+            if halves := self.halves.get(projection):
+                matrices = [torch.cat([matrix[half::2] for half in halves]) for matrix in matrices]
             parameters, leaf = _own(dense, projection)
             parameters[leaf] = nn.Parameter(form.parameter(matrices), requires_grad=False)
         return dense

@@ -32,9 +32,10 @@ _JOINED_MATRICES: Final[tuple[_Steps, ...]] = (
     _SHARED_OUT,
 )
 """What transformers may do to matrices, one for each expert, so that rows stay rows."""
-_PAIRED: Final[_Steps] = [("Interleave", 1)]
-"""Rows 0, 2, 4 and so on of a stack's matrices become the first half of the parameter's, the others the second."""
-_JOINED_STACKS: Final[tuple[_Steps, ...]] = ([], [("Transpose", None)], [("Concatenate", 1)], _PAIRED)
+_BY_TURNS: Final[tuple[_Steps, ...]] = ([("Interleave", 1)], [("Interleave", 1), ("Chunk", 1)])
+"""Rows 0, 2, 4 and so on of a stack's matrices become the first half of a parameter's and the others the second, or each half a
+parameter of its own."""
+_JOINED_STACKS: Final[tuple[_Steps, ...]] = ([], [("Transpose", None)], [("Concatenate", 1)], *_BY_TURNS)
 """And to stacks of them. How a stack lies on the disk is in its description, whatever its parameter is like."""
 _EXPANDS: Final = ("Inkling2LoopDequantizeExperts", None)
 """Makes floats of a stack and its scales, and leaves one alone that has none."""
@@ -48,7 +49,7 @@ class Place:
     projection   of the experts, "" for a linear layer
     part         the part of that projection's outputs, which is number `order` of `count`
     expert       number of the expert
-    paired       whether its rows are of the two halves of the outputs by turns (`SeedExperts`)
+    halves       if its rows are of two halves of the outputs by turns, the projection of each (`SeedExperts`)
     stored       the module's name after renaming, as `ExpertNames` finds it
     """
 
@@ -58,7 +59,7 @@ class Place:
     order: int = 0
     count: int = 1
     expert: int = 0
-    paired: bool = False
+    halves: tuple[str, ...] = ()
     stored: str = ""
 
     @property
@@ -92,8 +93,10 @@ class Names:
         return self._find(self.renamed(f"{module}.weight").removesuffix(".weight"), self._modules)
 
     def place(self, module: str, stack: Stack | None) -> Place | None:
-        """Where a module of a file belongs; None if the model has no such place."""
+        """Where a module of a file belongs; None if the model has no such place, or not all parts of codes would go there."""
         renamed = self.renamed(f"{module}.weight").removesuffix(".weight")
+        if self.renamed(f"{module}.weight_x") != f"{renamed}.weight_x":
+            return None
         if linear := self._find(renamed, self._linears):
             return Place(linear)
         match = LAST_NUMBER.fullmatch(module if stack else renamed)
@@ -102,18 +105,19 @@ class Names:
         key = self.renamed(stack.tensor) if stack else f"{renamed}.weight"
         converter, order = self.converter(key)
         steps, count = _steps(converter)
-        found = [self.projection(target) for target in self.targets(key)]
-        if steps not in (_JOINED_MATRICES if stack is None else _JOINED_STACKS) or found[0] is None:
+        found = [where for target in self.targets(key) if (where := self.projection(target))]
+        if steps not in (_JOINED_MATRICES if stack is None else _JOINED_STACKS) or not found:
             return None
-        half, expert = divmod(int(match[2]), found[0][2].shape[0]) if steps == _SHARED_OUT else (0, int(match[2]))
-        if half >= len(found) or (place := found[half]) is None:
+        other, expert = divmod(int(match[2]), found[0][2].shape[0]) if steps == _SHARED_OUT else (0, int(match[2]))
+        if other >= len(found):
             return None
-        name, projection, _ = place
+        name, projection, _ = found[other]
+        halves = tuple(each for _, each, _ in (found if len(found) > 1 else 2 * found)) if steps in _BY_TURNS else ()
         if stack is None:
             part = match[3].lstrip(".").replace(".", "_")
         else:
             part = (projection if count == 1 else stack.base).rpartition(".")[2]
-        return Place(name, projection, part, order, count, expert, steps == _PAIRED, renamed)
+        return Place(name, projection, part, order, count, expert, halves, renamed)
 
     def template(self, place: Place) -> dict[str, str]:
         """The entries of `ExpertNames` for a place in experts: with and without the base model's prefix, as files have it."""

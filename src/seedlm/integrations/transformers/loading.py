@@ -267,7 +267,9 @@ def _empty_experts(
     parts: dict[str, list[str]] = {}
     layers: dict[str, list[SeedLinear]] = {}
     whole: dict[str, Stack] = {}
-    for projection, count in {place.projection: place.count for place in places.values()}.items():
+    for projection, (count, wide) in {
+        place.projection: (place.count, max(1, len({*place.halves}))) for place in places.values()
+    }.items():
         experts, rows, columns = shapes[projection].shape
         if any((projection, number) not in order for number in range(count)) or rows % count:
             raise CheckpointError(
@@ -284,9 +286,13 @@ def _empty_experts(
                     f"but the codes of {part} for expert {number} are {'missing' if None in modules else 'there too'}"
                 )
             weight = dense.get_parameter(projection)
-            group = [empty(module, (rows // count, columns), weight) for module in modules if module]
+            group = [empty(module, (rows * wide // count, columns), weight) for module in modules if module]
             layers[part] = [layer.train(dense.training) for layer in group]
             if (stack := stacks.get(f"{modules[0]}")) is not None:
                 whole[part] = stack
-    paired = {place.projection for place in places.values() if place.paired}
-    return SeedExperts(dense, parts, layers, whole, paired).train(dense.training)
+    halves: dict[str, list[int]] = {}
+    for place in {place.part: place for place in places.values() if place.halves}.values():
+        for half, projection in enumerate(place.halves):
+            parts[projection] = parts[place.projection]
+            halves.setdefault(projection, []).append(half)
+    return SeedExperts(dense, parts, layers, whole, halves).train(dense.training)
