@@ -131,7 +131,7 @@ def test_some_layers_alone_get_the_same_sums(model, measured):
         (
             "dbrx",
             {
-                **{"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "head_dim": None},
+                **{"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}, "d_model": 32, "hidden_size": None},
                 "ffn_config": {"ffn_hidden_size": 20, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
             },
             "transformer.blocks.0.ffn.experts.mlp.w2.{}",
