@@ -32,6 +32,7 @@ from seedlm.integrations.transformers.loading import CodeNames, ExpertNames, Pla
 from seedlm.modeling.embedding import SeedEmbedding
 from seedlm.modeling.experts import PACKED, SeedExperts
 from seedlm.modeling.linear import PackedModule
+from seedlm.modeling.places import Names
 from seedlm.modeling.quantize import (
     LISTENERS,
     compress_model,
@@ -239,13 +240,14 @@ def _described(model: nn.Module) -> dict[str, PackedInfo]:
 
 def _expert_names(model: nn.Module) -> list[ExpertNames]:
     """How the experts of a model that was compressed in memory are saved: as stacks, each under its tensor's name."""
-    templates = {}
+    templates, names = {}, Names(model)
     for name, module in model.named_modules():
         if isinstance(module, SeedExperts):
             for projection, (part, *_) in module.parts.items():
-                tensor = f"{name}.{projection}"
-                module.stacks[part] = dataclasses.replace(module.stacks[part], tensor=saved_names(model, [tensor])[tensor])
-                templates[f"{tensor.removesuffix('.weight')}.*"] = f"{name}.{PACKED}.{part}.*"
+                parameter = f"{name}.{projection}"
+                stack = dataclasses.replace(module.stacks[part], tensor=saved_names(model, [parameter])[parameter])
+                module.stacks[part], first = stack, names.renamed(f"{stack.base}.0.weight")  # the others come before
+                templates[f"{first.removesuffix('.0.weight')}.*"] = f"{name}.{PACKED}.{part}.*"
     return [ExpertNames(templates)] if templates else []
 
 
