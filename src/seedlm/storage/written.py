@@ -15,6 +15,16 @@ def check_free(path: Path) -> None:
         raise OutputError(f"{path}: exists already; choose another output, or delete it")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent}: no such folder")
+    check_writable(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OutputError if a folder cannot be made there, or files in it if it is there."""
+    above = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not above.is_dir():
+        raise OutputError(f"{above}: is not a folder, so {path} cannot be made")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{above}: nothing can be written there (permission denied, or a disk that is read-only)")
 
 
 @contextmanager
