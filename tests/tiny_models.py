@@ -184,7 +184,7 @@ def told(stderr: str) -> list[str]:
     """The lines of stderr but for what a command begins with, and its progress."""
     from seedlm.progress import PHASES
 
-    begun = "|".join([r".* million weights in [\d,]+ tensors", *(label for label, _, _ in PHASES.values())])
+    begun = "|".join([r".* weights in [\d,]+ tensors", *(label for label, _, _ in PHASES.values())])
     return [line for line in stderr.splitlines() if not re.match(f"seedlm: ({begun})", line)]
 
 

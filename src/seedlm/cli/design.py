@@ -55,7 +55,8 @@ def design(
     note(f"formats of at most {bits:g} bits a weight, on {blocks} blocks of {model or 'N(0,1)'}{f': {there}' if there else ''}")
     try:
         with show_progress() as (on_progress, _):
-            on_progress("open", 0, 0)
+            if there is not None:
+                on_progress("open", 0, 0)
             from seedlm.compress.design import measure, model_blocks, normal_blocks
             from seedlm.device import choose_device
 

@@ -24,13 +24,13 @@ def rtl(
     from seedlm.storage.written import check_free, replacing
 
     check_free(output)
-    if find_spec("amaranth") is None:
-        raise BackendError("seedlm rtl needs amaranth: pip install 'seedlm[rtl]'")
     sizes = {"beat_bits": beat_bits, "max_features": max_features}
     format = parse_format(bits, "block")
     if not isinstance(format, BlockFormat):
         raise FormatError(f"the hardware multiplies block codes, not {format.spec}")
     design = HalfDesign(**sizes) if fp16 else SeedDesign(format=format, **sizes)
+    if find_spec("amaranth") is None:
+        raise BackendError("seedlm rtl needs amaranth: pip install 'seedlm[rtl]'")
     note(
         f"{'FP16' if fp16 else format.spec}, {design.beat_bits} bits a clock, {design.max_features} activations: into {output}"
     )
@@ -38,6 +38,7 @@ def rtl(
         on_progress("rtl", 0, 0)
         from seedlm.rtl.verilog import emit
 
-        with replacing(output) as file:
-            file.write(emit(design).encode())
+        text = emit(design)
+    with replacing(output) as file:
+        file.write(text.encode())
     print(f"{output}: {design.prefix}_matvec, {design.lanes} multipliers, {design.beat_bits // 8} bytes a clock")

@@ -66,7 +66,7 @@ def compress_checkpoint(
     source              local folder of safetensors, GGUF file or Hub repository (`source.open_source`)
     out                 folder to be created; ``OUT.partial`` beside it holds the unfinished run
     format              preset, specification or format object, or a mixture of formats
-    feedback            what errors are weighed by (`statistics.Feedback`): ``"own"``, a text that the model writes itself;
+    feedback            what errors are weighed by (`feedback.Feedback`): ``"own"``, a text that the model writes itself;
                         ``"none"``, the weights alone; a file of statistics; a text, which calibrates on data. ``"auto"`` is own
                         where the format's family asks for it and the model can be run
     dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;

@@ -39,7 +39,8 @@ class Found:
 
     def __str__(self) -> str:
         size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e9 else f"{self.nbytes / 1e6:.2f} MB"
-        return f"{size}, {self.weights / 1e6:,.1f} million weights in {self.tensors:,} tensors"
+        weights = f"{self.weights / 1e6:,.1f} million" if self.weights >= 1e6 else f"{self.weights:,}"
+        return f"{size}, {weights} weights in {self.tensors:,} tensors"
 
 
 def find(model: str, revision: str | None = None, tell: Callable[[str], None] | None = None) -> Found:
