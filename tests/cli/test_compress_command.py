@@ -49,7 +49,7 @@ def test_compress_ends_with_a_summary_and_says_what_it_does_in_a_few_lines_when_
     _, done = compressed
     assert (done.returncode, told(done.stderr)) == (0, [])
     first, *phases = done.stderr.splitlines()
-    assert " weights in 21 tensors; compressing to 3.66 bits a weight into " in first
+    assert " weights in 21 tensors; compressing to 3 bits a weight into " in first
     assert phases[0] == "seedlm: Opening the model ..."
     assert [line for line in phases if line.startswith("seedlm: Encoding: ")]
     for word in ("size", "bits each", "relative error", "time", "weights/s", "seedlm chat", "at 5 bits", "--reference SOURCE"):

@@ -92,9 +92,10 @@ def check_request(text: Text, settings: Settings, out: Path | None, tokens_out: 
         check_free(path)
     if out is not None:
         check_unlocked(out.with_name(out.name + ".partial"))
-    check_text(text.content, settings.context, EvaluationError, text.path)
-    if settings.calibration is not None:
-        check_text(Text.from_file(settings.calibration).content, settings.context, EvaluationError, settings.calibration)
+    texts = [text] if settings.calibration is None else [text, Text.from_file(settings.calibration)]
+    for each in texts:
+        remedy = "choose a shorter context (--context) or a longer text"
+        check_text(each.content, settings.context, EvaluationError, each.path, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

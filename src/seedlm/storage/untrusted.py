@@ -72,10 +72,10 @@ def read_text(path: str | Path, error: type[SeedLMError]) -> str:
         raise error(f"{path}: is not UTF-8 text (byte {reason.start})") from None
 
 
-def check_text(text: str, tokens: int, error: type[SeedLMError], path: str | Path) -> None:
+def check_text(text: str, tokens: int, error: type[SeedLMError], path: str | Path, remedy: str = "take a longer text") -> None:
     """Raise `error` for a text that cannot have so many tokens: one is a byte at least, but for some that are added."""
     if (size := len(text.encode())) + _ADDED < tokens:
-        raise error(f"{path}: the text has {size} bytes, and so fewer tokens than the {tokens} that are needed at least")
+        raise error(f"{path}: the text has {size} bytes, and so fewer tokens than the {tokens} that are needed: {remedy}")
 
 
 def parse_json(text: bytes | str, where: str, error: type[SeedLMError], *, infinite: bool = False) -> Any:
