@@ -31,6 +31,8 @@ PHASES: Final = {
     "dense": ("Measuring dense", "", "runs"),
     "nf4": ("Measuring NF4", "", "runs"),
     "design": ("Measuring formats", "", "formats"),
+    "verify": ("Reading everything", "", ""),
+    "check": ("Checking codes", "", "tensors"),
     "rtl": ("Writing the design", "", ""),
 }
 """Phase -> what a user is told, and the unit in which."""

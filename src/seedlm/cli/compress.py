@@ -212,9 +212,13 @@ def inspect(
     report = inspect_checkpoint(folder)
     if check:
         checkpoint = Checkpoint.open(folder)
-        checkpoint.verify()
-        for module in checkpoint.packed:
-            checkpoint.tensor(module)
+        with show_progress() as (on_progress, _):
+            on_progress("verify", 0, 0)
+            checkpoint.verify()
+            on_progress("check", 0, len(checkpoint.packed))
+            for done, module in enumerate(checkpoint.packed, 1):
+                checkpoint.tensor(module)
+                on_progress("check", done, len(checkpoint.packed))
         by_digest = f"{len(checkpoint.digests)} of {len(checkpoint.files.entries)} tensors match their SHA-256"
         print(f"seedlm: {by_digest}, {len(report.tensors)} compressed ones hold valid codes", file=sys.stderr)
     if as_json:
