@@ -221,7 +221,7 @@ def _ways():
     import seedlm.codes.trellis.family
     import seedlm.modeling.places
     import seedlm.storage.source_gguf
-    from seedlm.calibration.sensitivity import read_sensitivity
+    from seedlm.storage.sensitivity import read_sensitivity
     from seedlm.codes.registry import parse_format
     from seedlm.compare import load_runs
     from seedlm.compress import plan
