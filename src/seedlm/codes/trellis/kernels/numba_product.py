@@ -79,7 +79,8 @@ def workspace(width: int) -> int:
     return records(width) + 4 * GROUP * groups(width)
 
 
-def _in_pairs(exact: bool) -> bool:
+def in_pairs(exact: bool) -> bool:
+    """Whether `numba_pairs` multiplies."""
     return exact and numba_pairs.available()
 
 
@@ -95,7 +96,7 @@ def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, r
     numbers = literal(rate, state_bits, exact, tokens)
 
     def codegen(context, builder, sig, args):
-        if _in_pairs(numbers[2]):
+        if in_pairs(numbers[2]):
             numba_pairs.emit(builder, args[:8], _INTEGERS, numbers[0], numbers[1], numbers[3])
         else:
             _emit(builder, args[:8], *numbers)
@@ -104,14 +105,19 @@ def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, r
     return types.void(*[types.intp] * 8, rate, state_bits, exact, tokens), codegen
 
 
+def at_once(exact: bool) -> int:
+    """Tokens that share the decoding of a weight: more have no registers for their sums."""
+    return 8 if in_pairs(exact) else 4
+
+
 def _columns(rate: int, exact: bool) -> int:
     """Columns that are multiplied at a time."""
-    return numba_pairs.columns(rate) if _in_pairs(exact) else LANES // rate
+    return numba_pairs.columns(rate) if in_pairs(exact) else LANES // rate
 
 
 def _rows(rate: int, state_bits: int, exact: bool) -> np.ndarray:
     """The row of a segment that each of a token's sums belongs to, -1 where it is none's."""
-    if _in_pairs(exact):
+    if in_pairs(exact):
         return np.array(numba_pairs.rows(rate))
     bits = [(word, offset) for slot in slots(rate, state_bits) for word, offset in enumerate(slot.offsets)]
     return np.array([(32 * word + offset) // rate if offset < 32 else -1 for word, offset in bits])
@@ -152,26 +158,26 @@ def _quantize(typingctx, row, inverse, record, rate, exact):
 
     def codegen(context, builder, sig, args):
         row, inverse, record = args[:3]
-        products, in_pairs = Products(whole), _in_pairs(whole)
+        products, paired = Products(whole), in_pairs(whole)
         factor, total = splat(builder, inverse), constant([0] * LANES)
         for first in range(0, GROUP, LANES):
             scaled = builder.fmul(load(builder, row, FLOATS, 4 * first), factor)
             integers = builder.fptosi(call(builder, f"llvm.rint.v{LANES}f32", FLOATS, scaled), INTS)
             total = builder.add(total, integers)
-            if in_pairs or not products.narrow:
+            if paired or not products.narrow:
                 some = builder.trunc(integers, ir.VectorType(I16, LANES))
-                some = shuffle(builder, some, numba_pairs.activations(per)) if in_pairs else some
+                some = shuffle(builder, some, numba_pairs.activations(per)) if paired else some
                 store(builder, some, record, _INTEGERS + 2 * first)
                 continue
             upper = builder.ashr(builder.add(integers, constant([128] * LANES)), constant([8] * LANES))
             for part, value in enumerate((upper, integers) if whole else (integers,)):
                 store(builder, builder.trunc(value, ir.VectorType(I8, LANES)), record, _INTEGERS + part * _PADDED + first)
-        size = 2 if in_pairs or not products.narrow else 1
-        for part in range(1 if in_pairs else products.parts):
+        size = 2 if paired or not products.narrow else 1
+        for part in range(1 if paired else products.parts):
             zeros = constant([0] * LANES, I16 if size == 2 else I8)
             store(builder, zeros, record, _INTEGERS + part * _PADDED + size * GROUP)
         total = call(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
-        store(builder, builder.mul(total, ir.Constant(I32, -510 if in_pairs else -products.excess)), record, 4)
+        store(builder, builder.mul(total, ir.Constant(I32, -510 if paired else -products.excess)), record, 4)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.float32, types.intp, rate, exact), codegen
