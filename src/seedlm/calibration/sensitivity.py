@@ -16,51 +16,27 @@ docs/log/mixed-precision.md: this as well as one compression and evaluation per 
 weights alone, norms and gains included, nearly.
 """
 
-import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from seedlm.calibration.own_text import OVERFLOW, check_length, predict
+from seedlm.calibration.amount import SensitivityText as OwnText
+from seedlm.calibration.amount import check_length
+from seedlm.calibration.own_text import OVERFLOW, predict
 from seedlm.errors import EvaluationError
+from seedlm.integrations.transformers.models import longest_text
 from seedlm.modeling.experts import stacks_of
 from seedlm.progress import Progress, shown
-from seedlm.storage.untrusted import read_json
-from seedlm.version import __version__
-
-SENSITIVITY_VERSION: Final = 1
-"""Of the file's layout."""
 
 _BATCH: Final = 16
 """Sequences written at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnText:
-    """The text that a model writes by itself: how many sequences, tokens in each, and the seed of what is drawn.
-
-    Not that of `calibration.own_text`: these sequences begin with any token, and are drawn otherwise. What was measured with
-    mixtures of the block code (docs/results.md) rests on them.
-    Raises EvaluationError for a value that cannot be.
-    """
-
-    sequences: int = 32
-    length: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("sequences", 1), ("length", 2)):
-            if getattr(self, name) < least:
-                raise EvaluationError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +59,7 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
     Raises EvaluationError for text longer than the model's context, without linear layers, or if gradients are not finite.
     """
     text = text or OwnText()
-    check_length(model, text.length)
+    check_length(longest_text(model), text.length)
     weights = _weights(model)
     if not weights:
         raise EvaluationError(f"{type(model).__name__} has no linear layer with a weight of its own")
@@ -174,37 +150,3 @@ def _squared_gradients(model: nn.Module, weights: Mapping[str, _Weight]) -> Iter
             handle.remove()
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
-
-
-def write_sensitivity(path: Path, model: str, text: OwnText, sensitivity: Mapping[str, float]) -> None:
-    """Leave what was measured in a new JSON file. Raises EvaluationError if there is one."""
-    content = {
-        "sensitivity_version": SENSITIVITY_VERSION,
-        "seedlm": __version__,
-        "model": model,
-        "text": asdict(text),
-        "sensitivity": dict(sensitivity),
-    }
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-    except OSError as reason:
-        raise EvaluationError(f"{path}: {reason.strerror}") from None
-
-
-def read_sensitivity(path: Path) -> tuple[str, dict[str, float]]:
-    """From such a file: the model, as it was named to be measured, and module name -> sensitivity.
-
-    Raises EvaluationError if it is not one.
-    """
-    data = read_json(path, EvaluationError)
-    model, values = data.get("model"), data.get("sensitivity")
-    if data.get("sensitivity_version") != SENSITIVITY_VERSION or not isinstance(model, str) or not isinstance(values, dict):
-        raise EvaluationError(
-            f"{path}: must have sensitivity_version {SENSITIVITY_VERSION}, model and sensitivity: seedlm sensitivity writes it"
-        )
-    for name, value in values.items():
-        if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
-            raise EvaluationError(f"{path}: the sensitivity of {name} must be a finite number, 0 or more, got {value!r}")
-    return model, values

@@ -16,7 +16,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from seedlm.compress.worker import Item, as_bytes, converted, pieces
+from seedlm.compress.items import Item
+from seedlm.compress.worker import as_bytes, converted, pieces
 from seedlm.errors import TensorError
 from seedlm.progress import Tell
 from seedlm.storage.safetensors import torch_dtype

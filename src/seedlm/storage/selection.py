@@ -141,13 +141,7 @@ def select(
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     _refuse_transposed(tensors, config)
-    named = (name for name, info in tensors.items() if name.endswith(".weight") or _is_stack(name, info, survey))
-    modules = [name.removesuffix(".weight") for name in named]
-    for option, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(module, pattern) for module in modules):
-                tied = "; its head is tied to the embeddings and has no weight of its own" if "head" in pattern else ""
-                raise SourceError(f"no module with a weight matches --{option} {pattern!r}{tied}")
+    check_patterns(tensors, include, exclude, survey)
     chosen, left = [], {}
     for name, info in tensors.items():
         reason = _why_not(name, tensors, config, format, include, exclude, survey)
@@ -165,6 +159,19 @@ def select(
             f"nothing to compress: none of the {len(tensors)} tensors is the weight of a linear layer to be packed"
         )
     return chosen, left
+
+
+def check_patterns(
+    tensors: Mapping[str, TensorInfo], include: Iterable[str], exclude: Iterable[str], survey: Survey = NO_SURVEY
+) -> None:
+    """Raise SourceError for a pattern that matches no module with a weight."""
+    named = (name for name, info in tensors.items() if name.endswith(".weight") or _is_stack(name, info, survey))
+    modules = [name.removesuffix(".weight") for name in named]
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(module, pattern) for module in modules):
+                tied = "; its head is tied to the embeddings and has no weight of its own" if "head" in pattern else ""
+                raise SourceError(f"no module with a weight matches --{option} {pattern!r}{tied}")
 
 
 def tables_of(
