@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -31,11 +32,20 @@ from seedlm.calibration.amount import check_length
 from seedlm.calibration.own_text import OVERFLOW, predict
 from seedlm.errors import EvaluationError
 from seedlm.integrations.transformers.models import longest_text
-from seedlm.modeling.experts import experts_traits, projections_of
+from seedlm.modeling.experts import stacks_of
 from seedlm.progress import Progress, shown
 
 _BATCH: Final = 16
 """Sequences written at a time."""
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter, its shape with a dimension for experts if it is a stack, and which of these counts input features."""
+
+    parameter: Tensor
+    shape: tuple[int, ...]
+    inputs: int
 
 
 def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Progress | None = None) -> dict[str, float]:
@@ -70,21 +80,20 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
     return found
 
 
-def _weights(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """Parameter name -> the weight of linear layers or a stack of experts, and its dimension of input features."""
-    found = {f"{name}.weight": (layer.weight, 1) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    for name, module in model.named_modules():
-        traits = experts_traits(module) or {}
-        for projection in projections_of(module):
-            found[f"{name}.{projection}"] = (module.get_parameter(projection), 1 if traits["is_transposed"] else 2)
+def _weights(model: nn.Module) -> dict[str, _Weight]:
+    """The weights of linear layers and stacks of experts, by the parameters' names."""
+    layers = ((name, layer.weight) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    found = {f"{name}.weight": _Weight(weight, weight.shape, 1) for name, weight in layers}
+    for name, (_, _, form) in stacks_of(model).items():
+        found[name] = _Weight(model.get_parameter(name), form.stacked, 1 if form.transposed else 2)
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    return {name: (weight, inputs) for name, (weight, inputs) in found.items() if owners[id(weight)] == 1}
+    return {name: weight for name, weight in found.items() if owners[id(weight.parameter)] == 1}
 
 
 def _as_saved(model: Any, rows: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Totals of numbers per row, for each matrix that a checkpoint holds: what experts are joined from, and under which names.
 
-    rows   parameter name -> that parameter's shape, but for input features, of which there is 1
+    rows   parameter name -> that weight's shape, but for input features, of which there is 1
     """
     for name, values in revert_weight_conversion(model, rows).items():
         module = name.removesuffix(".weight")
@@ -110,26 +119,29 @@ def own_text(model: Any, text: OwnText) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _squared_gradients(model: nn.Module, weights: Mapping[str, tuple[Tensor, int]]) -> Iterator[dict[str, Tensor]]:
+def _squared_gradients(model: nn.Module, weights: Mapping[str, _Weight]) -> Iterator[dict[str, Tensor]]:
     """Name -> mean(W_r^2) |gradient_r|^2 of every row r, summed over backward passes, float64, filled in as they run.
 
     A gradient is dropped as soon as it is counted, so that there is never more than one in memory.
     """
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    energies = {name: weight.detach().float().square().mean(dim, keepdim=True) for name, (weight, dim) in weights.items()}
+    energies = {
+        name: each.parameter.detach().float().view(each.shape).square().mean(each.inputs, keepdim=True)
+        for name, each in weights.items()
+    }
     rows = {name: torch.zeros_like(energy, dtype=torch.float64) for name, energy in energies.items()}
 
-    def count(name: str, dim: int) -> Callable[[Tensor], None]:
+    def count(name: str, each: _Weight) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             assert weight.grad is not None
-            rows[name] += weight.grad.float().square().sum(dim, keepdim=True) * energies[name]
+            rows[name] += weight.grad.float().view(each.shape).square().sum(each.inputs, keepdim=True) * energies[name]
             weight.grad = None
 
         return hook
 
     model.requires_grad_(False)
     hooks = [
-        weight.requires_grad_().register_post_accumulate_grad_hook(count(name, dim)) for name, (weight, dim) in weights.items()
+        each.parameter.requires_grad_().register_post_accumulate_grad_hook(count(name, each)) for name, each in weights.items()
     ]
     try:
         yield rows

@@ -37,6 +37,7 @@ from seedlm.progress import Progress, shown
 from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
+from seedlm.storage.metadata import written_version
 from seedlm.storage.safetensors import INDEX_NAME
 from seedlm.storage.source import Source, locate, open_source
 
@@ -212,9 +213,8 @@ def _finish(
     config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
     if dtype is not None:
         config = {**_say_dtype(config, dtype), "dtype": dtype}
-    config["quantization_config"] = checkpoint.quantization_config(
-        plan.format, record, selected.dense, plan.overrides, any(info.embedding for info in selected.tables.values())
-    )
+    version = written_version(item.target.packed for item in plan.items if item.target)
+    config["quantization_config"] = checkpoint.quantization_config(plan.format, record, selected.dense, plan.overrides, version)
     digests = {name: known for item in plan.items for name, known in work.done[item.key]["sha256"].items()}
     work.finish({name: plans.file_layout(shard, digests) for name, shard in plan.shards.items()})
     _write_rest(work, model.nbytes, plan.shards, config)

@@ -100,8 +100,8 @@ def scan(
 
 
 def _nbytes(source: Source, item: Item) -> int:
-    info = source.tensors[item.name]
-    return info.nbytes // info.shape[0] if item.target and item.target.packed.stack else info.nbytes
+    stack = item.target.packed.stack if item.target else None
+    return source.tensors[item.name].nbytes // (stack.shape[0] if stack else 1)
 
 
 def _scan(source: Source, item: Item, tell: Tell) -> Scan:

@@ -228,9 +228,8 @@ def pieces(source: Source, name: str, target: Target, weights: int, pinned: bool
     row_step = target.packed.format.row_step
     step = min(rows, max(1, weights // columns // row_step) * row_step)
     if stack is not None:
-        into = torch.empty(info.nbytes // info.shape[0], dtype=torch.uint8, pin_memory=pinned)
-        expert = stack.expert(target.module)
-        matrix = source.rows(name, expert, expert + 1, into)[0]
+        into = torch.empty(info.nbytes // stack.shape[0], dtype=torch.uint8, pin_memory=pinned)
+        matrix = source.rows(name, *stack.span(stack.expert(target.module)), into).view(stack.shape[1:])
         yield from (matrix.mT.contiguous() if stack.transposed else matrix).split(step)
         return
     into = torch.empty(step * (info.nbytes // rows), dtype=torch.uint8, pin_memory=pinned)

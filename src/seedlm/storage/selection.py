@@ -37,6 +37,9 @@ _LEFT_DENSE: Final = {
         *("*.dt_proj", "*.x_proj", "*.mamba.out_proj", "*.mixer.out_proj"),  # Mamba
         *("*.attention.output", "*.feed_forward.value"),  # RWKV
     ),
+    "a weight that is stored under a name without .weight": (
+        *("*sconv.weight_proj", "*convolution.weight_proj", "*_message_gate.*"),  # Inkling 2
+    ),
     "part of a vision or audio tower": ("*vision*", "*visual*", "*audio*", "*multi_modal_projector*", "*mm_projector*"),
     "an output head": ("*lm_head*", "*embed_out", "output"),
 }
@@ -105,14 +108,14 @@ class Survey:
 
     name     the model's class; None if it could not be built, and names are all there is
     dense    tensor -> why no code can take its place
-    stacks   stack of experts -> whether it is [experts, in_features, out_features]
+    stacks   stack of experts -> how its matrices lie in it
     notes    what a user should know before the search, a line each
     tables   the tensors of the embeddings and the head
     """
 
     name: str | None = None
     dense: Mapping[str, str] = field(default_factory=dict)
-    stacks: Mapping[str, bool] = field(default_factory=dict)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tables: Tables = Tables()
 
@@ -222,8 +225,7 @@ def stack_of(
     if not _is_stack(name, tensors[name], survey):
         return None
     if survey.name is not None:
-        experts, rows, columns = tensors[name].shape
-        return Stack(name, (experts, rows, columns), survey.stacks[name])
+        return survey.stacks[name]
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) else config
     hidden, kind = config.get("hidden_size"), config.get("model_type")
@@ -345,6 +347,7 @@ def groups_of(modules: Iterable[str]) -> list[list[str]]:
 
 def left_by_default(module: str) -> str | None:
     """Rule 2: why a linear layer of this name stays as it is unless it is included; None if it is compressed."""
+    module = module.replace(".vision_moe.", ".")  # Ernie 4.5 VL's experts for the tokens of images: part of no tower
     for reason, patterns in _LEFT_DENSE.items():
         if any(fnmatchcase(module, pattern) for pattern in patterns):
             return reason
