@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from seedlm.codes.block.format import PRESETS, BlockFormat
-from seedlm.compress.design import candidates, measure, model_blocks, normal_blocks
+from seedlm.compress.design import measure, model_blocks, normal_blocks
+from seedlm.compress.design_space import candidates
 from seedlm.device import choose_device
 from seedlm.storage.source import open_source
 

@@ -1,13 +1,15 @@
 """A whole Llama-shaped model on a CPU, batch 1: dense beside packed, through transformers, and llama.cpp where it is given.
 
-    python bench/generate_cpu.py [--shapes smollm2|1b] [--bits 4,3] [--new 32] [--threads 2] [--repeats 5]
-        [--llama-cpp FOLDER --gguf MODEL.gguf]
+    python bench/generate_cpu.py [--shapes smollm2|1b] [--bits 4,3] [--tables 6] [--new 32] [--threads 2] [--repeats 5]
+        [--prompt 512] [--llama-cpp FOLDER --gguf MODEL.gguf]
 
 Speed does not depend on weights: dense ones are all alike, codes random, since any word is a valid trellis code. Before a
 time is taken, every kind of packed layer is held against its dequantized weight. Then all rows take turns. A row's times are
-of a token, from the difference between runs of some new tokens and runs of one: of the shortest and of the median on the clock,
-and of the least processor time, which on a machine that other work shares is the only one that is the program's own.
+that of the prompt with the first new token, and those of a token, from the difference between runs of some new tokens and runs
+of one: of the shortest and of the median on the clock, and of the least processor time, which on a machine that other work
+shares is the only one that is the program's own.
 
+    + tables     embeddings and head, which are tied, in codes too (`--tables`, bits)
     products     the packed layers of a token alone, one after the other, inputs transformed once where layers share them
     llama.cpp    its own whole token, from the libraries in FOLDER (libllama, libggml), which no Python package is needed for
 """
@@ -29,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from seedlm.codes.registry import parse_format
 from seedlm.inference import ops
+from seedlm.modeling.embedding import SeedEmbedding, replace_embedding
 from seedlm.modeling.linear import SeedLinear
 from seedlm.modeling.quantize import seed_linears, share_inputs
 
@@ -46,7 +49,6 @@ SHAPES = {
         num_key_value_heads=2, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-PROMPT = 16
 
 
 def dense(shapes: str, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -64,8 +66,8 @@ def dense(shapes: str, dtype: torch.dtype) -> LlamaForCausalLM:
     return model
 
 
-def packed(shapes: str, dtype: torch.dtype, bits: str) -> LlamaForCausalLM:
-    """Random codes in all linear layers but the head, each kind of which is checked."""
+def packed(shapes: str, dtype: torch.dtype, bits: str, tables: str | None) -> LlamaForCausalLM:
+    """Random codes in all linear layers but the head, each kind of which is checked; in embeddings and head if asked for."""
     model, checked = dense(shapes, dtype), set()
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or name == "lm_head":
@@ -82,6 +84,12 @@ def packed(shapes: str, dtype: torch.dtype, bits: str) -> LlamaForCausalLM:
             expected = x.double() @ layer.dequantize().double().T
             error = float((layer(x).double() - expected).norm() / expected.norm())
             assert error < (1e-4 if dtype == torch.float32 else 5e-3), (name, error)
+    if tables:
+        packed_tables = SeedEmbedding(model.model.embed_tokens, parse_format(tables), dtype=dtype)
+        packed_tables.weight_words.random_(-(2**31), 2**31 - 1)
+        packed_tables.weight_scales.fill_(0.02 / 148)
+        packed_tables.weight_scale.fill_(1.0)
+        replace_embedding(model, "model.embed_tokens", packed_tables)
     share_inputs(model)
     return model
 
@@ -120,7 +128,9 @@ class LlamaCpp:
     class Batch(ctypes.Structure):
         _fields_ = (("n_tokens", ctypes.c_int32), ("pointers", ctypes.c_void_p * 6))
 
-    def __init__(self, folder: Path, model: Path, threads: int) -> None:
+    def __init__(self, folder: Path, model: Path, threads: int, prompt: int) -> None:
+        self._prompt = prompt
+
         def library(name: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(next(path for path in sorted(folder.glob(f"{name}.*")))), mode=ctypes.RTLD_GLOBAL)
 
@@ -145,9 +155,9 @@ class LlamaCpp:
         llama.llama_set_n_threads(self._context, threads, threads)
 
     def generate(self, count: int) -> None:
-        """A prompt of `PROMPT` tokens in one batch, then count - 1 single tokens."""
+        """The prompt in one batch, then count - 1 single tokens."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
-        for size in [PROMPT] + [1] * (count - 1):
+        for size in [self._prompt] + [1] * (count - 1):
             tokens = (ctypes.c_int32 * size)(*range(100, 100 + size))
             assert self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, size)) == 0
             self._llama.llama_synchronize(ctypes.c_void_p(self._context))
@@ -166,6 +176,8 @@ def main() -> None:
     parser.add_argument("--shapes", choices=SHAPES, default="smollm2")
     parser.add_argument("--bits", default="4,3")
     parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--tables", help="bits of embeddings and head, for further rows")
+    parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
@@ -174,18 +186,21 @@ def main() -> None:
     parser.add_argument("--no-dense", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    prompt = torch.randint(SHAPES[options.shapes].vocab_size, (1, PROMPT))
+    prompt = torch.randint(SHAPES[options.shapes].vocab_size, (1, options.prompt))
     rows: dict[str, Callable[[int], None]] = {}
     for name in options.dtypes.split(","):
         dtype = getattr(torch, name)
         if not options.no_dense:
             rows[f"dense {name}"] = partial(generate, dense(options.shapes, dtype), prompt)
         for bits in options.bits.split(","):
-            model = packed(options.shapes, dtype, bits)
+            model = packed(options.shapes, dtype, bits, None)
             rows[f"{bits} bits {name}"] = partial(generate, model, prompt)
+            if options.tables:
+                with_tables = packed(options.shapes, dtype, bits, options.tables)
+                rows[f"{bits} bits {name} + tables {options.tables}"] = partial(generate, with_tables, prompt)
             rows[f"{bits} bits {name}, products"] = products(model)
     if options.llama_cpp:
-        rows["llama.cpp"] = LlamaCpp(options.llama_cpp, options.gguf, options.threads).generate
+        rows["llama.cpp"] = LlamaCpp(options.llama_cpp, options.gguf, options.threads, options.prompt).generate
     for run in rows.values():
         run(2)
     found: dict[tuple[str, int], list[tuple[float, float]]] = {(name, n): [] for name in rows for n in (1, 1 + options.new)}
@@ -193,11 +208,11 @@ def main() -> None:
         for name, count in found:
             found[name, count].append(seconds(rows[name], count))
     print(f"{options.shapes}, {options.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{'ms a token':34}{'shortest':>10}{'median':>10}{'processor':>10}")
+    print(f"{'ms':34}{'prompt':>10}{'a token':>10}{'median':>10}{'processor':>10}")
     for name in rows:
         (one, used_one), (all, used) = (zip(*found[name, count], strict=True) for count in (1, 1 + options.new))
         shown = min(all) - min(one), statistics.median(all) - statistics.median(one), min(used) - min(used_one)
-        print(f"{name:34}" + "".join(f"{1e3 * each / options.new:10.2f}" for each in shown))
+        print(f"{name:34}{1e3 * min(one):10.1f}" + "".join(f"{1e3 * each / options.new:10.2f}" for each in shown))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Microseconds: the shortest on the clock and, in brackets, the least time of this thread's processor, which is what a product
 costs where other work shares the machine and one thread multiplies. Layers take turns, so that each finds its weight outside
-the nearest caches. The last numbers, for bfloat16, are nanoseconds of that time a weight, and times the dense layer's.
+the nearest caches. "int4 of torch" is the product that torchao calls for 4 bits, 4.25 a weight. The last numbers, for bfloat16,
+are nanoseconds of that time a weight, and times the dense layer's.
 """
 
 import argparse
@@ -38,6 +39,25 @@ def layer(spec: str, size: int, backend: str) -> SeedLinear:
     return made
 
 
+GROUP = 128
+
+
+def int4(size: int) -> tuple[Tensor, int, Tensor] | None:
+    """Arguments of torch's product by weights of 4 bits with a scale for each 128, checked; None where torch has none."""
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") or size % GROUP:
+        return None
+    torch.manual_seed(0)
+    integers = torch.randint(0, 16, (size, size), dtype=torch.int32)
+    scales = torch.zeros(size // GROUP, size, 2, dtype=torch.bfloat16)
+    scales[..., 0] = 0.25
+    found = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 8), GROUP, scales
+    x = torch.randn(1, size).bfloat16()
+    expected = x.double() @ (0.25 * (integers - 8).double()).T
+    error = (torch.ops.aten._weight_int4pack_mm_for_cpu(x, *found).double() - expected).norm() / expected.norm()
+    assert float(error) < 2e-2, error
+    return found
+
+
 def shortest(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, tuple[float, float]]:
     """Microseconds of each call, which take turns: the shortest on the clock, the least of this thread's processor."""
     found, end = {name: [] for name in calls}, time.monotonic() + seconds
@@ -59,6 +79,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    peer = int4(options.size)
     for spec in options.formats.split(","):
         exact = layer(spec, options.size, "numba")
         weight = exact.dequantize()
@@ -76,8 +97,12 @@ def main() -> None:
             }
             if coarse is not None:
                 calls["int8"] = partial(coarse, y)
+            if peer is not None:
+                calls["int4 of torch"] = partial(torch.ops.aten._weight_int4pack_mm_for_cpu, y, *peer)
             expected = x.double() @ weight.double().T
             for name, call in calls.items():
+                if name == "int4 of torch":
+                    continue  # another weight
                 error = float((call().double() - expected).norm() / expected.norm())
                 assert error < (1e-4 if name.endswith("float32") else 2e-2), (spec, tokens, name, error)
             found = shortest(calls, options.seconds)

@@ -31,20 +31,21 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.utils import logging
 
 from seedlm.calibration import own_text
-from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, read_sensitivity, write_sensitivity
+from seedlm.calibration.sensitivity import OwnText, measure_sensitivity
 from seedlm.calibration.statistics import measure_statistics
 from seedlm.codes.block.format import PRESETS
 from seedlm.codes.registry import family, parse_format
 from seedlm.compress.allocate import Mixture
 from seedlm.compress.run import compress_checkpoint
 from seedlm.device import choose_device
-from seedlm.evaluation.baselines import METHODS, baseline_names
+from seedlm.evaluation.methods import METHODS, baseline_names
 from seedlm.evaluation.prompts import PROMPTS
 from seedlm.evaluation.run import Settings, evaluate
 from seedlm.evaluation.text import Text
 from seedlm.evaluation.zeroshot import TASKS
 from seedlm.integrations.transformers import models
 from seedlm.storage.inspect import inspect_checkpoint
+from seedlm.storage.sensitivity import read_sensitivity, write_sensitivity
 
 ROOT = Path(__file__).parent.parent
 MIXED = ("4.5", "4", "3.5", "3", "2.5")

@@ -20,7 +20,8 @@ from seedlm import encode
 from seedlm.codes.base import stored_bits
 from seedlm.codes.block.format import PRESETS
 from seedlm.device import choose_device
-from seedlm.evaluation.baselines import METHODS, baseline_names, round_trip
+from seedlm.evaluation.baselines import round_trip
+from seedlm.evaluation.methods import METHODS, baseline_names
 from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules
 

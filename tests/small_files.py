@@ -221,7 +221,6 @@ def _ways():
     import seedlm.codes.trellis.family
     import seedlm.modeling.places
     import seedlm.storage.source_gguf
-    from seedlm.calibration.sensitivity import read_sensitivity
     from seedlm.codes.registry import parse_format
     from seedlm.compare import load_runs
     from seedlm.compress import plan
@@ -229,6 +228,7 @@ def _ways():
     from seedlm.evaluation.text import Text
     from seedlm.integrations.transformers.opening import open_language_model
     from seedlm.storage.inspect import inspect_checkpoint
+    from seedlm.storage.sensitivity import read_sensitivity
     from seedlm.storage.source import open_source
     from seedlm.storage.statistics import Statistics
 

@@ -1,6 +1,8 @@
 """Bars: shown in a terminal or a notebook unless a caller listens itself, in Python calls as in commands."""
 
 import io
+import threading
+import time
 
 import pytest
 
@@ -66,3 +68,46 @@ def test_bars_leave_the_cursor_to_be_seen_after_an_interrupt(monkeypatch):
         interrupted()
     shown = terminal.getvalue()
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+
+
+class TestLines:
+    """Where nobody looks at a terminal: a line as a phase begins, then one every few seconds."""
+
+    def test_a_phase_tells_amount_rate_and_time_left(self, monkeypatch, capsys):
+        now = 100.0
+        monkeypatch.setattr("seedlm.progress.time.monotonic", lambda: now)
+        lines = progress.Lines(seconds=10.0)
+        lines("compress", 0, 4_000_000)
+        now = 105.0
+        lines("compress", 1_000_000, 4_000_000)  # too soon
+        now = 120.0
+        lines("compress", 2_000_000, 4_000_000)
+        now = 125.0
+        lines("read", 500_000, 500_000)  # ended as it began
+        now = 140.0
+        lines("compress", 4_000_000, 4_000_000)
+        assert capsys.readouterr().err.splitlines() == [
+            "seedlm: Encoding: 4.0 M weights",
+            "seedlm: Encoding: 2.0 M weights of 4.0 M weights (50%), 0.1 M/s, 20 s left",
+            "seedlm: Reading the source: 0.5 M bytes, of which 0.5 M bytes are done",
+            "seedlm: Encoding: 4.0 M weights in 40 s, 0.1 M/s",
+        ]
+
+    def test_it_speaks_while_nobody_calls(self, capsys):
+        with progress.Lines(seconds=0.02) as lines:
+            lines("load", 0, 0)
+            wait_for(lambda: "so far" in capsys.readouterr().err)
+            lines("compress", 0, 10)
+            wait_for(lambda: "(0%), 0 s so far; kernels are compiled at their first use" in capsys.readouterr().err)
+        assert not [thread for thread in threading.enumerate() if thread.name == "seedlm progress"]
+
+    def test_what_goes_on_names_what_is_done(self, capsys):
+        progress.Lines()("text", 1_000, 4_000)
+        assert capsys.readouterr().err == "seedlm: Writing a text: 4.0 k tokens, of which 1.0 k tokens are done\n"
+
+
+def wait_for(seen):
+    deadline = time.monotonic() + 20
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

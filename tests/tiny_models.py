@@ -181,8 +181,11 @@ def run(source: Path, out: Path, **options) -> RunReport:
 
 
 def told(stderr: str) -> list[str]:
-    """The lines of stderr but for progress, of which a busy machine sees one every half minute."""
-    return [line for line in stderr.splitlines() if not re.match(r"seedlm: [^:]*: \d+\.\d / \d", line)]
+    """The lines of stderr but for what a command begins with, and its progress."""
+    from seedlm.progress import PHASES
+
+    begun = "|".join([r".* weights in [\d,]+ tensors", *(label for label, _, _ in PHASES.values())])
+    return [line for line in stderr.splitlines() if not re.match(f"seedlm: ({begun})", line)]
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -57,7 +57,7 @@ class ToyEncoder:
 
 
 class ToyFamily:
-    name, since_version, feedback, fused = "toy", 2, False, True
+    name, since_version, searches, feedback, fused = "toy", 2, (), False, True
     presets: ClassVar = {"4": ToyFormat(4), "3": ToyFormat(3)}
     mixture: ClassVar = {ToyFormat(4): 0.01, ToyFormat(3): 0.05}
     defaults: ClassVar = {"flavour": "plain"}

@@ -1,15 +1,17 @@
 """How work that takes long tells how far it is, and how that is shown."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 Progress = Callable[[str, int, int], None]
-"""Told (phase, done, total), in the unit of the phase: tokens of ``text``, ``statistics``, ``sensitivity`` and ``evaluate``,
-bytes of ``read``, weights of ``compress``. A phase's first call says where it starts, which is not 0 when an earlier run is
-gone on with; a total of 0 is one that nobody knows, as of ``open`` and ``load``. From several threads, one call at a time."""
+"""Told (phase, done, total), in the unit of the phase (`PHASES`): tokens of ``text``, bytes of ``read``, weights of
+``compress``. A phase's first call says where it starts, which is not 0 when an earlier run is gone on with; a total of 0 is
+one that nobody knows, as of ``open`` and ``load``. From several threads, one call at a time."""
 
 Tell = Callable[[int], None]
 """Told how many more are done, any number of times: weights, unless it is said otherwise."""
@@ -23,6 +25,15 @@ PHASES: Final = {
     "compress": ("Encoding", "M", "weights"),
     "evaluate": ("Scoring", "k", "tokens"),
     "sensitivity": ("Measuring", "k", "tokens"),
+    "prompts": ("Continuing prompts, comparing layers", "", ""),
+    "tasks": ("Asking tasks", "", "tasks"),
+    "packed": ("Measuring packed", "", "runs"),
+    "dense": ("Measuring dense", "", "runs"),
+    "nf4": ("Measuring NF4", "", "runs"),
+    "design": ("Measuring formats", "", "formats"),
+    "verify": ("Reading everything", "", ""),
+    "check": ("Checking codes", "", "tensors"),
+    "rtl": ("Writing the design", "", ""),
 }
 """Phase -> what a user is told, and the unit in which."""
 
@@ -95,32 +106,118 @@ def shown(progress: Progress | None) -> Iterator[Progress]:
 
 
 @contextmanager
-def counted(tell: Tell | None, phase: str, total: int) -> Iterator[Tell]:
+def counted(tell: Tell | None, phase: str, total: int, progress: Progress | None = None) -> Iterator[Tell]:
     """The same for what is told in steps (`Tell`)."""
     if tell is not None:
         yield tell
         return
     done = 0
-    with shown(None) as progress:
+    with shown(progress) as show:
+        show(phase, done, total)
 
         def add(count: int) -> None:
             nonlocal done
             done += count
-            progress(phase, done, total)
+            show(phase, done, total)
 
         yield add
 
 
 class Lines:
-    """Progress where there is no terminal: a line on stderr every half minute."""
+    """Progress where there is no terminal: a line on stderr as a phase begins, then one every few seconds, come what may.
 
-    def __init__(self, seconds: float = 30.0) -> None:
+    Used as a context: a thread speaks while nobody calls, as while a model loads or kernels are compiled.
+    """
+
+    def __init__(self, seconds: float = 10.0) -> None:
         self._seconds, self._said = seconds, time.monotonic()
+        self._phases: dict[str, _Phase] = {}
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._speak, name="seedlm progress", daemon=True)
+
+    def __enter__(self) -> "Lines":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        if not total or time.monotonic() - self._said <= self._seconds:
-            return
-        self._said = time.monotonic()
-        label, prefix, unit = PHASES[phase]
-        scale = _SCALES[prefix]
-        print(f"seedlm: {label}: {done / scale:.1f} / {total / scale:.1f} {prefix} {unit}", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        with self._lock:
+            if phase not in self._phases:
+                for other in [name for name, known in self._phases.items() if not known.total]:
+                    del self._phases[other]  # what nobody knew the end of has ended
+                self._phases[phase] = _Phase(phase, now, done, done, total)
+                self._print(self._phases[phase].beginning(), now)
+                return
+            known = self._phases[phase]
+            ended = known.done < known.total <= done
+            known.done = done
+            if ended and now - known.began >= self._seconds:
+                self._print(known.ending(now), now)
+            elif now - self._said >= self._seconds:
+                self._tell(now)
+
+    def _speak(self) -> None:
+        while not self._ended.wait(max(0.05, self._seconds - (time.monotonic() - self._said))):
+            with self._lock:
+                if (now := time.monotonic()) - self._said >= self._seconds:
+                    self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        """How far the phase is that began last, of those that have not ended."""
+        going = [known for known in self._phases.values() if not known.total or known.done < known.total]
+        if going:
+            self._print(going[-1].state(now), now)
+
+    def _print(self, line: str, now: float) -> None:
+        self._said = now
+        print(f"seedlm: {line}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class _Phase:
+    """A phase as lines tell of it: when it began and at what, and how far it is."""
+
+    name: str
+    began: float
+    start: int
+    done: int
+    total: int
+
+    def _amount(self, count: int) -> str:
+        _, prefix, unit = PHASES[self.name]
+        number = f"{count / _SCALES[prefix]:,.1f}" if prefix else f"{count:,}"
+        return " ".join(filter(None, (number, prefix, unit)))
+
+    def _rate(self, now: float) -> float:
+        return (self.done - self.start) / max(now - self.began, 1e-9)
+
+    def _speed(self, now: float) -> str:
+        _, prefix, unit = PHASES[self.name]
+        return f"{self._rate(now) / _SCALES[prefix]:.3g} {prefix or unit}/s"
+
+    def beginning(self) -> str:
+        whole = f": {self._amount(self.total)}" if self.total else " ..."
+        return PHASES[self.name][0] + whole + (f", of which {self._amount(self.start)} are done" if self.start else "")
+
+    def state(self, now: float) -> str:
+        label, passed = PHASES[self.name][0], now - self.began
+        if not self.total:
+            return f"{label}: {passed:.0f} s so far"
+        share = f"{label}: {self._amount(self.done)} of {self._amount(self.total)} ({self.done / self.total:.0%})"
+        if self.done <= self.start:
+            return f"{share}, {passed:.0f} s so far; kernels are compiled at their first use"
+        left = (self.total - self.done) / self._rate(now)
+        return f"{share}, {self._speed(now)}, {_duration(left)} left"
+
+    def ending(self, now: float) -> str:
+        return f"{PHASES[self.name][0]}: {self._amount(self.total)} in {_duration(now - self.began)}, {self._speed(now)}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

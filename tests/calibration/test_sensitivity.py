@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
-from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, own_text, read_sensitivity, write_sensitivity
+from seedlm.calibration.sensitivity import OwnText, measure_sensitivity, own_text
 from seedlm.cli import app
 from seedlm.codes.block.family import FAMILY
 from seedlm.codes.registry import parse_format
@@ -18,6 +18,7 @@ from seedlm.compress.run import compress_checkpoint
 from seedlm.errors import EvaluationError
 from seedlm.integrations.transformers import models
 from seedlm.storage.inspect import inspect_checkpoint
+from seedlm.storage.sensitivity import read_sensitivity, write_sensitivity
 from tiny_models import SMALL, STORIES, tiny_llama, tiny_model
 
 TEXT = OwnText(sequences=8, length=128)

@@ -128,6 +128,14 @@ def test_some_layers_alone_get_the_same_sums(model, measured):
             {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
             "model.layers.0.mlp.experts.{}.down_proj",
         ),
+        (
+            "dbrx",
+            {
+                **{"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}, "d_model": 32, "hidden_size": None},
+                "ffn_config": {"ffn_hidden_size": 20, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+            },
+            "transformer.blocks.0.ffn.experts.mlp.w2.{}",
+        ),
     ],
 )
 def test_experts_are_observed_by_the_tokens_that_reach_them(kind, changes, layer):
@@ -135,14 +143,18 @@ def test_experts_are_observed_by_the_tokens_that_reach_them(kind, changes, layer
     measured = measure_statistics(model, TOKENS, batch=2)
     tokens = [found.tokens if (found := measured.input_of(layer.format(i))) else 0 for i in range(4)]
     assert sum(tokens) == 2 * TOKENS.numel()
-    up = "w3" if kind == "mixtral" else "up_proj"
+    down, gate, up, rows = {
+        "mixtral": ("w2", "w1", "w3", 44),
+        "qwen3_moe": ("down_proj", "gate_proj", "up_proj", 12),
+        "dbrx": ("w2", "w1", "v1", 20),
+    }[kind]
     for i in range(4):
         if tokens[i]:
-            first = layer.format(i).rsplit(".", 1)[0]
-            gate = f"{first}.{'w1' if kind == 'mixtral' else 'gate_proj'}"
-            assert measured.reads[gate] == measured.reads[f"{first}.{up}"] != measured.reads[layer.format(i)]
-            assert measured.input_of(gate).tokens == tokens[i]
-            assert len(measured.rows[f"{first}.{up}"]) == (44 if kind == "mixtral" else 12)
+            first, second = (layer.format(i).replace(down, other) for other in (gate, up))
+            assert measured.reads[first] == measured.reads[second] != measured.reads[layer.format(i)]
+            assert measured.input_of(first).tokens == tokens[i]
+            assert len(measured.rows[second]) == rows
+            assert measured.input_of(layer.format(i)).product().shape == (rows, rows)
 
 
 def test_the_order_of_what_a_layer_reads_first_does_not_depend_on_the_batch(model, measured):

@@ -12,7 +12,8 @@ import torch
 from seedlm.cli import main
 from seedlm.cli.console import printable
 from seedlm.codes.registry import parse_format
-from seedlm.compress.run import compress_checkpoint, parse_size
+from seedlm.compress.plan import parse_size
+from seedlm.compress.run import compress_checkpoint
 from seedlm.device import choose_device
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError, TensorError
 from tiny_models import SMALL, join, save_tensors, split, tiny_llama

@@ -1,5 +1,6 @@
 """`seedlm serve`, asked by the `openai` package, and `seedlm run`: programs in which packed folders load."""
 
+import asyncio
 import json
 import os
 import socket
@@ -9,6 +10,8 @@ import time
 import urllib.request
 
 import pytest
+
+from tiny_models import STORIES
 
 COMMAND = [sys.executable, "-m", "seedlm"]
 
@@ -141,3 +144,32 @@ def test_lm_evaluation_harness_opens_a_packed_folder(talking, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300, env=environment)
     assert "|tiny |" in done.stdout, done.stderr[-2000:]
+
+
+def test_chats_with_a_model_without_a_template_are_the_clients_error(monkeypatch):
+    for name in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(name, reason="serving needs the extra: pip install 'seedlm[serve]'")
+    monkeypatch.setattr("uvicorn.Server.run", lambda self: None)
+    from seedlm.integrations.transformers.serving import Server
+
+    server = Server(str(STORIES), device="cpu")
+
+    def ask(path, **body):
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b"", "http_version": "1.1"}
+        asyncio.run(server.server.config.app(scope, receive, send))
+        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
+
+    status, answer = ask("/v1/chat/completions", model=str(STORIES), messages=TURNS)
+    assert (status, answer["error"]["type"], answer["error"]["code"]) == (400, "invalid_request_error", "no_chat_template")
+    assert "ask for /v1/completions with a prompt" in answer["error"]["message"]
+    status, answer = ask("/v1/completions", model=str(STORIES), prompt="Once upon a time", max_tokens=4)
+    assert (status, bool(answer["choices"][0]["text"])) == (200, True)

@@ -10,7 +10,8 @@ from seedlm.cli import app
 from seedlm.codes.block.format import PRESETS, BlockFormat
 from seedlm.codes.block.search import torch_search
 from seedlm.codes.registry import parse_format
-from seedlm.compress.design import candidates, measure, model_blocks, normal_blocks
+from seedlm.compress.design import measure, model_blocks, normal_blocks
+from seedlm.compress.design_space import candidates
 from seedlm.errors import FormatError, TensorError
 from seedlm.storage.source import open_source
 from tiny_models import save_tensors

@@ -216,3 +216,12 @@ def test_experts_that_hardly_any_token_reaches_are_said_and_never_nan(tmp_path):
     assert same == [False, False, False, True]
     few, many = (errors["file"][name] / errors["none"][name] for name in (experts[2], experts[0]))
     assert few < many  # the weights' own error, which feedback and rows of unequal importance raise
+
+
+def test_a_text_that_a_killed_run_had_begun_is_said_to_be_written_again(dense, observed, tmp_path):
+    notes = []
+    (tmp_path / "s.safetensors.partial").mkdir()
+    (tmp_path / "s.safetensors.partial" / "lock").touch()
+    observe_checkpoint(dense, tmp_path / "s.safetensors", text=TEXT, device="cpu", on_note=notes.append)
+    assert notes[0] == "an earlier run was stopped before its text was whole; none of it was kept, and it is written again"
+    assert (tmp_path / "s.safetensors").read_bytes() == observed.read_bytes()

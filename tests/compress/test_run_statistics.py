@@ -152,7 +152,7 @@ def test_layers_without_statistics_are_said(statistics, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"caf\xe9", "is not UTF-8 text .byte 3"), (b"Once upon a time", "at least 256 are needed")],
+    [(b"caf\xe9", "is not UTF-8 text .byte 3"), (b"Once upon a time " * 20, "at least 256 are needed")],
     ids=["latin", "short"],
 )
 def test_a_text_that_will_not_do_is_named(tmp_path, content, message):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from seedlm.codes.registry import parse_format
+from seedlm.compress.items import Item, Target
 from seedlm.compress.scan import Scan, scan
-from seedlm.compress.worker import Item, Target
 from seedlm.errors import TensorError
 from seedlm.storage.checkpoint import PackedInfo
 from seedlm.storage.source import open_source

@@ -11,7 +11,8 @@ import torch
 
 from seedlm.codes.block.format import PRESETS
 from seedlm.errors import EvaluationError
-from seedlm.evaluation.baselines import METHODS, apply_baseline, baseline_names, divisor, parse_baseline, round_trip
+from seedlm.evaluation.baselines import apply_baseline, divisor, round_trip
+from seedlm.evaluation.methods import METHODS, baseline_names, parse_baseline
 from seedlm.evaluation.perplexity import perplexity
 from seedlm.evaluation.run import Settings, evaluate
 from seedlm.evaluation.text import Text

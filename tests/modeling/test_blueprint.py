@@ -193,8 +193,8 @@ def test_the_model_tells_how_a_stack_of_experts_lies(square):
     config.architectures = ["Qwen3VLMoeForConditionalGeneration"]
     straight = {name: TensorInfo("BF16", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
-    assert survey(config.to_dict(), straight).stacks[name] is False
+    assert survey(config.to_dict(), straight).stacks[name].transposed is False
     if not square:
         shape = straight[name].shape
         turned = {**straight, name: TensorInfo("BF16", (shape[0], shape[2], shape[1]))}
-        assert survey(config.to_dict(), turned).stacks[name] is True
+        assert survey(config.to_dict(), turned).stacks[name].transposed is True

@@ -208,7 +208,7 @@ CONFIG = {
         "has no quantization_config",
     ),
     "other-method": (config(lambda q: q.update(quant_method="awq")), "quant_method must be 'seedlm', got 'awq'"),
-    "newer-version": (config(lambda q: q.update(format_version=4)), "format_version 4 is newer than this package reads"),
+    "newer-version": (config(lambda q: q.update(format_version=5)), "format_version 5 is newer than this package reads"),
     "no-version": (config(lambda q: q.pop("format_version")), "format_version must be a positive integer, got None"),
     "bool-version": (config(lambda q: q.update(format_version=True)), "format_version must be a positive integer, got True"),
     "family": (config(lambda q: q["format"].update(family="nix")), "unknown format family 'nix'"),

@@ -54,7 +54,7 @@ def sensitivities(
         if stack is None:
             weight = source.rows(tensor, 0, rows).float()
         else:
-            weight = source.rows(tensor, stack.expert(module), stack.expert(module) + 1)[0].float()
+            weight = source.rows(tensor, *stack.span(stack.expert(module))).view(stack.shape[1:]).float()
             weight = weight.T if stack.transposed else weight
         energy = weight.square().sum(1).double() / columns
         value = 0.5 * float((squares.double() * energy).sum()) * left[name]

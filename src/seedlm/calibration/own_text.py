@@ -13,12 +13,12 @@ rounds otherwise and writes another text as soon as one token differs. Whoever n
 import hashlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from seedlm.calibration.amount import OwnText, check_length
 from seedlm.errors import EvaluationError
 from seedlm.integrations.transformers.models import longest_text
 from seedlm.progress import Progress
@@ -30,39 +30,6 @@ OVERFLOW: Final = "float16 overflows on some models: try bfloat16 or float32"
 """What to do about numbers that are not finite."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnText:
-    """How much text, and which.
-
-    sequences    how many; four times as many, 256, make the KL at 3 bits 6 % less (`for_device`)
-    length       tokens in each, the first one included
-    seed         of the numbers that are drawn
-    temperature  of the predictions; 1 as the model makes them
-    Raises EvaluationError for a value that cannot be.
-    """
-
-    sequences: int = 64
-    length: int = 256
-    seed: int = 0
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, least in (("sequences", 1), ("length", 2), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise EvaluationError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.temperature < float("inf"):
-            raise EvaluationError(f"temperature must be above 0, got {self.temperature}")
-
-    @classmethod
-    def for_device(cls, device: torch.device, seed: int = 0) -> "OwnText":
-        """As much as takes seconds to a minute: 256 sequences on a GPU, 64 on a CPU."""
-        return cls(sequences=64 if device.type == "cpu" else 256, seed=seed)
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.length
-
-
 @torch.no_grad()
 def write_text(model: Any, text: OwnText, *, batch: int = BATCH, on_progress: Progress | None = None) -> Tensor:
     """Let a causal language model write.
@@ -72,7 +39,7 @@ def write_text(model: Any, text: OwnText, *, batch: int = BATCH, on_progress: Pr
     returns   int64 [sequences, length], on the CPU
     Raises EvaluationError for text longer than the model's context, and for predictions that are not finite.
     """
-    check_length(model, text.length)
+    check_length(longest_text(model), text.length)
     progress = on_progress or (lambda phase, done, total: None)
     random = torch.Generator().manual_seed(text.seed)
     first = _first_tokens(model, text, random)
@@ -86,13 +53,6 @@ def write_text(model: Any, text: OwnText, *, batch: int = BATCH, on_progress: Pr
             progress("text", done := done + len(column), text.tokens)
         written.append(torch.cat(columns, 1).cpu())
     return torch.cat(written)
-
-
-def check_length(model: Any, length: int) -> None:
-    """Raise EvaluationError for sequences of more tokens than the model has positions for."""
-    longest = longest_text(model)
-    if longest is not None and length > longest:
-        raise EvaluationError(f"the model knows {longest} positions, the text has {length} tokens: choose a shorter length")
 
 
 def text_hash(tokens: Tensor) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from seedlm.errors import EvaluationError
-from seedlm.modeling.experts import projections_of
+from seedlm.modeling.experts import stacks_of
 
 
 def numbered_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -147,7 +147,7 @@ def _cached(layer: nn.Module) -> int:
 def _matrices(module: nn.Module) -> list[tuple[int, int, int]]:
     """(how many, out_features, in_features) of all linear layers and stacks of experts."""
     found = [(1, part.out_features, part.in_features) for part in module.modules() if isinstance(part, nn.Linear)]
-    return found + [shape for part in module.modules() for shape in projections_of(part).values()]
+    return found + [form.shape for _, _, form in stacks_of(module).values()]
 
 
 def _tensors(module: nn.Module) -> list[Any]:

@@ -16,51 +16,36 @@ docs/log/mixed-precision.md: this as well as one compression and evaluation per 
 weights alone, norms and gains included, nearly.
 """
 
-import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from seedlm.calibration.own_text import OVERFLOW, check_length, predict
+from seedlm.calibration.amount import SensitivityText as OwnText
+from seedlm.calibration.amount import check_length
+from seedlm.calibration.own_text import OVERFLOW, predict
 from seedlm.errors import EvaluationError
-from seedlm.modeling.experts import experts_traits, projections_of
+from seedlm.integrations.transformers.models import longest_text
+from seedlm.modeling.experts import stacks_of
 from seedlm.progress import Progress, shown
-from seedlm.storage.untrusted import read_json
-from seedlm.version import __version__
-
-SENSITIVITY_VERSION: Final = 1
-"""Of the file's layout."""
 
 _BATCH: Final = 16
 """Sequences written at a time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnText:
-    """The text that a model writes by itself: how many sequences, tokens in each, and the seed of what is drawn.
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter, its shape with a dimension for experts if it is a stack, and which of these counts input features."""
 
-    Not that of `calibration.own_text`: these sequences begin with any token, and are drawn otherwise. What was measured with
-    mixtures of the block code (docs/results.md) rests on them.
-    Raises EvaluationError for a value that cannot be.
-    """
-
-    sequences: int = 32
-    length: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("sequences", 1), ("length", 2)):
-            if getattr(self, name) < least:
-                raise EvaluationError(f"{name} must be at least {least}, got {getattr(self, name)}")
+    parameter: Tensor
+    shape: tuple[int, ...]
+    inputs: int
 
 
 def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Progress | None = None) -> dict[str, float]:
@@ -74,7 +59,7 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
     Raises EvaluationError for text longer than the model's context, without linear layers, or if gradients are not finite.
     """
     text = text or OwnText()
-    check_length(model, text.length)
+    check_length(longest_text(model), text.length)
     weights = _weights(model)
     if not weights:
         raise EvaluationError(f"{type(model).__name__} has no linear layer with a weight of its own")
@@ -95,21 +80,20 @@ def measure_sensitivity(model: Any, text: OwnText | None = None, on_progress: Pr
     return found
 
 
-def _weights(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """Parameter name -> the weight of linear layers or a stack of experts, and its dimension of input features."""
-    found = {f"{name}.weight": (layer.weight, 1) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    for name, module in model.named_modules():
-        traits = experts_traits(module) or {}
-        for projection in projections_of(module):
-            found[f"{name}.{projection}"] = (module.get_parameter(projection), 1 if traits["is_transposed"] else 2)
+def _weights(model: nn.Module) -> dict[str, _Weight]:
+    """The weights of linear layers and stacks of experts, by the parameters' names."""
+    layers = ((name, layer.weight) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    found = {f"{name}.weight": _Weight(weight, weight.shape, 1) for name, weight in layers}
+    for name, (_, _, form) in stacks_of(model).items():
+        found[name] = _Weight(model.get_parameter(name), form.stacked, 1 if form.transposed else 2)
     owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    return {name: (weight, inputs) for name, (weight, inputs) in found.items() if owners[id(weight)] == 1}
+    return {name: weight for name, weight in found.items() if owners[id(weight.parameter)] == 1}
 
 
 def _as_saved(model: Any, rows: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Totals of numbers per row, for each matrix that a checkpoint holds: what experts are joined from, and under which names.
 
-    rows   parameter name -> that parameter's shape, but for input features, of which there is 1
+    rows   parameter name -> that weight's shape, but for input features, of which there is 1
     """
     for name, values in revert_weight_conversion(model, rows).items():
         module = name.removesuffix(".weight")
@@ -135,26 +119,29 @@ def own_text(model: Any, text: OwnText) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _squared_gradients(model: nn.Module, weights: Mapping[str, tuple[Tensor, int]]) -> Iterator[dict[str, Tensor]]:
+def _squared_gradients(model: nn.Module, weights: Mapping[str, _Weight]) -> Iterator[dict[str, Tensor]]:
     """Name -> mean(W_r^2) |gradient_r|^2 of every row r, summed over backward passes, float64, filled in as they run.
 
     A gradient is dropped as soon as it is counted, so that there is never more than one in memory.
     """
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    energies = {name: weight.detach().float().square().mean(dim, keepdim=True) for name, (weight, dim) in weights.items()}
+    energies = {
+        name: each.parameter.detach().float().view(each.shape).square().mean(each.inputs, keepdim=True)
+        for name, each in weights.items()
+    }
     rows = {name: torch.zeros_like(energy, dtype=torch.float64) for name, energy in energies.items()}
 
-    def count(name: str, dim: int) -> Callable[[Tensor], None]:
+    def count(name: str, each: _Weight) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             assert weight.grad is not None
-            rows[name] += weight.grad.float().square().sum(dim, keepdim=True) * energies[name]
+            rows[name] += weight.grad.float().view(each.shape).square().sum(each.inputs, keepdim=True) * energies[name]
             weight.grad = None
 
         return hook
 
     model.requires_grad_(False)
     hooks = [
-        weight.requires_grad_().register_post_accumulate_grad_hook(count(name, dim)) for name, (weight, dim) in weights.items()
+        each.parameter.requires_grad_().register_post_accumulate_grad_hook(count(name, each)) for name, each in weights.items()
     ]
     try:
         yield rows
@@ -163,37 +150,3 @@ def _squared_gradients(model: nn.Module, weights: Mapping[str, tuple[Tensor, int
             handle.remove()
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
-
-
-def write_sensitivity(path: Path, model: str, text: OwnText, sensitivity: Mapping[str, float]) -> None:
-    """Leave what was measured in a new JSON file. Raises EvaluationError if there is one."""
-    content = {
-        "sensitivity_version": SENSITIVITY_VERSION,
-        "seedlm": __version__,
-        "model": model,
-        "text": asdict(text),
-        "sensitivity": dict(sensitivity),
-    }
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-    except OSError as reason:
-        raise EvaluationError(f"{path}: {reason.strerror}") from None
-
-
-def read_sensitivity(path: Path) -> tuple[str, dict[str, float]]:
-    """From such a file: the model, as it was named to be measured, and module name -> sensitivity.
-
-    Raises EvaluationError if it is not one.
-    """
-    data = read_json(path, EvaluationError)
-    model, values = data.get("model"), data.get("sensitivity")
-    if data.get("sensitivity_version") != SENSITIVITY_VERSION or not isinstance(model, str) or not isinstance(values, dict):
-        raise EvaluationError(
-            f"{path}: must have sensitivity_version {SENSITIVITY_VERSION}, model and sensitivity: seedlm sensitivity writes it"
-        )
-    for name, value in values.items():
-        if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
-            raise EvaluationError(f"{path}: the sensitivity of {name} must be a finite number, 0 or more, got {value!r}")
-    return model, values

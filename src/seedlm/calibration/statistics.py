@@ -35,7 +35,7 @@ from seedlm.calibration.own_text import OVERFLOW, text_hash
 from seedlm.calibration.placement import is_away
 from seedlm.calibration.spool import keep
 from seedlm.errors import EvaluationError
-from seedlm.modeling.experts import SeedExperts, experts_traits, projections_of
+from seedlm.modeling.experts import SeedExperts, projections_of, stacks_of
 from seedlm.progress import Progress
 from seedlm.storage.inspect import OWN_TEXT
 from seedlm.storage.statistics import InputStatistics, Statistics, StatisticsFacts
@@ -241,7 +241,7 @@ def _watched(model: Any, watch: _Watch, layers: Collection[str] | None) -> Itera
         if isinstance(module, nn.Linear) and f"{name}.weight" in wanted:
             handles.append(module.register_forward_hook(_linear_hook(f"{name}.weight", watch), with_kwargs=True))
         stacks = projections_of(module)
-        if any(_member(f"{name}.{stack}", i) in wanted for stack, sizes in stacks.items() for i in range(sizes[0])):
+        if any(_member(f"{name}.{stack}", i) in wanted for stack, form in stacks.items() for i in range(form.shape[0])):
             experts[name] = module
     try:
         for name, module in experts.items():
@@ -278,8 +278,8 @@ def _matrices(model: nn.Module) -> dict[str, int]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             found[f"{name}.weight"] = module.weight.shape[0]
-        for projection, (experts, rows, _) in projections_of(module).items():
-            found.update({_member(f"{name}.{projection}", expert): rows for expert in range(experts)})
+    for name, (_, _, form) in stacks_of(model).items():
+        found.update({_member(name, expert): form.shape[1] for expert in range(form.shape[0])})
     return found
 
 
@@ -293,12 +293,9 @@ def _as_saved(model: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(module, nn.Linear):
             rows = torch.full((module.weight.shape[0],), torch.nan)
             parameters[f"{name}.weight"] = values.get(f"{name}.weight", rows)[:, None]
-        traits = experts_traits(module) or {}
-        for projection, (experts, out, _) in projections_of(module).items():
-            key = f"{name}.{projection}"
-            rows = torch.full((out,), torch.nan)
-            stack = torch.stack([values.get(_member(key, expert), rows) for expert in range(experts)])
-            parameters[key] = stack[:, None] if traits["is_transposed"] else stack[:, :, None]
+    for name, (_, _, form) in stacks_of(model).items():
+        rows = torch.full((form.shape[1],), torch.nan)
+        parameters[name] = form.rows(torch.stack([values.get(_member(name, i), rows) for i in range(form.shape[0])]))
     saved = {}
     for name, value in revert_weight_conversion(model, parameters).items():
         layer = name.removesuffix(".weight")

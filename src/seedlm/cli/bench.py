@@ -1,13 +1,12 @@
 """``seedlm bench``."""
 
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
 
-from seedlm.cli.console import in_bytes, show
-from seedlm.cli.options import Dtype, TrustRemoteCode
+from seedlm.cli.console import in_bytes, note, show, show_progress
+from seedlm.cli.options import Device, Dtype, TrustRemoteCode
 
 
 def bench(
@@ -18,27 +17,39 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="A static cache, compiled by transformers, with CUDA graphs. Takes minutes.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     explain: Annotated[bool, typer.Option("--explain", help="Only say which backend multiplies, and why no other.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure how fast a model generates here: compressed, dense, and in bitsandbytes' NF4 where that is installed."""
-    from transformers.utils import logging
+    from seedlm.evaluation.settings import SpeedSettings, check_room
+    from seedlm.integrations.transformers.before import find, longest_text
+    from seedlm.storage.checkpoint import Checkpoint
 
-    from seedlm.evaluation.speed import Settings, explain_backends, measure_speed
-
+    counts: dict[str, Any] = {"tokens": tokens, "prompt_tokens": prompt_tokens, "repeats": repeats}
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    settings = SpeedSettings(**counts, compiled=compiled, **where)
+    there = find(model, tell=note)
     if explain:
+        Checkpoint.open(there.path)
+        from seedlm.evaluation.speed import explain_backends
+
         kinds = explain_backends(model, device)
         print(json.dumps(kinds, indent=2)) if as_json else _print_backends(kinds)
         return
-    logging.set_verbosity_error()  # it warns of prompts that are longer than a model is used to
-    if not sys.stderr.isatty():
+    check_room(longest_text(there.path), settings)
+    note(f"{model}: {there}; {tokens} tokens after {prompt_tokens}, {repeats} times each")
+    with show_progress() as (on_progress, _):
+        on_progress("load", 0, 0)
+        from transformers.utils import logging  # and torch: what was mistyped has been answered without them
+
+        from seedlm.evaluation.speed import measure_speed
+
+        logging.set_verbosity_error()  # it warns of prompts that are longer than a model is used to
         logging.disable_progress_bar()
-    counts: dict[str, Any] = {"tokens": tokens, "prompt_tokens": prompt_tokens, "repeats": repeats}
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    found = measure_speed(model, Settings(**counts, compiled=compiled, **where))
+        found = measure_speed(model, settings, on_progress)
     print(json.dumps(found, indent=2)) if as_json else _print_rows(found)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seedlm.cli.options import Dequantize, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
+from seedlm.cli.options import Dequantize, Device, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
 from seedlm.errors import SourceError
 from seedlm.storage.untrusted import printable
 
@@ -22,7 +22,7 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: DrawingSeed = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -31,7 +31,12 @@ def chat(
 
     It remembers what was said until /reset. Ctrl-C stops an answer and not the program; /exit or Ctrl-D ends it.
     """
-    from transformers.utils import logging
+    from seedlm.integrations.transformers.before import check_chat, find
+
+    found = find(model)
+    if not trust_remote_code:
+        check_chat(model, found.path)
+    from transformers.utils import logging  # and torch: what was mistyped has been answered without them
 
     from seedlm.integrations.transformers.generate import Drawing, Writer
 

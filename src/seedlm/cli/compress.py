@@ -6,11 +6,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seedlm.cli.console import in_bytes, note, number, show, show_progress, stopped
+from seedlm.cli.console import NOTHING_KEPT, in_bytes, kept, note, number, show, show_progress, stopped
 from seedlm.cli.options import TrustRemoteCode
 from seedlm.codes.registry import DEFAULT, family, parse_format
 from seedlm.errors import FormatError
@@ -30,7 +30,8 @@ def compress(
         typer.Option(help="Bits per weight: any number from 2 to 8; 3-fast and the like take a tenth of the time. Default: 4."),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="As many bits as fit weight files of this size in all, such as 4.0GB.", metavar="SIZE")
+        str | None,
+        typer.Option(help="Instead of --bits: as many as fit weight files of this size, such as 4.0GB.", metavar="SIZE"),
     ] = None,
     code: Annotated[
         str, typer.Option(help="trellis, or block: the paper's own (5, 4.5, 4, 3.5, 3, 2.5, 2 bits).", metavar="NAME")
@@ -44,7 +45,8 @@ def compress(
         ),
     ] = "auto",
     sequences: Annotated[
-        int | None, typer.Option(help="Sequences of 256 tokens to observe the model on: 256 on a GPU, 64 on a CPU.", min=1)
+        int | None,
+        typer.Option(help="Sequences of 256 tokens to observe it on. Default: 256 on a GPU, 64 on a CPU.", min=1),
     ] = None,
     sensitivity: Annotated[
         Path | None,
@@ -56,7 +58,8 @@ def compress(
     head: Annotated[
         str | None,
         typer.Option(
-            help="Bits of the output head too; where it is tied to the embeddings one option says both.", metavar="BITS"
+            help="Bits of the output head too; tied to the embeddings, one option says both. Default: as it is.",
+            metavar="BITS",
         ),
     ] = None,
     format: Annotated[
@@ -74,13 +77,13 @@ def compress(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Leave modules that match this glob as they are; wins.", metavar="GLOB")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", metavar="SIZE")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB are 5 * 10^9 bytes.", metavar="SIZE")] = "5GB",
     device: Annotated[
         str,
         typer.Option(help="Where to search: auto (every GPU, or else the CPU), cpu, cuda:1, cuda:0,cuda:1, or ray."),
     ] = "auto",
     backend: Annotated[str, typer.Option(help="Search backend: auto, or one by name; all give the same bits.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository; default: main.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -90,8 +93,10 @@ def compress(
     embeddings and head without an option.
     Stopped at any moment, the same command goes on where it was.
     """
-    from seedlm.compress.workfolder import check_absent
-    from seedlm.storage.source import locate
+    from seedlm.compress.feedback import Feedback
+    from seedlm.compress.request import Request
+    from seedlm.integrations.transformers.before import find_source
+    from seedlm.storage.source import open_source
 
     start = time.monotonic()
     if size is not None and (bits is not None or format is not None):
@@ -100,36 +105,37 @@ def compress(
     observed = Path(feedback).suffix != ".safetensors" and feedback != "none"
     if sequences is not None and not observed:
         raise FormatError(f"--sequences says on how much text to observe the model, and --feedback {feedback} observes none")
-    check_absent(out)
+    asked: dict[str, Any] = {
+        "format": wanted,
+        "feedback": replace(Feedback.parse(feedback), sequences=sequences),
+        "dtype": dtype,
+        "include": include or (),
+        "exclude": exclude or (),
+        "embeddings": None if embeddings is None else parse_format(embeddings, code),
+        "head": None if head is None else parse_format(head, code),
+        "max_shard_size": max_shard_size,
+        "device": device,
+        "backend": backend,
+        **({"rounding": rounding} if rounding is not None else {}),
+    }
+    request = Request.of(out, **asked)
     try:
+        found = find_source(source, revision, note)
+        if found.path.is_dir():
+            request.check_source(open_source(found.path))
+        note(f"{source}: {found}; compressing to {size or _bits(wanted)} into {out}")
         with show_progress() as (on_progress, rate):
             on_progress("open", 0, 0)
-            path = locate(source, revision=revision)
-            from seedlm.compress.run import compress_checkpoint  # torch: what was mistyped has been answered without it
-            from seedlm.compress.statistics import Feedback
+            from transformers.utils import logging  # and torch: what was mistyped has been answered without them
 
+            from seedlm.compress.run import compress_checkpoint
+
+            logging.disable_progress_bar()
             report = compress_checkpoint(
-                path,
-                out,
-                format=wanted,
-                feedback=replace(Feedback.parse(feedback), sequences=sequences),
-                dtype=dtype,
-                include=include or (),
-                exclude=exclude or (),
-                embeddings=None if embeddings is None else parse_format(embeddings, code),
-                head=None if head is None else parse_format(head, code),
-                max_shard_size=max_shard_size,
-                device=device,
-                backend=backend,
-                trust_remote_code=trust_remote_code,
-                on_progress=on_progress,
-                on_note=note,
-                **({"rounding": rounding} if rounding is not None else {}),
+                found.path, out, **asked, trust_remote_code=trust_remote_code, on_progress=on_progress, on_note=note
             )
     except KeyboardInterrupt as error:
-        partial = out.with_name(out.name + ".partial")
-        kept = f"; run the same command again to go on ({partial} holds what is done)" if partial.exists() else ""
-        stopped(error, kept)
+        stopped(error, kept(out, "holds what is done", NOTHING_KEPT))
     run = {"seconds": round(time.monotonic() - start, 2), "weights_per_second": rate()}
     if as_json:
         print(json.dumps({**report.to_dict(), **run}, indent=2))
@@ -141,6 +147,13 @@ def compress(
     on_gpu = f", {in_bytes(report.peak_device_bytes)} on the GPU" if report.peak_device_bytes else ""
     print(f"memory            {in_bytes(report.peak_host_bytes)}{on_gpu}; on {', '.join(report.devices)}")
     _print_next(report)
+
+
+def _bits(wanted: "Format | Mixture") -> str:
+    from seedlm.compress.allocate import Mixture
+
+    bits = wanted.bits if isinstance(wanted, Mixture) else wanted.bits_per_weight
+    return f"{bits:.3g} bits a weight"
 
 
 def _format(
@@ -160,7 +173,7 @@ def _format(
     if sensitivity is not None:
         if format is not None or (number is None and nbytes is None):
             raise FormatError("--sensitivity mixes formats to a number of --bits, such as 3.5; one of your own is not mixed")
-        from seedlm.calibration.sensitivity import read_sensitivity
+        from seedlm.storage.sensitivity import read_sensitivity
 
         model, values = read_sensitivity(sensitivity)
         if model != source:  # rightly so for a fine-tuned model, or for another form of the same
@@ -199,9 +212,13 @@ def inspect(
     report = inspect_checkpoint(folder)
     if check:
         checkpoint = Checkpoint.open(folder)
-        checkpoint.verify()
-        for module in checkpoint.packed:
-            checkpoint.tensor(module)
+        with show_progress() as (on_progress, _):
+            on_progress("verify", 0, 0)
+            checkpoint.verify()
+            on_progress("check", 0, len(checkpoint.packed))
+            for done, module in enumerate(checkpoint.packed, 1):
+                checkpoint.tensor(module)
+                on_progress("check", done, len(checkpoint.packed))
         by_digest = f"{len(checkpoint.digests)} of {len(checkpoint.files.entries)} tensors match their SHA-256"
         print(f"seedlm: {by_digest}, {len(report.tensors)} compressed ones hold valid codes", file=sys.stderr)
     if as_json:

@@ -8,11 +8,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from seedlm.progress import Bars, Lines, Progress
 from seedlm.storage.untrusted import printable
+
+NOTHING_KEPT = "nothing is kept yet: the same command begins again, a text that the model was writing too"
+"""Of a run that was stopped before its text was whole."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -28,6 +32,18 @@ def stopped(error: KeyboardInterrupt, kept: str = "") -> NoReturn:
     """Say that a command was stopped, and what is kept; exit as a shell expects it."""
     print(printable(f"seedlm: stopped{kept}"), file=sys.stderr)
     sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
+
+
+def kept(out: Path, what: str, writing: str = "") -> str:
+    """What a command that was stopped leaves behind for the same command to go on with.
+
+    what      OUT.partial holds
+    writing   said where nothing is kept: what was under way and begins again
+    """
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        return f"; run the same command again to go on ({partial} {what})"
+    return f"; {writing}" if writing else ""
 
 
 def show(line: str) -> None:
@@ -50,7 +66,7 @@ def in_bytes(count: int) -> str:
 
 @contextmanager
 def show_progress() -> Iterator[tuple[Progress, Callable[[], float | None]]]:
-    """Progress on stderr, bars on a terminal and else a line every half minute: its callback, and the rate of encoding."""
+    """Progress on stderr, bars on a terminal and else lines (`Lines`): its callback, and the rate of encoding."""
     started: dict[str, tuple[float, int]] = {}
     latest: dict[str, tuple[float, int]] = {}
 
@@ -61,7 +77,7 @@ def show_progress() -> Iterator[tuple[Progress, Callable[[], float | None]]]:
         seconds, weights = (end - begin for end, begin in zip(latest["compress"], started["compress"], strict=True))
         return weights / seconds if weights and seconds > 0 else None
 
-    with Bars() if Bars.are_seen() else nullcontext(Lines()) as show_it:
+    with Bars() if Bars.are_seen() else Lines() as show_it:
 
         def on_progress(phase: str, done: int, total: int) -> None:
             latest[phase] = (time.monotonic(), done)

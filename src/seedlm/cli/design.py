@@ -1,13 +1,13 @@
 """``seedlm design``."""
 
 import json
-import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seedlm.cli.console import stopped
+from seedlm.cli.console import note, show_progress, stopped
+from seedlm.cli.options import Device
 
 if TYPE_CHECKING:
     from seedlm.compress.design import Rated
@@ -26,14 +26,14 @@ def design(
     max_block: Annotated[
         int | None,
         typer.Option(
-            help="Longest block to consider, in weights: 64 on a GPU; on a CPU 8, which takes seconds, 64 many minutes.",
+            help="Longest block, in weights. Default: 64 on a GPU; on a CPU 8, some seconds, where 64 take many minutes.",
             min=2,
             max=64,
         ),
     ] = None,
     top: Annotated[int, typer.Option(help="Formats to list.", min=1)] = 12,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to work: auto (the GPU if there is one), cpu, cuda, ...")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the sample.", min=0)] = 0,
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print every format measured as JSON.")] = False,
 ) -> None:
     """Find the formats of least expected error under a budget: the paper's grid search, exponent bits included.
@@ -42,32 +42,39 @@ def design(
     seeds of a block that an exact search must score: what a format costs to use. `seedlm compress --format` takes any of them;
     with 2 exponent bits (e2) it does worse than shown, since it sets their range by the largest weight.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from seedlm.compress.design import candidates, measure, model_blocks, normal_blocks
-    from seedlm.device import choose_device
+    from seedlm.codes.block.format import check_rounding
+    from seedlm.compress.design_space import candidates
+    from seedlm.integrations.transformers.before import find_source
+    from seedlm.progress import counted
     from seedlm.storage.source import open_source
 
     start = time.monotonic()
-    where = choose_device(device)
-    samples = normal_blocks(blocks, seed) if model is None else model_blocks(open_source(model), blocks, seed)
-    longest = max_block or (8 if where.type == "cpu" else 64)
-    formats = candidates(bits, max_block=min(longest, samples.shape[1]))
-    console = Console(stderr=True)
-    if max_block is None and where.type == "cpu":
-        print("seedlm: blocks of up to 8 weights, some seconds; --max-block 64 looks at all, in many minutes", file=sys.stderr)
+    check_rounding(rounding)
+    candidates(bits, max_block=max_block or 8)
+    there = None if model is None else find_source(model, tell=note)
+    note(f"formats of at most {bits:g} bits a weight, on {blocks} blocks of {model or 'N(0,1)'}{f': {there}' if there else ''}")
     try:
-        with Progress(console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("Measuring formats", total=len(formats))
-            measuring = measure(
-                formats,
-                samples.to(where),
-                rounding,  # type: ignore[arg-type]  # checked inside
-                prune=True,
-                on_progress=lambda count: bar.advance(task, count),
-            )
-            measured = list(measuring)
+        with show_progress() as (on_progress, _):
+            if there is not None:
+                on_progress("open", 0, 0)
+            from seedlm.compress.design import measure, model_blocks, normal_blocks
+            from seedlm.device import choose_device
+
+            where = choose_device(device)
+            samples = normal_blocks(blocks, seed) if there is None else model_blocks(open_source(there.path), blocks, seed)
+            longest = max_block or (8 if where.type == "cpu" else 64)
+            formats = candidates(bits, max_block=min(longest, samples.shape[1]))
+            if max_block is None and where.type == "cpu":
+                note("blocks of up to 8 weights, some seconds; --max-block 64 looks at all, in many minutes")
+            with counted(None, "design", len(formats), on_progress) as tell:
+                measuring = measure(
+                    formats,
+                    samples.to(where),
+                    rounding,  # type: ignore[arg-type]  # checked above
+                    prune=True,
+                    on_progress=tell,
+                )
+                measured = list(measuring)
     except KeyboardInterrupt as error:
         stopped(error)
     measured.sort(key=lambda m: m.nmse)

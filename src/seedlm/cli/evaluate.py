@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from seedlm.cli.console import in_bytes, show, show_progress, stopped
-from seedlm.cli.options import TrustRemoteCode
+from seedlm.cli.console import in_bytes, kept, note, show, show_progress, stopped
+from seedlm.cli.options import Device, Dtype, TrustRemoteCode
 from seedlm.errors import EvaluationError
 
 
@@ -21,10 +21,10 @@ def evaluate(
         str | None, typer.Option(help="Model to compare with, token by token: the original.", metavar="MODEL")
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens in a window.", metavar="TOKENS")] = 2048,
-    limit: Annotated[int | None, typer.Option(help="Score the first N windows only.", metavar="N")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score the first N windows only; default: all.", metavar="N")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.", metavar="N")] = 1,
-    device: Annotated[str, typer.Option(help="auto, or a torch device such as cuda:1.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     packed: Annotated[bool, typer.Option("--packed", help="Leave packed weights packed: less memory, slower.")] = False,
     baseline: Annotated[
         str | None,
@@ -47,14 +47,16 @@ def evaluate(
     task_data: Annotated[
         Path | None, typer.Option(help="Folder of local files for the tasks, instead of the Hub.", metavar="FOLDER")
     ] = None,
-    task_limit: Annotated[int | None, typer.Option(help="The first N questions of each task only.", metavar="N")] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(help="The first N questions of each task only; default: all.", metavar="N")
+    ] = None,
     task_batch: Annotated[int, typer.Option(help="Answers in one forward pass.", metavar="N")] = 8,
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts to continue, one a line, instead of the built-in six.", metavar="FILE")
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to continue each prompt by.", metavar="N")] = 48,
     layers: Annotated[int, typer.Option(help="Windows on which to hold every layer against the reference's.", metavar="N")] = 2,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub; default: main.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -63,41 +65,51 @@ def evaluate(
     Perplexity by the papers' protocol; with a reference also KL divergence and agreement on the most likely token. Stopped at
     any moment, the same command with --out goes on where it was.
     """
-    from transformers.utils import logging
-
     from seedlm.evaluation.prompts import PROMPTS, read_prompts
-    from seedlm.evaluation.run import Settings
-    from seedlm.evaluation.run import evaluate as run
+    from seedlm.evaluation.settings import TASKS, Settings, check_context, check_request
     from seedlm.evaluation.text import Text
-    from seedlm.evaluation.zeroshot import TASKS
+    from seedlm.integrations.transformers.before import find, longest_text
 
     if (wikitext is None) == (text is None):
         raise EvaluationError("give a text: --wikitext FILE (wiki.test.raw) or --text FILE, one of them")
-    logging.set_verbosity_error()  # a text is longer than a model's context, which its tokenizer warns about
-    logging.disable_progress_bar()
+    settings = Settings(
+        context=context,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        packed=packed,
+        baseline=baseline,
+        calibration=str(calibration) if calibration else None,
+        tasks=TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else (),
+        task_data=str(task_data) if task_data else None,
+        task_limit=task_limit,
+        task_batch=task_batch,
+        prompts=read_prompts(prompts) if prompts else PROMPTS,
+        new_tokens=new_tokens,
+        layers=layers,
+        trust_remote_code=trust_remote_code,
+    )
+    content = Text.from_wikitext(wikitext) if wikitext else Text.from_file(text or "")
+    check_request(content, settings, out, tokens_out)
     try:
+        models = [find(model, revision, note), *([] if reference is None else [find(reference, tell=note)])]
+        for found in models:
+            check_context(longest_text(found.path), settings)
+        against = "" if reference is None else f", against {reference}: {models[1]}"
+        note(f"{model}: {models[0]}{against}; on {content.path}, {len(content.content.encode()) / 1e6:.2f} MB")
         with show_progress() as (on_progress, _):
+            on_progress("open", 0, 0)
+            from transformers.utils import logging  # and torch: what was mistyped has been answered without them
+
+            from seedlm.evaluation.run import evaluate as run
+
+            logging.set_verbosity_error()  # a text is longer than a model's context, which its tokenizer warns about
+            logging.disable_progress_bar()
             results = run(
                 model,
-                Text.from_wikitext(wikitext) if wikitext else Text.from_file(text or ""),
-                Settings(
-                    context=context,
-                    limit=limit,
-                    batch_size=batch_size,
-                    device=device,
-                    dtype=dtype,
-                    packed=packed,
-                    baseline=baseline,
-                    calibration=str(calibration) if calibration else None,
-                    tasks=TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else (),
-                    task_data=str(task_data) if task_data else None,
-                    task_limit=task_limit,
-                    task_batch=task_batch,
-                    prompts=read_prompts(prompts) if prompts else PROMPTS,
-                    new_tokens=new_tokens,
-                    layers=layers,
-                    trust_remote_code=trust_remote_code,
-                ),
+                content,
+                settings,
                 reference=reference,
                 out=out,
                 tokens_out=tokens_out,
@@ -105,9 +117,7 @@ def evaluate(
                 on_progress=on_progress,
             )
     except KeyboardInterrupt as error:
-        partial = Path(f"{out}.partial")
-        kept = f"; run the same command again to go on ({partial} holds what is done)" if partial.exists() else ""
-        stopped(error, kept)
+        stopped(error, kept(out, "holds what is done") if out is not None else "")
     if as_json:
         print(json.dumps(results, indent=2))
     else:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from seedlm.cli.console import stopped
-from seedlm.cli.options import Dequantize, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
+from seedlm.cli.options import Dequantize, Device, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
 
 
 def generate(
@@ -22,13 +22,18 @@ def generate(
             "--chat/--raw", help="Answer by the model's chat template, or go on from the text. Default: by one if it has one."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     dequantize: Dequantize = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text, printed as it comes; then, on stderr, the speed."""
-    from transformers.utils import logging
+    from seedlm.integrations.transformers.before import check_chat, find
+
+    found = find(model)
+    if chat and not trust_remote_code:
+        check_chat(model, found.path)
+    from transformers.utils import logging  # and torch: what was mistyped has been answered without them
 
     from seedlm.integrations.transformers.generate import Drawing, Timing
     from seedlm.integrations.transformers.generate import generate as pieces

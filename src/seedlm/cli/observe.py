@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from seedlm.cli.console import in_bytes, note, show, show_progress, stopped
-from seedlm.cli.options import TrustRemoteCode
+from seedlm.cli.console import NOTHING_KEPT, in_bytes, kept, note, show, show_progress, stopped
+from seedlm.cli.options import Device, TrustRemoteCode
 from seedlm.errors import FormatError
 
 
@@ -24,15 +24,15 @@ def observe(
         typer.Option(help="Another model that writes the text: the same one, compressed, if it is too large.", metavar="MODEL"),
     ] = None,
     sequences: Annotated[
-        int | None, typer.Option(help="How many: by default 256 on a GPU that holds the model, or 64.", min=1)
+        int | None, typer.Option(help="How many. Default: 256 on a GPU that holds the model, or 64.", min=1)
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens in each.", min=2)] = 256,
-    seed: Annotated[int, typer.Option(help="Of what is written.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, or a torch device such as cuda:1.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of what is written.", min=0)] = 0,
+    device: Device = "auto",
     device_memory: Annotated[
         str | None, typer.Option(help="Use so much of the device, such as 40GB; default: what is free.", metavar="SIZE")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository; default: main.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -41,29 +41,32 @@ def observe(
     Needs no data: the model writes a text itself. A model larger than the device is observed layer by layer. Stopped at any
     moment, the same command goes on; a text that is written is not written again.
     """
-    from seedlm.storage.source import locate
+    from seedlm.calibration.amount import check_length
+    from seedlm.compress.feedback import Feedback, check_observation
+    from seedlm.compress.plan import parse_size
+    from seedlm.integrations.transformers.before import find, find_source, longest_text
 
     start = time.monotonic()
     if text is not None and writer is not None:
         raise FormatError("--text is a text, --writer a model that writes one: give one of them")
-    if text is not None and not text.is_file():
-        raise FormatError(f"{text}: no such text file")
-    path = locate(model, revision=revision)
-    wrote = None if writer is None else locate(writer)
+    memory = None if device_memory is None else parse_size(device_memory, "--device-memory")
+    wrote = None if writer is None else find(writer).path
+    wanted = Feedback("own" if text is None else "text", text, sequences, length, seed, wrote, memory)
+    check_observation(out, wanted)
     try:
-        from transformers.utils import logging
-
-        from seedlm.compress.observe import observe_checkpoint  # torch: what was mistyped has been answered without it
-        from seedlm.compress.plan import parse_size
-        from seedlm.compress.statistics import Feedback
-        from seedlm.device import choose_device, peak_memory
-
-        logging.disable_progress_bar()
-        memory = None if device_memory is None else parse_size(device_memory, "--device-memory")
-        wanted = Feedback("own" if text is None else "text", text, sequences, length, seed, wrote, memory)
+        source = find_source(model, revision, note)
+        check_length(longest_text(source.path), length)
+        note(f"{model}: {source}; observing it on {text or 'a text that it writes'}, for {out}")
         with show_progress() as (on_progress, _):
+            on_progress("open", 0, 0)
+            from transformers.utils import logging  # and torch: what was mistyped has been answered without them
+
+            from seedlm.compress.observe import observe_checkpoint
+            from seedlm.device import choose_device, peak_memory
+
+            logging.disable_progress_bar()
             found = observe_checkpoint(
-                path,
+                source.path,
                 out,
                 text=wanted,
                 device=device,
@@ -72,9 +75,7 @@ def observe(
                 on_note=note,
             )
     except KeyboardInterrupt as error:
-        partial = out.with_name(out.name + ".partial")
-        kept = f"; run the same command again to go on ({partial} keeps the text)" if partial.exists() else ""
-        stopped(error, kept)
+        stopped(error, kept(out, "keeps the text", NOTHING_KEPT))
     host, held = peak_memory(choose_device(device))
     summary = {
         "file": str(out),

@@ -4,7 +4,29 @@ from typing import Annotated
 
 import typer
 
-Dtype = Annotated[str, typer.Option(help="Of everything that is not packed: auto, bfloat16, float16, float32.")]
+
+def device_names(value: str) -> str:
+    """For an option: refuses what is no device anywhere."""
+    from seedlm.device import check_names
+
+    check_names(value)
+    return value
+
+
+def _dtype(value: str) -> str:
+    from seedlm.integrations.transformers.before import check_dtype
+
+    check_dtype(value)
+    return value
+
+
+Device = Annotated[
+    str, typer.Option(help="Where to run: auto (the GPU if there is one), cpu, cuda, cuda:1, ...", callback=device_names)
+]
+Dtype = Annotated[
+    str,
+    typer.Option(help="Of everything that is not packed: auto (as stored), bfloat16, float16, float32.", callback=_dtype),
+]
 Dequantize = Annotated[
     bool,
     typer.Option("--dequantize", "--expand", help="Dequantize once after loading: faster on a CPU, full size in memory."),
@@ -15,5 +37,5 @@ TrustRemoteCode = Annotated[
 
 # How tokens are drawn.
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.", min=0.0)]
-TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.", max=1.0)]
-DrawingSeed = Annotated[int, typer.Option(help="Of the drawing.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.", min=0.0, max=1.0)]
+DrawingSeed = Annotated[int, typer.Option(help="Seed of the drawing.")]

@@ -1,10 +1,12 @@
 """``seedlm rtl``."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from seedlm.cli.console import note, show_progress
 from seedlm.errors import BackendError, FormatError
 
 
@@ -19,17 +21,24 @@ def rtl(
     from seedlm.codes.block.format import BlockFormat
     from seedlm.codes.registry import parse_format
     from seedlm.rtl.design import HalfDesign, SeedDesign
-    from seedlm.storage.written import check_free
+    from seedlm.storage.written import check_free, replacing
 
     check_free(output)
-    try:
-        from seedlm.rtl.verilog import emit
-    except ImportError as error:
-        raise BackendError(f"seedlm rtl needs {error.name}: pip install 'seedlm[rtl]'") from None
     sizes = {"beat_bits": beat_bits, "max_features": max_features}
     format = parse_format(bits, "block")
     if not isinstance(format, BlockFormat):
         raise FormatError(f"the hardware multiplies block codes, not {format.spec}")
     design = HalfDesign(**sizes) if fp16 else SeedDesign(format=format, **sizes)
-    output.write_text(emit(design))
+    if find_spec("amaranth") is None:
+        raise BackendError("seedlm rtl needs amaranth: pip install 'seedlm[rtl]'")
+    note(
+        f"{'FP16' if fp16 else format.spec}, {design.beat_bits} bits a clock, {design.max_features} activations: into {output}"
+    )
+    with show_progress() as (on_progress, _):
+        on_progress("rtl", 0, 0)
+        from seedlm.rtl.verilog import emit
+
+        text = emit(design)
+    with replacing(output) as file:
+        file.write(text.encode())
     print(f"{output}: {design.prefix}_matvec, {design.lanes} multipliers, {design.beat_bits // 8} bytes a clock")

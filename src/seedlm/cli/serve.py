@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from seedlm.cli.options import Dtype, TrustRemoteCode
+from seedlm.cli.console import note
+from seedlm.cli.options import Device, Dtype, TrustRemoteCode
 from seedlm.errors import BackendError, FormatError
 
 
@@ -18,7 +19,7 @@ def serve(
     model: Annotated[str, typer.Argument(help="Model folder, GGUF file or Hub repository, compressed or not.")],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "localhost",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8000,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -26,25 +27,29 @@ def serve(
 
     The server is transformers' own; `seedlm run transformers serve` has all of its options.
     """
-    from seedlm.storage.source import is_repository, locate
+    from seedlm.integrations.transformers.before import find, has_chat_template
+    from seedlm.storage.source import is_repository
 
+    chats = None
     if not is_repository(model):
-        found = locate(model)
+        found = find(model).path
         if found.is_file():
             raise BackendError(f"{model}: a server takes folders and Hub repositories; compress the file first")
+        chats = has_chat_template(found)
     for name in ("fastapi", "uvicorn", "openai"):
         if importlib.util.find_spec(name) is None:
             raise BackendError(f"serving needs {name}: pip install 'seedlm[serve]'")
     _check_port(host, port)
+    note(f"opening {model}")
     from seedlm.device import choose_device
-    from seedlm.integrations.transformers.files import check_model
 
     choose_device(device)
-    check_model(Path(model))
-    from transformers.cli.serve import Serve
+    from seedlm.integrations.transformers.serving import Server
 
-    print(f"seedlm: {model} at http://{host}:{port}/v1; Ctrl-C ends", file=sys.stderr, flush=True)
-    Serve(force_model=model, host=host, port=port, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if chats is False:
+        note(f"{model} has no chat template: completions are answered, chats are refused")
+    note(f"{model} at http://{host}:{port}/v1; Ctrl-C ends")
+    Server(model, host=host, port=port, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _check_port(host: str, port: int) -> None:

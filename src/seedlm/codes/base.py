@@ -222,6 +222,7 @@ class Family(Protocol):
     name            as in `Format.family`
     since_version   the first version of checkpoints that can hold it
     presets         bits as written on the command line -> format
+    searches        encoding backends by name, fastest first; "auto" stands for one of them
     defaults        settings of encoding and their default values, such as ``{"rounding": "best"}``; all are text
     mixture         formats that mixed precision chooses from -> ||W - W^||^2 / ||W||^2 that they leave on normal weights
     feedback        whether its encoders use `Facts.hessian`: then a run gathers statistics unless told not to
@@ -231,6 +232,7 @@ class Family(Protocol):
     name: str
     since_version: int
     presets: Mapping[str, Format]
+    searches: Sequence[str]
     defaults: Mapping[str, str]
     mixture: Mapping[Format, float]
     feedback: bool

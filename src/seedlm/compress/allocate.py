@@ -55,6 +55,15 @@ class Mixture:
         if self.bits is not None and not low <= self.bits <= high:
             raise FormatError(f"a mixture for this model has {low:.4f} to {high:.4f} bits a weight, got {self.bits:g}")
 
+    def check_sensitivity(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise FormatError if a weight has no sensitivity."""
+        missing = [module for module in shapes if module not in self.sensitivity]
+        if missing:
+            raise FormatError(
+                f"{missing[0]}: has no sensitivity ({len(missing)} of {len(shapes)} weights); measure this model, "
+                "or --exclude what its class has no layer for"
+            )
+
     def assign(
         self, shapes: Mapping[str, tuple[int, int]], groups: Iterable[Sequence[str]] = (), budget: int | None = None
     ) -> dict[str, Format]:
@@ -64,12 +73,7 @@ class Mixture:
         budget    stored bits of all, at least those of the smallest format; None takes `bits`
         Raises FormatError if a weight has no sensitivity, or if no mixture has so many bits.
         """
-        missing = [module for module in shapes if module not in self.sensitivity]
-        if missing:
-            raise FormatError(
-                f"{missing[0]}: has no sensitivity ({len(missing)} of {len(shapes)} weights); measure this model, "
-                "or --exclude what its class has no layer for"
-            )
+        self.check_sensitivity(shapes)
         if budget is None:
             assert self.bits is not None
             self.check_bits(shapes)

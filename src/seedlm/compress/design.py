@@ -1,6 +1,6 @@
 """The design space (paper Section 3.4): which block format has the least expected error under a budget of bits a weight.
 
-    candidates   every (K, C, P, coefficient bits, exponent bits) within the budget that is not contained in another one
+    candidates   (`design_space`) every (K, C, P, coefficient bits, exponent bits) within the budget that no other contains
     blocks       what to measure on: N(0,1), or the weights of a model
     measure      the error of formats on such blocks, as the search would leave it
 
@@ -20,27 +20,21 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seedlm.codes.block.basis import generator, greville
 from seedlm.codes.block.codec import best_exponent, power_of_two
-from seedlm.codes.block.format import MAX_BLOCK_BITS, BlockFormat, Rounding, check_rounding
-from seedlm.compress.worker import Target, pieces
-from seedlm.errors import FormatError, TensorError
+from seedlm.codes.block.format import BlockFormat, Rounding, check_rounding
+from seedlm.compress.design_space import WIDTH
+from seedlm.compress.items import Target
+from seedlm.compress.worker import pieces
+from seedlm.errors import TensorError
 from seedlm.storage.checkpoint import PackedInfo
 from seedlm.storage.selection import matrices_of, select
 from seedlm.storage.source import Source
-
-SEED_BITS: Final = (4, 16)
-"""Registers to consider: the fast searches end at 16 bits, and below 4 there is next to nothing to choose from."""
-MAX_COEFFICIENTS: Final = 8
-COEFFICIENT_BITS: Final = (2, 8)
-EXPONENT_BITS: Final = (2, 4)
-WIDTH: Final = 64
-"""Weights of a sample: the longest block there is. A format of C weights a block is measured on the first C."""
 
 _FIRST = 16
 """Seeds scored for every block; of the others those whose residual reaches below what these achieve."""
@@ -86,31 +80,6 @@ class Rated:
             "unquantized": self.unquantized,
             "contenders": self.contenders,
         }
-
-
-def candidates(bits: float, *, max_block: int = WIDTH, seed_bits: tuple[int, int] = SEED_BITS) -> list[BlockFormat]:
-    """Block formats of at most `bits` bits a weight, less those whose every code a format of the list has as well.
-
-    For given C, P, coefficient and exponent bits the rest of the budget goes to the seed. Beyond the longest register a spare
-    bit would go to the exponent and P spare bits to the coefficients, whose wider ranges contain the narrower ones.
-    Raises FormatError if the budget allows no block at all.
-    """
-    found = []
-    for c, p, q, e in itertools.product(
-        range(2, max_block + 1),
-        range(1, MAX_COEFFICIENTS + 1),
-        range(COEFFICIENT_BITS[0], COEFFICIENT_BITS[1] + 1),
-        range(EXPONENT_BITS[0], EXPONENT_BITS[1] + 1),
-    ):
-        rest = math.floor(bits * c + 1e-9) - e - p * q
-        k = min(rest, seed_bits[1])
-        spare = rest - k
-        if p >= c or k < seed_bits[0] or k + e + p * q > MAX_BLOCK_BITS or spare >= p or (spare and e < EXPONENT_BITS[1]):
-            continue
-        found.append(BlockFormat(seed_bits=k, block_size=c, num_coefficients=p, coefficient_bits=q, exponent_bits=e))
-    if not found:
-        raise FormatError(f"no block format has {bits} bits a weight or less; try 1 to 8")
-    return found
 
 
 def normal_blocks(count: int, seed: int = 0) -> Tensor:

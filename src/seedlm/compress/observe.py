@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from seedlm.codes.registry import DEFAULT, parse_format
 from seedlm.compress import plan as plans
-from seedlm.compress.statistics import Feedback, gather
+from seedlm.compress.feedback import Feedback, check_observation
+from seedlm.compress.statistics import gather
 from seedlm.compress.workfolder import WorkFolder, sync
 from seedlm.device import choose_device
-from seedlm.errors import FormatError, OutputError
 from seedlm.progress import Progress
 from seedlm.storage.source import locate, open_source
 
@@ -41,10 +41,7 @@ def observe_checkpoint(
     Raises SourceError for a model that cannot be read or run, OutputError if the output exists, FormatError, BackendError.
     """
     out, wanted = Path(out).absolute(), text or Feedback("own")
-    if out.suffix != ".safetensors":
-        raise OutputError(f"{out}: statistics are a file of safetensors, which must be called so: {out.name}.safetensors")
-    if wanted.kind not in ("own", "text"):
-        raise FormatError(f"a model is observed on its own text or on a file, not on {wanted.kind!r}")
+    check_observation(out, wanted)
     where, path = choose_device(device), locate(source, revision=revision).absolute()
     model = open_source(path)
     selected = plans.choose(model, [parse_format("4", DEFAULT)], (), (), code=path if trust_remote_code else None)

@@ -1,5 +1,7 @@
 """What a run will do, before it does anything: each tensor's fate, its place in the output, and the arguments to hold a
-resumed run against. All of it follows from headers, arguments and, for mixed precision, statistics; no weight is read.
+resumed run against. All of it follows from headers, arguments and, for mixed precision, statistics; no weight is read. What
+can be refused by arguments and headers alone is refused by `request`, which needs no torch for it, as nothing here does but the
+survey of the model.
 """
 
 import re
@@ -12,14 +14,23 @@ from typing import Any, Final
 from seedlm.codes.base import Format, stored_bits
 from seedlm.codes.registry import family_of
 from seedlm.compress.allocate import Mixture, most_common
-from seedlm.compress.worker import Destination, Item, Target
+from seedlm.compress.items import Destination, Item, Target
 from seedlm.errors import FormatError, OutputError, SourceError
-from seedlm.modeling.blueprint import survey
 from seedlm.storage import checkpoint
 from seedlm.storage.checkpoint import PackedInfo, stored_name
 from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part, side_endings
 from seedlm.storage.safetensors import SINGLE_NAME, Layout, TensorInfo, layout
-from seedlm.storage.selection import Survey, dense_linears, groups_of, largest_left, matrices_of, select, stack_of, tables_of
+from seedlm.storage.selection import (
+    NO_SURVEY,
+    Survey,
+    dense_linears,
+    groups_of,
+    largest_left,
+    matrices_of,
+    select,
+    stack_of,
+    tables_of,
+)
 from seedlm.storage.source import Source
 from seedlm.version import __version__
 
@@ -110,13 +121,20 @@ def choose(
     embeddings: Format | None = None,
     head: Format | None = None,
     code: Path | None = None,
+    by_names: bool = False,
 ) -> Selected:
     """What `selection` and the model's own class say of a source, whose folder `code` is, if code in it is to be run.
 
+    by_names   do without the model's class, which takes seconds to import
     Raises SourceError and FormatError as they do.
     """
     widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
-    found = survey(source.config, source.tensors, code)
+    if by_names:
+        found = NO_SURVEY
+    else:
+        from seedlm.modeling.blueprint import survey
+
+        found = survey(source.config, source.tensors, code)
     modules, left = select(source.tensors, source.config, widest, include, exclude, found)
     tables = tables_of(source.tensors, found, embeddings, head, exclude)
     left = {name: reason for name, reason in left.items() if name.removesuffix(".weight") not in tables}
@@ -137,13 +155,26 @@ def choose(
 
 
 def check_reach(mixture: Mixture, selected: Selected, size_of: SizeOf) -> None:
-    """Raise FormatError if no mixture for this model has such a size, or so many bits."""
+    """Raise FormatError if no mixture for this model has such a size, or so many bits, or if it is another model's."""
+    if mixture.sensitivity:
+        mixture.check_sensitivity(selected.modules)
     if mixture.size is None:
         mixture.check_bits(selected.modules)
         return
     low, high = (size_of(dict.fromkeys(selected.modules, format)) for format in mixture.extremes(selected.modules))
     if not low <= mixture.size <= high:
-        raise FormatError(f"the weight files of this model can have {low:,} to {high:,} bytes, got {mixture.size:,}")
+        raise FormatError(out_of_reach(mixture.size, low, high))
+
+
+def reach(mixture: Mixture, source: Source, selected: Selected, dtype: str | None, shard_bytes: int) -> tuple[int, int]:
+    """The fewest and the most bytes that all weight files can have."""
+    formats = (dict.fromkeys(selected.modules, format) for format in mixture.extremes(selected.modules))
+    low, high = (make(source, selected, each, dtype=dtype, shard_bytes=shard_bytes, arguments={}).nbytes for each in formats)
+    return low, high
+
+
+def out_of_reach(size: int, low: int, high: int) -> str:
+    return f"the weight files of this model can have {low:,} to {high:,} bytes, got {size:,}"
 
 
 def assign(format: Format | Mixture, selected: Selected, size_of: SizeOf) -> dict[str, Format]:

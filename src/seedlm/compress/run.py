@@ -19,24 +19,26 @@ from typing import Any
 import torch
 
 from seedlm.codes.base import EncodeOptions, Format
-from seedlm.codes.registry import check_settings, family_of, parse_format
+from seedlm.codes.registry import family_of
 from seedlm.compress import plan as plans
 from seedlm.compress import workers, workers_ray
 from seedlm.compress.allocate import Mixture, most_common
 from seedlm.compress.card import CARD_NAME, card
-from seedlm.compress.plan import DTYPES, Plan, Selected, parse_size
+from seedlm.compress.items import Destination, Item
+from seedlm.compress.plan import Plan, Selected
+from seedlm.compress.request import Request, is_ray
 from seedlm.compress.scan import Scan, scan
 from seedlm.compress.statistics import Feedback, gather
-from seedlm.compress.worker import Destination, Item, Job, Unit
-from seedlm.compress.workfolder import WorkFolder, check_absent
+from seedlm.compress.worker import Job, Unit
+from seedlm.compress.workfolder import WorkFolder
 from seedlm.device import choose_devices, peak_memory
-from seedlm.errors import BackendError, FormatError, OutputError, TensorError
+from seedlm.errors import BackendError, TensorError
 from seedlm.progress import Progress, shown
 from seedlm.storage import checkpoint
 from seedlm.storage import inspect as report
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
+from seedlm.storage.metadata import written_version
 from seedlm.storage.safetensors import INDEX_NAME
-from seedlm.storage.selection import as_patterns
 from seedlm.storage.source import Source, locate, open_source
 
 
@@ -65,7 +67,7 @@ def compress_checkpoint(
     source              local folder of safetensors, GGUF file or Hub repository (`source.open_source`)
     out                 folder to be created; ``OUT.partial`` beside it holds the unfinished run
     format              preset, specification or format object, or a mixture of formats
-    feedback            what errors are weighed by (`statistics.Feedback`): ``"own"``, a text that the model writes itself;
+    feedback            what errors are weighed by (`feedback.Feedback`): ``"own"``, a text that the model writes itself;
                         ``"none"``, the weights alone; a file of statistics; a text, which calibrates on data. ``"auto"`` is own
                         where the format's family asks for it and the model can be run
     dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;
@@ -86,47 +88,52 @@ def compress_checkpoint(
     that cannot be run for its statistics.
     """
     clock = _Clock()
-    out = Path(out).absolute()
-    if not out.name:
-        raise OutputError(f"{out}: is no place for a new folder")
-    format = format if isinstance(format, Mixture) else parse_format(format)
-    if dtype is not None and dtype not in DTYPES:
-        raise FormatError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    devices = [] if workers_ray.is_ray(device) else choose_devices(device)
-    candidates = list(format.formats) if isinstance(format, Mixture) else [format]
-    tables = {option: parse_format(each) for option, each in (("embeddings", embeddings), ("head", head)) if each is not None}
-    _check_encoding([*candidates, *tables.values()], devices, backend, settings)
-    wanted = Feedback.parse(feedback)
-    check_absent(out)
-    include, exclude = as_patterns(include), as_patterns(exclude)
-    shard_bytes = parse_size(max_shard_size)
+    asked = Request.of(
+        out,
+        format=format,
+        feedback=feedback,
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+        embeddings=embeddings,
+        head=head,
+        max_shard_size=max_shard_size,
+        device=device,
+        backend=backend,
+        **settings,
+    )
+    out, candidates, wanted, tables, shard_bytes = asked.out, asked.candidates, asked.feedback, asked.tables, asked.shard_bytes
+    devices = [] if is_ray(device) else choose_devices(device)
+    _check_encoding([*candidates, *tables.values()], devices, backend)
     tell = on_note or (lambda note: None)
     _tell_slow(candidates, devices, backend, tell)
     path = locate(source, revision=revision).absolute()
     model = open_source(path)
+    asked.check_source(model)
     code = path if trust_remote_code else None
-    selected = plans.choose(model, candidates, include, exclude, **tables, code=code)
+    selected = plans.choose(model, candidates, asked.include, asked.exclude, tables.get("embeddings"), tables.get("head"), code)
     for note in selected.notes:
         tell(note)
 
     def size_of(formats: Mapping[str, Format]) -> int:
         return plans.make(model, selected, formats, dtype=dtype, shard_bytes=shard_bytes, arguments={}).nbytes
 
-    if isinstance(format, Mixture) and selected.modules:
-        plans.check_reach(format, selected, size_of)
+    if isinstance(asked.format, Mixture) and selected.modules:
+        plans.check_reach(asked.format, selected, size_of)
     with WorkFolder.claim(out) as work, shown(on_progress) as progress:
         if wanted.kind != "none" and any(family_of(each).feedback for each in candidates):
             clock.phase("observe")
         observed = gather(work, wanted, candidates, model, path, selected.layers, devices, progress, tell, trust_remote_code)
         clock.phase("prepare")
-        if isinstance(format, Mixture) and not format.sensitivity:
-            format = observed.mixture(format, selected.modules, model, selected.survey)
-        formats = plans.assign(format, selected, size_of)
+        wished = asked.format
+        if isinstance(wished, Mixture) and not wished.sensitivity:
+            wished = observed.mixture(wished, selected.modules, model, selected.survey)
+        formats = plans.assign(wished, selected, size_of)
         leading = most_common(formats) if formats else candidates[0]  # whose options a reader takes the record for
         options = {**family_of(leading).defaults, **settings, **observed.record}
-        asked = {"embeddings" if info.embedding else "head": info.format.spec for info in selected.tables.values()}
-        patterns = {"include": sorted(include), "exclude": sorted(exclude)}
-        arguments = {**options, **asked, "statistics": observed.identity, **patterns}
+        table_formats = {"embeddings" if info.embedding else "head": info.format.spec for info in selected.tables.values()}
+        patterns = {"include": sorted(asked.include), "exclude": sorted(asked.exclude)}
+        arguments = {**options, **table_formats, "statistics": observed.identity, **patterns}
         plan = plans.make(model, selected, formats, dtype=dtype, shard_bytes=shard_bytes, arguments=arguments)
         fingerprint = json.dumps(model.fingerprint, sort_keys=True)
         used = tuple(dict.fromkeys(plan.formats.values()))
@@ -143,12 +150,8 @@ def compress_checkpoint(
     return _report(out, devices, done or [], clock)
 
 
-def _check_encoding(
-    formats: Iterable[Format], devices: Iterable[torch.device], backend: str, settings: Mapping[str, Any]
-) -> None:
-    """FormatError for a setting that a family does not have, BackendError for a search that cannot run on a device."""
-    formats = list(formats)
-    check_settings(formats, settings)
+def _check_encoding(formats: Iterable[Format], devices: Iterable[torch.device], backend: str) -> None:
+    """BackendError for a search that cannot run on a device."""
     for where, format in itertools.product(devices, formats):
         if backend != "auto" and (reason := family_of(format).reason_no_encoder(backend, where, format)):
             raise BackendError(reason)
@@ -210,9 +213,8 @@ def _finish(
     config = {**model.config, "fusion_config": checkpoint.guarded(model.config.get("fusion_config"))}
     if dtype is not None:
         config = {**_say_dtype(config, dtype), "dtype": dtype}
-    config["quantization_config"] = checkpoint.quantization_config(
-        plan.format, record, selected.dense, plan.overrides, any(info.embedding for info in selected.tables.values())
-    )
+    version = written_version(item.target.packed for item in plan.items if item.target)
+    config["quantization_config"] = checkpoint.quantization_config(plan.format, record, selected.dense, plan.overrides, version)
     digests = {name: known for item in plan.items for name, known in work.done[item.key]["sha256"].items()}
     work.finish({name: plans.file_layout(shard, digests) for name, shard in plan.shards.items()})
     _write_rest(work, model.nbytes, plan.shards, config)

@@ -16,7 +16,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from seedlm.compress.worker import Item, as_bytes, converted, pieces
+from seedlm.compress.items import Item
+from seedlm.compress.worker import as_bytes, converted, pieces
 from seedlm.errors import TensorError
 from seedlm.progress import Tell
 from seedlm.storage.safetensors import torch_dtype
@@ -99,8 +100,8 @@ def scan(
 
 
 def _nbytes(source: Source, item: Item) -> int:
-    info = source.tensors[item.name]
-    return info.nbytes // info.shape[0] if item.target and item.target.packed.stack else info.nbytes
+    stack = item.target.packed.stack if item.target else None
+    return source.tensors[item.name].nbytes // (stack.shape[0] if stack else 1)
 
 
 def _scan(source: Source, item: Item, tell: Tell) -> Scan:

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from seedlm.codes.base import Format
 from seedlm.codes.registry import family_of
 from seedlm.compress.allocate import Mixture
+from seedlm.compress.feedback import Feedback, no_sensitivities
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.device import free_host_memory, free_memory
 from seedlm.errors import FormatError, SeedLMError, SourceError
@@ -42,45 +43,8 @@ _TEXT: Final = "text.safetensors"
 _SPOOL: Final = "spool"
 _SEQUENCES: Final = {"cuda": 256, "cpu": 64}
 """Sequences of 256 tokens that a model writes by default: KL at 3 bits 0.174 with 256, 0.185 with 64 (docs/log/quality.md)."""
-_LENGTH: Final = 256
 _BATCH: Final = 8
 """Sequences observed at a time."""
-
-
-@dataclass(frozen=True)
-class Feedback:
-    """Where the statistics for error feedback come from.
-
-    kind        "auto", "own" text, "none", a "text" file or a file of "statistics"
-    file        of the last two
-    sequences   of own text or taken from a file; None is 256 on a GPU, 64 on a CPU or of a model that does not fit the GPU
-    length      tokens in each
-    seed        of the own text
-    writer      another model that writes the text, such as this one's packed folder
-    memory      bytes of the device to be used; None is what is free
-    """
-
-    kind: Literal["auto", "own", "none", "text", "statistics"] = "auto"
-    file: Path | None = None
-    sequences: int | None = None
-    length: int = _LENGTH
-    seed: int = 0
-    writer: Path | None = None
-    memory: int | None = None
-
-    @classmethod
-    def parse(cls, value: "str | Path | Feedback") -> "Feedback":
-        """From what a user writes. Raises FormatError for a file that is not there."""
-        if isinstance(value, Feedback):
-            return value
-        if value in ("auto", "own", "none"):
-            return cls(value)  # type: ignore[arg-type]
-        path = Path(value)
-        if not path.is_file():
-            raise FormatError(
-                f"feedback must be auto, own, none, or a file of statistics or text; there is no file {str(value)!r}"
-            )
-        return cls("statistics" if path.suffix == ".safetensors" else "text", path)
 
 
 @dataclass(frozen=True)
@@ -110,11 +74,7 @@ class Observed:
         from seedlm.storage.statistics import Statistics
 
         if self.file is None:
-            wish = "a size is met by" if wanted.bits is None else f"{wanted.bits:g} bits a weight are"
-            raise FormatError(
-                f"{wish} a mixture of formats, which needs to know where bits matter: leave out --feedback none, or measure "
-                "the model with `seedlm sensitivity SOURCE -o FILE` and add --sensitivity FILE"
-            )
+            raise FormatError(no_sensitivities(wanted))
         found = sensitivities(Statistics.load(self.file), shapes, source, survey)
         return replace(wanted, sensitivity=found)
 
@@ -136,9 +96,6 @@ def gather(
     Raises SourceError or EvaluationError for a model that cannot be run, unless that is only tried ("auto").
     """
     if not any(family_of(format).feedback for format in formats):
-        if wanted.kind not in ("auto", "none"):
-            names = ", ".join(sorted({format.family for format in formats}))
-            raise FormatError(f"the family {names} takes no error feedback; --feedback none")
         return Observed()
     if wanted.kind == "none":
         return Observed(record={"feedback": "none"})
@@ -160,6 +117,8 @@ def gather(
         if before == known:
             return Observed.of(Statistics.load(file), file)
         work.hold_against(before, known, "statistics")
+    if work.abandoned and wanted.file is None and _kept_text(work.path / _TEXT, known) is None:
+        tell("an earlier run was stopped before its text was whole; none of it was kept, and it is written again")
     try:
         _observe(work.path, path, wanted, known, device, progress, tell, trust_remote_code)
     except (SeedLMError, RuntimeError) as reason:  # no memory, a kernel that a dtype lacks, a model that cannot be trained
@@ -247,9 +206,10 @@ def _observe(
     trust: bool,
 ) -> None:
     """Leave statistics in a folder, and the text that they are of."""
-    from seedlm.calibration.own_text import OwnText, check_length, write_text
+    from seedlm.calibration.amount import check_length
+    from seedlm.calibration.own_text import OwnText, write_text
     from seedlm.calibration.statistics import measure_statistics
-    from seedlm.integrations.transformers.models import load_model
+    from seedlm.integrations.transformers.models import load_model, longest_text
     from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
     from seedlm.storage.inspect import OWN_TEXT
 
@@ -270,7 +230,7 @@ def _observe(
     progress("load", 0, 0)
     dtype = "bfloat16" if device.type == "cuda" and not path.is_file() else "auto"
     model: Any = open_language_model(path, dtype=dtype, trust_remote_code=trust)
-    check_length(model, text.length)
+    check_length(longest_text(model), text.length)
     large, on_disk = _place(model, wanted, text, device, tell)
     if tokens is None:
         if on_disk and wanted.kind == "auto":

@@ -21,10 +21,11 @@ from torch import Tensor
 from seedlm.codes.base import EncodeOptions, Facts, Format, totals
 from seedlm.codes.encoded import EncodedTensor
 from seedlm.codes.registry import family_of
+from seedlm.compress.items import Destination, Item, Target
 from seedlm.compress.workfolder import Writer, sync, writing
 from seedlm.errors import SourceError, TensorError
 from seedlm.progress import Tell
-from seedlm.storage.metadata import PackedInfo, heading, stored_name
+from seedlm.storage.metadata import stored_name
 from seedlm.storage.safetensors import TensorInfo, torch_dtype
 from seedlm.storage.source import Source, open_source
 from seedlm.storage.statistics import Statistics
@@ -60,56 +61,6 @@ class Job:
     formats: tuple[Format, ...]
     options: EncodeOptions
     statistics: Path | None = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """The compressed weight that becomes of a matrix: whose it is, and how it is packed.
-
-    observed   the layer whose statistics it has; None for the module's own
-    """
-
-    module: str
-    packed: PackedInfo
-    observed: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Item:
-    """One tensor of the source, or one matrix of a stack, and what becomes of it.
-
-    name     in the source
-    stored   what it is stored as, name -> dtype and shape
-    target   the weight that it becomes; None if it is copied
-    """
-
-    name: str
-    stored: dict[str, TensorInfo]
-    target: Target | None = None
-
-    @property
-    def key(self) -> str:
-        """Its name in the journal."""
-        return next(iter(self.stored))
-
-    @property
-    def headings(self) -> dict[str, bytes]:
-        """Of what is stored: stored name -> what its digest begins with."""
-        packed = self.target.packed if self.target else None
-        return {name: heading(name, info, packed) for name, info in self.stored.items()}
-
-    @property
-    def weights(self) -> int:
-        """To be searched."""
-        return self.target.packed.weights if self.target else 0
-
-
-@dataclass(frozen=True)
-class Destination:
-    """A file to be written into, and where: stored name -> byte."""
-
-    file: str
-    offsets: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -277,9 +228,8 @@ def pieces(source: Source, name: str, target: Target, weights: int, pinned: bool
     row_step = target.packed.format.row_step
     step = min(rows, max(1, weights // columns // row_step) * row_step)
     if stack is not None:
-        into = torch.empty(info.nbytes // info.shape[0], dtype=torch.uint8, pin_memory=pinned)
-        expert = stack.expert(target.module)
-        matrix = source.rows(name, expert, expert + 1, into)[0]
+        into = torch.empty(info.nbytes // stack.shape[0], dtype=torch.uint8, pin_memory=pinned)
+        matrix = source.rows(name, *stack.span(stack.expert(target.module)), into).view(stack.shape[1:])
         yield from (matrix.mT.contiguous() if stack.transposed else matrix).split(step)
         return
     into = torch.empty(step * (info.nbytes // rows), dtype=torch.uint8, pin_memory=pinned)

@@ -28,11 +28,6 @@ _RETRIES: Final = 3
 """Times that a unit is tried again after its worker died."""
 
 
-def is_ray(device: str) -> bool:
-    """Whether a device's name means a cluster: ``ray``, or ``ray://HOST:PORT`` for Ray's client."""
-    return device == "ray" or device.startswith("ray://")
-
-
 class Cluster:
     """The cluster as an `workers.Runner`."""
 

@@ -33,6 +33,7 @@ from typing import Any, BinaryIO, Final
 
 from seedlm.errors import OutputError
 from seedlm.storage.safetensors import Layout, digest
+from seedlm.storage.written import check_writable
 
 _PLAN: Final = "plan.json"
 _JOURNAL: Final = "journal.jsonl"
@@ -50,8 +51,37 @@ def check_absent(out: Path) -> None:
         raise OutputError(f"{out}: exists already; choose another output, or delete it")
 
 
+def check_claimable(out: Path) -> None:
+    """Raise OutputError as `WorkFolder.claim` would now: for an output that exists, is being written, or has no place."""
+    check_absent(out)
+    partial = out.with_name(out.name + ".partial")
+    check_writable(partial)
+    check_unlocked(partial / _LOCK, partial)
+
+
+def check_unlocked(lock: Path, partial: Path | None = None) -> None:
+    """Raise OutputError if another run holds the lock of an unfinished output, the file itself if no folder is given."""
+    try:
+        with open(lock, "r+b") as file:
+            if not try_lock(file):
+                raise OutputError(held(partial or lock))
+    except FileNotFoundError:
+        pass
+    except OSError as reason:
+        raise OutputError(f"{reason.filename or lock}: {reason.strerror or reason}") from None
+
+
+def held(partial: Path) -> str:
+    """What whoever finds another run at work is told."""
+    return f"{partial}: another run is writing this output; wait for it, or stop it"
+
+
 class WorkFolder:
-    """The unfinished run of one output folder, ours alone while `claim` holds it."""
+    """The unfinished run of one output folder, ours alone while `claim` holds it.
+
+    resumed     whether a plan was there, which is gone on with
+    abandoned   whether a run was killed here before it had one
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -59,6 +89,7 @@ class WorkFolder:
         self.model = self.path / _MODEL
         self.token = secrets.token_hex(16)
         self.resumed = False
+        self.abandoned = False
         self.done: dict[str, dict[str, Any]] = {}
 
     @classmethod
@@ -92,10 +123,11 @@ class WorkFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        self.abandoned = (self.path / _LOCK).exists() and not (self.path / _PLAN).exists()
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / _LOCK, "ab") as file:
             if not try_lock(file):
-                raise OutputError(f"{self.path}: another run is writing this output; wait for it, or stop it")
+                raise OutputError(held(self.path))
             file.truncate(0)
             file.write(self.token.encode())
             file.flush()

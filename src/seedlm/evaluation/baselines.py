@@ -15,9 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from types import FunctionType
 from typing import Any, Final, cast
@@ -27,62 +25,23 @@ from torch import Tensor, nn
 
 from seedlm.codes.registry import parse_format
 from seedlm.errors import EvaluationError
+from seedlm.evaluation.methods import parse_baseline
 from seedlm.modeling.quantize import choose_modules
-
-CALIBRATION_WINDOWS: Final = 128
-"""At most so many windows of text are shown to a calibrated method: GPTQ's and AWQ's own number. AWQ's are of 512 tokens."""
 
 RoundTrip = Callable[[Tensor, int], tuple[Tensor, int]]
 """A weight float32 [out_features, in_features] and a number of bits -> the dequantised weight, and all bits stored for it."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A way to quantise.
-
-    bits        code widths that it is offered at
-    libraries   the distributions whose code does it
-    options     what was chosen there, for the reader
-    round_trip  one weight, quantised and dequantised; None where it needs the whole model and text to calibrate on
-    """
-
-    bits: tuple[int, ...]
-    libraries: tuple[str, ...]
-    options: str
-    round_trip: RoundTrip | None
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it needs text."""
-        return self.round_trip is None
-
-
-def baseline_names() -> list[str]:
-    """Every baseline, as `parse_baseline` reads it."""
-    return [f"{name}-{bits}" for name, method in METHODS.items() for bits in method.bits]
-
-
-def parse_baseline(text: str) -> tuple[str, Method, int]:
-    """The method's name, the method and its bits. Raises EvaluationError for an unknown one, or one that cannot run here."""
-    name, _, bits = text.rpartition("-")
-    if text not in baseline_names():
-        raise EvaluationError(f"unknown baseline {text!r}; known are {', '.join(baseline_names())}")
-    try:
-        _versions(METHODS[name])
-    except PackageNotFoundError as reason:
-        raise EvaluationError(f"{text} needs {reason.name}: pip install 'seedlm[baselines]'") from None
-    if name == "awq" and not torch.accelerator.is_available():
-        raise EvaluationError(f"{text} needs a GPU: llm-compressor pins the memory of what AWQ sees, which fails without one")
-    return name, METHODS[name], int(bits)
+CALIBRATION_WINDOWS: Final = 128
+"""At most so many windows of text are shown to a calibrated method: GPTQ's and AWQ's own number. AWQ's are of 512 tokens."""
 
 
 @torch.no_grad()
 def round_trip(weight: Tensor, baseline: str) -> tuple[Tensor, int]:
     """One weight [out_features, in_features] through a data-free baseline: the dequantised weight, and all bits stored."""
-    _, method, bits = parse_baseline(baseline)
-    if method.round_trip is None:
+    name, method, bits = parse_baseline(baseline)
+    if method.calibrated:
         raise EvaluationError(f"{baseline} is calibrated: it needs a model and text, not one weight")
-    found, stored = method.round_trip(weight.float(), bits)
+    found, stored = _ROUND_TRIPS[name](weight.float(), bits)
     return found.to(weight.dtype), stored
 
 
@@ -102,9 +61,9 @@ def apply_baseline(model: Any, baseline: str, windows: Tensor | None = None, tok
     layers = {module: linears[module] for module in chosen}
     originals = {module: layer.weight.detach().clone() for module, layer in layers.items()}
     stored = 0
-    if method.round_trip is not None:
+    if not method.calibrated:
         for module, layer in layers.items():
-            found, size = method.round_trip(originals[module].float(), bits)
+            found, size = _ROUND_TRIPS[name](originals[module].float(), bits)
             model.set_submodule(module, _dense(layer, found))
             stored += size
     else:
@@ -118,7 +77,7 @@ def apply_baseline(model: Any, baseline: str, windows: Tensor | None = None, tok
     weights = sum(weight.numel() for weight in originals.values())
     return {
         "name": baseline,
-        "libraries": _versions(method),
+        "libraries": method.versions,
         "options": method.options,
         "calibrated": method.calibrated,
         "calibration_tokens": windows.numel() if windows is not None and method.calibrated else None,
@@ -139,10 +98,6 @@ def _dense(layer: nn.Linear, weight: Tensor) -> nn.Linear:
     new.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
     new.register_parameter("bias", layer._parameters["bias"])
     return new.train(layer.training)
-
-
-def _versions(method: Method) -> dict[str, str]:
-    return {library: version(library) for library in method.libraries}
 
 
 # ---- one weight, one library ----
@@ -292,50 +247,12 @@ def _llm_compressor() -> Iterator[None]:
         yield
 
 
-_COMPRESSOR: Final = ("llmcompressor", "compressed-tensors")
-_INTEGERS: Final = (4, 3, 2)
-
-METHODS: Final[Mapping[str, Method]] = {
-    "rtn-channel": Method(
-        bits=_INTEGERS,
-        libraries=_COMPRESSOR,
-        options="round to nearest, asymmetric, a scale for each row",
-        round_trip=partial(_round, method="rtn-channel"),
-    ),
-    "rtn": Method(
-        bits=_INTEGERS,
-        libraries=_COMPRESSOR,
-        options="round to nearest, asymmetric, groups of 128",
-        round_trip=partial(_round, method="rtn"),
-    ),
-    "mse": Method(
-        bits=_INTEGERS,
-        libraries=_COMPRESSOR,
-        options="symmetric integers, groups of 128, the clip of least squared error (block floating point)",
-        round_trip=partial(_round, method="mse"),
-    ),
-    "nf4": Method(
-        bits=(4,), libraries=("bitsandbytes",), options="NF4, blocks of 64, double quantisation of scales", round_trip=_nf4
-    ),
-    "hqq": Method(
-        bits=_INTEGERS, libraries=("hqq",), options="groups of 64 along the row, float16 scale and zero", round_trip=_hqq
-    ),
-    "higgs": Method(
-        bits=_INTEGERS,
-        libraries=("transformers",),
-        options="Hadamard blocks of 512 or what divides the row, grid of pairs, a float16 scale for each group of up to 256",
-        round_trip=_higgs,
-    ),
-    "gptq": Method(
-        bits=_INTEGERS,
-        libraries=_COMPRESSOR,
-        options="asymmetric, groups of 128, static activation order, damping 0.01, 128 windows of calibration text",
-        round_trip=None,
-    ),
-    "awq": Method(
-        bits=_INTEGERS,
-        libraries=_COMPRESSOR,
-        options="asymmetric, groups of 128, 20 scales tried, 128 windows of 512 tokens of calibration text",
-        round_trip=None,
-    ),
+_ROUND_TRIPS: Final[Mapping[str, RoundTrip]] = {
+    "rtn-channel": partial(_round, method="rtn-channel"),
+    "rtn": partial(_round, method="rtn"),
+    "mse": partial(_round, method="mse"),
+    "nf4": _nf4,
+    "hqq": _hqq,
+    "higgs": _higgs,
 }
+"""What the data-free `METHODS` do with one weight."""

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from seedlm.compress.workfolder import differences, try_lock
+from seedlm.compress.workfolder import differences, held, try_lock
 from seedlm.errors import OutputError
 
 
@@ -44,7 +44,7 @@ class Journal:
         try:
             with open(path, "a+b") as file:
                 if not try_lock(file):
-                    raise OutputError(f"{path}: another run is writing this output; wait for it, or stop it")
+                    raise OutputError(held(path))
                 journal = cls(path, file)
                 journal._read(plan, window, windows, batch)
                 try:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from seedlm.errors import EvaluationError
 from seedlm.storage.untrusted import read_text
 
@@ -28,21 +26,18 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-@torch.inference_mode()
 def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
     """The most likely continuation of each prompt, at most this many tokens, without the prompt."""
+    import torch
+
     texts = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         length = inputs["input_ids"].shape[1]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=pad,
-        )[0]
+        options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": pad}
+        with torch.inference_mode():
+            output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)[0]
         before = tokenizer.decode(output[:length], skip_special_tokens=True)
         texts.append(tokenizer.decode(output, skip_special_tokens=True).removeprefix(before))
     return texts

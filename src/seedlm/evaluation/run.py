@@ -25,81 +25,19 @@ from torch import Tensor
 from seedlm.device import choose_device, peak_host_memory
 from seedlm.errors import EvaluationError
 from seedlm.evaluation import perplexity
-from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline, parse_baseline
+from seedlm.evaluation.baselines import CALIBRATION_WINDOWS, apply_baseline
 from seedlm.evaluation.journal import Journal
 from seedlm.evaluation.layer_errors import compare_layers
 from seedlm.evaluation.prompts import continue_prompts
 from seedlm.evaluation.records import EVALUATION_VERSION, finite, pack_records, records_path, token_records
+from seedlm.evaluation.settings import Settings, check_context, check_request
 from seedlm.evaluation.text import Text
 from seedlm.evaluation.zeroshot import check_tasks, zero_shot
 from seedlm.integrations.transformers import models
 from seedlm.progress import Progress
 from seedlm.storage.source import locate
-from seedlm.storage.written import check_free, replacing
+from seedlm.storage.written import replacing
 from seedlm.version import __version__
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a text is scored.
-
-    context      tokens in a window; the papers' is 2048
-    limit        at most this many windows, from the start of the text; None for all
-    batch_size   windows in one forward pass
-    device       "auto", or a torch device
-    dtype        "auto" (each model as it is stored; float32 for GGUF) or another of `models.DTYPES`
-    packed       leave packed weights packed, instead of dequantizing them once: less memory, slower
-    baseline     quantise the model by another method first, one of `baselines.baseline_names`
-    calibration  UTF-8 file of text for a baseline that is calibrated
-    tasks        zero-shot tasks to do after the text, or groups of them, as the harness names them
-    task_data    folder of local files for them; None for the Hub
-    task_limit   at most this many questions of each
-    task_batch   questions' answers in one forward pass
-    prompts      texts to continue with the most likely tokens, by the model and by the reference
-    new_tokens   tokens to continue each by
-    layers       windows on which every layer is held against the reference's; 0 leaves the layers out
-    trust_remote_code   run code that comes with the models
-    Raises EvaluationError for a value that cannot be.
-    """
-
-    context: int = 2048
-    limit: int | None = None
-    batch_size: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-    packed: bool = False
-    baseline: str | None = None
-    calibration: str | None = None
-    tasks: tuple[str, ...] = ()
-    task_data: str | None = None
-    task_limit: int | None = None
-    task_batch: int = 8
-    prompts: tuple[str, ...] = ()
-    new_tokens: int = 48
-    layers: int = 2
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("context", 2),
-            ("batch_size", 1),
-            ("limit", 1),
-            ("task_limit", 1),
-            ("task_batch", 1),
-            ("new_tokens", 1),
-            ("layers", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise EvaluationError(f"{name} must be at least {least}, got {value}")
-        if self.dtype not in models.DTYPES:
-            raise EvaluationError(f"dtype must be one of {', '.join(models.DTYPES)}, got {self.dtype!r}")
-        if self.baseline is not None:
-            _, method, _ = parse_baseline(self.baseline)
-            if method.calibrated != (self.calibration is not None):
-                raise EvaluationError(f"{self.baseline} takes {'a' if method.calibrated else 'no'} calibration text")
-        elif self.calibration is not None:
-            raise EvaluationError("calibration text is for a baseline that is calibrated, and none was chosen")
 
 
 def evaluate(
@@ -126,8 +64,7 @@ def evaluate(
     """
     settings = settings or Settings()
     start = time.monotonic()
-    for path in filter(None, (out, out and records_path(out), tokens_out)):
-        check_free(path)
+    check_request(text, settings, out, tokens_out)
     if settings.tasks:
         settings = replace(settings, tasks=check_tasks(settings.tasks, settings.task_data))
     device = choose_device(settings.device)
@@ -137,13 +74,16 @@ def evaluate(
     dtype = perplexity.RECORD if reference is None else perplexity.PAIR_RECORD
     record, windows = np.dtype((dtype, settings.context - 1)), inputs.windows
     with Journal.claim(out, inputs.plan, record, len(windows), settings.batch_size) as journal:
+        progress = on_progress or (lambda phase, done, total: None)
+        progress("load", 0, 0)
         loaded, tokenizer = _load(inputs.paths, settings, device)
         baseline = apply_baseline(loaded[0], settings.baseline, inputs.calibration, tokenizer) if settings.baseline else None
         run = {"baseline": baseline, **_score(journal, windows, loaded, settings, device, on_progress)}
         records = np.concatenate(journal.records)
-        tasks = _answer(journal, loaded[0], tokenizer, settings)
+        tasks = _answer(journal, loaded[0], tokenizer, settings, progress)
         companion = None
         if out is not None:
+            progress("prompts", 0, 0)
             seen = {
                 "tokens": token_records(windows.numpy(), records, tokenizer),
                 "distributions": perplexity.distributions(records),
@@ -223,7 +163,8 @@ def _load(paths: list[Path], settings: Settings, device: torch.device) -> tuple[
         models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed, trust_remote_code=trust)
         for path in paths
     ]
-    _check_context(loaded, settings.context)
+    for network in loaded:
+        check_context(models.longest_text(network), settings)
     return loaded, models.load_tokenizer(paths[0], trust_remote_code=trust)
 
 
@@ -258,12 +199,14 @@ def _score(
     }
 
 
-def _answer(journal: Journal, model: Any, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+def _answer(journal: Journal, model: Any, tokenizer: Any, settings: Settings, progress: Progress) -> dict[str, Any]:
     """The tasks that the journal lacks are done: task -> (accuracy, questions), as `zero_shot` yields them."""
     if missing := [task for task in settings.tasks if task not in journal.tasks]:
+        progress("tasks", len(settings.tasks) - len(missing), len(settings.tasks))
         data, limit, batch_size = settings.task_data, settings.task_limit, settings.task_batch
         for task, *answers in zero_shot(model, tokenizer, missing, data=data, limit=limit, batch_size=batch_size):
             journal.add_task(task, answers)
+            progress("tasks", len(journal.tasks), len(settings.tasks))
     return {task: journal.tasks[task] for task in settings.tasks}
 
 
@@ -317,14 +260,6 @@ def _protocol(windows: int, context: int) -> str:
         "Log-probabilities are float32, from logits in the model's dtype; KL is KL(reference || model) in nats. "
         "Standard errors are over windows, taken as independent."
     )
-
-
-def _check_context(loaded: list[Any], context: int) -> None:
-    for model in loaded:
-        longest = models.longest_text(model)
-        if longest is not None and context > longest:
-            found = f"the model knows {longest} positions, a window has {context}"
-            raise EvaluationError(f"{found}: choose a shorter context (--context)")
 
 
 def _environment(device: torch.device, extras: list[str]) -> dict[str, Any]:

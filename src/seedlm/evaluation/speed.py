@@ -9,7 +9,6 @@ import gc
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,74 +20,47 @@ from seedlm.codes.base import Format
 from seedlm.codes.registry import parse_format
 from seedlm.device import choose_device
 from seedlm.errors import EvaluationError
+from seedlm.evaluation.settings import SpeedSettings as Settings
+from seedlm.evaluation.settings import check_room, no_compiler
 from seedlm.inference import backend
 from seedlm.integrations.transformers import models
 from seedlm.modeling.quantize import choose_modules, dequantize_model, seed_linears
+from seedlm.progress import Progress
 from seedlm.storage.checkpoint import Checkpoint
 from seedlm.storage.source import locate
 from seedlm.version import __version__
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is measured.
-
-    tokens          new tokens, at least 2
-    prompt_tokens   random tokens before them
-    repeats         runs of which the median is taken, after one that does not count
-    compiled        a static cache, for which transformers compiles the model and uses CUDA graphs: CUDA only
-    device, dtype   as for `generate`
-    Raises EvaluationError for a value that cannot be.
-    """
-
-    tokens: int = 128
-    prompt_tokens: int = 512
-    repeats: int = 3
-    compiled: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("tokens", 2), ("prompt_tokens", 1), ("repeats", 1)):
-            if (value := getattr(self, name)) < least:
-                raise EvaluationError(f"{name} must be at least {least}, got {value}")
-        if self.dtype not in models.DTYPES:
-            raise EvaluationError(f"dtype must be one of {', '.join(models.DTYPES)}, got {self.dtype!r}")
-
-
-def measure_speed(model: str, settings: Settings | None = None) -> dict[str, Any]:
+def measure_speed(model: str, settings: Settings | None = None, on_progress: Progress | None = None) -> dict[str, Any]:
     """The table of a model, packed or not.
 
+    on_progress   told how far it is, in runs of each row
     returns   what it was measured with; "rows", what was measured of "packed", "dense", "nf4"; "left_out", why others were not
     Raises EvaluationError, SourceError, CheckpointError or BackendError.
     """
     settings = settings or Settings()
     device, path = choose_device(settings.device), locate(model)
     if settings.compiled and device.type != "cuda":
-        raise EvaluationError(f"transformers compiles for CUDA devices only, this is {device}")
-    trust = settings.trust_remote_code
+        raise EvaluationError(no_compiler(device))
+    progress, trust = on_progress or (lambda phase, done, total: None), settings.trust_remote_code
+    progress("load", 0, 0)
     network = models.load_model(path, device=device, dtype=settings.dtype, packed=True, trust_remote_code=trust)
-    longest, needed = models.longest_text(network), settings.prompt_tokens + settings.tokens
-    if longest is not None and needed > longest:
-        raise EvaluationError(
-            f"the model knows {longest} positions, prompt and new tokens are {needed}: fewer --prompt-tokens or --tokens"
-        )
+    check_room(models.longest_text(network), settings)
     rows, left_out = [], {}
     layers = [layer for _, layer in seed_linears(network)]
     if layers:
         kinds = [(layer.backend, layer.format, (layer.out_features, layer.in_features)) for layer in layers]
         used = Counter(backend.choose(name, device, format, shape).name for name, format, shape in kinds)
-        rows.append({"what": "packed", "backends": dict(used), **_time(network, settings)})
+        rows.append({"what": "packed", "backends": dict(used), **_time(network, settings, "packed", progress)})
         dequantize_model(network, network.dtype)
     else:
         left_out["packed"] = "the model is not compressed"
-    rows.append({"what": "dense", **_time(network, settings)})
+    rows.append({"what": "dense", **_time(network, settings, "dense", progress)})
     if reason := _reason_no_nf4(device):
         left_out["nf4"] = reason
     else:
         _to_nf4(network)
-        rows.append({"what": "nf4", **_time(network, settings)})
+        rows.append({"what": "nf4", **_time(network, settings, "nf4", progress)})
     return {
         "model": model,
         "device": str(device),
@@ -123,7 +95,7 @@ def explain_backends(model: str, device: str = "auto") -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def _time(network: Any, settings: Settings) -> dict[str, Any]:
+def _time(network: Any, settings: Settings, row: str, progress: Progress) -> dict[str, Any]:
     """The numbers of one row."""
     device = network.device
     known = network.config.get_text_config(decoder=True).vocab_size
@@ -133,11 +105,13 @@ def _time(network: Any, settings: Settings) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        _generate(network, prompt, settings.tokens if settings.compiled else 2, settings.compiled)
-        whole, first = (
-            statistics.median(_generate(network, prompt, count, settings.compiled) for _ in range(settings.repeats))
-            for count in (settings.tokens, 1)
-        )
+        runs = [settings.tokens if settings.compiled else 2, *settings.repeats * [settings.tokens], *settings.repeats * [1]]
+        seconds = []
+        progress(row, 0, len(runs))
+        for count in runs:
+            seconds.append(_generate(network, prompt, count, settings.compiled))
+            progress(row, len(seconds), len(runs))
+        whole, first = (statistics.median(part) for part in (seconds[1 : 1 + settings.repeats], seconds[-settings.repeats :]))
     except torch.OutOfMemoryError:
         raise EvaluationError(f"generating does not fit into the memory of {device}") from None
     states = (getattr(parameter, "quant_state", None) for parameter in network.parameters())  # bitsandbytes' scales

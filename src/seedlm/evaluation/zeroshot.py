@@ -28,10 +28,8 @@ from typing import Any, Final
 import torch
 
 from seedlm.errors import EvaluationError
+from seedlm.evaluation.settings import TASKS
 from seedlm.storage.untrusted import MAX_TEXT_BYTES, read_bytes, read_text
-
-TASKS: Final = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq")
-"""The five of the paper, by the harness' names."""
 
 Row = dict[str, Any]
 

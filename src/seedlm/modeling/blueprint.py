@@ -18,6 +18,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,8 @@ from torch.nn.modules import module as registration
 
 from seedlm.errors import SourceError
 from seedlm.modeling.embedding import find_tables
-from seedlm.modeling.experts import experts_traits
+from seedlm.modeling.experts import Projection
+from seedlm.modeling.linear import is_linear
 from seedlm.storage.checkpoint import Stack
 from seedlm.storage.safetensors import TensorInfo
 from seedlm.storage.selection import Survey, Tables
@@ -165,7 +167,7 @@ class _Surveyor:
         dense, stacks = {}, {}
         for name, info in tensors.items():
             reason = self._reason(name, info)
-            if isinstance(reason, bool):
+            if isinstance(reason, Stack):
                 stacks[name] = reason
             elif reason is not None:
                 dense[name] = reason
@@ -202,11 +204,15 @@ class _Surveyor:
     def _no_place(self) -> str:
         return f"{self._kind} has no place for it"
 
-    def _reason(self, name: str, info: TensorInfo) -> str | bool | None:
-        """Why no code can stand for a tensor, or, of a stack of experts, whether it is transposed."""
-        key = self._names.renamed(name)
+    def _reason(self, name: str, info: TensorInfo) -> str | Stack | None:
+        """Why no code can stand for a tensor, or, of a stack of experts, how its matrices lie in it."""
+        key, module = self._names.renamed(name), name.removesuffix(".weight")
         converter, order = self._names.converter(key)
-        targets = list(self._targets(key, converter))
+        place = self._names.place(module, None) if module != name and len(info.shape) == 2 else None
+        if place is not None and place.projection:
+            targets = [f"{place.name}.{place.projection}"]
+        else:
+            targets = list(self._in_state(self._names.targets(key)))
         if not targets:
             return self._no_place
         for target in targets:
@@ -217,46 +223,47 @@ class _Surveyor:
                 f"{name}: is {[*info.shape]} in the source, and {[*self._state[targets[0]].shape]} in {self._kind}, which "
                 f"config.json describes"
             )
-        if len(info.shape) == 3:
-            return self._stack(name, info, targets[0])
-        module = name.removesuffix(".weight")
+        found = self._names.projection(targets[0])
+        if len(info.shape) == 3 or (found is not None and found[2].flat):
+            return self._stack(name, info, found)
         if module == name or len(info.shape) != 2:
             return None
-        place = self._names.place(module, None)
         if place is None:
             owner = self._model.get_submodule(targets[0].rpartition(".")[0])
-            return f"{type(owner).__name__} is no plain linear layer" if converter is None else "rearranged on loading"
+            if converter is not None:
+                return "rearranged on loading"
+            kind = type(owner).__name__
+            return "renamed on loading as codes would not be" if is_linear(owner) else f"{kind} is no plain linear layer"
         own = f"{place.name}.{place.projection or 'weight'}"
         shared = [owner for owner in self._owners[id(self._parameters[own])] if owner != own]
         return f"shared with {shared[0]}" if shared else None
 
-    def _stack(self, name: str, info: TensorInfo, target: str) -> str | bool | None:
-        parent, _, leaf = target.rpartition(".")
-        traits = experts_traits(self._model.get_submodule(parent))
-        if traits is None:
-            return "stacked experts of an unknown kind" if "expert" in name else None
-        stack = Stack(name, (info.shape[0], info.shape[1], info.shape[2]), False)
-        place = self._names.place(f"{name.removesuffix('.weight')}.0", stack)
-        if place is None:
-            return "rearranged on loading"
-        experts, rows, columns = self._state[target].shape
-        straight = (experts, rows // place.count, columns)
-        transposed = traits["is_transposed"]
-        converter, _ = self._names.converter(self._names.renamed(name))
-        turned = converter is not None and type(converter.operations[0]).__name__ == "Transpose"
-        if info.shape == straight and not (turned and not getattr(converter.operations[0], "check_dims", False)):
-            return transposed
-        if turned and info.shape == (experts, columns, rows):
-            return not transposed
-        raise SourceError(f"{name}: is {[*info.shape]} in the source, and {[*straight]} in {self._kind}'s {leaf}")
+    def _stack(self, name: str, info: TensorInfo, found: tuple[str, str, Projection] | None) -> str | Stack | None:
+        """A stack as it lies in the source.
 
-    def _targets(self, key: str, converter: Any) -> Iterator[str]:
-        """The entries of the model's state that a renamed tensor becomes, or a part of."""
-        wanted = [key]
-        if converter is not None:
-            first, targets = converter.rename_source_key(key)[0], converter.target_patterns
-            wanted = [first.replace(targets[0], target) for target in targets] if targets[0] in first else [first]
-        for name in wanted:
+        found   the projection of experts that it becomes, or a part of; None if it becomes something else
+        """
+        if found is None:
+            return "stacked experts of an unknown kind" if "expert" in name else None
+        _, projection, form = found
+        first, second, third = form.stacked
+        stack = Stack(name, form.stacked, form.transposed, form.flat)
+        place = self._names.place(f"{stack.base}.0", stack)
+        converter, _ = self._names.converter(self._names.renamed(name))
+        scaled = converter is not None and place is not None and len(converter.source_patterns) > place.count
+        if place is None or (scaled and not re.match(r"B?F\d+$", info.dtype)):
+            return "rearranged on loading"
+        turned = converter is not None and type(converter.operations[0]).__name__ == "Transpose"
+        straight = (first, second * len({*place.halves, projection}) // place.count, third)
+        if form.flat or (info.shape == straight and not (turned and not getattr(converter.operations[0], "check_dims", False))):
+            return replace(stack, shape=straight)
+        if turned and info.shape == (first, third, second):
+            return replace(stack, shape=(first, third, second), transposed=not form.transposed)
+        raise SourceError(f"{name}: is {[*info.shape]} in the source, and {[*straight]} in {self._kind}'s {projection}")
+
+    def _in_state(self, names: Iterable[str]) -> Iterator[str]:
+        """The entries of the model's state of these names, with the base model's prefix or without."""
+        for name in names:
             for candidate in (name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")):
                 if candidate in self._state:
                     yield candidate

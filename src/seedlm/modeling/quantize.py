@@ -5,7 +5,6 @@ dequantize_model(model)   every packed layer back to a dense one
 share_inputs(model)       packed layers that read the same tensor: what comes before their products is done once
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Final, cast
@@ -18,7 +17,7 @@ from seedlm.codes.encoded import encode
 from seedlm.codes.registry import family_of, parse_format
 from seedlm.errors import SourceError, TensorError
 from seedlm.modeling.embedding import SeedEmbedding, find_tables, replace_embedding, unpack
-from seedlm.modeling.experts import SeedExperts, compress_experts, projections_of
+from seedlm.modeling.experts import SeedExperts, compress_experts, stacks_of
 from seedlm.modeling.linear import PackedModule, SeedLinear, compress_module, is_linear, share_input
 from seedlm.progress import Tell, counted
 from seedlm.storage.selection import as_patterns, groups_of, left_by_default
@@ -82,10 +81,11 @@ def _pack(
 ) -> dict[str, float]:
     """Replace what `choose_modules` named; the relative errors, by the names of matrices."""
     errors: dict[str, float] = {}
+    known = stacks_of(model)
     stacks: dict[str, list[str]] = {}
     for name in names:
-        parent, _, projection = name.rpartition(".")
-        if projection in projections_of(model.get_submodule(parent)):
+        if name in known:
+            parent, projection, _ = known[name]
             stacks.setdefault(parent, []).append(projection)
             continue
         try:
@@ -223,9 +223,9 @@ def share_inputs(model: nn.Module) -> None:
 
 def weights_of(model: nn.Module, name: str) -> int:
     """How many weights a name of `choose_modules` stands for."""
-    parent, _, projection = name.rpartition(".")
-    stack = projections_of(model.get_submodule(parent)).get(projection)
-    return math.prod(stack) if stack else model.get_parameter(f"{name}.weight").numel()
+    parent, _, leaf = name.rpartition(".")
+    stack = model.get_submodule(parent)._parameters.get(leaf)
+    return (model.get_parameter(f"{name}.weight") if stack is None else stack).numel()
 
 
 def dense_names(model: nn.Module) -> list[str]:
@@ -238,8 +238,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     for name, module in model.named_modules():
         if is_linear(module):
             yield name, (module.out_features, module.in_features)
-        for projection, (_, rows, columns) in projections_of(module).items():
-            yield f"{name}.{projection}".removeprefix("."), (rows, columns)
+    for name, (_, _, form) in stacks_of(model).items():
+        yield name, form.shape[1:]
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -30,7 +30,7 @@ from seedlm.storage.metadata import (
     QUANT_METHOD,
     PackedInfo,
     Stack,
-    check_embeddings,
+    check_since,
     check_stacks,
     guarded,
     heading,
@@ -131,7 +131,7 @@ class Checkpoint:
                     )
                 del found[name]
         check_stacks(packed, found, f"{folder}")
-        check_embeddings(packed, config, f"{folder}")
+        check_since(packed, config, f"{folder}")
         for module in overrides:
             if module not in packed:
                 raise CheckpointError(f"{folder}: config.json gives {module} a format, but it is not a compressed module")
@@ -203,7 +203,8 @@ class Checkpoint:
                 yield f"{module}.weight", self.tensor(module).dequantize(dtype)
             elif info.stack.expert(module) == 0:
                 matrices = torch.stack([self.tensor(expert).dequantize(dtype) for expert in info.stack.modules])
-                yield info.stack.tensor, matrices.mT.contiguous() if info.stack.transposed else matrices
+                matrices = matrices.mT.contiguous() if info.stack.transposed else matrices
+                yield info.stack.tensor, matrices.view(info.stack.stored_shape)
         for name in self.dense:
             yield name, self.files.read(name)
 

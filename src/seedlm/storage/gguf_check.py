@@ -40,6 +40,15 @@ _MERGES: Final = "tokenizer.ggml.merges"
 _LISTS: Final = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 
 
+def gguf_sizes(path: Path) -> Mapping[Any, tuple[int, int]]:
+    """Of the blocks of each type, as `read_gguf_header` takes them. Raises SourceError without the package that knows them."""
+    try:
+        from gguf import GGML_QUANT_SIZES
+    except ImportError:
+        raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
+    return GGML_QUANT_SIZES
+
+
 def gguf_parts(path: Path, count: int | None = None) -> list[Path]:
     """The files of a model of which `path` is one: ``NAME-00001-of-00003.gguf`` and so on, or `path` alone.
 

@@ -23,9 +23,11 @@ from seedlm.storage.safetensors import CONTROL, TensorInfo
 from seedlm.storage.untrusted import parse_json
 
 QUANT_METHOD: Final = "seedlm"
-FORMAT_VERSION: Final = 3
-"""The newest version that is read. Version 1 has no digests, and only 3 has embeddings in codes: 2 is written without them."""
+FORMAT_VERSION: Final = 4
+"""The newest version that is read. Version 1 has no digests; what is written has the lowest of the others that can hold it."""
+_DIGESTS_SINCE: Final = 2
 _EMBEDDINGS_SINCE: Final = 3
+_FLAT_SINCE: Final = 4
 METADATA_KEY: Final = "seedlm"
 _FIRST_GUARD: Final = (
     "none. This model's weights are packed by seedlm: `pip install seedlm`, then `import seedlm` before loading it"
@@ -50,11 +52,19 @@ class Stack:
 
     tensor       its name
     shape        (experts, out_features, in_features), or (experts, in_features, out_features) if it is transposed
+    flat         whether it has two dimensions, the first two of these in one: the matrices lie one below the other
     """
 
     tensor: str
     shape: tuple[int, int, int]
     transposed: bool
+    flat: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The tensor's own shape."""
+        experts, rows, columns = self.shape
+        return (experts * rows, columns) if self.flat else self.shape
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -75,6 +85,11 @@ class Stack:
     def expert(self, module: str) -> int:
         """The number of one of its modules."""
         return int(module.rpartition(".")[2])
+
+    def span(self, expert: int) -> tuple[int, int]:
+        """Where an expert's matrix begins and ends in the tensor's first dimension."""
+        rows = self.shape[1] if self.flat else 1
+        return expert * rows, (expert + 1) * rows
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,13 @@ class PackedInfo:
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    @property
+    def since_version(self) -> int:
+        """The lowest version, of those with digests, that can describe it."""
+        if self.stack is not None and self.stack.flat:
+            return _FLAT_SINCE
+        return _EMBEDDINGS_SINCE if self.embedding else _DIGESTS_SINCE
+
 
 def stored_name(module: str, part: str) -> str:
     """The name under which a part of a compressed module's weight is stored.
@@ -138,7 +160,7 @@ def heading(name: str, info: TensorInfo, module: PackedInfo | None) -> bytes:
     if module is not None:
         facts += [module.format.spec, list(module.shape)]
         if stack := module.stack:
-            facts += [stack.tensor, list(stack.shape), stack.transposed]
+            facts += [stack.tensor, list(stack.stored_shape), stack.transposed]
         if module.embedding:
             facts.append("embedding")
     return json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
@@ -149,18 +171,18 @@ def quantization_config(
     settings: Mapping[str, str],
     dense: list[str],
     overrides: Mapping[str, Format] | None = None,
-    embeddings: bool = False,
+    version: int = _DIGESTS_SINCE,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of a packed checkpoint.
 
     settings    how it was encoded (`Family.defaults`), for the record: decoding does not depend on it
     dense       linear modules that are not compressed
     overrides   module -> format, where it is not `format`
-    embeddings  whether the rows of an embedding are in codes
+    version     `written_version` of all that is compressed
     """
     config = {
         "quant_method": QUANT_METHOD,
-        "format_version": written_version(embeddings),
+        "format_version": version,
         "format": format.to_dict(),
         **settings,
         "modules_to_not_convert": sorted(dense),
@@ -175,9 +197,9 @@ def version_of(formats: "Iterable[Format]") -> int:
     return max((family_of(format).since_version for format in formats), default=1)
 
 
-def written_version(embeddings: bool) -> int:
-    """The version of what is written, with embeddings in codes or without: older packages read all that they can."""
-    return _EMBEDDINGS_SINCE if embeddings else _EMBEDDINGS_SINCE - 1
+def written_version(packed: "Iterable[PackedInfo]") -> int:
+    """The version of what is written: the lowest that describes all of it, so that older packages read all that they can."""
+    return max((info.since_version for info in packed), default=_DIGESTS_SINCE)
 
 
 def guarded(fusions: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -191,7 +213,7 @@ def metadata(packed: Mapping[str, PackedInfo], digests: Mapping[str, str]) -> di
     digests   stored name -> SHA-256 of its `heading` and bytes, of any tensors
     """
     table: dict[str, Any] = {
-        "format_version": written_version(any(info.embedding for info in packed.values())),
+        "format_version": written_version(packed.values()),
         "tensors": {
             name: {"shape": list(info.shape), "format": info.format.spec, **({"embedding": True} if info.embedding else {})}
             for name, info in packed.items()
@@ -199,7 +221,14 @@ def metadata(packed: Mapping[str, PackedInfo], digests: Mapping[str, str]) -> di
     }
     stacks = {info.stack.tensor: info.stack for info in packed.values() if info.stack}
     if stacks:
-        table["stacks"] = {name: {"shape": list(stack.shape), "transposed": stack.transposed} for name, stack in stacks.items()}
+        table["stacks"] = {
+            name: {
+                "shape": list(stack.stored_shape),
+                "transposed": stack.transposed,
+                **({"experts": stack.shape[0]} if stack.flat else {}),
+            }
+            for name, stack in stacks.items()
+        }
     table["sha256"] = dict(digests)
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False)
     return {"format": "pt", METADATA_KEY: text}
@@ -257,7 +286,7 @@ def read_metadata(strings: Mapping[str, str], where: str) -> Described:
     for name in (name for key in known - {"format_version"} for name in data.get(key, {})):
         if CONTROL.search(name):
             raise CheckpointError(f"{where}: {name!r:.80} has a control character in it")
-    stacks = _read_stacks(data.get("stacks", {}), where)
+    stacks = _read_stacks(data.get("stacks", {}), data["format_version"], where)
     packed: dict[str, PackedInfo] = {}
     formats: dict[str, Format] = {}
     for module, item in data["tensors"].items():
@@ -296,16 +325,28 @@ def _read_format(text: str, module: str, where: str) -> Format:
         raise CheckpointError(f"{where}: {module}: {reason}") from None
 
 
-def _read_stacks(data: Mapping[str, Any], where: str) -> dict[str, Stack]:
+def _read_stacks(data: Mapping[str, Any], version: int, where: str) -> dict[str, Stack]:
     """The stacks that one file describes, by what their modules' names begin with."""
     stacks: dict[str, Stack] = {}
     for name, item in data.items():
-        if not isinstance(item, dict) or set(item) != {"shape", "transposed"} or type(item["transposed"]) is not bool:
+        keys = set(item) if isinstance(item, dict) else set()
+        if keys - {"experts"} != {"shape", "transposed"} or type(item["transposed"]) is not bool:
             raise CheckpointError(f"{where}: the stack {name} must have shape and transposed")
-        experts, rows, columns = _read_shape(item["shape"], 3, name, where)
+        flat = "experts" in keys
+        if flat and (type(item["experts"]) is not int or item["experts"] < 1 or version < _FLAT_SINCE):
+            raise CheckpointError(
+                f"{where}: the stack {name}: experts must be a positive integer, and is known from format_version "
+                f"{_FLAT_SINCE} on, got {item['experts']!r:.80} in version {version}"
+            )
+        *leading, rows, columns = _read_shape(item["shape"], 2 if flat else 3, name, where)
+        experts = item["experts"] if flat else leading[0]
         if experts > _MAX_EXPERTS:
-            raise CheckpointError(f"{where}: the stack {name} must have at most {_MAX_EXPERTS} matrices, got {experts}")
-        stack = Stack(name, (experts, rows, columns), item["transposed"])
+            raise CheckpointError(f"{where}: the stack {name} must have at most {_MAX_EXPERTS} matrices, got {experts!r:.80}")
+        if flat and rows % experts:
+            raise CheckpointError(
+                f"{where}: the rows of the stack {name} must be a multiple of its {experts} experts, got {rows}"
+            )
+        stack = Stack(name, (experts, rows // experts if flat else rows, columns), item["transposed"], flat)
         if stacks.setdefault(stack.base, stack) != stack:
             raise CheckpointError(f"{where}: the stacks {name} and {stacks[stack.base].tensor} have the same matrices")
     return stacks
@@ -330,14 +371,17 @@ def check_stacks(packed: Mapping[str, PackedInfo], dense: Iterable[str], where: 
             raise CheckpointError(f"{where}: has {stack.tensor} twice, as a tensor and as codes")
 
 
-def check_embeddings(packed: Mapping[str, PackedInfo], config: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError for an embedding in codes in a folder of a version that older packages would read without it."""
+def check_since(packed: Mapping[str, PackedInfo], config: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for a compressed weight of a kind that the version in config.json did not have.
+
+    Older packages would begin to read such a folder.
+    """
     version = config["quantization_config"]["format_version"]
-    embedding = next((module for module, info in packed.items() if info.embedding), None)
-    if embedding is not None and version < _EMBEDDINGS_SINCE:
+    newer = {module: info for module, info in packed.items() if info.since_version > max(version, _DIGESTS_SINCE)}
+    for module, info in newer.items():
+        kind = "an embedding in codes" if info.embedding else "a matrix of a stack of two dimensions"
         raise CheckpointError(
-            f"{where}: {embedding} is an embedding in codes, for which config.json's format_version must be "
-            f"{_EMBEDDINGS_SINCE}, got {version}"
+            f"{where}: {module} is {kind}, for which config.json's format_version must be {info.since_version}, got {version}"
         )
 
 

@@ -37,6 +37,9 @@ _LEFT_DENSE: Final = {
         *("*.dt_proj", "*.x_proj", "*.mamba.out_proj", "*.mixer.out_proj"),  # Mamba
         *("*.attention.output", "*.feed_forward.value"),  # RWKV
     ),
+    "a weight that is stored under a name without .weight": (
+        *("*sconv.weight_proj", "*convolution.weight_proj", "*_message_gate.*"),  # Inkling 2
+    ),
     "part of a vision or audio tower": ("*vision*", "*visual*", "*audio*", "*multi_modal_projector*", "*mm_projector*"),
     "an output head": ("*lm_head*", "*embed_out", "output"),
 }
@@ -105,14 +108,14 @@ class Survey:
 
     name     the model's class; None if it could not be built, and names are all there is
     dense    tensor -> why no code can take its place
-    stacks   stack of experts -> whether it is [experts, in_features, out_features]
+    stacks   stack of experts -> how its matrices lie in it
     notes    what a user should know before the search, a line each
     tables   the tensors of the embeddings and the head
     """
 
     name: str | None = None
     dense: Mapping[str, str] = field(default_factory=dict)
-    stacks: Mapping[str, bool] = field(default_factory=dict)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tables: Tables = Tables()
 
@@ -138,13 +141,7 @@ def select(
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     _refuse_transposed(tensors, config)
-    named = (name for name, info in tensors.items() if name.endswith(".weight") or _is_stack(name, info, survey))
-    modules = [name.removesuffix(".weight") for name in named]
-    for option, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(module, pattern) for module in modules):
-                tied = "; its head is tied to the embeddings and has no weight of its own" if "head" in pattern else ""
-                raise SourceError(f"no module with a weight matches --{option} {pattern!r}{tied}")
+    check_patterns(tensors, include, exclude, survey)
     chosen, left = [], {}
     for name, info in tensors.items():
         reason = _why_not(name, tensors, config, format, include, exclude, survey)
@@ -162,6 +159,19 @@ def select(
             f"nothing to compress: none of the {len(tensors)} tensors is the weight of a linear layer to be packed"
         )
     return chosen, left
+
+
+def check_patterns(
+    tensors: Mapping[str, TensorInfo], include: Iterable[str], exclude: Iterable[str], survey: Survey = NO_SURVEY
+) -> None:
+    """Raise SourceError for a pattern that matches no module with a weight."""
+    named = (name for name, info in tensors.items() if name.endswith(".weight") or _is_stack(name, info, survey))
+    modules = [name.removesuffix(".weight") for name in named]
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(module, pattern) for module in modules):
+                tied = "; its head is tied to the embeddings and has no weight of its own" if "head" in pattern else ""
+                raise SourceError(f"no module with a weight matches --{option} {pattern!r}{tied}")
 
 
 def tables_of(
@@ -215,8 +225,7 @@ def stack_of(
     if not _is_stack(name, tensors[name], survey):
         return None
     if survey.name is not None:
-        experts, rows, columns = tensors[name].shape
-        return Stack(name, (experts, rows, columns), survey.stacks[name])
+        return survey.stacks[name]
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) else config
     hidden, kind = config.get("hidden_size"), config.get("model_type")
@@ -338,6 +347,7 @@ def groups_of(modules: Iterable[str]) -> list[list[str]]:
 
 def left_by_default(module: str) -> str | None:
     """Rule 2: why a linear layer of this name stays as it is unless it is included; None if it is compressed."""
+    module = module.replace(".vision_moe.", ".")  # Ernie 4.5 VL's experts for the tokens of images: part of no tower
     for reason, patterns in _LEFT_DENSE.items():
         if any(fnmatchcase(module, pattern) for pattern in patterns):
             return reason

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from seedlm.errors import SourceError
-from seedlm.storage.gguf_check import ROPE_FREQS, GGUFHeader, GGUFTensor, check_decoder, gguf_parts, read_gguf_header
+from seedlm.storage.gguf_check import (
+    ROPE_FREQS,
+    GGUFHeader,
+    GGUFTensor,
+    check_decoder,
+    gguf_parts,
+    gguf_sizes,
+    read_gguf_header,
+)
 from seedlm.storage.gguf_rope import rope_parameters
 from seedlm.storage.safetensors import TensorInfo
 from seedlm.storage.untrusted import opened
@@ -109,12 +117,11 @@ class GGUFSource:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import gguf
-        except ImportError:
-            raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
+        sizes = gguf_sizes(path)
+        import gguf
+
         self._gguf = gguf
-        header = read_gguf_header(path, gguf.GGML_QUANT_SIZES)
+        header = read_gguf_header(path, sizes)
         architecture = header.fields.get("general.architecture")
         if architecture not in _ARCHITECTURES:
             raise UnreadArchitectureError(
@@ -122,7 +129,7 @@ class GGUFSource:
                 f"{', '.join(sorted(_ARCHITECTURES))}; start from the original model's safetensors"
             )
         paths = gguf_parts(path, header.size("split.count") if header.fields.get("split.count") else 1)
-        headers = [header if part == path else read_gguf_header(part, gguf.GGML_QUANT_SIZES) for part in paths]
+        headers = [header if part == path else read_gguf_header(part, sizes) for part in paths]
         check_decoder(headers)
         self.path = paths[0]
         self.notes: list[str] = []

@@ -27,6 +27,9 @@ _COUNTS: Final = (
 MAX_TEXT_BYTES: Final = 1 << 30
 """Longest text to be predicted, and longest file of questions once it is unpacked."""
 
+_ADDED: Final = 8
+"""Tokens that a tokenizer may add to a text: one or two are known."""
+
 
 @contextmanager
 def opened(path: Path, error: type[SeedLMError]) -> Iterator[FileIO]:
@@ -67,6 +70,12 @@ def read_text(path: str | Path, error: type[SeedLMError]) -> str:
         return read_bytes(Path(path), MAX_TEXT_BYTES, error, "text").decode()
     except UnicodeDecodeError as reason:
         raise error(f"{path}: is not UTF-8 text (byte {reason.start})") from None
+
+
+def check_text(text: str, tokens: int, error: type[SeedLMError], path: str | Path, remedy: str = "take a longer text") -> None:
+    """Raise `error` for a text that cannot have so many tokens: one is a byte at least, but for some that are added."""
+    if (size := len(text.encode())) + _ADDED < tokens:
+        raise error(f"{path}: the text has {size} bytes, and so fewer tokens than the {tokens} that are needed: {remedy}")
 
 
 def parse_json(text: bytes | str, where: str, error: type[SeedLMError], *, infinite: bool = False) -> Any:

@@ -15,14 +15,28 @@ def check_free(path: Path) -> None:
         raise OutputError(f"{path}: exists already; choose another output, or delete it")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent}: no such folder")
+    check_writable(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OutputError if a folder cannot be made there, or files in it if it is there."""
+    above = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not above.is_dir():
+        raise OutputError(f"{above}: is not a folder, so {path} cannot be made")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{above}: nothing can be written there (permission denied, or a disk that is read-only)")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -7,7 +7,6 @@ recorded. `reason_no_search` is the one place that knows where each can run.
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,13 +14,11 @@ from torch import Tensor
 from seedlm.codes.base import CODES, EncodeOptions, Facts, RowErrors, row_sums
 from seedlm.codes.block import codec, packing
 from seedlm.codes.block.codec import BlockCodes
+from seedlm.codes.block.family import SEARCHES
 from seedlm.codes.block.format import BlockFormat, Rounding
 from seedlm.codes.block.search import torch_search
 from seedlm.errors import BackendError
 from seedlm.progress import Tell
-
-SEARCHES: Final = ("triton", "numba", "torch")
-"""Fastest first: ``auto`` takes the first that can run."""
 
 Search = Callable[[Tensor, int, BlockFormat, Rounding], Iterator[tuple[BlockCodes, Tensor]]]
 

@@ -25,6 +25,7 @@ _NMSE: Final[Mapping[Format, float]] = {
     }.items()
 }
 
+SEARCHES: Final = ("triton", "numba", "torch")
 _CHECK_WORDS: Final = 1 << 20
 """Words that `check` looks at together: what it forms for each takes some bytes."""
 
@@ -35,6 +36,7 @@ class BlockFamily:
     name: Final = "block"
     since_version: Final = 1
     presets: Mapping[str, Format] = PRESETS
+    searches: Final = SEARCHES
     defaults: Mapping[str, str] = {"rounding": "best"}
     mixture = _NMSE
     feedback: Final = False
@@ -100,7 +102,7 @@ class BlockFamily:
         return reason_no_search(backend, device, format)
 
     def reason_slow(self, device: "torch.device", format: Format) -> str | None:
-        from seedlm.codes.block.encode import SEARCHES, reason_no_search
+        from seedlm.codes.block.encode import reason_no_search
 
         assert isinstance(format, BlockFormat)
         reasons = [reason_no_search(name, device, format) for name in SEARCHES if name != "torch"]

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+SEARCHES: Final = ("cuda", "numba", "reference")
+"""Modules of `viterbi` with `search`, or `encode` and `encode_panel`, and `reason_unavailable`."""
 _NMSE: Final[Mapping[str, float]] = {"8": 0.0000219, "6": 0.000304, "5": 0.001164, "4": 0.00448, "3": 0.01752, "2": 0.0689}
 """On N(0,1), docs/log/encoder.md."""
 
@@ -22,6 +24,7 @@ class TrellisFamily:
     name: Final = "trellis"
     since_version: Final = 2
     presets: Mapping[str, Format] = PRESETS
+    searches: Final = SEARCHES
     defaults: Mapping[str, str] = {"feedback": "none"}
     """What errors were weighed by, for the record: "none", "own text", or the name of a text that was data."""
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 from seedlm.errors import CheckpointError, SourceError
 from seedlm.storage import verified
 from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint
-from seedlm.storage.gguf_check import read_gguf_header
+from seedlm.storage.gguf_check import gguf_sizes, read_gguf_header
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorFiles
 from seedlm.storage.untrusted import read_config, read_json
 
@@ -36,9 +36,7 @@ def check_model(path: Path) -> list[int] | None:
               has packed them; None for what is no local path, and for weights in files that are not read here
     """
     if os.path.isfile(path):
-        import gguf
-
-        return [prod(tensor.shape) for tensor in read_gguf_header(path, gguf.GGML_QUANT_SIZES).tensors.values()]
+        return [prod(tensor.shape) for tensor in read_gguf_header(path, gguf_sizes(path)).tensors.values()]
     if not os.path.isdir(path):
         return None
     section = read_config(path, SourceError).get("quantization_config")

@@ -12,6 +12,7 @@ import torch
 
 from seedlm.device import choose_device
 from seedlm.errors import SourceError
+from seedlm.integrations.transformers.before import no_template
 from seedlm.integrations.transformers.models import longest_text
 from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
 from seedlm.storage.source import is_repository, locate
@@ -68,7 +69,7 @@ class Writer:
         self._tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
         has_template = bool(self._tokenizer.chat_template)
         if chat and not has_template:
-            raise SourceError(f"{model} has no chat template, so it only goes on from a text: seedlm generate {model} TEXT")
+            raise SourceError(no_template(model))
         self.chats = has_template if chat is None else chat
         self._network = open_language_model(model, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
         if dequantize and hasattr(self._network, "hf_quantizer"):

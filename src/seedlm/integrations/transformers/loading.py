@@ -31,7 +31,8 @@ from seedlm.storage.checkpoint import QUANT_METHOD, Checkpoint, Stack, stored_na
 class ExpertNames(WeightRenaming):
     """Renames the tensors of packed experts, and nothing else.
 
-    templates   name of a matrix with its expert's number as ``*`` -> the new name with the number as ``*``
+    templates   name of a matrix with its expert's number as ``*`` -> the new name with the number as ``*``; or whole names,
+                where the number is another one
     """
 
     def __init__(self, templates: Mapping[str, str]) -> None:
@@ -47,6 +48,8 @@ class ExpertNames(WeightRenaming):
         return f"{renamed}.{leaf}", self.source_patterns[0]
 
     def module(self, name: str) -> str:
+        if name in self.templates:
+            return self.templates[name]
         match = LAST_NUMBER.fullmatch(name)
         template = self.templates.get(f"{match[1]}.*{match[3]}") if match else None
         return name if match is None or template is None else template.replace("*", match[2])
@@ -264,8 +267,10 @@ def _empty_experts(
     parts: dict[str, list[str]] = {}
     layers: dict[str, list[SeedLinear]] = {}
     whole: dict[str, Stack] = {}
-    for projection, count in {place.projection: place.count for place in places.values()}.items():
-        experts, rows, columns = shapes[projection]
+    for projection, (count, wide) in {
+        place.projection: (place.count, max(1, len({*place.halves}))) for place in places.values()
+    }.items():
+        experts, rows, columns = shapes[projection].shape
         if any((projection, number) not in order for number in range(count)) or rows % count:
             raise CheckpointError(
                 f"{min(places)} is packed, but not all that {type(dense).__name__}.{projection} is joined from; "
@@ -281,8 +286,13 @@ def _empty_experts(
                     f"but the codes of {part} for expert {number} are {'missing' if None in modules else 'there too'}"
                 )
             weight = dense.get_parameter(projection)
-            group = [empty(module, (rows // count, columns), weight) for module in modules if module]
+            group = [empty(module, (rows * wide // count, columns), weight) for module in modules if module]
             layers[part] = [layer.train(dense.training) for layer in group]
             if (stack := stacks.get(f"{modules[0]}")) is not None:
                 whole[part] = stack
-    return SeedExperts(dense, parts, layers, whole).train(dense.training)
+    halves: dict[str, list[int]] = {}
+    for place in {place.part: place for place in places.values() if place.halves}.values():
+        for half, projection in enumerate(place.halves):
+            parts[projection] = parts[place.projection]
+            halves.setdefault(projection, []).append(half)
+    return SeedExperts(dense, parts, layers, whole, halves).train(dense.training)

@@ -15,15 +15,14 @@ from typing import Any, Final
 import torch
 
 from seedlm.errors import SourceError
+from seedlm.integrations.transformers.before import DTYPES as DTYPES
 from seedlm.modeling.blueprint import bounded
 from seedlm.modeling.quantize import dequantize_model, seed_linears
 from seedlm.storage.checkpoint import QUANT_METHOD
-from seedlm.storage.gguf_check import read_gguf_header
+from seedlm.storage.gguf_check import gguf_sizes, read_gguf_header
 from seedlm.storage.inspect import inspect_checkpoint
 from seedlm.storage.safetensors import DTYPE_BITS, TORCH_NAMES, TensorInfo
 from seedlm.storage.source import FolderSource
-
-DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 12
@@ -141,13 +140,12 @@ def _foreign_size(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float 
 
 
 def _describe_gguf(name: str, path: Path) -> ModelInfo:
-    try:
-        import gguf
-    except ImportError:
-        raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
+    sizes = gguf_sizes(path)
+    import gguf
+
     weights: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
-    for tensor in read_gguf_header(path, gguf.GGML_QUANT_SIZES).tensors.values():
+    for tensor in read_gguf_header(path, sizes).tensors.values():
         kind = gguf.GGMLQuantizationType(tensor.kind).name
         weights[kind] += prod(tensor.shape)
         nbytes[kind] += tensor.nbytes

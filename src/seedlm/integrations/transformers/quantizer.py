@@ -32,6 +32,7 @@ from seedlm.integrations.transformers.loading import CodeNames, ExpertNames, Pla
 from seedlm.modeling.embedding import SeedEmbedding
 from seedlm.modeling.experts import PACKED, SeedExperts
 from seedlm.modeling.linear import PackedModule
+from seedlm.modeling.places import Names
 from seedlm.modeling.quantize import (
     LISTENERS,
     compress_model,
@@ -85,7 +86,7 @@ class SeedLMConfig(QuantizationConfigMixin):
         others = {name: format_from_dict(item) for name, item in (overrides or {}).items()}
         check_settings([parsed, *others.values()], settings)
         self.quant_method: Any = quant_method
-        self.format_version = written_version(False)  # of what is saved, unless embeddings are found to be packed
+        self.format_version = written_version(())  # of what is saved, unless what is packed needs another
         self.embeddings = None if embeddings is None else parse_format(embeddings).spec
         self.head = None if head is None else parse_format(head).spec
         self.format = parsed.to_dict()
@@ -131,7 +132,7 @@ class SeedLMQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._places.check_codes()
             del self._places  # it has files and locks, which a model's copies have no use for
-            self.quantization_config.format_version = _version_of(model)
+            self.quantization_config.format_version = written_version(_described(model).values())
             _set_guard(model.config, True)
         else:
             config = self.quantization_config
@@ -149,18 +150,14 @@ class SeedLMQuantizer(HfQuantizer):
         """No state dict of its own; the safetensors metadata of a packed file, in which shapes are told."""
         layers = dict(packed_modules(model))
         names = saved_names(model, layers)
-        stacks: dict[str, Stack] = {}
-        for experts, module in model.named_modules():
-            if isinstance(module, SeedExperts):
-                for part, whole in module.stacks.items():
-                    stacks |= dict.fromkeys((f"{experts}.{PACKED}.{part}.{n}" for n in range(whole.shape[0])), whole)
         packed = {}
-        for name, layer in layers.items():
-            stack = stacks.get(name)
-            if stack is not None:  # under the name that it has in this file, which may have the base model's prefix or not
+        for name, info in _described(model).items():
+            if (stack := info.stack) is not None:  # by its name in this file, which may have the base model's prefix or not
                 suffix = ".weight" if stack.tensor.endswith(".weight") else ""
-                stack = dataclasses.replace(stack, tensor=names[name].rpartition(".")[0] + suffix)
-            packed[names[name]] = PackedInfo(layer.format, layer.shape, stack, isinstance(layer, SeedEmbedding))
+                info = dataclasses.replace(
+                    info, stack=dataclasses.replace(stack, tensor=names[name].rpartition(".")[0] + suffix)
+                )
+            packed[names[name]] = info
         return None, metadata(packed, _digests(names, layers, packed))
 
     def is_serializable(self) -> bool:
@@ -222,26 +219,35 @@ def _say_packed(model: Any, settings: Mapping[str, Any]) -> None:
     config.format = leading.to_dict()
     config.overrides = {name: format.to_dict() for name, format in formats.items() if format != leading}
     config.modules_to_not_convert = dense_names(model)
-    config.format_version = _version_of(model)
+    config.format_version = written_version(_described(model).values())
     model.hf_quantizer, model.config.quantization_config = quantizer, config
     model.is_quantized, model.quantization_method = True, config.quant_method
     _set_guard(model.config, True)
 
 
-def _version_of(model: nn.Module) -> int:
-    """The version that a folder of this model has to say."""
-    return written_version(any(isinstance(module, SeedEmbedding) for _, module in packed_modules(model)))
+def _described(model: nn.Module) -> dict[str, PackedInfo]:
+    """The packed layers of a model by name, stacks by the names that they were loaded under."""
+    stacks: dict[str, Stack] = {}
+    for experts, module in model.named_modules():
+        if isinstance(module, SeedExperts):
+            for part, whole in module.stacks.items():
+                stacks |= dict.fromkeys((f"{experts}.{PACKED}.{part}.{n}" for n in range(whole.shape[0])), whole)
+    return {
+        name: PackedInfo(layer.format, layer.shape, stacks.get(name), isinstance(layer, SeedEmbedding))
+        for name, layer in packed_modules(model)
+    }
 
 
 def _expert_names(model: nn.Module) -> list[ExpertNames]:
     """How the experts of a model that was compressed in memory are saved: as stacks, each under its tensor's name."""
-    templates = {}
+    templates, names = {}, Names(model)
     for name, module in model.named_modules():
         if isinstance(module, SeedExperts):
-            for part, stack in module.stacks.items():
-                tensor = saved_names(model, [f"{name}.{part}"])[f"{name}.{part}"]
-                module.stacks[part] = dataclasses.replace(stack, tensor=tensor)
-                templates[f"{tensor.removesuffix('.weight')}.*"] = f"{name}.{PACKED}.{part}.*"
+            for projection, (part, *_) in module.parts.items():
+                parameter = f"{name}.{projection}"
+                stack = dataclasses.replace(module.stacks[part], tensor=saved_names(model, [parameter])[parameter])
+                module.stacks[part], first = stack, names.renamed(f"{stack.base}.0.weight")  # the others come before
+                templates[f"{first.removesuffix('.0.weight')}.*"] = f"{name}.{PACKED}.{part}.*"
     return [ExpertNames(templates)] if templates else []
 
 

@@ -2,7 +2,7 @@
 
 By the number of tokens:
 
-    to `FEW`   `numba_product`: decoded and multiplied in registers; rotated activations as 16-bit integers with a scale for
+    to `few`   `numba_product`: decoded and multiplied in registers; rotated activations as 15-bit integers with a scale for
                each 256 columns (relative error 1e-4 and less), or int8 ("numba-int8", below 1e-2)
     more       `numba_weights`: a tile of rows at a time is formed in the transformed basis, in x's dtype, for torch's product
 """
@@ -16,15 +16,19 @@ from torch import Tensor
 
 from seedlm.codes import hadamard, on_cpu
 from seedlm.codes.base import CODES, Format
-from seedlm.codes.on_cpu import AT_ONCE, FEW, KINDS, PIECE
+from seedlm.codes.on_cpu import KINDS, PIECE
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
+
+_TIMES: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 6, torch.float32: 64}
+"""How often a weight is decoded, each time for as many tokens as share that, rather than formed for torch's product. Torch's
+product of float32 is slower however many tokens there are, but all their integers are in memory at once."""
 
 _ROTATING: Final = 32
 """In how many pieces many tokens are rotated."""
 
 
 class NumbaBackend:
-    """Activations in 16 bits. Prepared: the words as they are stored, the scale of every row."""
+    """Activations in 15 bits. Prepared: the words as they are stored, the scale of every row."""
 
     name: ClassVar[str] = "numba"
     exact: ClassVar[bool] = True
@@ -39,7 +43,7 @@ class NumbaBackend:
         tokens = x.numel() // in_features
         if tokens == 0:
             return []
-        if tokens > FEW:
+        if tokens > _few(self.exact, x.dtype):
             return [torch.empty(x.shape, dtype=x.dtype if x.dtype in KINDS else torch.float32, device=x.device)]
         return [
             torch.empty(
@@ -53,8 +57,9 @@ class NumbaBackend:
         made = self.empty_transform(x, format, in_features)
         if made:
             y, tokens = made[0], x.numel() // in_features
-            plan = _inputs(cast(TrellisFormat, format), in_features, tokens if tokens <= FEW else 0, self.exact)
-            if tokens <= FEW:
+            few = tokens <= _few(self.exact, x.dtype)
+            plan = _inputs(cast(TrellisFormat, format), in_features, tokens if few else 0, self.exact)
+            if few:
                 where: tuple[int, ...] = (y.data_ptr(),)
             else:
                 pieces = min(tokens, _ROTATING)
@@ -80,7 +85,7 @@ class NumbaBackend:
         if tokens == 0:
             return x.new_empty(*x.shape[:-1], shape[0])
         (inputs,) = transformed or self.transform(x, format, shape[1])
-        if tokens > FEW:
+        if tokens > _few(self.exact, x.dtype):
             return on_cpu.tiled(
                 inputs,
                 shape[0],
@@ -89,7 +94,7 @@ class NumbaBackend:
                 bias,
             )
         y = torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype)
-        self._few(tokens, inputs, prepared, trellis, shape, bias, y)
+        self._multiply(tokens, inputs, prepared, trellis, shape, bias, y)
         return y
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -98,7 +103,7 @@ class NumbaBackend:
         _form(weight, 0, prepared, format, shape, rotated=False)
         return weight.to(dtype)
 
-    def _few(
+    def _multiply(
         self,
         tokens: int,
         inputs: Tensor,
@@ -113,8 +118,11 @@ class NumbaBackend:
             bias = bias.to(y.dtype).contiguous()
         where, kind = (words.data_ptr(), factors.data_ptr(), 0 if bias is None else bias.data_ptr()), KINDS[y.dtype]
         x_place, y_place = inputs.data_ptr(), y.data_ptr()
-        for first in range(0, tokens, AT_ONCE):
-            plan = _product(format, shape, min(AT_ONCE, tokens - first), self.exact)
+        from seedlm.codes.trellis.kernels import numba_product
+
+        at_once = numba_product.at_once(self.exact)
+        for first in range(0, tokens, at_once):
+            plan = _product(format, shape, min(at_once, tokens - first), self.exact)
             places = (x_place + first * plan.size, y_place + first * shape[0] * y.element_size())
             plan.kernel.share((*plan.numbers, *where, *places, kind), plan.numbers[0])
 
@@ -133,6 +141,15 @@ class NumbaInt8Backend(NumbaBackend):
         if vectors.byte_products() in ("pairs", "plain"):
             return f"backend {self.name!r} needs a processor that adds products of bytes (VNNI, or dot products on ARM)"
         return None
+
+
+@lru_cache(maxsize=8)
+def _few(exact: bool, dtype: torch.dtype) -> int:
+    """Up to how many tokens of a dtype weights are decoded in registers."""
+    from seedlm.codes.trellis.kernels import numba_product
+
+    times = _TIMES.get(dtype, _TIMES[torch.float32]) if numba_product.in_pairs(exact) else 2
+    return times * numba_product.at_once(exact)
 
 
 class _Plan(NamedTuple):

@@ -1,12 +1,13 @@
 """A few tokens times the trellis code's weights on a CPU, without a weight in memory.
 
-Activations are integers: the inputs are rotated, and each group of 256 columns has a scale such that its largest is 32,639 (or
+Activations are integers: the inputs are rotated, and each group of 256 columns has a scale such that its largest is 16,383 (or
 127, "int8"). Within a group sums are exact in int32, so that every processor finds the same; groups are added up in float32 in
-their order. A sum of bytes is 510 too large for each column, which is taken off by what the sums start from.
+their order. A weight's bytes are 510 too large, which is taken off a group's sum.
 
-How weights are made is in `numba_windows`. What a processor adds products of bytes with (`vectors.byte_products`) decides how
-activations lie in memory:
+How weights are made is in `numba_windows`, and in `numba_pairs` for processors that have what it takes. What a processor adds
+products of bytes with (`vectors.byte_products`) decides how activations lie in memory:
 
+    numba_pairs     int16, of two columns side by side; not for int8
     vnni, dot       two int8 parts, of which the first counts 256 (int8: one)
     pairs, plain    int16
 """
@@ -22,12 +23,13 @@ from numba.core import cgutils
 
 from seedlm.codes.hadamard_numba import largest_bits, rotate_row
 from seedlm.codes.threads import Kernel
-from seedlm.codes.trellis.kernels.numba_windows import Products, Windows, copy_end, neighbours, slots
+from seedlm.codes.trellis.kernels import numba_pairs
+from seedlm.codes.trellis.kernels.numba_windows import TAIL, Products, Windows, add_group, copy_end, neighbours, slots
 from seedlm.codes.vectors import (
-    F32,
     FLOATS,
     I8,
     I16,
+    I32,
     I64,
     INTS,
     LANES,
@@ -40,20 +42,24 @@ from seedlm.codes.vectors import (
     load,
     put,
     scratch,
+    shuffle,
     splat,
     store,
     take,
 )
 
 GROUP: Final = 256
-"""Columns that share a scale: as many as int32 sums of 16-bit activations have room for, at 8 bits a weight."""
+"""Columns that share a scale."""
 
-LEVELS: Final = 127 * 256 + 127
+LEVELS: Final = (1 << 14) - 1
+"""The largest activation: int32 has room for 256 times 510 times this."""
 
 _PADDED: Final = GROUP + LANES
-_STARTS, _INTEGERS = 64, 64 + 2 * 4 * LANES
+_INTEGERS: Final = 64
 RECORD: Final = _INTEGERS + 2 * _PADDED + 32
-"""Bytes of a group's activations: its scale, 2 x 16 sums to start from at byte 64, then its integers and zeros behind them."""
+"""Bytes of a group's activations: its scale, what its sums are too small by, then its integers and zeros behind them."""
+
+_TAIL_BYTES: Final = 8 * TAIL
 
 HEADER: Final = 64
 """Bytes before a token's records: a power of two that its products are multiplied by."""
@@ -73,22 +79,48 @@ def workspace(width: int) -> int:
     return records(width) + 4 * GROUP * groups(width)
 
 
+def in_pairs(exact: bool) -> bool:
+    """Whether `numba_pairs` multiplies."""
+    return exact and numba_pairs.available()
+
+
 @intrinsic(prefer_literal=True)
 def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, rate, state_bits, exact, tokens):
-    """Add a group's products to float32 [tokens, slots, 16] at `sums`.
+    """Add a group's products to float32 [tokens, `rows`] at `sums`.
 
     words, after   addresses of the group's first column in a segment and in the one after it
     record         address of the group's record for the first token; the next token's is `stride` bytes on
-    steps          how many times 16 // rate columns
-    end, tail      the step, or none, whose words lie in int32 [2, 32] at `tail`: nothing is read past a weight's end
+    steps          how many times `columns`
+    end, tail      the step, or none, whose words lie in int32 [2, TAIL] at `tail`: nothing is read past a weight's end
     """
     numbers = literal(rate, state_bits, exact, tokens)
 
     def codegen(context, builder, sig, args):
-        _emit(builder, args[:8], *numbers)
+        if in_pairs(numbers[2]):
+            numba_pairs.emit(builder, args[:8], _INTEGERS, numbers[0], numbers[1], numbers[3])
+        else:
+            _emit(builder, args[:8], *numbers)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 8, rate, state_bits, exact, tokens), codegen
+
+
+def at_once(exact: bool) -> int:
+    """Tokens that share the decoding of a weight: more have no registers for their sums."""
+    return 8 if in_pairs(exact) else 4
+
+
+def _columns(rate: int, exact: bool) -> int:
+    """Columns that are multiplied at a time."""
+    return numba_pairs.columns(rate) if in_pairs(exact) else LANES // rate
+
+
+def _rows(rate: int, state_bits: int, exact: bool) -> np.ndarray:
+    """The row of a segment that each of a token's sums belongs to, -1 where it is none's."""
+    if in_pairs(exact):
+        return np.array(numba_pairs.rows(rate))
+    bits = [(word, offset) for slot in slots(rate, state_bits) for word, offset in enumerate(slot.offsets)]
+    return np.array([(32 * word + offset) // rate if offset < 32 else -1 for word, offset in bits])
 
 
 def _emit(builder, args, rate: int, state_bits: int, exact: bool, tokens: int) -> None:
@@ -102,10 +134,8 @@ def _emit(builder, args, rate: int, state_bits: int, exact: bool, tokens: int) -
         totals = [
             [[cgutils.alloca_once(builder, INTS) for _ in range(products.parts)] for _ in records] for _ in range(first, last)
         ]
-        for of_slot in totals:
-            for place, of_token in zip(records, of_slot, strict=True):
-                for part, total in enumerate(of_token):
-                    builder.store(load(builder, place, INTS, _STARTS + 4 * LANES * part), total)
+        for total in itertools.chain(*itertools.chain(*totals)):
+            builder.store(constant([0] * LANES), total)
         with cgutils.for_range(builder, steps) as loop:
             windows.load_step(builder, words, after, loop.index, end, tail)
             size = windows.columns * (1 if products.narrow else 2)
@@ -117,55 +147,40 @@ def _emit(builder, args, rate: int, state_bits: int, exact: bool, tokens: int) -
                     for total, activation in zip(of_token, given, strict=True):
                         builder.store(products.add(builder, builder.load(total), found, activation), total)
         for token, place in enumerate(records):
-            scale = splat(builder, load(builder, place, F32))
-            for n, of_slot in enumerate(totals):
-                parts = [builder.load(total) for total in of_slot[token]]
-                whole = builder.shl(parts[0], constant([8] * LANES)) if len(parts) == 2 else parts[0]
-                whole = builder.add(whole, parts[1]) if len(parts) == 2 else whole
-                offset = 4 * LANES * (token * count + first + n)
-                so_far = load(builder, sums, FLOATS, offset)
-                product = builder.fmul(builder.sitofp(whole, FLOATS), scale)
-                store(builder, builder.fadd(so_far, product), sums, offset)
+            whole = [products.whole(builder, [builder.load(part) for part in of_slot[token]]) for of_slot in totals]
+            add_group(builder, [windows.over_columns(builder, each) for each in whole], place, sums, token * count + first)
 
 
 @intrinsic(prefer_literal=True)
-def _quantize(typingctx, row, inverse, record, steps, rate, exact):
-    """Fill a record but for its scale: float32 [256] at `row`, multiplied and rounded to integers; sums to start from."""
+def _quantize(typingctx, row, inverse, record, rate, exact):
+    """Fill a record but for its scale: float32 [256] at `row`, multiplied and rounded to integers."""
     per, whole = literal(rate, exact)
 
     def codegen(context, builder, sig, args):
-        row, inverse, record, steps = args[:4]
-        windows, products = Windows(per, 16), Products(whole)
-        factor = splat(builder, inverse)
+        row, inverse, record = args[:3]
+        products, paired = Products(whole), in_pairs(whole)
+        factor, total = splat(builder, inverse), constant([0] * LANES)
         for first in range(0, GROUP, LANES):
             scaled = builder.fmul(load(builder, row, FLOATS, 4 * first), factor)
             integers = builder.fptosi(call(builder, f"llvm.rint.v{LANES}f32", FLOATS, scaled), INTS)
-            if not products.narrow:
-                store(builder, builder.trunc(integers, ir.VectorType(I16, LANES)), record, _INTEGERS + 2 * first)
+            total = builder.add(total, integers)
+            if paired or not products.narrow:
+                some = builder.trunc(integers, ir.VectorType(I16, LANES))
+                some = shuffle(builder, some, numba_pairs.activations(per)) if paired else some
+                store(builder, some, record, _INTEGERS + 2 * first)
                 continue
             upper = builder.ashr(builder.add(integers, constant([128] * LANES)), constant([8] * LANES))
             for part, value in enumerate((upper, integers) if whole else (integers,)):
                 store(builder, builder.trunc(value, ir.VectorType(I8, LANES)), record, _INTEGERS + part * _PADDED + first)
-        size = 1 if products.narrow else 2
-        for part in range(products.parts):
-            zeros = constant([0] * LANES, products.integer)
+        size = 2 if paired or not products.narrow else 1
+        for part in range(1 if paired else products.parts):
+            zeros = constant([0] * LANES, I16 if size == 2 else I8)
             store(builder, zeros, record, _INTEGERS + part * _PADDED + size * GROUP)
-        totals = [cgutils.alloca_once(builder, INTS) for _ in range(products.parts)]
-        for total in totals:
-            builder.store(constant([0] * LANES), total)
-        one = constant([1] * LANES) if products.narrow else products.bytes(builder, constant([1] * LANES))
-        with cgutils.for_range(builder, steps) as loop:
-            column = builder.mul(loop.index, ir.Constant(I64, size * windows.columns))
-            column = builder.add(column, ir.Constant(I64, _INTEGERS))
-            given = products.activations(builder, builder.add(record, column), windows, _PADDED)
-            for total, activation in zip(totals, given, strict=True):
-                builder.store(products.add(builder, builder.load(total), one, activation), total)
-        for part, total in enumerate(totals):
-            start = builder.mul(builder.load(total), constant([-products.excess] * LANES))
-            store(builder, start, record, _STARTS + 4 * LANES * part)
+        total = call(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
+        store(builder, builder.mul(total, ir.Constant(I32, -510 if paired else -products.excess)), record, 4)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.float32, types.intp, types.intp, rate, exact), codegen
+    return types.void(types.intp, types.float32, types.intp, rate, exact), codegen
 
 
 @lru_cache(maxsize=64)
@@ -175,7 +190,7 @@ def rotation(rate: int, exact: bool) -> Kernel:
     Its job: tokens, x, kind of x (`on_cpu.KINDS`), width, block of the transform, signs float32 [block], y (tokens times
     `workspace` bytes). x, signs and y are addresses.
     """
-    columns, levels = LANES // rate, LEVELS if exact else 127
+    levels = LEVELS if exact else 127
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
     def rotate(job):
@@ -202,8 +217,7 @@ def rotation(rate: int, exact: bool) -> Kernel:
                     scale[0] = scale[0] / np.float32(levels)
                 else:
                     scale[0] = np.float32(0) if finite else np.float32(np.nan)
-                used = min(256, width - 256 * group)
-                _quantize(row + 1024 * group, inverse, record, -(-used // columns), rate, exact)
+                _quantize(row + 1024 * group, inverse, record, rate, exact)
 
     return Kernel(rotate)
 
@@ -215,8 +229,9 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
     Its job: pieces, segments of a piece, segments in all, words of a strip's segments, width, rows, addresses of words, factors
     float32 [rows], bias or 0, records, y, y's kind (`on_cpu.KINDS`).
     """
-    columns, count = LANES // rate, len(slots(rate, state_bits))
-    size, room = tokens * count * LANES, 4 * tokens * count * LANES
+    columns, rows_of_sums = _columns(rate, exact), _rows(rate, state_bits, exact)
+    count = len(rows_of_sums)
+    size, room = tokens * count, 4 * tokens * count
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
     def multiply(job):
@@ -225,7 +240,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
         factors = carray(as_pointer(job[8]), (rows,), np.float32)
         groups = -(-width // 256)
         stride = 64 + groups * RECORD
-        place, tail = scratch(room), scratch(256)
+        place, tail = scratch(room), scratch(_TAIL_BYTES)
         sums = carray(as_pointer(place), (size,), np.float32)
         while True:
             piece = take(job_address(job))
@@ -244,15 +259,11 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
                     _multiply(own + at, after + at, record, steps, stride, place, end, tail, rate, state_bits, exact, tokens)
                 for token in range(tokens):
                     lift = np.float64(carray(as_pointer(records + stride * token), (1,), np.float32)[0])
-                    for word in range(rate):
-                        first = -32 * word % rate
-                        for n in range(count):
-                            row = 32 * segment + (32 * word + first + rate * n) // rate
-                            if first + rate * n < 32 and row < rows:
-                                found = np.float32(0)
-                                for i in range(columns):
-                                    found += sums[(token * count + n) * 16 + word * columns + i]
-                                value = np.float32(np.float64(found) * np.float64(factors[row]) * lift)
-                                put(y, kind, rows * token + row, value, bias, row)
+                    for n in range(count):
+                        row = 32 * segment + rows_of_sums[n]
+                        if rows_of_sums[n] >= 0 and row < rows:
+                            found = np.float64(sums[token * count + n])
+                            value = np.float32(found * np.float64(factors[row]) * lift)
+                            put(y, kind, rows * token + row, value, bias, row)
 
     return Kernel(multiply)

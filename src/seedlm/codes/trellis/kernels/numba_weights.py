@@ -11,7 +11,7 @@ from numba.core import cgutils
 from seedlm.codes.hadamard_numba import inverse
 from seedlm.codes.threads import Kernel
 from seedlm.codes.trellis.format import SEGMENT_ROWS
-from seedlm.codes.trellis.kernels.numba_windows import Products, Windows, copy_end, neighbours
+from seedlm.codes.trellis.kernels.numba_windows import TAIL, Products, Windows, copy_end, neighbours
 from seedlm.codes.vectors import (
     FLOATS,
     I64,
@@ -32,6 +32,7 @@ _TILE: Final = 256 + LANES
 """Columns of a tile of values, and room for the last step."""
 
 _TILE_BYTES: Final = 4 * 32 * _TILE
+_TAIL_BYTES: Final = 8 * TAIL
 
 
 @intrinsic(prefer_literal=True)
@@ -74,7 +75,7 @@ def weights(rate: int, state_bits: int) -> Kernel:
         count, first, total, strip, width, rows = job[1], job[2], job[3], job[4], job[5], job[6]
         words, y, kind, block = job[7], job[9], job[10], job[11]
         factors, signs = carray(as_pointer(job[8]), (rows,), np.float32), carray(as_pointer(job[12]), (block,), np.float32)
-        place, tail = scratch(_TILE_BYTES), scratch(256)
+        place, tail = scratch(_TILE_BYTES), scratch(_TAIL_BYTES)
         tile = carray(as_pointer(place), (32, _TILE), np.float32)
         groups = -(-width // 256)
         while True:

@@ -6,8 +6,9 @@ is its i-th row: a shift, a mask, the product that mixes, and one instruction th
 lie word by word, so that a slot's columns are neighbours.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import lru_cache, reduce
+from typing import Final, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -16,6 +17,7 @@ from numba import carray, njit
 from seedlm.codes.trellis.format import MULTIPLIERS, SEGMENT_ROWS
 from seedlm.codes.vectors import (
     BYTES,
+    F32,
     I8,
     I16,
     I32,
@@ -30,7 +32,12 @@ from seedlm.codes.vectors import (
     in_parts,
     load,
     shuffle,
+    splat,
+    store,
 )
+
+TAIL: Final = 7 * LANES
+"""Words of a step at most."""
 
 
 class Slot(NamedTuple):
@@ -74,11 +81,11 @@ class Windows:
         """Take the words of 16 // R columns, the step-th ones.
 
         words, after   addresses of the first column in a segment and in the one that its windows reach over into
-        end, tail      the step, or none, whose words are at `tail`, int32 [2, 32]: nothing is read past a weight's end
+        end, tail      the step, or none, whose words are at `tail`, int32 [2, TAIL]: nothing is read past a weight's end
         """
         at = builder.mul(step, ir.Constant(I64, 4 * self.rate * self.columns))
         ends = builder.icmp_signed("==", step, end)
-        places = ((words, tail), (after, builder.add(tail, ir.Constant(I64, 128))))
+        places = ((words, tail), (after, builder.add(tail, ir.Constant(I64, 4 * TAIL))))
         own, others = (load(builder, builder.select(ends, last, builder.add(first, at)), INTS) for first, last in places)
         at = [column * self.rate + word for column, word in zip(self.column, self.word, strict=True)]
         following = [i + 1 if word + 1 < self.rate else LANES + i - word for i, word in zip(at, self.word, strict=True)]
@@ -98,6 +105,11 @@ class Windows:
         if min(shifts) < 32 - self.state_bits:
             found = builder.and_(found, constant([(1 << self.state_bits) - 1] * LANES))
         return found
+
+    def over_columns(self, builder, total: ir.Value) -> ir.Value:
+        """Add up what belongs to the same word: R of 16 lanes."""
+        parts = [shuffle(builder, total, range(i, self.rate * self.columns, self.columns)) for i in range(self.columns)]
+        return reduce(builder.add, parts)
 
     def mixed(self, builder, slot: Slot) -> ir.Value:
         """Products whose four bytes, less 510, are the weights."""
@@ -179,6 +191,24 @@ class Products:
             part, name = ir.VectorType(I32, lanes), f"x86.avx512.vpdpbusd.{32 * lanes}"
         return in_parts(builder, f"llvm.{name}", part, total, found, activation)
 
+    def whole(self, builder, parts: Sequence[ir.Value]) -> ir.Value:
+        """A total of its parts."""
+        return parts[0] if len(parts) == 1 else builder.add(builder.shl(parts[0], constant([8] * LANES)), parts[1])
+
+
+def add_group(builder, totals: Sequence[ir.Value], record: ir.Value, sums: ir.Value, first: int) -> None:
+    """Add a group's exact sums, int32 vectors, times its scale to the float32 at `sums` that come after `first` such vectors.
+
+    record   its scale, and an integer that every sum is too small by
+    """
+    scale, offset = load(builder, record, F32), load(builder, record, I32, 4)
+    for n, total in enumerate(totals, first):
+        lanes = total.type.count
+        whole = builder.add(total, splat(builder, offset, lanes))
+        product = builder.fmul(builder.sitofp(whole, ir.VectorType(F32, lanes)), splat(builder, scale, lanes))
+        so_far = load(builder, sums, product.type, 4 * lanes * n)
+        store(builder, builder.fadd(so_far, product), sums, 4 * lanes * n)
+
 
 @njit(nogil=True, error_model="numpy")
 def neighbours(words, segment, strip, total, bytes_of_row):
@@ -190,8 +220,8 @@ def neighbours(words, segment, strip, total, bytes_of_row):
 
 @njit(nogil=True, error_model="numpy")
 def copy_end(own, after, at, count, tail):
-    """The last words of a row of words and of its neighbour, to int32 [2, 32] at `tail` (`Windows.load_step`)."""
-    ends = carray(as_pointer(tail), (64,), np.int32)
+    """The last words of a row of words and of its neighbour, to int32 [2, TAIL] at `tail` (`Windows.load_step`)."""
+    ends = carray(as_pointer(tail), (2 * TAIL,), np.int32)
     last, others = carray(as_pointer(own + at), (count,), np.int32), carray(as_pointer(after + at), (count,), np.int32)
     for i in range(count):
-        ends[i], ends[32 + i] = last[i], others[i]
+        ends[i], ends[TAIL + i] = last[i], others[i]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seedlm.codes.trellis import codec
+from seedlm.codes.trellis.family import SEARCHES
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.viterbi.cost import row_roots
 from seedlm.errors import BackendError, TensorError
@@ -18,9 +19,6 @@ from seedlm.errors import BackendError, TensorError
 OVERLAPS: Final = {16: 64, 12: 32}
 """By state bits: rows on each side of a stream's seam that decide which state it closes with. On N(0,1) 64 rows leave 1 % less
 error than 32 for 17 % more work; with 12-bit states 0.4 % (docs/log/encoder.md)."""
-
-_BACKENDS: Final = ("cuda", "numba", "reference")
-"""Fastest first; modules of this package with `search`, or `encode` and `encode_panel`, and `reason_unavailable`."""
 
 
 def viterbi(
@@ -82,8 +80,8 @@ def _roots(targets: Tensor, valid: int, row_weights: Tensor | None) -> Tensor:
 
 def search_backend(backend: str, device: torch.device) -> ModuleType:
     """The module that searches, by its name or "auto". Raises BackendError with the reason if it cannot run."""
-    if backend != "auto" and backend not in _BACKENDS:
-        raise BackendError(f"unknown backend {backend!r}; known: auto, {', '.join(_BACKENDS)}")
+    if backend != "auto" and backend not in SEARCHES:
+        raise BackendError(f"unknown backend {backend!r}; known: auto, {', '.join(SEARCHES)}")
     name = choose(device) if backend == "auto" else backend
     if (reason := reason_no_search(name, device)) is not None:
         raise BackendError(f"the {name} search cannot run here: {reason}")
@@ -92,7 +90,7 @@ def search_backend(backend: str, device: torch.device) -> ModuleType:
 
 def choose(device: torch.device) -> str:
     """The fastest search that runs on tensors of a device."""
-    return next(name for name in _BACKENDS if reason_no_search(name, device) is None)
+    return next(name for name in SEARCHES if reason_no_search(name, device) is None)
 
 
 def reason_no_search(name: str, device: torch.device) -> str | None:

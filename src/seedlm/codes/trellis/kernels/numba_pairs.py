@@ -1,0 +1,209 @@
+"""The trellis code's products where a processor has AVX-512 with VBMI and VNNI: windows by one instruction, columns in pairs.
+
+A register holds eight lanes of 64 bits: a word of a column, and above it the word that its windows reach over into. One
+instruction (`vpmultishiftqb`) takes two windows out of every lane, which then lie side by side as lanes of 32 bits. They are
+mixed by a product, and another instruction (`vdbpsadbw`) leaves the sum of a lane's four bytes in both of its halves. Half of
+that, and half of what a second column left, are two int16, which `vpdpwssd` multiplies by a pair of activations and adds up. So
+a weight is formed once, and another token costs half an instruction for 16 weights.
+
+A *step* is 16 / w columns: the first half of them, and those that they are paired with. w words of a column lie in one register
+(`_together`); so many registers as hold all R words follow one another. At 4 bits, 128 weights and a token are 35 instructions,
+16 clocks of a Zen 4.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from seedlm.codes.trellis.format import MULTIPLIERS, SEGMENT_ROWS
+from seedlm.codes.trellis.kernels.numba_windows import TAIL, add_group
+from seedlm.codes.vectors import (
+    BYTES,
+    I8,
+    I16,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    byte_products,
+    call,
+    constant,
+    features,
+    load,
+    pointer,
+    shuffle,
+)
+
+_ROOM: Final = 18
+"""Registers for sums: more steps through the words if there are more of them."""
+
+_AHEAD: Final = 2048
+"""Bytes from the words that are multiplied to those that are asked for, 10 % of the time of a weight that comes from memory."""
+
+
+def available() -> bool:
+    return byte_products() == "vnni512" and features() >= {"avx512vbmi", "avx512bw"}
+
+
+def columns(rate: int) -> int:
+    """Columns of a step."""
+    return LANES // _together(rate)
+
+
+def activations(rate: int) -> list[int]:
+    """Which of 16 columns' int16 come first, second, ...: pair by pair."""
+    half = columns(rate) // 2
+    return [step + i + second for step in range(0, LANES, 2 * half) for i in range(half) for second in (0, half)]
+
+
+@lru_cache(maxsize=8)
+def rows(rate: int) -> tuple[int, ...]:
+    """The row of a segment that each total of `emit` belongs to, -1 where it is none's."""
+    found = [row for register, pair in _sums(rate) for word in _words(rate, register) for row in _rows(rate, word, pair)]
+    return tuple(found + [-1] * (-len(found) % LANES))
+
+
+def _together(rate: int) -> int:
+    return math.gcd(rate, 8)
+
+
+def _words(rate: int, register: int) -> range:
+    return range(register * _together(rate), (register + 1) * _together(rate))
+
+
+def _rows(rate: int, word: int, pair: int) -> list[int]:
+    """The pair-th two rows whose own bits begin in a word, -1 where there are no more."""
+    first = -(-SEGMENT_ROWS * word // rate) + 2 * pair
+    return [row if rate * row < 32 * (word + 1) else -1 for row in (first, first + 1)]
+
+
+def _sums(rate: int) -> list[tuple[int, int]]:
+    """All that there is to sum up, (register, pair): two rows of each word in a register."""
+    return [
+        (register, pair)
+        for register in range(rate // _together(rate))
+        for pair in range(SEGMENT_ROWS)
+        if any(_rows(rate, word, pair)[0] >= 0 for word in _words(rate, register))
+    ]
+
+
+def emit(builder, args: Sequence[ir.Value], integers: int, rate: int, state_bits: int, tokens: int) -> None:
+    """As `numba_product._multiply`, whose arguments these are; `integers` is where in a record the activations begin."""
+    words, after, record, steps, stride, sums, end, tail = args
+    together, every = _together(rate), _sums(rate)
+    places = [builder.add(record, builder.mul(stride, ir.Constant(I64, token))) for token in range(tokens)]
+    # As a constant, LLVM would make an instruction of its own of it.
+    opaque = builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [ir.Constant(I64, 0x3333333333333333)], False)
+    two_bytes = builder.bitcast(opaque, ir.VectorType(ir.IntType(1), 4 * LANES))
+    room, whole = max(1, _ROOM // tokens), []
+    for some in (every[first : first + room] for first in range(0, len(every), room)):
+        totals = [[cgutils.alloca_once(builder, INTS) for _ in places] for _ in some]
+        for total in itertools.chain(*totals):
+            builder.store(constant([0] * LANES), total)
+        with cgutils.for_range(builder, steps) as loop:
+            lanes = _Lanes(builder, words, after, loop.index, end, tail, rate)
+            if some[0] == every[0]:
+                lanes.ask_ahead()
+            at = builder.add(builder.mul(loop.index, ir.Constant(I64, 2 * columns(rate))), ir.Constant(I64, integers))
+            given = [load(builder, builder.add(place, at), ir.VectorType(I32, columns(rate) // 2)) for place in places]
+            given = [shuffle(builder, each, [n // (2 * together) for n in range(LANES)]) for each in given]
+            for (register, pair), of_sum in zip(some, totals, strict=True):
+                windows = _windows(rate, register, pair)
+                halves = [_byte_sums(builder, each, windows, two_bytes, state_bits) for each in lanes.of(register)]
+                weights = shuffle(builder, halves[0], [n + 2 * LANES * (n % 2) for n in range(2 * LANES)], halves[1])
+                weights = builder.bitcast(weights, INTS)
+                for total, activation in zip(of_sum, given, strict=True):
+                    added = call(builder, "llvm.x86.avx512.vpdpwssd.512", INTS, builder.load(total), weights, activation)
+                    builder.store(added, total)
+        whole += totals
+    for token, place in enumerate(places):
+        found = _over_columns(builder, [builder.load(of_sum[token]) for of_sum in whole], 2 * together)
+        add_group(builder, found, place, sums, len(found) * token)
+
+
+class _Lanes:
+    """The words of a step.
+
+    words, after   addresses of a group's first column in a segment and in the one that its windows reach over into
+    end, tail      the step, or none, whose words are at `tail`, int32 [2, TAIL]: nothing is read past a weight's end
+    """
+
+    def __init__(
+        self, builder, words: ir.Value, after: ir.Value, step: ir.Value, end: ir.Value, tail: ir.Value, rate: int
+    ) -> None:
+        self._builder, self._rate, self._count = builder, rate, rate // _together(rate)
+        at = builder.mul(step, ir.Constant(I64, 4 * LANES * self._count))
+        ends = builder.icmp_signed("==", step, end)
+        self._after = builder.add(after, at)
+        others = builder.add(tail, ir.Constant(I64, 4 * TAIL))
+        starts = [builder.select(ends, *each) for each in ((tail, builder.add(words, at)), (others, self._after))]
+        self._loaded = [load(builder, start, INTS, 4 * LANES * n) for start in starts for n in range(self._count)]
+
+    def ask_ahead(self) -> None:
+        for n in range(self._count):
+            place = pointer(self._builder, self._after, I8, _AHEAD + 4 * LANES * n)
+            call(self._builder, "llvm.prefetch.p0", ir.VoidType(), place, *(ir.Constant(I32, each) for each in (0, 3, 1)))
+
+    def of(self, register: int) -> list[ir.Value]:
+        """Of the first half of the columns and of the second: words, each with the one that follows it."""
+        half, found = columns(self._rate) // 2, []
+        for first in (0, half):
+            places = []
+            for column in range(first, first + half):
+                for word in _words(self._rate, register):
+                    place = column * self._rate + word
+                    places += [place, place + 1 if word + 1 < self._rate else column * self._rate + LANES * self._count]
+            found.append(self._pick(places))
+        return found
+
+    def _pick(self, places: list[int]) -> ir.Value:
+        """The int32 that lie at these places of all that was loaded."""
+        first, *others = sorted({place // LANES for place in places})
+        found, lanes = self._loaded[first], [place % LANES for place in places]
+        for number in others:
+            taken = [
+                LANES + place % LANES if place // LANES == number else lane for place, lane in zip(places, lanes, strict=True)
+            ]
+            found, lanes = shuffle(self._builder, found, taken, self._loaded[number]), [*range(LANES)]
+        return found if others else shuffle(self._builder, found, lanes)
+
+
+def _windows(rate: int, register: int, pair: int) -> ir.Constant:
+    """For each byte of a register the bit of its 64-bit lane that it begins with: two windows, two bytes and two more each."""
+    bits = [
+        (rate * max(row, 0) - 32 * word) % 64 + 8 * byte
+        for word in _words(rate, register)
+        for row in _rows(rate, word, pair)
+        for byte in range(4)
+    ]
+    return constant([bit % 64 for bit in bits * (columns(rate) // 2)], I8)
+
+
+def _byte_sums(builder, lanes: ir.Value, windows: ir.Constant, two_bytes: ir.Value, state_bits: int) -> ir.Value:
+    """Of two windows of each lane the sums of their mixed bytes, each of them twice: int16 [32]."""
+    nothing = constant([0] * 4 * LANES, I8)
+    found = call(builder, "llvm.x86.avx512.pmultishift.qb.512", BYTES, windows, builder.bitcast(lanes, BYTES))
+    if state_bits == 16:
+        found = builder.bitcast(builder.select(two_bytes, found, nothing), INTS)
+    else:
+        found = builder.and_(builder.bitcast(found, INTS), constant([(1 << state_bits) - 1] * LANES))
+    mixed = builder.bitcast(builder.mul(found, constant([MULTIPLIERS[state_bits]] * LANES)), BYTES)
+    return call(builder, "llvm.x86.avx512.dbpsadbw.512", ir.VectorType(I16, 2 * LANES), mixed, nothing, ir.Constant(I32, 0))
+
+
+def _over_columns(builder, totals: list[ir.Value], size: int) -> list[ir.Value]:
+    """Add up what belongs to the same row: each register's parts of `size` lanes. What is left lies side by side."""
+    part = LANES
+    while part > size:
+        part //= 2
+        lower = [start + n for start in range(0, 2 * LANES, 2 * part) for n in range(part)]
+        paired = [totals[n : n + 2] if n + 1 < len(totals) else [totals[n]] * 2 for n in range(0, len(totals), 2)]
+        totals = [
+            builder.add(shuffle(builder, a, lower, b), shuffle(builder, a, [n + part for n in lower], b)) for a, b in paired
+        ]
+    return totals
