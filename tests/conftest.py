@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +78,37 @@ def talking(folders, tmp_path_factory):
     folder = shutil.copytree(folders[1], tmp_path_factory.mktemp("talking") / "packed")
     (folder / "chat_template.jinja").write_text("{% for turn in messages %}{{ turn['content'] }} {% endfor %}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """What to start for a command line in a process of its own that has its imports behind it (`forked.py`).
+
+    code   what runs instead of the command line, with these arguments in sys.argv
+    """
+    script = str(Path(__file__).with_name("forked.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "socket")
+        server = subprocess.Popen([sys.executable, script, "serve", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"ready\n"
+
+        def command(*arguments, code="from seedlm.cli import main; main()"):
+            return [sys.executable, "-IS", script, "run", path, code, *map(str, arguments)]
+
+        yield command
+        server.communicate(timeout=60)
+        assert server.returncode == 0
+
+
+@pytest.fixture(scope="session")
+def call(forked):
+    """Such a process, from arguments to its end."""
+
+    def finished(*arguments, **options):
+        return subprocess.run(forked(*arguments), capture_output=True, text=True, timeout=120, **options)
+
+    return finished
 
 
 @pytest.fixture

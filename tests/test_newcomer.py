@@ -6,6 +6,7 @@ The model that they name comes from a stand-in of the Hub and is a tiny one. The
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,11 @@ BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """An empty home with the command `seedlm` on its path, and the environment to run in, while the Hub answers."""
+def home(tmp_path_factory, forked):
+    """An empty home with the command `seedlm` on its path, and the environment to run in, while the Hub answers.
+
+    Python is a process that imports all it needs. The commands, which ask the Hub for nothing, have their imports behind them.
+    """
     home, hub = tmp_path_factory.mktemp("home"), Hub()
     source = home / "source"
     tiny_llama(source, hidden_size=64, intermediate_size=96, layers=1, vocab_size=512, bos_token_id=1, eos_token_id=2)
@@ -34,7 +38,7 @@ def home(tmp_path_factory):
     shutil.rmtree(source)
     (home / "bin").mkdir()
     command = home / "bin" / "seedlm"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m seedlm "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {shlex.join(forked())} "$@"\n')
     command.chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if name in ("NUMBA_CACHE_DIR", "OMP_NUM_THREADS")}
     with hub.serving() as address:

@@ -4,24 +4,21 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from tiny_models import STORIES
 
-COMMAND = [sys.executable, "-m", "seedlm"]
 FEW = ["--max-new-tokens", "8"]
 
 
-def talk(folder, said, *arguments):
-    return subprocess.run(
-        [*COMMAND, "chat", str(folder), *FEW, *arguments], input=said, capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture
+def talk(call):
+    return lambda folder, said, *arguments: call("chat", folder, *FEW, *arguments, input=said)
 
 
-def test_turns_are_answered_and_remembered_until_reset(talking):
+def test_turns_are_answered_and_remembered_until_reset(talking, talk):
     done = talk(talking, "Once upon a time\nOnce upon a time\n/reset\nOnce upon a time\n/what\n\n")
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
@@ -30,14 +27,14 @@ def test_turns_are_answered_and_remembered_until_reset(talking):
     assert done.stderr.count("/reset forgets") == 2  # at the start, and for what it does not know
 
 
-def test_the_system_turn_stays_over_a_reset(talking):
+def test_the_system_turn_stays_over_a_reset(talking, talk):
     done = talk(talking, "Once\n/reset\nOnce\n/exit\nOnce\n", "--system", "A story about a dog.")
     first, second = done.stdout.splitlines()
     assert first == second
     assert first != talk(talking, "Once\n").stdout.strip()
 
 
-def test_a_conversation_that_is_too_long_loses_its_oldest_turns(talking):
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns(talking, talk):
     done = talk(talking, "Once upon a time there was a dog. " * 20 + "\n" + "The cat sat. " * 60 + "\n" + "x " * 600 + "\n")
     assert done.returncode == 0
     assert "its oldest turns are forgotten" in done.stderr
@@ -57,10 +54,10 @@ def test_generate_answers_by_the_template_unless_it_is_raw(talking, here):
     assert not answer.startswith("Once")
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_program(talking):
+def test_ctrl_c_stops_an_answer_and_not_the_program(talking, forked):
     primary, secondary = pty.openpty()
     process = subprocess.Popen(
-        [*COMMAND, "chat", str(talking), "--max-new-tokens", "480"],
+        forked("chat", talking, "--max-new-tokens", 480),
         stdin=secondary,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -6,7 +6,6 @@ import pty
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -16,27 +15,22 @@ import seedlm
 from seedlm.progress import Lines
 from tiny_models import SMALL, STORIES, folder_bytes, save_tensors, told
 
-COMMAND = [sys.executable, "-c", "from seedlm.cli import main; main()"]
 FAST = ["--format", SMALL, "--backend", "torch"]
 
 
-def call(*arguments, **options):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
-
-
 @pytest.fixture(scope="module")
-def compressed(llama, tmp_path_factory):
+def compressed(llama, tmp_path_factory, call):
     out = tmp_path_factory.mktemp("cli") / "out"
     return out, call("compress", llama, out, *FAST)
 
 
-def test_version():
+def test_version(call):
     done = call("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"seedlm {seedlm.__version__}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compress", "-h"], ["inspect", "--help"]], ids=" ".join)
-def test_help(arguments):
+def test_help(arguments, call):
     done = call(*arguments, env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0
     assert "Usage" in done.stdout
@@ -56,7 +50,7 @@ def test_compress_ends_with_a_summary_and_says_what_it_does_in_a_few_lines_when_
         assert word in done.stdout
 
 
-def test_compress_json_is_inspect_json_and_the_run(llama, compressed, tmp_path):
+def test_compress_json_is_inspect_json_and_the_run(llama, compressed, tmp_path, call):
     done = call("compress", llama, tmp_path / "out", *FAST, "--json")
     report = json.loads(done.stdout)
     assert report.pop("seconds") > 0
@@ -114,7 +108,7 @@ def one_line(done, message):
     assert message in done.stderr
 
 
-def test_errors_are_one_line(llama, compressed, tmp_path, here):
+def test_errors_are_one_line(llama, compressed, tmp_path, here, call):
     one_line(call("compress", llama, compressed[0], *FAST), "exists already")
     one_line(here("compress", tmp_path / "nix", tmp_path / "o"), "no such file or folder")
     one_line(here("generate", tmp_path / "nix", "Once"), "no such file or folder")
@@ -129,32 +123,30 @@ def test_errors_are_one_line(llama, compressed, tmp_path, here):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_folder_without_permission_is_one_line(llama, tmp_path):
+def test_a_folder_without_permission_is_one_line(llama, tmp_path, call):
     (tmp_path / "locked").mkdir(mode=0o500)
     one_line(call("compress", llama, tmp_path / "locked" / "out", *FAST), "Permission denied")
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_lost(llama, compressed, tmp_path):
+def test_a_full_disk_is_one_line_and_nothing_is_lost(llama, compressed, tmp_path, call, forked):
     """A real limit of the system: files of this process end at 12 kB."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000)); from seedlm.cli import main; main()"
-    arguments = ["compress", str(llama), str(tmp_path / "out"), *FAST]
-    done = subprocess.run([sys.executable, "-c", limit, *arguments], capture_output=True, text=True, timeout=120)
+    arguments = ["compress", llama, tmp_path / "out", *FAST]
+    done = subprocess.run(forked(*arguments, code=limit), capture_output=True, text=True, timeout=120)
     one_line(done, "File too large")
     assert call(*arguments).returncode == 0
     assert folder_bytes(tmp_path / "out") == folder_bytes(compressed[0])
 
 
-def test_ctrl_c_says_how_to_go_on(llama, compressed, tmp_path):
+def test_ctrl_c_says_how_to_go_on(llama, compressed, tmp_path, call, forked):
     slow = (
         "import time; from seedlm.compress import workfolder; real = workfolder.WorkFolder.finish_tensor\n"
         "def finish(*a, **k): real(*a, **k); time.sleep(0.2)\n"
         "workfolder.WorkFolder.finish_tensor = finish\nfrom seedlm.cli import main; main()"
     )
-    arguments = ["compress", str(llama), str(tmp_path / "out"), *FAST]
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    arguments = ["compress", llama, tmp_path / "out", *FAST]
+    process = subprocess.Popen(forked(*arguments, code=slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal, deadline = tmp_path / "out.partial" / "journal.jsonl", time.monotonic() + 60
     while not (journal.exists() and journal.stat().st_size):
         assert time.monotonic() < deadline
@@ -168,10 +160,10 @@ def test_ctrl_c_says_how_to_go_on(llama, compressed, tmp_path):
     assert folder_bytes(tmp_path / "out") == folder_bytes(compressed[0])
 
 
-def test_progress_is_shown_on_a_terminal(llama, tmp_path):
+def test_progress_is_shown_on_a_terminal(llama, tmp_path, forked):
     primary, secondary = pty.openpty()
     process = subprocess.Popen(
-        [*COMMAND, "compress", str(llama), str(tmp_path / "out"), *FAST],
+        forked("compress", llama, tmp_path / "out", *FAST),
         stdout=subprocess.PIPE,
         stderr=secondary,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
@@ -195,7 +187,7 @@ def test_progress_is_shown_on_a_terminal(llama, tmp_path):
     process.stdout.close()
 
 
-def test_bits_say_their_range_and_sequences_need_a_text(llama, tmp_path):
+def test_bits_say_their_range_and_sequences_need_a_text(llama, tmp_path, call):
     done = call("compress", llama, tmp_path / "out", "--bits", 9)
     assert (done.returncode, done.stderr) == (2, "seedlm: --bits must be a number from 2 to 8, got 9\n")
     done = call("compress", llama, tmp_path / "out", "--feedback", "none", "--sequences", 4)
@@ -217,7 +209,7 @@ def test_a_size_is_met_or_refused_with_what_there_can_be(llama, tmp_path, here):
         assert not list(tmp_path.iterdir())
 
 
-def test_inspect_check_says_what_it_checked(compressed):
+def test_inspect_check_says_what_it_checked(compressed, call):
     done = call("inspect", compressed[0], "--check")
     assert done.returncode == 0
     assert "tensors match their SHA-256" in done.stderr
@@ -232,8 +224,8 @@ def test_progress_has_lines_where_there_is_no_terminal(capsys):
     )
 
 
-def test_generating_can_be_stopped_at_any_token():
-    arguments = [*COMMAND, "generate", str(STORIES), "Once upon a time", "--max-new-tokens", "450"]
+def test_generating_can_be_stopped_at_any_token(forked):
+    arguments = forked("generate", STORIES, "Once upon a time", "--max-new-tokens", 450)
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.read(20)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -134,14 +133,14 @@ def test_side_files_that_are_none_do_not_hang(tmp_path):
     assert not (tmp_path / "out" / "vocab.json").exists()
 
 
-def test_a_signal_to_end_says_what_ctrl_c_says(llama, tmp_path):
+def test_a_signal_to_end_says_what_ctrl_c_says(llama, tmp_path, forked):
     script = (
         "import time, sys\nfrom seedlm.compress import worker\nreal = worker.Worker.run\n"
         "worker.Worker.run = lambda *a, **k: (time.sleep(0.2), real(*a, **k))[1]\n"
         "from seedlm.cli import main\nmain()"
     )
     out = tmp_path / "out"
-    command = [sys.executable, "-c", script, "compress", str(llama), str(out), "--format", SMALL, "--backend", "torch"]
+    command = forked("compress", llama, out, "--format", SMALL, "--backend", "torch", code=script)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "out.partial" / "journal.jsonl"
     deadline = time.monotonic() + 60

@@ -5,25 +5,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from tiny_models import SMALL, STORIES, STORY, told
 
-COMMAND = [sys.executable, "-m", "seedlm", "evaluate"]
-
 
 class TestCommand:
-    @staticmethod
-    def call(*arguments):
-        return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
-
-    def test_summary(self, folders, story, tmp_path):
-        done = self.call(
-            folders[1], "--text", story.path, "--reference", folders[0], "--context", 32, "--limit", 4, "--device", "cpu"
-        )
+    def test_summary(self, folders, story, call):
+        options = ["--text", story.path, "--reference", folders[0], "--context", 32, "--limit", 4, "--device", "cpu"]
+        done = call("evaluate", folders[1], *options)
         assert (done.returncode, told(done.stderr)) == (0, [])
         lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
         assert SMALL in lines["model"]
@@ -31,12 +23,12 @@ class TestCommand:
         for line in ("perplexity", "KL", "same"):
             assert " +- " in lines[line]
 
-    def test_progress_is_shown_on_a_terminal(self, folders, story):
+    def test_progress_is_shown_on_a_terminal(self, folders, story, forked):
         pty = pytest.importorskip("pty")
         primary, secondary = pty.openpty()
-        arguments = [folders[0], "--text", story.path, "--context", "32", "--limit", "4"]
+        arguments = ["evaluate", folders[0], "--text", story.path, "--context", "32", "--limit", "4"]
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-        process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=secondary, env=environment)
+        process = subprocess.Popen(forked(*arguments), stdout=subprocess.DEVNULL, stderr=secondary, env=environment)
         os.close(secondary)
         shown = b""
         with contextlib.suppress(OSError):  # Linux's way of saying that the other end is closed
@@ -47,11 +39,11 @@ class TestCommand:
         assert b"Scoring" in shown
         assert b"0.1 / 0.1 k tokens" in shown
 
-    def test_ctrl_c_says_how_to_go_on(self, folders, tmp_path):
+    def test_ctrl_c_says_how_to_go_on(self, folders, tmp_path, forked):
         (tmp_path / "text").write_text(STORY * 400)
         out, partial = tmp_path / "run.json", tmp_path / "run.json.partial"
-        arguments = [folders[0], "--text", tmp_path / "text", "--context", "64", "--out", out]
-        process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        arguments = ["evaluate", folders[0], "--text", tmp_path / "text", "--context", "64", "--out", out]
+        process = subprocess.Popen(forked(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
         while not (partial.exists() and len(partial.read_bytes().partition(b"\n")[2]) > 0):
             assert time.monotonic() < deadline

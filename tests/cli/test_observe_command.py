@@ -6,7 +6,6 @@ import subprocess
 import time
 
 import pytest
-from test_compress_command import COMMAND, call
 
 from tiny_models import STORIES, told
 
@@ -14,7 +13,7 @@ SMALL = ["--sequences", 2, "--length", 32]
 
 
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory):
+def observed(tmp_path_factory, call):
     out = tmp_path_factory.mktemp("observe") / "s.safetensors"
     return out, call("observe", STORIES, out, *SMALL, "--json")
 
@@ -41,13 +40,13 @@ def test_the_summary_says_what_is_in_the_file(observed):
     }
 
 
-def test_a_run_takes_the_file(observed, tmp_path):
+def test_a_run_takes_the_file(observed, tmp_path, call):
     done = call("compress", STORIES, tmp_path / "out", "--bits", "3-fast", "--feedback", observed[0])
     assert done.returncode == 0
     assert "35 tensors" in done.stdout
 
 
-def test_a_text_of_the_users_is_said_to_be_data(tmp_path):
+def test_a_text_of_the_users_is_said_to_be_data(tmp_path, call):
     (tmp_path / "t.txt").write_text("Once upon a time there was a girl. " * 20)
     done = call("observe", STORIES, tmp_path / "s.safetensors", *SMALL, "--text", tmp_path / "t.txt")
     assert done.returncode == 0
@@ -73,10 +72,10 @@ def test_what_is_mistyped_is_one_line(options, message, tmp_path, here):
     assert not list(tmp_path.iterdir())
 
 
-def test_it_can_be_stopped_and_goes_on(tmp_path):
+def test_it_can_be_stopped_and_goes_on(tmp_path, forked, call):
     out = tmp_path / "s.safetensors"
     arguments = ["observe", STORIES, out, "--sequences", 64]
-    process = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(forked(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     text = tmp_path / "s.safetensors.partial" / "text.safetensors"
     while process.poll() is None and not text.exists():
         time.sleep(0.01)

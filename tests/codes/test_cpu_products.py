@@ -203,18 +203,21 @@ AVX2 = f"{X86},+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt"
 PRODUCTS = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_cpu_products import Weight
+from test_cpu_products import products
 from seedlm.codes import vectors
-torch.manual_seed(0)
-x = torch.randn(1, 389)
 print(vectors.byte_products())
-torch.save([Weight(spec, (133, 389)).multiply(x) for spec in sys.argv[3:]], sys.argv[2])
+torch.save(products(sys.argv[3:]), sys.argv[2])
 """
 
 
-def products(folder, specs, **environment):
-    """The way that bytes are multiplied in, and products in a process of its own."""
-    file = folder / "products.pt"
+def products(specs):
+    """Of a token with a weight of each format."""
+    x = torch.randn(1, 389, generator=torch.Generator().manual_seed(0))
+    return [Weight(spec, (133, 389)).multiply(x) for spec in specs]
+
+
+def products_there(file, specs, **environment):
+    """The way that bytes are multiplied in, and products, in a process of its own."""
     command = [sys.executable, "-c", PRODUCTS, os.path.dirname(__file__), str(file), *specs]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -226,8 +229,8 @@ def products(folder, specs, **environment):
 def test_other_processors_give_the_same_bits(tmp_path, way, features):
     """The trellis code's sums are integers. The block code's are floats, fused or not."""
     specs = [TRELLIS[2], TRELLIS[3], PRESETS["4"].spec]
-    _, here = products(tmp_path, specs)
-    found, there = products(tmp_path, specs, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES=features)
+    here = products(specs)
+    found, there = products_there(tmp_path / "products.pt", specs, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES=features)
     assert found == way
     assert torch.equal(there[0], here[0])
     assert torch.equal(there[1], here[1])

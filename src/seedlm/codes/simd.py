@@ -12,11 +12,16 @@ from typing import Any
 
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import extending, types
+from numba import extending, njit, types
 from numba.core import cgutils
 from numba.np.arrayobj import make_array
 
 LANES = 32
+
+_NO_WAYS_IN: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inner = njit(nogil=True, **_NO_WAYS_IN)
+"""Compiles what only compiled functions call: ways in from Python and from C take their time to compile too. For the same
+reason the searches fill and copy arrays by loops: numba's own slices and arrays double the seconds that it takes."""
 
 intrinsic: Any = extending.intrinsic  # whose type hints do not know that the typing context is not the caller's to give
 

@@ -48,10 +48,14 @@ class Basis:
 def cycle_states(seed_bits: int) -> Tensor:
     """The register's cycle from state 1 on, twice over so that windows may wrap: int64 [2 * (2^K - 1)]."""
     states, columns = torch.ones(1, dtype=torch.int64), lfsr.advance_matrix(1, seed_bits)
+    values = torch.arange(256)
     while len(states) < lfsr.period(seed_bits):  # as many again, by the map that goes so many steps further
         further = torch.zeros_like(states)
-        for bit, column in enumerate(columns):
-            further ^= (states >> bit & 1) * column
+        for first in range(0, seed_bits, 8):  # a byte's image from a table: 24 bits one by one take seconds
+            images = torch.zeros_like(values)
+            for bit, column in enumerate(columns[first : first + 8]):
+                images ^= (values >> bit & 1) * column
+            further ^= images[states >> first & 255]
         states = torch.cat([states, further])
         columns = [lfsr.apply(columns, column) for column in columns]
     states = states[: lfsr.period(seed_bits)]

@@ -80,7 +80,7 @@ def search(
 # roundings, and the smallest and largest coefficient and exponent; `tables` and `plan` are those of `Plan`.
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _fill_table(dims, unit, sums, table):
     """Fixed-point <w, s> / sqrt(C) of 32 blocks for every sign pattern s, 8 rows at a time.
 
@@ -110,7 +110,7 @@ def _fill_table(dims, unit, sums, table):
         first += rows
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _projection(dims, table, offsets, n):
     """Fixed-point <w, s(n)> / sqrt(C) of 32 blocks."""
     h = simd.load(table, offsets[0, n])
@@ -119,7 +119,7 @@ def _projection(dims, table, offsets, n):
     return h
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _bound(dims, table, offsets, constants, seeds, tiles, maxima, top):
     """Fixed-point energies of all seeds: the largest of each tile int16 [tiles * 32] and of all of them int16 [32]."""
     count = len(dims[1])
@@ -153,11 +153,11 @@ def _bound(dims, table, offsets, constants, seeds, tiles, maxima, top):
     simd.store(top, 0, highest)
 
 
-@njit(nogil=True, cache=True)
-def _evaluate(dims, block, position, tables, code, winner, q, winner_q):
+@simd.inner
+def _evaluate(dims, block, position, tables, code, winner, scratch, winner_q):
     """Score one seed for one block as `codec.evaluate` does, and keep it in `winner` if it comes first under the tie rule.
 
-    block float64 [C]; winner float64 [3]: score, seed, exponent; q, winner_q float64 [P].
+    block float64 [C]; winner float64 [3]: score, seed, exponent; winner_q float64 [P]; scratch float64 [3, P] and [P, P].
     The norm goes through the Gram matrix: integers below 2^53, so it is the sum of squares exactly.
     """
     size, count = len(dims[0]), len(dims[1])
@@ -165,24 +165,24 @@ def _evaluate(dims, block, position, tables, code, winner, q, winner_q):
     bias, all_roundings, low_q, high_q, low_e, high_e = code
     ups = 1 << count if all_roundings else 1
     reach = 1 if all_roundings else 0
-    matrix = states[position + 1 :]
-    solution = np.empty(count, np.float64)
-    moments = np.empty(count, np.float64)
+    matrix = position + 1
+    (solution, moments, q), gram = scratch
     largest = 0.0
     for p in range(count):
         t = block[0] * np.float64(pinv[position, p, 0])
-        a = block[0] * np.float64(matrix[p])
+        a = block[0] * np.float64(states[matrix + p])
         for c in range(1, size):
             t = t + block[c] * np.float64(pinv[position, p, c])
-            a = a + block[c] * np.float64(matrix[count * c + p])
+            a = a + block[c] * np.float64(states[matrix + count * c + p])
         solution[p] = t * divisor
         moments[p] = a
         largest = max(largest, abs(solution[p]))
-    gram = np.zeros((count, count), np.float64)
     for p in range(count):
-        for r in range(count):
+        for r in range(p + 1):
+            cross = 0.0
             for c in range(size):
-                gram[p, r] += np.float64(matrix[count * c + p]) * np.float64(matrix[count * c + r])
+                cross += np.float64(states[matrix + count * c + p]) * np.float64(states[matrix + count * c + r])
+            gram[p, r] = cross
     start = low_e
     if largest > 0.0:
         mantissa, start = math.frexp(largest / (high_q + 0.5))
@@ -221,10 +221,11 @@ def _evaluate(dims, block, position, tables, code, winner, q, winner_q):
             winner[0] = score
             winner[1] = seeds[position]
             winner[2] = exponent
-            winner_q[:] = q
+            for p in range(count):
+                winner_q[p] = q[p]
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _energies(dims, unit, lane, spans, tile):
     """Float32 energies of one block for the 32 positions of a tile; unit float32 [C, 32]."""
     size, count = len(dims[0]), len(dims[1])
@@ -239,8 +240,8 @@ def _energies(dims, unit, lane, spans, tile):
     return total
 
 
-@njit(nogil=True, cache=True)
-def _scan(dims, unit, lanes, exact, block_energy, tile, positions, spans, tables, code, winners, q, winners_q):
+@simd.inner
+def _scan(dims, unit, lanes, exact, block_energy, tile, positions, spans, tables, code, winners, scratch, winners_q):
     """Evaluate the seeds of a tile that could beat or tie the winner, for the blocks whose bit is set in `lanes`."""
     while lanes:
         lane = simd.lowest_bit(lanes)
@@ -252,22 +253,22 @@ def _scan(dims, unit, lanes, exact, block_energy, tile, positions, spans, tables
             mask &= mask - np.uint32(1)
             position = np.int64(positions[tile, i])
             if position >= 0:
-                _evaluate(dims, exact[lane], position, tables, code, winners[lane], q, winners_q[lane])
+                _evaluate(dims, exact[lane], position, tables, code, winners[lane], scratch, winners_q[lane])
 
 
-@njit(nogil=True, cache=True)
-def _start(dims, unit, lane, block, tile, positions, spans, tables, code, winner, q, winner_q, floats):
+@simd.inner
+def _start(dims, unit, lane, block, tile, positions, spans, tables, code, winner, scratch, winner_q, floats):
     """Evaluate the most promising seed of a tile."""
     simd.store(floats, 0, _energies(dims, unit, lane, spans, tile))
     best = 0
     for i in range(1, LANES):
         if floats[i] > floats[best]:
             best = i
-    _evaluate(dims, block, np.int64(max(positions[tile, best], 0)), tables, code, winner, q, winner_q)
+    _evaluate(dims, block, np.int64(max(positions[tile, best], 0)), tables, code, winner, scratch, winner_q)
 
 
-@njit(nogil=True, cache=True)
-def _nearly_nothing(dims, block, norm, weakness, by_weakness, tables, code, winner, q, winner_q):
+@simd.inner
+def _nearly_nothing(dims, block, norm, weakness, by_weakness, tables, code, winner, scratch, winner_q):
     """Decide a block so small that few seeds can do better than zero coefficients; False if they are not few.
 
     A candidate beats zero only if its vector is shorter than 2 ||w||, and no non-zero coefficients at the smallest
@@ -280,15 +281,15 @@ def _nearly_nothing(dims, block, norm, weakness, by_weakness, tables, code, winn
     for i in range(len(weakness)):
         if weakness[i] < reach:
             break
-        _evaluate(dims, block, np.int64(by_weakness[i]), tables, code, winner, q, winner_q)
+        _evaluate(dims, block, np.int64(by_weakness[i]), tables, code, winner, scratch, winner_q)
     for seed in range(1, len(tables[2])):
         if winner[0] <= 0.0 and (winner[0] < 0.0 or seed > winner[1]):
             break
-        _evaluate(dims, block, np.int64(tables[2][seed]), tables, code, winner, q, winner_q)
+        _evaluate(dims, block, np.int64(tables[2][seed]), tables, code, winner, scratch, winner_q)
     return True
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _fixed_bar(score, energy, margin):
     """The least fixed-point energy that can belong to a seed as good as this score."""
     return np.int16(max(-1.0, math.floor((-score / energy - margin) * ENERGY_UNIT)))
@@ -311,12 +312,11 @@ def _run(dims, blocks, code, plan, tables, out):
     floats = np.empty(LANES, np.float32)
     winners = np.empty((LANES, 3), np.float64)
     winners_q = np.empty((LANES, count), np.float64)
-    q = np.empty(count, np.float64)
+    columns = np.empty((3, count), np.float64)
+    scratch = (columns[0], columns[1], columns[2]), np.empty((count, count), np.float64)
 
     for first in range(0, len(blocks), LANES):
         lanes = min(LANES, len(blocks) - first)
-        winners[:, 0] = np.inf
-        winners_q[:] = 0
         pending = np.uint32(0)
         for lane in range(LANES):
             total = 0.0
@@ -325,6 +325,9 @@ def _run(dims, blocks, code, plan, tables, out):
                 exact[lane, c] = value
                 total += value * value
             norm = math.sqrt(total)
+            winners[lane, 0] = np.inf
+            for p in range(count):
+                winners_q[lane, p] = 0.0
             block_energy[lane] = total * tables[4] * tables[4]
             for c in range(size):
                 unit[c, lane] = exact[lane, c] / norm if total > 0.0 else 0.0
@@ -333,7 +336,7 @@ def _run(dims, blocks, code, plan, tables, out):
                 winners[lane, 1] = 1.0
                 winners[lane, 2] = code[4]
             elif not _nearly_nothing(
-                dims, exact[lane], norm, weakness, by_weakness, tables, code, winners[lane], q, winners_q[lane]
+                dims, exact[lane], norm, weakness, by_weakness, tables, code, winners[lane], scratch, winners_q[lane]
             ):
                 pending |= np.uint32(1) << np.uint32(lane)
 
@@ -348,8 +351,8 @@ def _run(dims, blocks, code, plan, tables, out):
                     lane = simd.lowest_bit(mask)
                     mask &= mask - np.uint32(1)
                     _start(
-                        dims, unit, lane, exact[lane], tile, positions, spans, tables, code, winners[lane], q, winners_q[lane],
-                        floats,
+                        dims, unit, lane, exact[lane], tile, positions, spans, tables, code, winners[lane], scratch,
+                        winners_q[lane], floats,
                     )  # fmt: skip
                     bar[lane] = _fixed_bar(winners[lane, 0], block_energy[lane], margin)
             for tile in range(len(positions)):
@@ -357,7 +360,9 @@ def _run(dims, blocks, code, plan, tables, out):
                 if tile < tiles:
                     mask &= simd.at_least(simd.load(maxima, tile * LANES), simd.load(bar, 0))
                 if mask:
-                    _scan(dims, unit, mask, exact, block_energy, tile, positions, spans, tables, code, winners, q, winners_q)
+                    _scan(
+                        dims, unit, mask, exact, block_energy, tile, positions, spans, tables, code, winners, scratch, winners_q
+                    )
                     while mask and tile < tiles:
                         lane = simd.lowest_bit(mask)
                         mask &= mask - np.uint32(1)

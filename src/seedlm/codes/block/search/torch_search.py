@@ -22,9 +22,10 @@ from seedlm.codes.block.format import BlockFormat, Rounding
 _MARGIN = 1e-5
 """Share of ||w||^2 by which a float32 energy may fall short of the true one: 24 products of unit vectors at 2^-24 each
 give less than 4e-6."""
-_PAIRS = {"cpu": 1 << 18}
+_PAIRS = {"cpu": 1 << 16}
 _MANY_PAIRS = 1 << 22
-"""(block, seed) pairs scored at once: 0.2 GB at the 4-bit preset on a CPU; elsewhere millions, or the device idles."""
+"""(block, seed) pairs scored at once. On a CPU 2^18 of them leave its caches and take 2 to 3 times as long (presets 2, 3 and
+4, one core); elsewhere millions, or the device idles."""
 _FIRST_SEEDS = 8
 """Seeds that set the bar, each the best of its tile. One is not enough: the highest cap may be an ill-conditioned seed's, whose
 coefficients do not survive rounding."""

@@ -78,7 +78,21 @@ def search(targets: Tensor, roots: Tensor, trellis: Trellis, overlap: int) -> Te
     return torch.from_numpy(symbols).long()
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
+def _fill(values, to):
+    """Write a number to all of a contiguous array."""
+    for i in range(len(values)):
+        values[i] = to
+
+
+@simd.inner
+def _copy(source, to):
+    """Write an array to another one of its length."""
+    for i in range(len(to)):
+        to[i] = source[i]
+
+
+@simd.inner
 def _level_costs(given, row, levels, out):
     """Negated costs of all levels for the 32 targets and roots of a row: int16 [V * 32]."""
     target, root = simd.load(given[0], row * LANES), simd.load(given[1], row * LANES)
@@ -86,13 +100,13 @@ def _level_costs(given, row, levels, out):
         simd.store(out, i * LANES, negative_costs(target, root, levels[i]))
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _better(best, path, level_costs, level):
     """The better of a path and one that comes over a state of this level."""
     return simd.maximum(best, simd.add(path, simd.load(level_costs, np.intp(level) * LANES)))
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _row(rate, state_bits, before, level_costs, level_of, after):
     """Path costs after a row from those before it: int16 [G * 32] each.
 
@@ -128,7 +142,7 @@ def _row(rate, state_bits, before, level_costs, level_of, after):
                 simd.store(after, group * LANES, best)
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _subtract_least(costs):
     """Shift each lane's path costs such that the least is 0."""
     least = simd.zero()
@@ -143,7 +157,7 @@ def _subtract_least(costs):
         simd.store(costs, i, simd.add(simd.load(costs, i), raised))
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _run(machine, given, first, steps, tables, kept):
     """Path costs of `steps` rows from row `first` on, around the end; those after the last row, int16 [G * 32].
 
@@ -153,12 +167,12 @@ def _run(machine, given, first, steps, tables, kept):
     _, levels, level_of = tables
     rows = given.shape[1] // LANES
     level_costs = np.empty(len(levels) * LANES, np.int16)
-    before = kept[0].copy()
-    after = np.empty_like(before)
+    before, after = np.empty(kept.shape[1], np.int16), np.empty(kept.shape[1], np.int16)
+    _copy(kept[0], before)
     for k in range(steps):
         row = (first + k) % rows
         if k % step == 0:
-            kept[k // step] = before
+            _copy(before, kept[k // step])
         _level_costs(given, row, levels, level_costs)
         _row(rate, state_bits, before, level_costs, level_of, after)
         if (k + 1) % period == 0:
@@ -167,7 +181,7 @@ def _run(machine, given, first, steps, tables, kept):
     return before
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _cost(machine, target, root, state, costs):
     """Cost of a state for a target in the scaled unit and its root."""
     _, _, multiplier, unit, _, _ = machine
@@ -178,7 +192,7 @@ def _cost(machine, target, root, state, costs):
     return np.int64(costs[min(np.int64(64.0 * abs(target - root * (value * unit))), len(costs) - 1)])
 
 
-@njit(nogil=True, cache=True)
+@simd.inner
 def _trace(machine, given, first, steps, stop, costs, kept, lane, group, start, symbols):
     """Trace one lane's path that ends in `group` after `steps` rows back to before step `stop`; the group there.
 
@@ -232,7 +246,7 @@ def _encode(machine, given, overlap, tables, symbols):
     groups = 1 << (state_bits - rate)
     kept = np.empty(((max(rows, 2 * overlap) - 1) // step + 1, groups * LANES), np.int16)
     seam = np.empty(LANES, np.int64)
-    kept[0] = _TOP
+    _fill(kept[0], _TOP)
     end = _run(machine, given, rows - overlap, 2 * overlap, tables, kept)
     for lane in range(lanes):
         best = 0
@@ -242,7 +256,7 @@ def _encode(machine, given, overlap, tables, symbols):
         seam[lane] = _trace(
             machine, given, rows - overlap, 2 * overlap, overlap, costs, kept, lane, best, -1, symbols[lane]
         )  # fmt: skip
-    kept[0] = 0
+    _fill(kept[0], 0)
     for lane in range(lanes):
         kept[0, seam[lane] * LANES + lane] = _TOP
     _run(machine, given, 0, rows, tables, kept)
