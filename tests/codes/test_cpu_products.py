@@ -3,16 +3,20 @@
 import mmap
 import os
 import platform
+import signal
+import struct
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from seedlm.codes.block import packing
 from seedlm.codes.block.format import PRESETS
 from seedlm.codes.registry import family_of, parse_format
+from seedlm.codes.threads import Threads
 from seedlm.inference import backend
 
 pytest.importorskip("numba")
@@ -26,7 +30,7 @@ BLOCK = [format.spec for format in PRESETS.values()] + [
 ]
 SEVERAL = (TRELLIS[2], TRELLIS[3], TRELLIS[7], BLOCK[2], BLOCK[4])
 LIMITS = {"trellis": 1e-4, "block": 1e-6}
-FEW_AND_MANY = (1, 3, 4, 6, 9)
+FEW_AND_MANY = (1, 3, 4, 6, 8, 9, 513)
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +88,7 @@ class Weight:
 def test_products_are_those_of_the_definition(spec, shape):
     weight = Weight(spec, shape)
     torch.manual_seed(1)
-    for tokens in FEW_AND_MANY if shape[0] == 70 and spec in SEVERAL else (1, 9):
+    for tokens in FEW_AND_MANY if shape[0] == 70 and spec in SEVERAL else (1, 513):
         x, bias = torch.randn(tokens, shape[1]), torch.randn(shape[0])
         assert weight.error(x) < LIMITS[weight.format.family]
         assert weight.error(x, bias) < LIMITS[weight.format.family]
@@ -126,7 +130,7 @@ def test_what_is_not_finite_stays_so_in_its_token(spec, value):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes_layouts_and_shared_inputs(spec, dtype):
     weight = Weight(spec, (45, 70))
-    for tokens in (2, 12):
+    for tokens in (2, 12, 60):
         x, bias = torch.randn(70, tokens).to(dtype).T, torch.randn(45).to(dtype)
         found = weight.multiply(x.unsqueeze(0), bias)
         assert found.dtype == dtype
@@ -189,7 +193,7 @@ def test_nothing_is_read_past_the_words(spec):
     try:
         placed = torch.frombuffer(pages, dtype=torch.int32, offset=size - words.nbytes, count=words.numel()).view_as(words)
         placed.copy_(words)
-        for tokens in (1, 9):
+        for tokens in (1, 513):
             x = torch.randn(tokens, 131)
             expected = weight.multiply(x)
             found = weight.backend.linear(x, [placed, *weight.prepared[1:]], weight.format, weight.shape, None)
@@ -270,19 +274,88 @@ def test_code_for_arm(monkeypatch, rate, found):
     assert len(machine.emit_object(parsed)) > 1000
 
 
-def test_helpers_are_as_many_as_were_ever_asked_for_and_no_more():
-    """However many numbers of pieces, and of threads, a process sees."""
-    before = torch.get_num_threads()
-    weights = [Weight("trellis-r2-l12-t64-h16", (64 * pieces, 512)) for pieces in range(1, 9)]
+@pytest.fixture
+def job():
+    """A kernel's address and a job of eight pieces, each of which adds 1 to one number."""
+    from numba import carray, cfunc, types
+
+    from seedlm.codes.vectors import as_pointer, job_address, take
+
+    @cfunc(types.void(types.CPointer(types.int64)))
+    def count(numbers):
+        while True:
+            piece = take(job_address(numbers))
+            if piece >= 8:
+                break
+            done = carray(as_pointer(numbers[1]), (8,), np.int64)
+            done[piece] += 1
+
+    done = np.zeros(8, np.int64)
+
+    def made():
+        done[:] = 0
+        return count.address, struct.pack("2q", 0, done.ctypes.data)
+
+    made.done, made.kept = done, count
+    return made
+
+
+def test_our_own_helpers_are_as_many_as_were_ever_asked_for_and_no_more(job):
+    from seedlm.codes.team import Team
+
+    team, before = Team(), threading.active_count()
+    for helpers in (7, 1, 4, 2, 7, 3, 7):
+        for _ in range(20):
+            team.run(*job(), helpers)
+            assert job.done.tolist() == [1] * 8
+        assert threading.active_count() == before + 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has other threads there")
+def test_torchs_threads_do_every_piece_once(job):
+    from seedlm.codes.openmp import Region
+
+    region = Region.find()
+    assert region is not None
+    for threads in (1, 2, 2, 3):
+        late = region.run(*job(), threads)
+        assert job.done.tolist() == [1] * 8
+        assert 0 <= late < 60e9
+
+
+def test_late_threads_are_left_alone_for_longer_and_longer():
+    asked, late = [], []
+
+    class Way:
+        def __init__(self, name):
+            self.name = name
+
+        def run(self, kernel, job, count):
+            asked.append(self.name)
+            return late.pop(0) if self.name == "torch" else None
+
+    threads = Threads(Way("torch"), Way("own"))
+    late += [0, 10**7, 10**7, 10**7, 0, 10**7]
+    runs = 1 + (1 + 16) + (1 + 32) + (1 + 64) + 1 + (1 + 16)
+    for _ in range(runs):
+        threads.run(0, b"", 1)
+    pauses = [0, 16, 32, 64, 0, 16]
+    assert asked == [name for pause in pauses for name in ["torch"] + ["own"] * pause]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_multiplies_with_threads_of_its_own():
+    """Torch's threads do not survive a fork, and whoever asks for them waits for ever."""
+    weight, x, before = Weight(TRELLIS[3], (400, 600)), torch.randn(1, 600), torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
-        counts = []
-        for threads in (8, 2, 5, 3, 8, 4, 8):
-            torch.set_num_threads(threads)
-            for weight in weights:
-                weight.multiply(torch.randn(1, 512))
-            counts.append(threading.active_count())
-        assert counts == counts[:1] * 7
-        assert counts[0] > 7
+        expected = weight.multiply(x).numpy()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if (weight.multiply(x).numpy() == expected).all() else 1)
+        assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(before)
 

@@ -28,7 +28,7 @@ _LOOKS: Final = 1 << 14
 _POLITE: Final = address_of_symbol("sched_yield") is not None
 
 
-def _atomic(operation: str) -> Any:
+def atomic(operation: str) -> Any:
     """An atomic operation on the int64 at an address; what was there before is returned."""
 
     @intrinsic
@@ -41,7 +41,7 @@ def _atomic(operation: str) -> Any:
     return run
 
 
-_add, _exchange = _atomic("add"), _atomic("xchg")
+_add, _exchange = atomic("add"), atomic("xchg")
 
 
 @intrinsic
@@ -53,7 +53,9 @@ def _look(typingctx, address):
 
 
 @intrinsic
-def _call(typingctx, kernel, job):
+def call_kernel(typingctx, kernel, job):
+    """Run the kernel at an address on the job at another."""
+
     def codegen(context, builder, sig, args):
         function = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [I64]).as_pointer())
         builder.call(function, [args[1]])
@@ -91,12 +93,12 @@ def _give_way(typingctx):
 def _lead(board, kernel, job):
     """Do a job, with whoever comes."""
     if _exchange(board + _TAKEN, 1):
-        _call(kernel, job)
+        call_kernel(kernel, job)
         return
     _exchange(board + _KERNEL, kernel)
     _add(board + _SERIAL, 1)
     _exchange(board + _JOB, job)
-    _call(kernel, job)
+    call_kernel(kernel, job)
     _exchange(board + _JOB, 0)
     while _look(board + _INSIDE):
         _pause()
@@ -114,7 +116,7 @@ def _help(board):
             job = _look(board + _JOB)
             if job:
                 last, idle = _look(board + _SERIAL), 0
-                _call(_look(board + _KERNEL), job)
+                call_kernel(_look(board + _KERNEL), job)
             _add(board + _INSIDE, -1)
         elif idle & 31:
             _pause()

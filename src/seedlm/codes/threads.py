@@ -1,7 +1,8 @@
 """Compiled code that runs without the interpreter's lock, shared out over as many threads as torch may use.
 
     share_rows   a Python function over ranges of rows, by a pool of threads: work of milliseconds and more
-    Kernel       a compiled function whose threads take pieces until none is left: work of microseconds (`team`)
+    Kernel       a compiled function whose threads take pieces until none is left: work of microseconds. By torch's own threads
+                 (`openmp`), or by ours where those are late (`team`)
 
 They follow `torch.get_num_threads()` and survive a fork (the child makes new ones); OpenMP, numba's own choice, does not.
 """
@@ -9,12 +10,19 @@ They follow `torch.get_num_threads()` and survive a fork (the child makes new on
 import ctypes
 import os
 import struct
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
 import torch
+
+_LATE = 1_000_000
+"""Nanoseconds: pieces take some microseconds each, so that no thread should end much later than another."""
+
+_PAUSE = 16, 4096
+"""Jobs without torch's threads: at first, and at most."""
 
 _WEIGHTS_PER_TASK = 1 << 17
 """A task shorter than this (0.3 ms) is not worth handing to a thread."""
@@ -45,16 +53,46 @@ class Kernel:
         job = struct.pack(f"{1 + len(numbers)}q", 0, *numbers)  # which nobody else knows, so that it can be written to
         helpers = min(torch.get_num_threads(), pieces) - 1
         if helpers > 0:
-            _team().run(self._address, job, helpers)
+            _threads().run(self._address, job, helpers)
         else:
             self._call(job)
 
 
+class Threads:
+    """Who takes part in kernels: torch's threads while they are on time, or our own.
+
+    torchs   `openmp.Region`, or None for our own always
+    own      `team.Team`
+    After a late region so many jobs are not torch's, and twice as many after the next if none was on time between.
+    """
+
+    def __init__(self, torchs: Any, own: Any) -> None:
+        self._torchs, self._own = torchs, own
+        self._pause, self._paused = _PAUSE[0], 0
+
+    def run(self, kernel: int, job: bytes, helpers: int) -> None:
+        """Run the kernel at an address, which takes pieces until there are none: here, and by so many others or more."""
+        if self._torchs is None or self._paused > 0:
+            self._paused -= 1
+            self._own.run(kernel, job, helpers)
+        elif self._torchs.run(kernel, job, torch.get_num_threads()) < _LATE:
+            self._pause = _PAUSE[0]
+        else:
+            self._paused, self._pause = self._pause, min(2 * self._pause, _PAUSE[1])
+
+
+_forked = False
+
+
 @lru_cache(maxsize=1)
-def _team() -> Any:
+def _threads() -> Threads:
     from seedlm.codes.team import Team
 
-    return Team()
+    if sys.platform != "linux" or _forked:  # of OpenMP's threads a fork leaves nothing but the belief in them
+        return Threads(None, Team())
+    from seedlm.codes.openmp import Region
+
+    return Threads(Region.find(), Team())
 
 
 @lru_cache(maxsize=4)
@@ -63,8 +101,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _after_fork() -> None:
+    global _forked
+    _forked = True
     _pool.cache_clear()
-    _team.cache_clear()
+    _threads.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
