@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import seedlm
-from seedlm.compress.statistics import Feedback
+from seedlm.compress.feedback import Feedback
 from seedlm.integrations.transformers.opening import open_language_model
 from seedlm.storage.inspect import inspect_checkpoint
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from seedlm.codes.block import codec
-from seedlm.codes.block.format import Format
+from seedlm.codes.block.format import BlockFormat
 from seedlm.codes.block.search import torch_search, triton_search
 from seedlm.codes.encoded import encode
 from seedlm.codes.registry import parse_format
@@ -41,7 +41,7 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def check(format: Format) -> int:
+def check(format: BlockFormat) -> int:
     """Compare with brute force on fresh blocks, some of them hard; returns how many. Exits if a bit differs."""
     normal = torch.randn(1000, format.block_size, device="cuda") * 0.02
     heavy = torch.distributions.StudentT(3.0).sample((200, format.block_size)).cuda() * 0.02
@@ -56,7 +56,7 @@ def check(format: Format) -> int:
     return len(blocks)
 
 
-def measure(format: Format, weight: Tensor, repeats: int) -> dict[str, float]:
+def measure(format: BlockFormat, weight: Tensor, repeats: int) -> dict[str, float]:
     """Rates of this search and of plain torch on one weight, blocks that were redone, and GPU memory beside the weight."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -7,9 +7,9 @@ import pytest
 
 from seedlm.calibration.placement import nbytes, numbered_layers, workspace
 from seedlm.compress import statistics as module
+from seedlm.compress.feedback import Feedback
 from seedlm.compress.observe import observe_checkpoint
 from seedlm.compress.run import compress_checkpoint
-from seedlm.compress.statistics import Feedback
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError
 from seedlm.integrations.transformers.models import describe
 from seedlm.integrations.transformers.opening import open_language_model

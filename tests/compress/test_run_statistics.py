@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from seedlm.compress import workers
+from seedlm.compress.feedback import Feedback
 from seedlm.compress.run import compress_checkpoint
-from seedlm.compress.statistics import Feedback
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.errors import FormatError, OutputError, SourceError
 from seedlm.storage.checkpoint import Checkpoint

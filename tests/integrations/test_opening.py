@@ -15,7 +15,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from seedlm.compress.statistics import Feedback
+from seedlm.compress.feedback import Feedback
 from seedlm.errors import CheckpointError, SourceError
 from seedlm.integrations.transformers.generate import generate
 from seedlm.integrations.transformers.models import load_model, longest_text

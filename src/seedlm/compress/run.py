@@ -24,11 +24,12 @@ from seedlm.compress import plan as plans
 from seedlm.compress import workers, workers_ray
 from seedlm.compress.allocate import Mixture, most_common
 from seedlm.compress.card import CARD_NAME, card
+from seedlm.compress.feedback import Feedback
 from seedlm.compress.items import Destination, Item
 from seedlm.compress.plan import Plan, Selected
 from seedlm.compress.request import Request, is_ray
 from seedlm.compress.scan import Scan, scan
-from seedlm.compress.statistics import Feedback, gather
+from seedlm.compress.statistics import gather
 from seedlm.compress.worker import Job, Unit
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.device import choose_devices, peak_memory
