@@ -34,7 +34,7 @@ About {minutes} minutes on two quiet cores. Ctrl-C is fine: `make demo` goes on 
 """
 
 
-def main(folder: Path, minutes: str = "10") -> None:
+def main(folder: Path, minutes: str = "5") -> None:
     """Both steps, each done once, and what came of them."""
     logging.disable_progress_bar()
     gguf, out, measured = unpack(folder), folder / f"smollm2-{BITS}", folder / f"measured-{BITS}.json"
@@ -127,7 +127,7 @@ def show(found: dict[str, Any], out: Path) -> None:
         print(f"\n> {prompt}")
         for name, answers in found["answers"].items():
             print(f"{name + ':':12} {answers[number]}")
-    print(f"\nTalk with it: seedlm chat {out} --dequantize")
+    print(f"\nTalk with it: seedlm chat {out}")
 
 
 if __name__ == "__main__":

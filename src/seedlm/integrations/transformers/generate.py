@@ -47,7 +47,7 @@ class Writer:
     chat          whether it answers turns by its chat template; None if it has one
     device        "auto", or a torch device
     dtype         of everything that is not packed: "auto" (as stored) or a torch dtype's name
-    dequantize    all weights once after loading: faster on small models, as large as the original
+    dequantize    all weights once after loading: as large as the original then
     trust_remote_code   run code that comes with the model
     Raises SourceError if the model cannot be opened, lacks a weight, is no language model, or has no chat template.
     """
