@@ -29,7 +29,11 @@ Dtype = Annotated[
 ]
 Dequantize = Annotated[
     bool,
-    typer.Option("--dequantize", "--expand", help="Dequantize once after loading: full size in memory; faster without AVX-512, and with many tokens at once."),
+    typer.Option(
+        "--dequantize",
+        "--expand",
+        help="Dequantize once after loading: full size in memory; faster without AVX-512, and with many tokens at once.",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")

@@ -11,9 +11,12 @@ from seedlm.codes.vectors import (
     FLOATS,
     LANES,
     as_pointer,
+    call,
     constant,
+    features,
     intrinsic,
     job_address,
+    literal,
     load,
     shuffle,
     store,
@@ -22,19 +25,32 @@ from seedlm.codes.vectors import (
 )
 
 
-@intrinsic
-def _within(typingctx, address):
-    """Strides 1, 2, 4 and 8 on 16 floats."""
+@intrinsic(prefer_literal=True)
+def _chunk(typingctx, address, size):
+    """All strides below a size, which is a constant from 16 to 256, on so many floats, in registers."""
+    (count,) = literal(size)
 
     def codegen(context, builder, sig, args):
-        x = load(builder, args[0], FLOATS)
+        places, fused = range(0, count, LANES), features() & {"fma", "neon"}
+        x = [load(builder, args[0], FLOATS, 4 * place) for place in places]
         for stride in (1, 2, 4, 8):
             signs = constant([-1.0 if lane & stride else 1.0 for lane in range(LANES)], F32)
-            x = builder.fadd(shuffle(builder, x, [lane ^ stride for lane in range(LANES)]), builder.fmul(x, signs))
-        store(builder, x, args[0])
+            others = [shuffle(builder, each, [lane ^ stride for lane in range(LANES)]) for each in x]
+            if fused:  # to the same bits: a product with 1 or -1 is exact
+                x = [call(builder, f"llvm.fma.v{LANES}f32", FLOATS, a, signs, b) for a, b in zip(x, others, strict=True)]
+            else:
+                x = [builder.fadd(b, builder.fmul(a, signs)) for a, b in zip(x, others, strict=True)]
+        stride = 1
+        while stride < len(x):
+            for i in (i for i in range(len(x)) if not i & stride):
+                a, b = x[i], x[i + stride]
+                x[i], x[i + stride] = builder.fadd(a, b), builder.fsub(a, b)
+            stride *= 2
+        for place, each in zip(places, x, strict=True):
+            store(builder, each, args[0], 4 * place)
         return context.get_dummy_value()
 
-    return types.void(types.intp), codegen
+    return types.void(types.intp, size), codegen
 
 
 @intrinsic
@@ -53,11 +69,18 @@ def _between(typingctx, low, high):
 @njit(nogil=True, error_model="numpy")
 def butterflies(address, size):
     """Sums and differences at strides 1, 2, 4, ... of float32 [size], a power of two, in place."""
-    stride = 1
-    if size >= LANES:
-        for i in range(0, size, LANES):
-            _within(address + 4 * i)
-        stride = LANES
+    stride = min(size, 256) if size >= LANES else 1
+    if size >= 256:
+        for i in range(0, size, 256):
+            _chunk(address + 4 * i, 256)
+    elif size == 128:
+        _chunk(address, 128)
+    elif size == 64:
+        _chunk(address, 64)
+    elif size == 32:
+        _chunk(address, 32)
+    elif size == 16:
+        _chunk(address, 16)
     else:
         x = carray(as_pointer(address), (size,), np.float32)
         while stride < size:

@@ -1,6 +1,7 @@
 """What the families' CPU backends share: which dtypes kernels know, how work is cut, products of many tokens by tiles."""
 
 import importlib.util
+import threading
 from collections.abc import Callable
 from typing import Final
 
@@ -19,7 +20,8 @@ PIECE: Final = 1 << 15
 KINDS: Final = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that kernels read and write, and their numbers there; others are converted to float32."""
 
-_TILE_BYTES: Final = 16 << 20
+_TILE_BYTES: Final = 4 << 20
+_kept: Final = threading.local()
 
 
 def reason_unavailable(name: str, device: torch.device) -> str | None:
@@ -39,7 +41,7 @@ def tiled(x: Tensor, rows: int, step: int, form: Callable[[Tensor, int], None], 
     form      form(tile, first) writes the rows of W from `first` on to a tile [.., in] of x's dtype
     """
     most = max(1, _TILE_BYTES // (x.element_size() * x.shape[-1] * step)) * step
-    weight = torch.empty(min(most, rows), x.shape[-1], dtype=x.dtype)
+    weight = _scratch(min(most, rows) * x.shape[-1], x.dtype).view(-1, x.shape[-1])
     if bias is not None:
         bias = bias.to(x.dtype)
     parts = []
@@ -48,3 +50,12 @@ def tiled(x: Tensor, rows: int, step: int, form: Callable[[Tensor, int], None], 
         form(tile, first)
         parts.append(torch.nn.functional.linear(x, tile, None if bias is None else bias[first : first + most]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for so many numbers, the same at every call of a thread: new memory costs more than what is written to it."""
+    kept: Tensor | None = getattr(_kept, "tile", None)
+    if kept is None or kept.numel() < count * dtype.itemsize:
+        with torch.inference_mode(False):
+            kept = _kept.tile = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    return kept[: count * dtype.itemsize].view(dtype)
