@@ -83,7 +83,7 @@ function drawQuality() {
     });
     const front = data.fronts[name][field].map((model) => values.find((value) => value.place === model));
     const middle = values.reduce((sum, value) => Math.max(sum, value.x), -Infinity) / 2 + values.reduce((sum, value) => Math.min(sum, value.x), Infinity) / 2;
-    const x = { field: "x", type: "quantitative", title: axis, scale: { zero: false, padding: 30, nice: false }, axis: { tickCount: 6 } };
+    const x = { field: "x", type: "quantitative", title: axis, scale: { zero: false, padding: 30, nice: false }, axis: { tickCount: 6, ...(new Set(values.map((value) => value.x)).size > 1 ? {} : { format: ".3~g" }) } };
     const y = { field: "y", type: "quantitative", title, scale: { type: scale, ...(scale === "log" ? {} : { zero: false }), padding: 20, nice: false }, axis: { tickCount: 6, labelOverlap: true } };
     const tooltip = [{ field: "model" }, { field: "method" }, { field: "x", title: axis, format: ".4~g" }, { field: "y", title, format: ".4~g" }, { field: "error", title: "standard error", format: ".2~g" }];
     const { color, shape } = scales(ticked(), 0);
