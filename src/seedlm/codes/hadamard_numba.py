@@ -18,10 +18,11 @@ from seedlm.codes.vectors import (
     job_address,
     literal,
     load,
+    read_bfloat16,
     shuffle,
     store,
     take,
-    to_bfloat16,
+    write_bfloat16,
 )
 
 
@@ -146,15 +147,13 @@ def rotate_row(x, kind, token, width, padded, block, signs, row):
     returns   a power of two that the row is to be multiplied by: tiny inputs are made larger, so that their scales are no
               subnormal numbers
     """
-    values, bits = carray(as_pointer(row), (padded,), np.float32), carray(as_pointer(row), (padded,), np.int32)
+    values = carray(as_pointer(row), (padded,), np.float32)
     if kind == 0:
         floats = carray(as_pointer(x + 4 * width * token), (width,), np.float32)
         for i in range(width):
             values[i] = floats[i]
     else:
-        halves = carray(as_pointer(x + 2 * width * token), (width,), np.uint16)
-        for i in range(width):
-            bits[i] = np.int32(np.uint32(halves[i]) << np.uint32(16))
+        read_bfloat16(x + 2 * width * token, row, width)
     for i in range(width, padded):
         values[i] = np.float32(0)
     tiny = largest_bits(row, width) < np.int32(67 << 23)
@@ -190,8 +189,6 @@ def rotation() -> Kernel:
                     for i in range(width):
                         floats[i] = values[i] * lift
                 else:
-                    halves = carray(as_pointer(y + 2 * width * token), (width,), np.uint16)
-                    for i in range(width):
-                        halves[i] = to_bfloat16(values[i] * lift)
+                    write_bfloat16(row, y + 2 * width * token, width, lift)
 
     return Kernel(rotate)

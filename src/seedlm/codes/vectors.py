@@ -165,6 +165,56 @@ def to_bfloat16(value):
     return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
 
 
+@intrinsic
+def _narrow(typingctx, source, target, factor):
+    """`to_bfloat16` of 16 floats times a factor."""
+
+    def codegen(context, builder, sig, args):
+        x = builder.fmul(load(builder, args[0], FLOATS), splat(builder, args[2]))
+        bits = builder.bitcast(x, INTS)
+        odd = builder.and_(builder.lshr(bits, constant([16] * LANES)), constant([1] * LANES))
+        rounded = builder.lshr(builder.add(builder.add(bits, constant([0x7FFF] * LANES)), odd), constant([16] * LANES))
+        rounded = builder.select(builder.fcmp_unordered("uno", x, x), constant([0x7FC0] * LANES), rounded)
+        store(builder, builder.trunc(rounded, ir.VectorType(I16, LANES)), args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.float32), codegen
+
+
+@intrinsic
+def _widen(typingctx, source, target):
+    """The floats of 16 bfloat16."""
+
+    def codegen(context, builder, sig, args):
+        bits = builder.zext(load(builder, args[0], ir.VectorType(I16, LANES)), INTS)
+        store(builder, builder.shl(bits, constant([16] * LANES)), args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@njit(nogil=True, error_model="numpy")
+def write_bfloat16(source, target, count, factor):
+    """Write float32 [count] at an address, times a factor, as bfloat16 to another."""
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        _narrow(source + 4 * i, target + 2 * i, factor)
+    floats, halves = carray(as_pointer(source), (count,), np.float32), carray(as_pointer(target), (count,), np.uint16)
+    for i in range(whole, count):
+        halves[i] = to_bfloat16(floats[i] * factor)
+
+
+@njit(nogil=True, error_model="numpy")
+def read_bfloat16(source, target, count):
+    """Write bfloat16 [count] at an address as float32 to another."""
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        _widen(source + 2 * i, target + 4 * i)
+    halves, bits = carray(as_pointer(source), (count,), np.uint16), carray(as_pointer(target), (count,), np.int32)
+    for i in range(whole, count):
+        bits[i] = np.int32(np.uint32(halves[i]) << np.uint32(16))
+
+
 @njit(nogil=True, error_model="numpy")
 def put(y, kind, index, value, bias, row):
     """Write float32 value, plus bias[row] unless the address of bias is 0, to y[index]; kind 0 is float32, 1 bfloat16."""

@@ -44,7 +44,7 @@ from seedlm.codes.vectors import (
     shuffle,
     store,
     take,
-    to_bfloat16,
+    write_bfloat16,
 )
 
 _DIGIT: Final = 4
@@ -335,10 +335,7 @@ def product(format: BlockFormat, tokens: int) -> Kernel:
                     _form(at, count, end, tail, scales, tables, y + stride * row, k, c, p, q, e)
                 else:
                     _form(at, count, end, tail, scales, tables, x + stride * piece, k, c, p, q, e)
-                    floats = carray(as_pointer(x + stride * piece), (stride // 4,), np.float32)
-                    halves = carray(as_pointer(y + stride // 2 * row), (stride // 4,), np.uint16)
-                    for i in range(stride // 4):
-                        halves[i] = to_bfloat16(floats[i])
+                    write_bfloat16(x + stride * piece, y + stride // 2 * row, stride // 4, np.float32(1))
 
     return Kernel(multiply)
 

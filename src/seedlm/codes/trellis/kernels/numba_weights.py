@@ -25,7 +25,7 @@ from seedlm.codes.vectors import (
     shuffle,
     store,
     take,
-    to_bfloat16,
+    write_bfloat16,
 )
 
 _TILE: Final = 256 + LANES
@@ -98,9 +98,7 @@ def weights(rate: int, state_bits: int) -> Kernel:
                         for c in range(used):
                             floats[c] = tile[r, c] * factor
                     else:
-                        halves = carray(as_pointer(y + 2 * begin), (used,), np.uint16)
-                        for c in range(used):
-                            halves[c] = to_bfloat16(tile[r, c] * factor)
+                        write_bfloat16(place + 4 * _TILE * r, y + 2 * begin, used, factor)
             if block:
                 for r in range(min(32, rows - 32 * segment)):
                     inverse(y + 4 * width * (32 * (segment - first) + r), width, block, signs)
