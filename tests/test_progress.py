@@ -1,6 +1,7 @@
 """Bars: shown in a terminal or a notebook unless a caller listens itself, in Python calls as in commands."""
 
 import io
+import os
 import threading
 import time
 
@@ -8,6 +9,7 @@ import pytest
 
 import seedlm
 from seedlm import progress
+from seedlm.cli import console
 from tiny_models import SMALL, tiny_model
 
 
@@ -104,6 +106,16 @@ class TestLines:
     def test_what_goes_on_names_what_is_done(self, capsys):
         progress.Lines()("text", 1_000, 4_000)
         assert capsys.readouterr().err == "seedlm: Writing a text: 4.0 k tokens, of which 1.0 k tokens are done\n"
+
+    def test_nobody_who_reads_is_no_reason_to_end_the_work(self, monkeypatch, capsys):
+        with open(os.devnull) as unwritable:
+            for closed in (None, unwritable):
+                monkeypatch.setattr("sys.stderr", closed)
+                with console.show_progress() as (tell, _):
+                    tell("compress", 0, 10)
+                    console.note("a note")
+                    tell("compress", 10, 10)
+        assert capsys.readouterr().out == ""
 
 
 def wait_for(seen):

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -66,7 +66,7 @@ class Bars:
     @staticmethod
     def are_seen() -> bool:
         """Whether somebody looks: stderr is a terminal, or this is a notebook."""
-        if "ipykernel" not in sys.modules and not sys.stderr.isatty():
+        if "ipykernel" not in sys.modules and not (sys.stderr and sys.stderr.isatty()):
             return False
         from rich.console import Console
 
@@ -123,6 +123,14 @@ def counted(tell: Tell | None, phase: str, total: int, progress: Progress | None
         yield add
 
 
+def say(line: str) -> None:
+    """Print a line on stderr. That it is closed, or that nobody reads it any more, is no reason to end the work."""
+    if sys.stderr is not None:  # None if it was closed from the start; `print` would take stdout
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"{line}\n")  # in one piece, since a thread speaks too
+            sys.stderr.flush()
+
+
 class Lines:
     """Progress where there is no terminal: a line on stderr as a phase begins, then one every few seconds, come what may.
 
@@ -174,7 +182,7 @@ class Lines:
 
     def _print(self, line: str, now: float) -> None:
         self._said = now
-        print(f"seedlm: {line}", file=sys.stderr, flush=True)
+        say(f"seedlm: {line}")
 
 
 @dataclass

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from seedlm.errors import SourceError
+from seedlm.integrations.transformers import generate
 from tiny_models import STORIES
 
 FEW = ["--max-new-tokens", "8"]
@@ -45,6 +47,20 @@ def test_a_model_without_a_template_is_refused(here):
     done = here("chat", STORIES)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "has no chat template, so it only goes on from a text" in done.stderr
+
+
+def test_a_folder_of_a_gguf_file_is_that_file(tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").touch()
+    opened = []
+
+    def opens(model, **options):
+        opened.append(model)
+        raise SourceError("far enough")
+
+    monkeypatch.setattr(generate, "open_tokenizer", opens)
+    with pytest.raises(SourceError, match="far enough"):
+        generate.Writer(str(tmp_path))
+    assert opened == [tmp_path / "m.gguf"]
 
 
 def test_generate_answers_by_the_template_unless_it_is_raw(talking, here):

@@ -11,10 +11,14 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import seedlm
+from seedlm.codes.registry import parse_format
+from seedlm.compress.allocate import Mixture
+from seedlm.compress.request import Request
 from seedlm.errors import CheckpointError
 from seedlm.modeling.experts import SeedExperts
 from seedlm.modeling.quantize import seed_linears
 from seedlm.storage.checkpoint import Checkpoint
+from seedlm.storage.source import open_source
 from tiny_models import SMALL, join, run, split, tiny_model
 
 IDS = torch.arange(1, 13).view(2, 6)
@@ -214,3 +218,10 @@ def changed(folder, copy, change):
     header["__metadata__"]["seedlm"] = json.dumps(table)
     (copy / "model.safetensors").write_bytes(join(header, data))
     return copy
+
+
+def test_what_only_the_model_tells_of_flat_stacks_is_not_refused_by_their_names(dbrx):
+    dense = dbrx.parent / "dense"
+    Request.of(dense / "out", format="4", feedback="none", exclude="*.mlp.w?").check_source(open_source(dense))
+    mixture = Mixture(size=15_000, formats=(parse_format("2"), parse_format("4")))
+    Request.of(dense / "out", format=mixture, feedback="own").check_source(open_source(dense))

@@ -5,6 +5,7 @@ Ctrl-C, 143 by SIGTERM.
 """
 
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from seedlm.cli.bench import bench
 from seedlm.cli.chat import chat
 from seedlm.cli.compare import compare
 from seedlm.cli.compress import compress, inspect
-from seedlm.cli.console import on_sigterm, stopped
+from seedlm.cli.console import note, on_sigterm, stopped
 from seedlm.cli.design import design
 from seedlm.cli.evaluate import evaluate
 from seedlm.cli.generate import generate
@@ -25,7 +26,6 @@ from seedlm.cli.rtl import rtl
 from seedlm.cli.sensitivity import sensitivity
 from seedlm.cli.serve import run, serve
 from seedlm.errors import SeedLMError
-from seedlm.storage.untrusted import printable
 from seedlm.version import __version__
 
 app = typer.Typer(
@@ -61,12 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     arguments   what follows the program's name; None takes them from the command line
     """
+    if sys.stderr is None:  # closed by whoever started this (2>&-); `print` would take stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if arguments is None:
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
         app(arguments, standalone_mode=True)
     except SeedLMError as error:
-        print(printable(f"seedlm: {error}"), file=sys.stderr)
+        note(str(error))
         sys.exit(2)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -177,7 +176,7 @@ def _format(
 
         model, values = read_sensitivity(sensitivity)
         if model != source:  # rightly so for a fine-tuned model, or for another form of the same
-            print(f"seedlm: {sensitivity} was measured on {model!r}, and says little of any other model", file=sys.stderr)
+            note(f"{sensitivity} was measured on {model!r}, and says little of any other model")
         return Mixture(bits=number, size=nbytes, sensitivity=values, formats=chosen.mixture)
     if nbytes is not None:
         if not chosen.feedback:
@@ -220,7 +219,7 @@ def inspect(
                 checkpoint.tensor(module)
                 on_progress("check", done, len(checkpoint.packed))
         by_digest = f"{len(checkpoint.digests)} of {len(checkpoint.files.entries)} tensors match their SHA-256"
-        print(f"seedlm: {by_digest}, {len(report.tensors)} compressed ones hold valid codes", file=sys.stderr)
+        note(f"{by_digest}, {len(report.tensors)} compressed ones hold valid codes")
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
         return

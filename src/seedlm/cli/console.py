@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from seedlm.progress import Bars, Lines, Progress
+from seedlm.progress import Bars, Lines, Progress, say
 from seedlm.storage.untrusted import printable
 
 NOTHING_KEPT = "nothing is kept yet: the same command begins again, a text that the model was writing too"
@@ -30,7 +30,7 @@ def on_sigterm(number: int, frame: object) -> NoReturn:
 
 def stopped(error: KeyboardInterrupt, kept: str = "") -> NoReturn:
     """Say that a command was stopped, and what is kept; exit as a shell expects it."""
-    print(printable(f"seedlm: stopped{kept}"), file=sys.stderr)
+    note(f"stopped{kept}")
     sys.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
 
 
@@ -53,7 +53,7 @@ def show(line: str) -> None:
 
 def note(text: str) -> None:
     """Print a line that is no result, on stderr."""
-    print(printable(f"seedlm: {text}"), file=sys.stderr)
+    say(printable(f"seedlm: {text}"))
 
 
 def number(value: float | None) -> str:

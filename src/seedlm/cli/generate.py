@@ -7,6 +7,7 @@ import typer
 
 from seedlm.cli.console import stopped
 from seedlm.cli.options import Dequantize, Device, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
+from seedlm.progress import say
 
 
 def generate(
@@ -61,8 +62,7 @@ def generate(
         print()
         stopped(error)
     print()
-    print(
+    say(
         f"{timing.tokens} tokens in {timing.seconds:.1f} s, {timing.tokens / timing.seconds:.1f} tokens/s; "
-        f"loaded in {timing.load_seconds:.1f} s",
-        file=sys.stderr,
+        f"loaded in {timing.load_seconds:.1f} s"
     )

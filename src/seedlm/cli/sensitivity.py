@@ -1,6 +1,5 @@
 """``seedlm sensitivity``."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,8 @@ import typer
 
 from seedlm.cli.console import note, show_progress
 from seedlm.cli.options import Device, Dtype, TrustRemoteCode
+from seedlm.progress import say
+from seedlm.storage.untrusted import printable
 
 
 def sensitivity(
@@ -48,10 +49,9 @@ def sensitivity(
         found = measure_sensitivity(network, text, on_progress)
     write_sensitivity(output, model, text, found)
     most = max(found, key=lambda name: found[name])
-    print(f"{output}: {len(found)} weights; the most sensitive is {most}", file=sys.stderr)
+    say(printable(f"{output}: {len(found)} weights; the most sensitive is {most}"))
     if unused := sum(not value for value in found.values()):
-        print(
+        say(
             f"{unused} of them were not used: experts to which no token went, taken as the least of the others. "
-            "More --sequences reach more",
-            file=sys.stderr,
+            "More --sequences reach more"
         )

@@ -77,10 +77,11 @@ def check_observation(out: Path, wanted: Feedback) -> None:
     check_claimable(out)
 
 
-def no_sensitivities(wanted: Mixture) -> str:
-    """What a mixture lacks where no errors are fed back."""
+def no_sensitivities(wanted: Mixture, asked: bool) -> str:
+    """What a mixture lacks where no errors are fed back, because it was asked so or because the model cannot be run."""
     wish = "a size is met by" if wanted.bits is None else f"{wanted.bits:g} bits a weight are"
     return (
-        f"{wish} a mixture of formats, which needs to know where bits matter: leave out --feedback none, or measure "
+        f"{wish} a mixture of formats, which needs to know where bits matter: "
+        f"{'leave out --feedback none' if asked else 'choose bits of one format, such as --bits 4'}, or measure "
         "the model with `seedlm sensitivity SOURCE -o FILE` and add --sensitivity FILE"
     )

@@ -20,7 +20,7 @@ from seedlm.compress.plan import DTYPES, parse_size
 from seedlm.compress.workfolder import check_claimable
 from seedlm.device import check_names
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError
-from seedlm.storage.selection import as_patterns, check_patterns
+from seedlm.storage.selection import as_patterns, check_patterns, may_be_stack
 from seedlm.storage.source import Source
 
 
@@ -86,7 +86,7 @@ class Request:
         wanted = Feedback.parse(feedback)
         wanted.check(candidates)
         if isinstance(format, Mixture) and not format.sensitivity and wanted.kind == "none":
-            raise FormatError(no_sensitivities(format))
+            raise FormatError(no_sensitivities(format, asked=True))
         check_claimable(out)
         patterns = as_patterns(include), as_patterns(exclude)
         shard_bytes = parse_size(max_shard_size)
@@ -96,9 +96,9 @@ class Request:
         """Raise SourceError or FormatError for what a source's names and shapes tell.
 
         The model's class may leave more of its tensors dense than names do, and knows how stacks of experts lie: a model with
-        tensors of three dimensions is left to it.
+        tensors of three dimensions, or with stacks of two, is left to it.
         """
-        if any(len(info.shape) > 2 for info in source.tensors.values()):
+        if any(len(info.shape) > 2 or may_be_stack(name, info) for name, info in source.tensors.items()):
             return
         check_patterns(source.tensors, self.include, self.exclude)
         if not isinstance(self.format, Mixture) or self.format.size is None or self.tables:

@@ -74,7 +74,7 @@ class Observed:
         from seedlm.storage.statistics import Statistics
 
         if self.file is None:
-            raise FormatError(no_sensitivities(wanted))
+            raise FormatError(no_sensitivities(wanted, asked=False))
         found = sensitivities(Statistics.load(self.file), shapes, source, survey)
         return replace(wanted, sensitivity=found)
 

@@ -360,8 +360,7 @@ def _cannot(name: str, info: TensorInfo, survey: Survey) -> str | None:
     """Why no pattern could make a tensor compressed; None if one could."""
     if _is_stack(name, info, survey):
         return None
-    flat = len(info.shape) == 2 and not name.endswith((".weight", "bias"))  # DBRX's, [experts * out_features, in_features]
-    if "expert" in name and (len(info.shape) == 3 or flat):
+    if may_be_stack(name, info):
         return survey.dense.get(name, "stacked experts of an unknown kind")
     if not name.endswith(".weight"):
         return "not a weight"
@@ -370,6 +369,12 @@ def _cannot(name: str, info: TensorInfo, survey: Survey) -> str | None:
     if any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in _EMBEDDINGS):
         return "an embedding"
     return None
+
+
+def may_be_stack(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor may be a stack of experts: of three dimensions or, DBRX's, [experts * out_features, in_features]."""
+    flat = len(info.shape) == 2 and not name.endswith((".weight", "bias"))
+    return "expert" in name and (len(info.shape) == 3 or flat)
 
 
 def _is_stack(name: str, info: TensorInfo, survey: Survey) -> bool:

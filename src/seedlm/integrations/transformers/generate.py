@@ -43,7 +43,7 @@ class Drawing:
 class Writer:
     """A language model that writes.
 
-    model         a folder, packed or not, a GGUF file or a Hub repository
+    model         a folder, packed or not or of a GGUF file, such a file, or a Hub repository
     chat          whether it answers turns by its chat template; None if it has one
     device        "auto", or a torch device
     dtype         of everything that is not packed: "auto" (as stored) or a torch dtype's name
@@ -65,7 +65,8 @@ class Writer:
         start = time.perf_counter()
         where = choose_device(device)
         if not is_repository(model):
-            locate(model)  # transformers would ask the Hub, several times, for a path that was mistyped
+            # The GGUF file of a folder. transformers would ask the Hub, several times, for a path that was mistyped.
+            model = locate(model)
         self._tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
         has_template = bool(self._tokenizer.chat_template)
         if chat and not has_template:
