@@ -144,7 +144,7 @@ def rotate_row(x, kind, token, width, padded, block, signs, row):
 
     kind      of x, as `on_cpu.KINDS`
     returns   a power of two that the row is to be multiplied by: tiny inputs are made larger, so that their scales are no
-              subnormal numbers
+              subnormal numbers, and huge ones smaller, so that their sums are finite before a weight's scale is applied
     """
     values, bits = carray(as_pointer(row), (padded,), np.float32), carray(as_pointer(row), (padded,), np.int32)
     if kind == 0:
@@ -157,12 +157,16 @@ def rotate_row(x, kind, token, width, padded, block, signs, row):
             bits[i] = np.int32(np.uint32(halves[i]) << np.uint32(16))
     for i in range(width, padded):
         values[i] = np.float32(0)
-    tiny = largest_bits(row, width) < np.int32(67 << 23)
-    if tiny:
+    largest, lift = largest_bits(row, width), np.float32(1)
+    if largest < np.int32(67 << 23):
+        lift = np.float32(2.0**-64)
+    elif largest >= np.int32(222 << 23):
+        lift = np.float32(2.0**64)
+    if lift != np.float32(1):
         for i in range(width):
-            values[i] *= np.float32(2.0**64)
+            values[i] *= np.float32(1) / lift
     forward(row, width, block, signs)
-    return np.float32(2.0**-64) if tiny else np.float32(1)
+    return lift
 
 
 @lru_cache(maxsize=1)

@@ -57,5 +57,5 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     kept: Tensor | None = getattr(_kept, "tile", None)
     if kept is None or kept.numel() < count * dtype.itemsize:
         with torch.inference_mode(False):
-            kept = _kept.tile = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+            kept = _kept.tile = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
     return kept[: count * dtype.itemsize].view(dtype)

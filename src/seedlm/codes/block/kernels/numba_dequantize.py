@@ -41,7 +41,7 @@ def dequantize(words: Tensor, scales: Tensor, in_features: int, format: BlockFor
     returns    float32 [out, in_features]
     """
     kernel = _kernel(format)
-    weight = torch.empty(len(words), in_features, dtype=torch.float32)
+    weight = torch.empty(len(words), in_features, dtype=torch.float32, device="cpu")
     source, factors, target = words.contiguous().numpy(), scales.numpy(), weight.numpy()
 
     def rows(first: int, last: int) -> None:

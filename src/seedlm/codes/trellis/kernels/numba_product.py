@@ -253,7 +253,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
                 for group in range(groups):
                     used, at = min(256, width - 256 * group), 1024 * rate * group
                     steps, end, record = -(-used // columns), -1, records + 64 + group * RECORD
-                    if group == groups - 1:
+                    if group >= groups - 2:  # a step of the last but one may reach past a short last one
                         end = steps - 1
                         copy_end(own + at, after + at, 4 * rate * columns * end, rate * (used - columns * end), tail)
                     _multiply(own + at, after + at, record, steps, stride, place, end, tail, rate, state_bits, exact, tokens)

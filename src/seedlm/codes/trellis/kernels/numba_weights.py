@@ -86,7 +86,7 @@ def weights(rate: int, state_bits: int) -> Kernel:
             for group in range(groups):
                 used, at = min(256, width - 256 * group), 1024 * rate * group
                 steps, end = -(-used // columns), -1
-                if group == groups - 1:
+                if group >= groups - 2:  # a step of the last but one may reach past a short last one
                     end = steps - 1
                     copy_end(own + at, after + at, 4 * rate * columns * end, rate * (used - columns * end), tail)
                 _values(own + at, after + at, steps, place, end, tail, rate, state_bits)
