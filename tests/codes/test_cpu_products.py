@@ -272,6 +272,23 @@ def test_what_numba_does_not_compile_for_is_not_emitted(monkeypatch):
     assert not any(name.startswith("avx") for name in vectors.features.__wrapped__())
 
 
+def test_without_a_folder_to_keep_it_in_code_is_compiled_anew(monkeypatch):
+    """Numba raises where it is asked to keep a function and may not write, as in many a container."""
+    from numba.core import caching
+
+    from seedlm.codes import compiled
+
+    assert compiled.KEPT
+    monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    assert not compiled.can_be_kept()
+
+
+def test_where_numba_must_not_compile_another_backend_is_chosen(monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert not backend.choose("auto", CPU, parse_format("4"), (64, 256)).name.startswith("numba")
+
+
 ARM = "aarch64-unknown-linux-gnu"
 
 

@@ -5,6 +5,7 @@ from functools import lru_cache
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from seedlm.codes.compiled import KEPT
 from seedlm.codes.threads import Kernel
 from seedlm.codes.vectors import (
     F32,
@@ -177,7 +178,7 @@ def rotation() -> Kernel:
     pieces. x, signs, y and what to work in are addresses.
     """
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
     def rotate(job):
         tokens, x, kind, width, block, y, y_kind, pieces = job[1], job[2], job[3], job[4], job[5], job[8], job[9], job[10]
         signs = carray(as_pointer(job[6]), (block,), np.float32)

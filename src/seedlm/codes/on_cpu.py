@@ -1,6 +1,7 @@
 """What the families' CPU backends share: which dtypes kernels know, how work is cut, products of many tokens by tiles."""
 
 import importlib.util
+import os
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -30,6 +31,8 @@ def reason_unavailable(name: str, device: torch.device) -> str | None:
         return f"backend {name!r} works on the CPU, the codes are on {device}"
     if importlib.util.find_spec("numba") is None:
         return f"backend {name!r} needs numba: pip install numba"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return f"backend {name!r} is compiled by numba, which NUMBA_DISABLE_JIT forbids"
     return None
 
 
