@@ -1,5 +1,6 @@
 """Products on a CPU, both families, against the definition in float64."""
 
+import ctypes
 import mmap
 import os
 import platform
@@ -116,6 +117,12 @@ def test_hard_inputs(spec):
     assert not weight.multiply(torch.zeros(1, 700)).any()
 
 
+@pytest.mark.parametrize("tokens", [8, 513])
+def test_sums_are_not_infinite_before_a_weight_has_its_scale(tokens):
+    weight = Weight(TRELLIS[3], (65, 700))
+    assert weight.error(torch.randn(tokens, 700).clamp(-1, 1) * 1e36) < 1e-4
+
+
 @pytest.mark.parametrize("spec", [TRELLIS[3], PRESETS["4"].spec])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_what_is_not_finite_stays_so_in_its_token(spec, value):
@@ -145,6 +152,16 @@ def test_dtypes_layouts_and_shared_inputs(spec, dtype):
         assert [(each.shape, each.dtype) for each in transformed] == [(each.shape, each.dtype) for each in empty]
         assert torch.equal(weight.multiply(x.unsqueeze(0), bias, transformed), found)
     assert weight.multiply(torch.empty(0, 70, dtype=dtype)).shape == (0, 45)
+
+
+@pytest.mark.parametrize("spec", [TRELLIS[3], BLOCK[2], "block-k8-c5-p2-q3-e3"])
+def test_products_are_where_their_inputs_are(spec):
+    """Wherever new tensors are made: memory elsewhere has no address that a kernel may write to."""
+    weight = Weight(spec, (40, 300))
+    for x in (torch.randn(1, 300), torch.randn(513, 300)):
+        expected = weight.multiply(x)
+        with torch.device("meta"):
+            assert torch.equal(weight.multiply(x), expected)
 
 
 @pytest.mark.parametrize("spec", [TRELLIS[2], PRESETS["3"].spec])
@@ -179,28 +196,27 @@ def test_int8_activations_are_coarser_and_asked_for():
     assert 1e-3 < weight.error(torch.randn(4, 512)) < 2e-2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks for a page that may not be read")
-@pytest.mark.parametrize("spec", [*TRELLIS[:8], *BLOCK[:7]])
-def test_nothing_is_read_past_the_words(spec):
-    import ctypes
-
-    weight = Weight(spec, (64, 131))
-    words = weight.prepared[0]
+def before_a_wall(words):
+    """The same words at the end of what may be read (on Linux)."""
+    if sys.platform != "linux":
+        return words
     size = -(-words.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     pages = mmap.mmap(-1, size + mmap.PAGESIZE)
-    held = ctypes.c_char.from_buffer(pages)
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(ctypes.addressof(held) + size), mmap.PAGESIZE, 0) == 0
-    try:
-        placed = torch.frombuffer(pages, dtype=torch.int32, offset=size - words.nbytes, count=words.numel()).view_as(words)
-        placed.copy_(words)
-        for tokens in (1, 513):
-            x = torch.randn(tokens, 131)
-            expected = weight.multiply(x)
-            found = weight.backend.linear(x, [placed, *weight.prepared[1:]], weight.format, weight.shape, None)
-            assert torch.equal(found, expected)
-    finally:
-        libc.mprotect(ctypes.c_void_p(ctypes.addressof(held) + size), mmap.PAGESIZE, 3)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), mmap.PAGESIZE, 0) == 0
+    placed = torch.frombuffer(pages, dtype=torch.int32, offset=size - words.nbytes, count=words.numel()).view_as(words)
+    return placed.copy_(words)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for a page that may not be read")
+@pytest.mark.parametrize("width", [131, 257])
+@pytest.mark.parametrize("spec", [*TRELLIS[:8], *BLOCK[:7]])
+def test_nothing_is_read_past_the_words(spec, width):
+    weight = Weight(spec, (64, width))
+    inputs = [torch.randn(tokens, width) for tokens in (1, 8, 513)]
+    expected = [weight.multiply(x) for x in inputs]
+    weight.prepared[0] = before_a_wall(weight.prepared[0])
+    assert all(torch.equal(weight.multiply(x), y) for x, y in zip(inputs, expected, strict=True))
 
 
 X86 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16"
@@ -216,9 +232,12 @@ torch.save(products(sys.argv[3:]), sys.argv[2])
 
 
 def products(specs):
-    """Of a token with a weight of each format."""
-    x = torch.randn(1, 389, generator=torch.Generator().manual_seed(0))
-    return [Weight(spec, (133, 389)).multiply(x) for spec in specs]
+    """Of a token with a weight of each format, at the end of what may be read."""
+    x = torch.randn(1, 257, generator=torch.Generator().manual_seed(0))
+    weights = [Weight(spec, (133, 257)) for spec in specs]
+    for weight in weights:
+        weight.prepared[0] = before_a_wall(weight.prepared[0])
+    return [weight.multiply(x) for weight in weights]
 
 
 def products_there(file, specs, **environment):
@@ -240,6 +259,34 @@ def test_other_processors_give_the_same_bits(tmp_path, way, features):
     assert torch.equal(there[0], here[0])
     assert torch.equal(there[1], here[1])
     assert float((there[2] - here[2]).norm() / here[2].norm()) < 1e-6
+
+
+def test_what_numba_does_not_compile_for_is_not_emitted(monkeypatch):
+    """LLVM ends the process over an instruction that it was told not to use."""
+    from numba.core import config
+
+    from seedlm.codes import vectors
+
+    monkeypatch.setattr(config, "CPU_FEATURES", None)
+    monkeypatch.setattr(config, "ENABLE_AVX", 0)
+    assert not any(name.startswith("avx") for name in vectors.features.__wrapped__())
+
+
+def test_without_a_folder_to_keep_it_in_code_is_compiled_anew(monkeypatch):
+    """Numba raises where it is asked to keep a function and may not write, as in many a container."""
+    from numba.core import caching
+
+    from seedlm.codes import compiled
+
+    assert compiled.KEPT
+    monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    assert not compiled.can_be_kept()
+
+
+def test_where_numba_must_not_compile_another_backend_is_chosen(monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert not backend.choose("auto", CPU, parse_format("4"), (64, 256)).name.startswith("numba")
 
 
 ARM = "aarch64-unknown-linux-gnu"

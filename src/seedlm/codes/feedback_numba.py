@@ -6,8 +6,10 @@ Torch needs some thirty small operations a column for it, which on a GPU are all
 import numpy as np
 from numba import njit
 
+from seedlm.codes.compiled import KEPT
 
-@njit(nogil=True, cache=True, error_model="numpy")
+
+@njit(nogil=True, cache=KEPT, error_model="numpy")
 def factor_panel(columns: np.ndarray, least: float) -> None:
     """`feedback._factor_panel` of float64 [batch, panel, rest], in place."""
     for b in range(columns.shape[0]):

@@ -5,6 +5,7 @@ from functools import lru_cache
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from seedlm.codes.compiled import KEPT
 from seedlm.codes.threads import Kernel
 from seedlm.codes.vectors import (
     F32,
@@ -145,7 +146,7 @@ def rotate_row(x, kind, token, width, padded, block, signs, row):
 
     kind      of x, as `on_cpu.KINDS`
     returns   a power of two that the row is to be multiplied by: tiny inputs are made larger, so that their scales are no
-              subnormal numbers
+              subnormal numbers, and huge ones smaller, so that their sums are finite before a weight's scale is applied
     """
     values = carray(as_pointer(row), (padded,), np.float32)
     if kind == 0:
@@ -156,12 +157,16 @@ def rotate_row(x, kind, token, width, padded, block, signs, row):
         read_bfloat16(x + 2 * width * token, row, width)
     for i in range(width, padded):
         values[i] = np.float32(0)
-    tiny = largest_bits(row, width) < np.int32(67 << 23)
-    if tiny:
+    largest, lift = largest_bits(row, width), np.float32(1)
+    if largest < np.int32(67 << 23):
+        lift = np.float32(2.0**-64)
+    elif largest >= np.int32(222 << 23):
+        lift = np.float32(2.0**64)
+    if lift != np.float32(1):
         for i in range(width):
-            values[i] *= np.float32(2.0**64)
+            values[i] *= np.float32(1) / lift
     forward(row, width, block, signs)
-    return np.float32(2.0**-64) if tiny else np.float32(1)
+    return lift
 
 
 @lru_cache(maxsize=1)
@@ -172,7 +177,7 @@ def rotation() -> Kernel:
     pieces. x, signs, y and what to work in are addresses.
     """
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
     def rotate(job):
         tokens, x, kind, width, block, y, y_kind, pieces = job[1], job[2], job[3], job[4], job[5], job[8], job[9], job[10]
         signs = carray(as_pointer(job[6]), (block,), np.float32)

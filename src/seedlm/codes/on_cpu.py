@@ -1,6 +1,7 @@
 """What the families' CPU backends share: which dtypes kernels know, how work is cut, products of many tokens by tiles."""
 
 import importlib.util
+import os
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -30,6 +31,8 @@ def reason_unavailable(name: str, device: torch.device) -> str | None:
         return f"backend {name!r} works on the CPU, the codes are on {device}"
     if importlib.util.find_spec("numba") is None:
         return f"backend {name!r} needs numba: pip install numba"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return f"backend {name!r} is compiled by numba, which NUMBA_DISABLE_JIT forbids"
     return None
 
 
@@ -57,5 +60,5 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     kept: Tensor | None = getattr(_kept, "tile", None)
     if kept is None or kept.numel() < count * dtype.itemsize:
         with torch.inference_mode(False):
-            kept = _kept.tile = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+            kept = _kept.tile = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
     return kept[: count * dtype.itemsize].view(dtype)

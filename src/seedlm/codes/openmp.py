@@ -17,6 +17,7 @@ import torch
 from llvmlite import ir
 from numba import cfunc, types
 
+from seedlm.codes.compiled import KEPT
 from seedlm.codes.team import atomic, call_kernel
 from seedlm.codes.vectors import I32, I64, call, intrinsic, pointer
 
@@ -52,7 +53,7 @@ def _now(typingctx):
     return types.intp(), codegen
 
 
-@cfunc(types.void(types.intp), cache=True)
+@cfunc(types.void(types.intp), cache=KEPT)
 def _take_part(region):
     """What every thread of a region does: the job, then a note of when it found no more of it, if that is the earliest."""
     call_kernel(_at(region), region + 16)

@@ -19,6 +19,7 @@ from llvmlite import ir
 from llvmlite.binding import address_of_symbol, get_default_triple
 from numba import cfunc, types
 
+from seedlm.codes.compiled import KEPT
 from seedlm.codes.vectors import I32, I64, call, intrinsic, pointer
 
 _JOB, _KERNEL, _SERIAL, _INSIDE, _TAKEN = 0, 64, 128, 192, 256
@@ -89,7 +90,7 @@ def _give_way(typingctx):
     return types.void(), codegen
 
 
-@cfunc(types.void(types.intp, types.intp, types.intp), cache=True)
+@cfunc(types.void(types.intp, types.intp, types.intp), cache=KEPT)
 def _lead(board, kernel, job):
     """Do a job, with whoever comes."""
     if _exchange(board + _TAKEN, 1):
@@ -105,7 +106,7 @@ def _lead(board, kernel, job):
     _exchange(board + _TAKEN, 0)
 
 
-@cfunc(types.void(types.intp), cache=True)
+@cfunc(types.void(types.intp), cache=KEPT)
 def _help(board):
     """Take part in jobs until there has been none for a while."""
     idle, last = 0, 0

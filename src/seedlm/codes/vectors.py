@@ -13,9 +13,10 @@ from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_default_triple, get_host_cpu_features
+from llvmlite.binding import get_default_triple
 from numba import carray, extending, njit, types
 from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 
 LANES: Final = 16
 
@@ -28,10 +29,10 @@ intrinsic: Any = extending.intrinsic
 
 @lru_cache(maxsize=1)
 def features() -> frozenset[str]:
-    """What numba compiles for: the host's features, or those of ``NUMBA_CPU_FEATURES``."""
-    if (asked := getattr(config, "CPU_FEATURES", None)) is not None:
-        return frozenset(name[1:] for name in asked.split(",") if name.startswith("+"))
-    return frozenset(name for name, there in get_host_cpu_features().items() if there)
+    """What numba compiles for: the host's features (without AVX if ``NUMBA_ENABLE_AVX=0``), or ``NUMBA_CPU_FEATURES``."""
+    if (found := getattr(config, "CPU_FEATURES", None)) is None:
+        found = get_host_cpu_features()
+    return frozenset(name[1:] for name in found.split(",") if name.startswith("+"))
 
 
 def byte_products() -> str:

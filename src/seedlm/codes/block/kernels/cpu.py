@@ -74,7 +74,7 @@ class NumbaBackend(DequantizingBackend):
             return self._wide(inputs, prepared, plan, shape, bias)
         from seedlm.codes.block.kernels import numba_product
 
-        y, words = torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype), prepared[0].contiguous()
+        y, words = x.new_empty(*x.shape[:-1], shape[0]), prepared[0].contiguous()
         bias = None if bias is None else bias.to(y.dtype).contiguous()
         places = (words.data_ptr(), prepared[1].data_ptr(), plan.tables.data_ptr(), 0 if bias is None else bias.data_ptr())
         pieces = max(1, min(shape[0], shape[0] * shape[1] // PIECE))
@@ -100,7 +100,7 @@ class NumbaBackend(DequantizingBackend):
 
         def form(tile: Tensor, first: int) -> None:
             pieces = min(len(tile), 64)
-            scratch = torch.empty(pieces * plan.width, dtype=torch.float32)
+            scratch = torch.empty(pieces * plan.width, dtype=torch.float32, device=tile.device)
             places = (words[first:].data_ptr(), prepared[1].data_ptr(), plan.tables.data_ptr(), 0, scratch.data_ptr())
             numbers = (pieces, len(tile), words.shape[1], plan.groups)
             kernel.share((*numbers, *places, tile.data_ptr(), KINDS[x.dtype]), pieces)

@@ -27,6 +27,7 @@ from torch import Tensor
 from seedlm.codes.block.basis import cycle_states, seed_positions
 from seedlm.codes.block.codec import block_scale
 from seedlm.codes.block.format import BlockFormat
+from seedlm.codes.compiled import KEPT
 from seedlm.codes.threads import share_rows
 
 _with: Any = registers.tuple_setitem
@@ -41,7 +42,7 @@ def dequantize(words: Tensor, scales: Tensor, in_features: int, format: BlockFor
     returns    float32 [out, in_features]
     """
     kernel = _kernel(format)
-    weight = torch.empty(len(words), in_features, dtype=torch.float32)
+    weight = torch.empty(len(words), in_features, dtype=torch.float32, device="cpu")
     source, factors, target = words.contiguous().numpy(), scales.numpy(), weight.numpy()
 
     def rows(first: int, last: int) -> None:
@@ -98,7 +99,7 @@ def _compile(format: BlockFormat, length: int) -> Any:
     at_zero, q_zero = (np.uint32(0),) * count, (integer(0),) * count
     sums_zero, weights_zero = (integer(0),) * lanes, (np.float32(0),) * lanes
 
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @njit(nogil=True, cache=KEPT, error_model="numpy")
     def dequantize_rows(words, start, table, scales, weight):
         in_features = weight.shape[1]
         for r in range(len(words)):

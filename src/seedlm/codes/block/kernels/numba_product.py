@@ -21,6 +21,7 @@ from numba.core import cgutils
 
 from seedlm.codes.block.format import BlockFormat
 from seedlm.codes.block.kernels.tables import bit_string
+from seedlm.codes.compiled import KEPT
 from seedlm.codes.threads import Kernel
 from seedlm.codes.vectors import (
     F32,
@@ -307,7 +308,7 @@ def product(format: BlockFormat, tokens: int) -> Kernel:
     words_of_group = format.block_bits // 2
     loaded = LANES if words_of_group <= LANES else 2 * LANES
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
     def multiply(job):
         pieces, rows, length, count, words = job[1], job[2], job[3], job[4], job[5]
         scales, tables, bias, x, y, kind = job[6], job[7], job[8], job[9], job[10], job[11]
@@ -364,7 +365,7 @@ def arrangement() -> Kernel:
     Its job: tokens, x [tokens, width], its kind, width, groups, C, y [tokens, groups, C, 16], its kind: that of x, or float32.
     """
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
     def arrange(job):
         tokens, x, kind, width, count, c, y, y_kind = job[1], job[2], job[3], job[4], job[5], job[6], job[7], job[8]
         length = 16 * c * count

@@ -35,6 +35,7 @@ from seedlm.codes import simd
 from seedlm.codes.block.codec import BlockCodes
 from seedlm.codes.block.format import BlockFormat, Rounding
 from seedlm.codes.block.search.numba_tables import ENERGY_UNIT, SHARE, UNIT, plan
+from seedlm.codes.compiled import KEPT
 from seedlm.codes.simd import LANES
 
 _FLOAT_MARGIN = 1e-5
@@ -295,7 +296,7 @@ def _fixed_bar(score, energy, margin):
     return np.int16(max(-1.0, math.floor((-score / energy - margin) * ENERGY_UNIT)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=KEPT)
 def _run(dims, blocks, code, plan, tables, out):
     """Search float32 [N, C] blocks; results into the arrays of `out`."""
     size, count = len(dims[0]), len(dims[1])

@@ -63,7 +63,7 @@ class NumbaBackend:
                 where: tuple[int, ...] = (y.data_ptr(),)
             else:
                 pieces = min(tokens, _ROTATING)
-                rows = torch.empty(pieces * in_features, dtype=torch.float32)
+                rows = torch.empty(pieces * in_features, dtype=torch.float32, device=x.device)
                 where = (rows.data_ptr(), y.data_ptr(), KINDS[y.dtype], pieces)
             plan.kernel.share((tokens, x.data_ptr(), KINDS[x.dtype], *plan.numbers, *where), tokens)
         return made
@@ -93,13 +93,13 @@ class NumbaBackend:
                 lambda tile, first: _form(tile, first // SEGMENT_ROWS, prepared, trellis, shape, rotated=True),
                 bias,
             )
-        y = torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype)
+        y = x.new_empty(*x.shape[:-1], shape[0])
         self._multiply(tokens, inputs, prepared, trellis, shape, bias, y)
         return y
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         assert isinstance(format, TrellisFormat)
-        weight = torch.empty(shape, dtype=torch.float32)
+        weight = torch.empty(shape, dtype=torch.float32, device=prepared[0].device)
         _form(weight, 0, prepared, format, shape, rotated=False)
         return weight.to(dtype)
 

@@ -21,6 +21,7 @@ from llvmlite import ir
 from numba import carray, cfunc, types
 from numba.core import cgutils
 
+from seedlm.codes.compiled import KEPT
 from seedlm.codes.hadamard_numba import largest_bits, rotate_row
 from seedlm.codes.threads import Kernel
 from seedlm.codes.trellis.kernels import numba_pairs
@@ -192,7 +193,7 @@ def rotation(rate: int, exact: bool) -> Kernel:
     """
     levels = LEVELS if exact else 127
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
     def rotate(job):
         tokens, x, kind, width, block = job[1], job[2], job[3], job[4], job[5]
         signs = carray(as_pointer(job[6]), (block,), np.float32)
@@ -233,7 +234,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
     count = len(rows_of_sums)
     size, room = tokens * count, 4 * tokens * count
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
     def multiply(job):
         pieces, length, total, strip, width, rows = job[1], job[2], job[3], job[4], job[5], job[6]
         words, bias, records, y, kind = job[7], job[9], job[10], job[11], job[12]
@@ -253,7 +254,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
                 for group in range(groups):
                     used, at = min(256, width - 256 * group), 1024 * rate * group
                     steps, end, record = -(-used // columns), -1, records + 64 + group * RECORD
-                    if group == groups - 1:
+                    if group >= groups - 2:  # a step of the last but one may reach past a short last one
                         end = steps - 1
                         copy_end(own + at, after + at, 4 * rate * columns * end, rate * (used - columns * end), tail)
                     _multiply(own + at, after + at, record, steps, stride, place, end, tail, rate, state_bits, exact, tokens)

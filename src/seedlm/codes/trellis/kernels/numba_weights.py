@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import carray, cfunc, types
 from numba.core import cgutils
 
+from seedlm.codes.compiled import KEPT
 from seedlm.codes.hadamard_numba import inverse
 from seedlm.codes.threads import Kernel
 from seedlm.codes.trellis.format import SEGMENT_ROWS
@@ -70,7 +71,7 @@ def weights(rate: int, state_bits: int) -> Kernel:
     """
     columns = LANES // rate
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
     def form(job):
         count, first, total, strip, width, rows = job[1], job[2], job[3], job[4], job[5], job[6]
         words, y, kind, block = job[7], job[9], job[10], job[11]
@@ -86,7 +87,7 @@ def weights(rate: int, state_bits: int) -> Kernel:
             for group in range(groups):
                 used, at = min(256, width - 256 * group), 1024 * rate * group
                 steps, end = -(-used // columns), -1
-                if group == groups - 1:
+                if group >= groups - 2:  # a step of the last but one may reach past a short last one
                     end = steps - 1
                     copy_end(own + at, after + at, 4 * rate * columns * end, rate * (used - columns * end), tail)
                 _values(own + at, after + at, steps, place, end, tail, rate, state_bits)

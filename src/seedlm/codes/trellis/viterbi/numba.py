@@ -19,6 +19,7 @@ from numba import njit
 from torch import Tensor
 
 from seedlm.codes import simd
+from seedlm.codes.compiled import KEPT
 from seedlm.codes.simd import LANES
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import Trellis
@@ -238,7 +239,7 @@ def _trace(machine, given, first, steps, stop, costs, kept, lane, group, start, 
     return group
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=KEPT)
 def _encode(machine, given, overlap, tables, symbols):
     """Encode up to 32 sequences: given float32 [2, T * 32] targets and roots; the rows' bits go to symbols uint8 [lanes, T]."""
     rate, state_bits, _, _, _, step = machine
