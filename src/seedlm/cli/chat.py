@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from seedlm.cli.console import note
 from seedlm.cli.options import Dequantize, Device, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
 from seedlm.errors import SourceError
 from seedlm.storage.untrusted import printable
@@ -36,6 +37,8 @@ def chat(
     found = find(model)
     if not trust_remote_code:
         check_chat(model, found.path)
+    if not sys.stderr.isatty():  # where no bar will tell
+        note(f"{model}: {found}; loading")
     from transformers.utils import logging  # and torch: what was mistyped has been answered without them
 
     from seedlm.integrations.transformers.generate import Drawing, Writer

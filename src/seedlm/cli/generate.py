@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from seedlm.cli.console import stopped
+from seedlm.cli.console import note, stopped
 from seedlm.cli.options import Dequantize, Device, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
 from seedlm.progress import say
 
@@ -34,6 +34,8 @@ def generate(
     found = find(model)
     if chat and not trust_remote_code:
         check_chat(model, found.path)
+    if not sys.stderr.isatty():  # where no bar will tell
+        note(f"{model}: {found}; loading")
     from transformers.utils import logging  # and torch: what was mistyped has been answered without them
 
     from seedlm.integrations.transformers.generate import Drawing, Timing
