@@ -231,4 +231,6 @@ def test_generating_can_be_stopped_at_any_token(forked):
     assert process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=60)
-    assert (process.returncode, shown) == (130, b"seedlm: stopped\n")
+    loading, stopped = shown.splitlines()
+    assert (process.returncode, stopped) == (130, b"seedlm: stopped")
+    assert loading.endswith(b"; loading")
