@@ -9,12 +9,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-FEW: Final = 8
-"""Tokens that are multiplied in registers; for more a tile of rows at a time is formed for torch's product."""
-
-AT_ONCE: Final = 4
-"""Of them, those that share the decoding of a weight: more have no registers for their sums."""
-
 PIECE: Final = 1 << 15
 """Weights that a thread takes at a time: some microseconds."""
 

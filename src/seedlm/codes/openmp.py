@@ -1,8 +1,8 @@
 """Torch's own OpenMP threads for kernels of microseconds, while they are on time.
 
 Between two of our kernels torch runs some of its own: attention alone is ten parallel regions a layer. After each of them its
-threads look for the next one and keep their cores, so that helpers of our own hardly run: a token of a small model takes 1.5
-times as long (docs/log/products_cpu.md). So torch's are asked first. But a region ends when every thread has been there, and on
+threads look for the next one and keep their cores, so that helpers of our own hardly run
+(docs/log/products_cpu.md). So torch's are asked first. But a region ends when every thread has been there, and on
 a machine that does other work as well that takes a turn of the scheduler, 10 ms and more. A region says how late it ended, and
 whoever wants no more of that takes helpers that nobody waits for (`team`).
 """

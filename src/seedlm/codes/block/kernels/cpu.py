@@ -2,7 +2,7 @@
 
 By the number of tokens, for formats that `numba_product` serves (all presets):
 
-    to `FEW`   decoded and multiplied in registers, in float32
+    to `_FEW`   decoded and multiplied in registers, in float32
     more       a tile of rows at a time is formed in x's dtype for torch's product
 
 For other formats the weight is formed by `numba_dequantize`, in x's dtype.
@@ -10,7 +10,7 @@ For other formats the weight is formed by `numba_dequantize`, in x's dtype.
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,13 @@ from seedlm.codes import on_cpu
 from seedlm.codes.base import CODES, Format
 from seedlm.codes.block.format import BlockFormat
 from seedlm.codes.dequantizing import DequantizingBackend
-from seedlm.codes.on_cpu import AT_ONCE, FEW, KINDS, PIECE
+from seedlm.codes.on_cpu import KINDS, PIECE
+
+_FEW: Final = 8
+"""Tokens that are multiplied in registers; for more a tile of rows at a time is formed for torch's product."""
+
+_AT_ONCE: Final = 4
+"""Of them, those that share the decoding of a weight: more have no registers for their sums."""
 
 
 class NumbaBackend(DequantizingBackend):
@@ -41,7 +47,7 @@ class NumbaBackend(DequantizingBackend):
         tokens, plan = x.numel() // in_features, _plan(cast(BlockFormat, format), in_features)
         if plan is None or tokens == 0:
             return []
-        dtype = x.dtype if tokens > FEW and x.dtype in KINDS else torch.float32
+        dtype = x.dtype if tokens > _FEW and x.dtype in KINDS else torch.float32
         return [torch.empty((*x.shape[:-1], plan.width), dtype=dtype, device=x.device)]
 
     def transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
@@ -70,7 +76,7 @@ class NumbaBackend(DequantizingBackend):
             wide = None if bias is None else bias.float()
             return self.linear(x.float(), prepared, format, shape, wide, transformed).to(x.dtype)
         (inputs,) = transformed or self.transform(x, format, shape[1])
-        if tokens > FEW:
+        if tokens > _FEW:
             return self._wide(inputs, prepared, plan, shape, bias)
         from seedlm.codes.block.kernels import numba_product
 
@@ -78,8 +84,8 @@ class NumbaBackend(DequantizingBackend):
         bias = None if bias is None else bias.to(y.dtype).contiguous()
         places = (words.data_ptr(), prepared[1].data_ptr(), plan.tables.data_ptr(), 0 if bias is None else bias.data_ptr())
         pieces = max(1, min(shape[0], shape[0] * shape[1] // PIECE))
-        for first in range(0, tokens, AT_ONCE):
-            kernel = numba_product.product(plan.format, min(AT_ONCE, tokens - first))
+        for first in range(0, tokens, _AT_ONCE):
+            kernel = numba_product.product(plan.format, min(_AT_ONCE, tokens - first))
             at = (inputs.data_ptr() + 4 * plan.width * first, y.data_ptr() + first * shape[0] * y.element_size())
             kernel.share((pieces, shape[0], words.shape[1], plan.groups, *places, *at, KINDS[y.dtype]), pieces)
         return y

@@ -7,8 +7,7 @@ that, and half of what a second column left, are two int16, which `vpdpwssd` mul
 a weight is formed once, and another token costs half an instruction for 16 weights.
 
 A *step* is 16 / w columns: the first half of them, and those that they are paired with. w words of a column lie in one register
-(`_together`); so many registers as hold all R words follow one another. At 4 bits, 128 weights and a token are 35 instructions,
-16 clocks of a Zen 4.
+(`_together`); so many registers as hold all R words follow one another. At 4 bits, 128 weights and a token are 35 instructions.
 """
 
 import itertools
@@ -43,7 +42,7 @@ _ROOM: Final = 18
 """Registers for sums: more steps through the words if there are more of them."""
 
 _AHEAD: Final = 2048
-"""Bytes from the words that are multiplied to those that are asked for, 10 % of the time of a weight that comes from memory."""
+"""Bytes from the words that are multiplied to those that are asked for."""
 
 
 def available() -> bool:
