@@ -96,13 +96,22 @@ def input_plan(
     few = tokens <= sources.MOST_PARTS
     cluster, warps, _ = sources.rotate_blocks(transform, in_features, nvrtc.architecture(index), few)
     text = sources.rotate_source(transform, in_features, nvrtc.architecture(index), halves, few)
-    numbers = (in_features, -(-in_features // unit) * unit, base, limit, nvrtc.TYPES[dtype], zeros, -(-tokens // width) * width)
+    numbers = (
+        in_features,
+        -(-in_features // unit) * unit,
+        base,
+        limit,
+        nvrtc.TYPES[dtype],
+        zeros,
+        tokens,
+        -(-tokens // width) * width,
+    )
     return InputPlan(
         tokens=tokens,
         in_features=in_features,
         kind=kind,
-        kernel=nvrtc.load(text, "rotate", "PPPPPiiiiiii", device=torch.device("cuda", index), overlap=overlap),
-        grid=(tokens * cluster,),
+        kernel=nvrtc.load(text, "rotate", "PPPPPiiiiiiii", device=torch.device("cuda", index), overlap=overlap),
+        grid=(tokens * cluster + sources.clearing_blocks(zeros, warps * 32, cluster),),
         block=warps * 32,
         numbers=numbers,
         x_scale=x_scale,

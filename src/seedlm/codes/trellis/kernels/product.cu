@@ -29,7 +29,7 @@
 // NEIGHBOURS (1: the strip's next segment is not always in the same panel, so its first words are fetched too).
 
 constexpr int STEP = 16;
-constexpr int FINISHERS = 128, THREADS = WARPS * 32 + FINISHERS;
+constexpr int FINISHERS = 128, THREADS = WARPS * 32 + FINISHERS, FINISHED = 256 / FINISHERS;  // rows of a finisher
 constexpr bool NARROW = TILES == 0;
 constexpr int FRAGMENTS = NARROW ? 8 : 16;
 constexpr int COLUMN_TILES = NARROW ? 1 : TILES;
@@ -227,10 +227,10 @@ struct Share {
   }
 };
 
-// What a finisher knows of a panel before its sums are there. A thread has two rows, 128 apart.
+// What a finisher knows of a panel before its sums are there. Its rows lie FINISHERS apart.
 struct Rows {
   int panel, shares, slot, slots;
-  float factors[2], biases[2], first_x_scale;
+  float factors[FINISHED], biases[FINISHED], first_x_scale;
   long long first_middle;
 
   DEVICE Rows(const Problem& p, const Share& share, int panel, int thread) : panel(panel) {
@@ -240,7 +240,7 @@ struct Rows {
     first_middle = middle_of(p, 0), first_x_scale = p.x_scale[0];
     const float scale = *p.scale;
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < FINISHED; k++) {
       const int row = panel * 256 + k * FINISHERS + thread;
       factors[k] = row < p.out ? from_half(p.row_scales[row]) * scale : 0.0f;
       biases[k] = row < p.out && p.bias ? load_number(p.bias, row, p.type) : 0.0f;
@@ -253,27 +253,36 @@ struct Rows {
     return p.parts_each == 2 ? (long long)p.x_sum[part] * p.half_base + p.x_sum[part + 1] : p.x_sum[part];
   }
 
+  // A token's rows are together on their way to memory and back.
   DEVICE void finish(const Problem& p, int* totals, int thread) const {
     const int parts = p.tokens * p.parts_each;
     for (int token = 0; token < p.tokens; token++) {
       const int part = token * p.parts_each;
       const long long middle = token ? middle_of(p, token) : first_middle;
       const float x_scale = token ? p.x_scale[token] : first_x_scale;
+      u64* words = p.sums + ((u64)token * slots + slot) * 256 + thread;
+      u64 sum[FINISHED];
 #pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const int row = k * FINISHERS + thread, y_row = panel * 256 + row;
-        long long sum = total(totals, parts, row, part);
-        if (p.parts_each == 2) sum = sum * p.half_base + total(totals, parts, row, part + 1);
-        if (y_row >= p.out) continue;
+      for (int k = 0; k < FINISHED; k++) {
+        long long mine = total(totals, parts, k * FINISHERS + thread, part);
+        if (p.parts_each == 2) mine = mine * p.half_base + total(totals, parts, k * FINISHERS + thread, part + 1);
+        sum[k] = (u64)mine;
+      }
+      if (shares > 1) {
+#pragma unroll
+        for (int k = 0; k < FINISHED; k++) sum[k] += 1ull << 48, sum[k] += atomicAdd(words + k * FINISHERS, sum[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < FINISHED; k++) {
+        const int y_row = panel * 256 + k * FINISHERS + thread;
         if (shares > 1) {
-          const u64 mine = (1ull << 48) + (u64)sum;
-          u64* word = p.sums + ((u64)token * slots + slot) * 256 + row;
-          const u64 now = atomicAdd(word, mine) + mine, arrived = (now + (1ull << 47)) >> 48;
+          const u64 arrived = (sum[k] + (1ull << 47)) >> 48;
           if (arrived != shares) continue;
-          *word = 0;
-          sum = (long long)(now - (arrived << 48));
+          words[k * FINISHERS] = 0;
+          sum[k] -= arrived << 48;
         }
-        const float value = (float)(sum - 510 * middle) * factors[k] * x_scale;
+        if (y_row >= p.out) continue;
+        const float value = (float)((long long)sum[k] - 510 * middle) * factors[k] * x_scale;
         store_number(p.y, (u64)token * p.out + y_row, p.type, p.bias ? value + biases[k] : value);
       }
     }
@@ -338,6 +347,7 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
       }
       copies_wait<STAGES - 2>();
       __syncwarp();
+      ahead.fetch(p, ring + free, slot, lane);
       u32 raw[4 * R];
 #pragma unroll
       for (int i = 0; i < R; i++) {
@@ -352,7 +362,6 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
         if (NEIGHBOURS) w[j][R] = *(const u32*)(own + stage + (8 * PITCH + lane) * 16 + j * 4);
         else w[j][R] = __shfl_sync(~0u, w[j][0], next_lane);
       }
-      ahead.fetch(p, ring + free, slot, lane);
       multiply(w, x, acc, lane);
       free = stage;
       stage = stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;

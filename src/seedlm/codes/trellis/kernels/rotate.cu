@@ -5,7 +5,7 @@
 // NaN or Inf is the largest of all and becomes the token's scale: its outputs are not finite, as they should be.
 //
 // x_parts: int8 [steps][tokens * parts_each][16], zero past `in`. x_scale: float [tokens]. x_sum: int32 [parts], the sum of
-// the part's int8. `zero`: int32 [zeros], a multiple of 4, cleared on the way for the products that follow.
+// the part's int8. `zero`: int32 [zeros], a multiple of 4, cleared for the products that follow, by the blocks behind the tokens'.
 //
 // HALVES = 1, for `gemm`: no int8, but halves, x_parts being half [column blocks][padded][64] in that kernel's swizzle; a
 // token's scale is a power of two that takes its largest number to 2^13 .. 2^14.
@@ -27,6 +27,13 @@ DEVICE u32 cluster_rank() {
 DEVICE void cluster_started() {
 #if __CUDA_ARCH__ >= 900 && CLUSTER > 1
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+// A block that leaves hears what it has said.
+DEVICE void cluster_left() {
+#if __CUDA_ARCH__ >= 900 && CLUSTER > 1
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
@@ -67,15 +74,21 @@ __cluster_dims__(CLUSTER, 1, 1)
 #endif
 __launch_bounds__(WARPS * 32)
 rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int4* zero,
-       int in, int padded_in, int half_base, int levels, int type, int zeros, int padded_tokens) {
+       int in, int padded_in, int half_base, int levels, int type, int zeros, int tokens, int padded_tokens) {
   __shared__ u32 largest[WARPS];
   __shared__ u32 slots[CLUSTER];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rank = cluster_rank();
-  const int token = blockIdx.x / CLUSTER, tokens = gridDim.x / CLUSTER;
+  const int token = blockIdx.x / CLUSTER;
   const int parts_each = half_base ? 2 : 1, parts = tokens * parts_each;
   cluster_started();
   let_next_kernel_start();
   wait_for_previous_kernel();
+  if (token >= tokens) {
+    const int clearing = blockIdx.x - tokens * CLUSTER, apart = (gridDim.x - tokens * CLUSTER) * blockDim.x;
+    for (int i = clearing * blockDim.x + threadIdx.x; i < zeros / 4; i += apart) zero[i] = make_int4(0, 0, 0, 0);
+    cluster_left();
+    return;
+  }
 
   float v[ROUNDS][E];
   u32 top = 0;
@@ -98,7 +111,6 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int4* ze
   top = __reduce_max_sync(~0u, top);
   if (lane == 0) largest[warp] = top;
   if (!HALVES && rank == 0 && threadIdx.x < parts_each) x_sum[token * parts_each + threadIdx.x] = 0;
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < zeros / 4; i += gridDim.x * blockDim.x) zero[i] = make_int4(0, 0, 0, 0);
   __syncthreads();
   for (int i = 0; i < WARPS; i++) top = max(top, largest[i]);
   top = cluster_max(top, slots);
@@ -145,10 +157,7 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int4* ze
     if (half_base) store_part(to + 16, low);
   }
   high_sum = __reduce_add_sync(~0u, high_sum);
-  if (lane == 0) atomicAdd(x_sum + token * parts_each, high_sum);
-  if (half_base) {
-    low_sum = __reduce_add_sync(~0u, low_sum);
-    if (lane == 0) atomicAdd(x_sum + token * parts_each + 1, low_sum);
-  }
+  low_sum = __reduce_add_sync(~0u, low_sum);
+  if (lane < parts_each) atomicAdd(x_sum + token * parts_each + lane, lane ? low_sum : high_sum);
 #endif
 }

@@ -151,6 +151,11 @@ def rotate_blocks(transform: int, in_features: int, arch: int, few: bool) -> tup
     return cluster, warps, -(-pieces_of_token // (cluster * warps))
 
 
+def clearing_blocks(zeros: int, threads: int, cluster: int) -> int:
+    """Blocks of `rotate`, whole clusters, that clear so many int32, four times four in a thread."""
+    return -(-zeros // (16 * threads * cluster)) * cluster
+
+
 @cache
 def _text(name: str, headers: tuple[str, ...], defines: Defines) -> str:
     folder = Path(__file__).parent
