@@ -26,7 +26,7 @@ from torch import Tensor
 from seedlm import nvrtc
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.codes.trellis.kernels import sources
-from seedlm.codes.trellis.kernels.sources import DEPTH, FINISHERS, PANEL_ROWS, STEP, Variant
+from seedlm.codes.trellis.kernels.sources import DEPTH, PANEL_ROWS, STEP, Variant
 
 Kind = Literal["exact", "int8", "halves"]
 """What activations become: 16-bit integers in two int8 parts, int8, or halves; with a scale for each token."""
@@ -161,11 +161,12 @@ def product_plan(
     most = sources.most_shared(arch)
     blocks = sources.product_blocks(out_features, in_features, nvrtc.processors(index), variant)
     run, longer = divmod(sources.panels(out_features) * sources.steps(in_features), blocks)
+    inverse = min((1 << 32) // sources.steps(in_features), (1 << 32) - 1)
     return ProductPlan(
-        kernel=nvrtc.load(text, "product", "PPPPPPPPPiiiiiiiii", device=device, shared=most, overlap=overlap),
+        kernel=nvrtc.load(text, "product", "PPPPPPPPPiiiiiiiIII", device=device, shared=most, overlap=overlap),
         grid=(blocks,),
-        block=variant.warps * 32 + FINISHERS,
-        numbers=(*common, base, nvrtc.TYPES[dtype], run, longer),
+        block=variant.warps * 32 + variant.finishers,
+        numbers=(*common, base, nvrtc.TYPES[dtype], run, longer, inverse),
         shared=sources.shared_bytes(format, variant, parts),
     )
 

@@ -15,7 +15,7 @@
 //
 // Work is a line of steps of 16 columns, panel after panel, cut into equal runs for the blocks of the grid; inside a block
 // WARPS warps take turns. A warp fetches its steps STAGES - 1 ahead into shared memory, where it alone reads them. At the
-// end of a panel it leaves its sums in shared memory and goes on; four more warps add them up and finish the rows.
+// end of a panel it leaves its sums in shared memory and goes on; further warps add them up and finish the rows.
 //
 // Sums are exact integers, so atomics in any order give the same bits. A row that several blocks share is one 64-bit word in
 // `sums`: the sum in its lower 48 bits, above it how many blocks have added theirs. Whoever makes it complete scales, writes,
@@ -25,11 +25,11 @@
 // for each panel, or for each block (a block begins at most one shared panel), whichever are fewer.
 // x_scale: float [tokens]; x_sum: int32 [parts]; y: [tokens, out].
 //
-// Compile-time beside RATE, STATE_BITS, MULTIPLIER: WARPS (that decode), STAGES, TILES (0 is narrow),
+// Compile-time beside RATE, STATE_BITS, MULTIPLIER: WARPS (that decode), FINISHERS (threads), STAGES, TILES (0 is narrow),
 // NEIGHBOURS (1: the strip's next segment is not always in the same panel, so its first words are fetched too).
 
 constexpr int STEP = 16;
-constexpr int FINISHERS = 128, THREADS = WARPS * 32 + FINISHERS, FINISHED = 256 / FINISHERS;  // rows of a finisher
+constexpr int THREADS = WARPS * 32 + FINISHERS, FINISHED = 256 / FINISHERS;  // rows of a finisher
 constexpr bool NARROW = TILES == 0;
 constexpr int FRAGMENTS = NARROW ? 8 : 16;
 constexpr int COLUMN_TILES = NARROW ? 1 : TILES;
@@ -38,6 +38,7 @@ constexpr int PITCH = CHUNKS + (R == 2 || R == 6);     // in shared memory: chos
 constexpr int STAGE = (8 * PITCH + (NEIGHBOURS ? 32 : 0)) * 16;  // bytes
 constexpr int RING = WARPS * STAGES * STAGE;
 constexpr int ROW_PAD = 36, WIDE_PITCH = 65;  // against bank conflicts
+constexpr int TOGETHER = NARROW ? 1 : 4;      // tokens that are finished at once
 
 // With R = 4 and 8 a padding cannot do it: the chunks of a segment are exchanged among each other instead.
 DEVICE int swizzle(int segment, int chunk) {
@@ -77,7 +78,12 @@ struct Problem {
   void* y;
   u64* sums;
   int out, steps, segments, strip, tokens, parts_each, half_base, type;
-  u32 run, longer;
+  u32 run, longer, inverse;  // inverse: 2^32 / steps, rounded down
+
+  DEVICE u32 panel_of(u32 position) const {
+    const u32 panel = __umulhi(position, inverse);
+    return panel + ((panel + 1) * steps <= position);
+  }
 };
 
 // The warp's next step to fetch. The lane copies R chunks of 16 bytes: `at` is the first, the others lie `apart` from it.
@@ -98,7 +104,7 @@ struct Fetcher {
   }
 
   DEVICE void start(const Problem& p, int position, int end, int lane) {
-    panel = position / p.steps, step = position % p.steps;
+    panel = p.panel_of(position), step = position - panel * p.steps;
     left = position < end ? (end - position - 1) / WARPS + 1 : 0;
     if (left) place(p, lane);
   }
@@ -166,6 +172,8 @@ DEVICE int wide_slot(int row, int part) {
 DEVICE void barrier_init(u32 barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
+// All of the block, each thread where it stands.
+DEVICE void meet() { asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 DEVICE void barrier_arrive(u32 barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
@@ -227,17 +235,40 @@ struct Share {
   }
 };
 
-// What a finisher knows of a panel before its sums are there. Its rows lie FINISHERS apart.
+// atomicAdd, or 0; without a branch, at the end of which the compiler would wait for the result.
+DEVICE u64 add_if(bool wanted, u64* word, u64 value) {
+  u64 before = 0;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p atom.global.add.u64 %0, [%1], %2;\n}"
+               : "+l"(before) : "l"(word), "l"(value), "r"((u32)wanted) : "memory");
+  return before;
+}
+
+// What a finisher knows of some tokens: their scales, and the sums of their activations, 510 of which are in every row's.
+struct Tokens {
+  int first;
+  float scales[TOGETHER];
+  long long middles[TOGETHER];
+
+  DEVICE Tokens(const Problem& p, int first) : first(first) {
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++) {
+      const int token = min(first + i, p.tokens - 1), part = token * p.parts_each;
+      scales[i] = p.x_scale[token];
+      middles[i] = p.x_sum[part];
+      if (p.parts_each == 2) middles[i] = middles[i] * p.half_base + p.x_sum[part + 1];
+    }
+  }
+};
+
+// What it knows of a panel before its sums are there. Its rows lie FINISHERS apart.
 struct Rows {
   int panel, shares, slot, slots;
-  float factors[FINISHED], biases[FINISHED], first_x_scale;
-  long long first_middle;
+  float factors[FINISHED], biases[FINISHED];
 
   DEVICE Rows(const Problem& p, const Share& share, int panel, int thread) : panel(panel) {
     const int panels = (p.segments + 7) / 8, beginner = share.block_of(panel * p.steps);
     shares = share.block_of(panel * p.steps + p.steps - 1) - beginner + 1;
     slots = min(panels, (int)gridDim.x), slot = panels <= (int)gridDim.x ? panel : beginner;
-    first_middle = middle_of(p, 0), first_x_scale = p.x_scale[0];
     const float scale = *p.scale;
 #pragma unroll
     for (int k = 0; k < FINISHED; k++) {
@@ -247,59 +278,65 @@ struct Rows {
     }
   }
 
-  // The sum of a token's activations: 510 of it is in every row's sum of bytes.
-  static DEVICE long long middle_of(const Problem& p, int token) {
-    const int part = token * p.parts_each;
-    return p.parts_each == 2 ? (long long)p.x_sum[part] * p.half_base + p.x_sum[part + 1] : p.x_sum[part];
-  }
-
-  // A token's rows are together on their way to memory and back.
-  DEVICE void finish(const Problem& p, int* totals, int thread) const {
+  // Sums of rows and tokens go to memory together, since each takes as long as hundreds of instructions.
+  DEVICE void finish(const Problem& p, const Tokens& tokens, int* totals, int thread) const {
     const int parts = p.tokens * p.parts_each;
-    for (int token = 0; token < p.tokens; token++) {
-      const int part = token * p.parts_each;
-      const long long middle = token ? middle_of(p, token) : first_middle;
-      const float x_scale = token ? p.x_scale[token] : first_x_scale;
-      u64* words = p.sums + ((u64)token * slots + slot) * 256 + thread;
-      u64 sum[FINISHED];
+    u64* words = p.sums + slot * 256 + thread;
+    u64 sums[TOGETHER][FINISHED], others[TOGETHER][FINISHED];
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++) {
+      const int token = min(tokens.first + i, p.tokens - 1), part = token * p.parts_each;
 #pragma unroll
       for (int k = 0; k < FINISHED; k++) {
-        long long mine = total(totals, parts, k * FINISHERS + thread, part);
-        if (p.parts_each == 2) mine = mine * p.half_base + total(totals, parts, k * FINISHERS + thread, part + 1);
-        sum[k] = (u64)mine;
+        long long sum = total(totals, parts, k * FINISHERS + thread, part);
+        if (p.parts_each == 2) sum = sum * p.half_base + total(totals, parts, k * FINISHERS + thread, part + 1);
+        sums[i][k] = (u64)sum + (shares > 1 ? 1ull << 48 : 0);
       }
-      if (shares > 1) {
+    }
 #pragma unroll
-        for (int k = 0; k < FINISHED; k++) sum[k] += 1ull << 48, sum[k] += atomicAdd(words + k * FINISHERS, sum[k]);
-      }
+    for (int i = 0; i < TOGETHER; i++)
 #pragma unroll
       for (int k = 0; k < FINISHED; k++) {
-        const int y_row = panel * 256 + k * FINISHERS + thread;
+        u64* word = words + (u64)(tokens.first + i) * slots * 256 + k * FINISHERS;
+        others[i][k] = add_if(shares > 1 && tokens.first + i < p.tokens, word, sums[i][k]);
+      }
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++) {
+      const int token = tokens.first + i;
+      if (token >= p.tokens) break;
+#pragma unroll
+      for (int k = 0; k < FINISHED; k++) {
+        const int row = panel * 256 + k * FINISHERS + thread;
+        u64 sum = sums[i][k] + others[i][k];
         if (shares > 1) {
-          const u64 arrived = (sum[k] + (1ull << 47)) >> 48;
+          const u64 arrived = (sum + (1ull << 47)) >> 48;
           if (arrived != shares) continue;
-          words[k * FINISHERS] = 0;
-          sum[k] -= arrived << 48;
+          words[(u64)token * slots * 256 + k * FINISHERS] = 0;
+          sum -= arrived << 48;
         }
-        if (y_row >= p.out) continue;
-        const float value = (float)((long long)sum[k] - 510 * middle) * factors[k] * x_scale;
-        store_number(p.y, (u64)token * p.out + y_row, p.type, p.bias ? value + biases[k] : value);
+        if (row >= p.out) continue;
+        const float value = (float)((long long)sum - 510 * tokens.middles[i]) * factors[k] * tokens.scales[i];
+        store_number(p.y, (u64)token * p.out + row, p.type, p.bias ? value + biases[k] : value);
       }
     }
   }
 };
 
-// The last four warps: they wait for a panel's sums, of which there are two places, and finish its rows.
+// The last warps: they wait for a panel's sums, of which there are two places, and finish its rows.
 DEVICE void finish(const Problem& p, int* totals, int totals_size, u32 full, u32 drained) {
   const Share share(p.run, p.longer);
   const int thread = threadIdx.x - WARPS * 32;
+  meet();
   wait_for_previous_kernel();
+  const Tokens first(p, 0);
   int turn = 0;
-  for (u32 panel = share.begin / p.steps; panel * p.steps < share.end; panel++, turn++) {
+  for (u32 panel = p.panel_of(share.begin); panel * p.steps < share.end; panel++, turn++) {
     const int place = turn & 1;
     const Rows rows(p, share, panel, thread);
     barrier_wait(full + 8 * place, turn >> 1 & 1);
-    rows.finish(p, totals + place * totals_size, thread);
+    rows.finish(p, first, totals + place * totals_size, thread);
+    for (int token = TOGETHER; token < p.tokens; token += TOGETHER)
+      rows.finish(p, Tokens(p, token), totals + place * totals_size, thread);
     barrier_arrive(drained + 8 * place);
   }
 }
@@ -316,11 +353,12 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
   ahead.start(p, share.begin + warp, share.end, lane);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) ahead.fetch(p, ring + s * STAGE, slot, lane);
+  meet();
   wait_for_previous_kernel();
 
   int position = share.begin + warp, turn = 0;
   u32 stage = 0, free = (STAGES - 1) * STAGE;  // of the ring: to be computed with, and to be filled
-  for (int panel = share.begin / steps; panel * steps < (int)share.end; panel++, turn++) {
+  for (int panel = p.panel_of(share.begin); panel * steps < (int)share.end; panel++, turn++) {
     const int to = min((int)share.end, (panel + 1) * steps);
     const int segment = min(panel * 8 + g, p.segments - 1);
     const int next_lane = NEIGHBOURS ? 0 : (next_segment(segment, p.segments, p.strip) - panel * 8) * 4 + t;
@@ -378,9 +416,9 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 product(const u32* words, const u32* x_parts, const float* x_scale, const int* x_sum, const u16* row_scales,
         const float* scale, const void* bias, void* y, u64* sums,
-        int out, int steps, int segments, int strip, int tokens, int half_base, int type, u32 run, u32 longer) {
+        int out, int steps, int segments, int strip, int tokens, int half_base, int type, u32 run, u32 longer, u32 inverse) {
   const Problem p = {words, x_parts, x_scale, x_sum, row_scales, scale, bias, y, sums,
-                     out, steps, segments, strip, tokens, half_base ? 2 : 1, half_base, type, run, longer};
+                     out, steps, segments, strip, tokens, half_base ? 2 : 1, half_base, type, run, longer, inverse};
   extern __shared__ int4 memory[];
   __shared__ u64 barriers[4];
   int* totals = (int*)((char*)memory + RING);
@@ -391,7 +429,6 @@ product(const u32* words, const u32* x_parts, const float* x_scale, const int* x
     for (int i = 0; i < 2; i++) barrier_init(full + 8 * i, WARPS), barrier_init(drained + 8 * i, FINISHERS);
   if (!NARROW)
     for (int i = threadIdx.x; i < 2 * totals_size; i += THREADS) totals[i] = 0;
-  __syncthreads();
   if (threadIdx.x < WARPS * 32) decode_and_multiply(p, (char*)memory, totals, totals_size, full, drained);
   else finish(p, totals, totals_size, full, drained);
 }

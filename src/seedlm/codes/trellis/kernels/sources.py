@@ -28,9 +28,6 @@ DEPTH: Final = 64
 PANEL_ROWS: Final = 256
 """Rows of a panel, eight segments: what a warp of `product` decodes at once."""
 
-FINISHERS: Final = 128
-"""Threads of a block of `product` that finish rows, beside the decoding warps."""
-
 MOST_PARTS: Final = 16
 """int8 parts of one product: its tokens, or twice that in exact mode."""
 
@@ -51,6 +48,7 @@ class Variant:
 
     tiles          tiles of eight B columns, 0 for the narrow form (up to 4 parts)
     warps          that decode, in a block; a block has a multiprocessor for itself
+    finishers      threads beside them that finish rows
     stages         steps of a warp in flight or at work
     masks_by_dot   every how many rows a state is masked by the multiplying pipe; 0: none
     """
@@ -58,6 +56,7 @@ class Variant:
     tiles: int
     warps: int
     stages: int
+    finishers: int = 128
     masks_by_dot: int = 0
 
 
@@ -194,6 +193,7 @@ def rotate_source(transform: int, in_features: int, arch: int, halves: bool, few
 def product_source(format: TrellisFormat, variant: Variant) -> str:
     choices = (
         ("WARPS", variant.warps),
+        ("FINISHERS", variant.finishers),
         ("STAGES", variant.stages),
         ("TILES", variant.tiles),
         ("NEIGHBOURS", int(needs_neighbours(format))),
