@@ -160,10 +160,10 @@ def measure(format: TrellisFormat, out: int, width: int, tokens: int, kind: laun
 
     def steps(overlap: bool) -> tuple[Callable[[], None], Callable[[list[Tensor]], None]]:
         inputs = launch.input_plan(format.transform, width, tokens, dtype, kind, 0, overlap)
-        plan = launch.product_plan(format, shape, tokens, dtype, kind, 0, None, overlap)
+        plan = launch.product_plan(format, (shape,), tokens, dtype, kind, 0, None, overlap)
         work = torch.empty(inputs.size, dtype=torch.int32, device="cuda")
         launch.rotate(x, inputs, work)
-        return (lambda: launch.rotate(x, inputs, work)), (lambda w: launch.product(y, w, plan, inputs, work, None))
+        return (lambda: launch.rotate(x, inputs, work)), (lambda w: launch.product([y], [w], plan, inputs, work, [None]))
 
     rotate, multiply = steps(overlap=False)
     rotate_over, multiply_over = steps(overlap=True)

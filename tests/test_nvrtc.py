@@ -19,6 +19,14 @@ extern "C" __global__ void axpy(const float* x, float* y, float a, int n, long l
 """
 
 
+PAIR = """
+struct Pair { const float* x; float* y; int n, unused; };
+extern "C" __global__ void add(const __grid_constant__ Pair pair, float a) {
+  for (int i = threadIdx.x; i < pair.n; i += blockDim.x) pair.y[i] += a * pair.x[i];
+}
+"""
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SEEDLM_CACHE", str(tmp_path / "cache"))
@@ -77,6 +85,11 @@ class TestOnADevice:
         x, y = torch.randn(1000, device="cuda"), torch.zeros(700, device="cuda")
         self.axpy(x, y, 2.5, first=123, width=3)
         torch.testing.assert_close(y, 2.5 * x[123:823] + 3)
+
+    def test_a_structure_is_one_parameter(self):
+        x, y = torch.randn(1000, device="cuda"), torch.zeros(1000, device="cuda")
+        nvrtc.load(PAIR, "add", "{PPii}f", device=x.device)((1,), 128, x, y, 1000, 0, 2.5)
+        torch.testing.assert_close(y, 2.5 * x)
 
     def test_a_kernel_is_loaded_once(self):
         device = torch.device("cuda", 0)

@@ -8,6 +8,7 @@ device, keeps the cubin on disk for the next process, and returns a `Kernel` to 
 
 Parameters are described by one letter each, those of Python's `struct`: P a pointer (a tensor, whose data_ptr is taken),
 i and I 32-bit integers, q and Q 64-bit ones, f a float. The layout that `struct` gives them is the one that CUDA expects.
+Letters in braces are the members of one parameter, a structure whose size is a multiple of its largest member's.
 
 A call costs the host some microseconds, which counts where a matrix product takes fifteen: so the arguments are packed
 into a buffer that each thread keeps, the driver is called without building anything, and the error is looked at by
@@ -20,6 +21,7 @@ The compiler and the driver's calls are reached through `cuda-bindings`, which i
 import ctypes
 import hashlib
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -107,8 +109,8 @@ class Kernel:
     def __init__(self, function: Any, context: Any, name: str, signature: str, device: int, overlap: bool) -> None:
         self.name, self.device, self.overlap = name, device, overlap
         self._function, self._context = function, context
-        self._pack = struct.Struct(signature)
-        self._offsets = [struct.calcsize(signature[: i + 1]) - struct.calcsize(signature[i]) for i in range(len(signature))]
+        self._pack = struct.Struct(signature.replace("{", "").replace("}", ""))
+        self._offsets = _offsets(signature)
         self._thread = threading.local()
         driver = _bindings()[0]
         self._launch, self._launch_configured = driver.cuLaunchKernel, driver.cuLaunchKernelEx
@@ -166,6 +168,16 @@ class Kernel:
         config.attrs, config.numAttrs = [attribute], 1
         config.blockDimY = config.blockDimZ = 1
         return config
+
+
+def _offsets(signature: str) -> list[int]:
+    """Where each parameter begins."""
+    letters, offsets = "", []
+    for parameter in re.findall(r"\{\w+\}|\w", signature):
+        members = parameter.strip("{}")
+        offsets.append(struct.calcsize(letters + members[0]) - struct.calcsize(members[0]))
+        letters += members
+    return offsets
 
 
 _loaded: dict[tuple[Any, ...], Kernel] = {}

@@ -56,7 +56,10 @@ def relative_error(y, reference):
 @pytest.mark.parametrize("rate", [3, 4])
 def test_kernels_compile_for_every_architecture_without_a_gpu(rate, arch):
     format = TrellisFormat(rate=rate)
-    texts = [sources.product_source(format, sources.choose(format, parts, arch)) for parts in (1, 8, 16)]
+    texts = [
+        sources.product_source(format, sources.choose(format, parts, arch), members)
+        for parts, members in ((1, 3), (8, 1), (16, 2))
+    ]
     texts += [
         sources.rotate_source(128, 4096, arch, halves, few) for halves, few in ((False, True), (True, True), (True, False))
     ]
@@ -211,6 +214,23 @@ class TestOnADevice:
             prepared = EXACT.prepare(parts, format, shape)
             shared = EXACT.linear(x, prepared, format, shape, None, transformed)
             assert torch.equal(shared, EXACT.linear(x, prepared, format, shape, None))
+
+    @pytest.mark.parametrize("format", FORMATS, ids=str)
+    @pytest.mark.parametrize("outs", [(512, 128, 128), (33, 1000), (1, 300, 7, 2000), (8, 8, 8, 8, 8)])
+    def test_several_weights_at_once_give_the_bits_of_one_after_another(self, outs, format, monkeypatch):
+        weights = [random_parts(format, out, 336) for out in outs]
+        shapes = tuple((out, 336) for out in outs)
+        prepared = [EXACT.prepare(parts, format, shape) for parts, shape in zip(weights, shapes, strict=True)]
+        biases = [None if i % 2 else torch.randn(out, device="cuda", dtype=torch.float16) for i, out in enumerate(outs)]
+        for backend, tokens in ((EXACT, 1), (EXACT, 5), (INT8, 13), (EXACT, 20), (EXACT, 0)):
+            x = torch.randn(tokens, 336, device="cuda", dtype=torch.float16)
+            each = zip(prepared, shapes, biases, strict=True)
+            expected = [backend.linear(x, weight, format, shape, bias) for weight, shape, bias in each]
+            poisoned(monkeypatch)
+            found = backend.linears(x, prepared, format, shapes, biases)
+            monkeypatch.undo()
+            assert [y.shape for y in found] == [(tokens, out) for out in outs]
+            assert all(torch.equal(y, z) for y, z in zip(found, expected, strict=True))
 
     @pytest.mark.parametrize("tokens", [1, 40])
     def test_graphs_streams_and_threads(self, tokens):

@@ -318,6 +318,123 @@ def test_compiled_layers_share_their_input_too(repacking, fresh):
     assert sum("seedlm.linear" in target for target in targets) == 3
 
 
+@pytest.fixture
+def joining(repacking, monkeypatch):
+    """The same, and it multiplies by several weights at once: what `calls` counts."""
+    calls = []
+
+    def linears(self, x, prepared, format, shapes, biases):
+        calls.append(shapes)
+        return [self.linear(x, *each) for each in zip(prepared, [format] * len(shapes), shapes, biases, strict=True)]
+
+    monkeypatch.setattr(repacking, "linears", linears, raising=False)
+    return calls
+
+
+def three(**options):
+    layers = [packed(out=out, **options) for out in (4, 2, 3)]
+    share_input(*layers)
+    return layers
+
+
+def test_products_of_a_shared_input_are_made_at_once(joining):
+    layers = three()
+    x = torch.randn(4, 20)
+    with torch.no_grad():
+        for _ in range(2):
+            for layer in layers:
+                torch.testing.assert_close(layer(x), layer.to_dense()(x))
+        assert joining == [((4, 20), (2, 20), (3, 20))] * 2
+        assert layers[0]._shared[0]._kept is None
+        for layer in reversed(layers):  # in any order, and nobody takes what is of another x
+            y = torch.randn(4, 20)
+            torch.testing.assert_close(layer(y), layer.to_dense()(y))
+    assert len(joining) == 5
+
+
+def test_a_layer_that_comes_again_multiplies_anew(joining):
+    q, k, _ = three()
+    x = torch.randn(4, 20)
+    with torch.no_grad():
+        q(x)
+        x += 1
+        torch.testing.assert_close(q(x), q.to_dense()(x))
+        torch.testing.assert_close(k(x), k.to_dense()(x))
+    assert len(joining) == 2
+
+
+def test_products_are_made_one_by_one_where_a_gradient_is_wanted(joining):
+    q, k, v = three(bias=False)
+    x = torch.randn(4, 20, requires_grad=True)
+    sum(layer(x).sum() for layer in (q, k, v)).backward()
+    assert x.grad is not None
+    assert not joining
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert [layer(x).dtype for layer in (q, k, v)] == [torch.bfloat16] * 3
+    assert not joining
+
+
+def test_layers_of_different_formats_are_not_joined(joining):
+    q, k = packed(), packed(SPECS[1], out=2)
+    share_input(q, k)
+    x = torch.randn(4, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(k(x), k.to_dense()(x))
+        torch.testing.assert_close(q(x), q.to_dense()(x))
+    assert not joining
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_join_their_own_layers(joining, again):
+    model = nn.ModuleList(three())
+    other = again(model)
+    with torch.no_grad():
+        for layer in model:
+            layer.weight_words.zero_()
+        for _ in range(2):
+            x = torch.randn(4, 20)
+            for layer in other:
+                torch.testing.assert_close(layer(x), layer.to_dense()(x))
+    assert len(joining) == 1  # the first time they did not know each other
+    del model
+    assert all(known() is layer for known, layer in zip(other[0]._shared[0]._layers, other, strict=True))
+
+
+def test_layers_let_go_of_each_other(joining):
+    q, k, v = three()
+    x = torch.randn(4, 20)
+    gone = weakref.ref(k)
+    del k
+    assert gone() is None
+    with torch.no_grad():
+        torch.testing.assert_close(q(x), q.to_dense()(x))
+        torch.testing.assert_close(v(x), v.to_dense()(x))
+    assert not joining
+
+
+def test_compiled_products_of_a_shared_input_are_made_at_once(joining, fresh):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = three()
+
+        def forward(self, x):
+            x = x.relu()
+            return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+    model, calls = Attention(), []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, inputs: calls.append(graph) or graph)
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(5, 20)
+            assert torch.equal(compiled(x), model(x))
+        targets = [str(node.target) for node in calls[0].graph.nodes if node.op == "call_function"]
+        assert sum("seedlm.linears" in target for target in targets) == 1
+        assert not any("seedlm.linear." in target or "seedlm.transform" in target for target in targets)
+        assert len(calls) == 1
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
 def offloaded(model, tmp_path, disk):
     accelerate = pytest.importorskip("accelerate")
     if disk:

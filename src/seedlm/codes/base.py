@@ -168,6 +168,7 @@ class LinearBackend(Protocol):
     depends on nothing but x, the format and `in_features` is its `transform`: where layers are known to share their input, it
     runs once, as an operator of its own, and each layer's `linear` is given the result besides x. Tables that it needs are
     made by `prepare` and kept by device. A backend that reads x as it is returns [] (`dequantizing.DequantizingBackend`).
+    One that gains by multiplying by all of them at once is a `JoiningBackend`.
     """
 
     name: ClassVar[str]
@@ -213,6 +214,21 @@ class LinearBackend(Protocol):
         self, prepared: "Sequence[Tensor]", format: Format, shape: tuple[int, int], dtype: "torch.dtype"
     ) -> "Tensor":
         """The weight [out_features, in_features], formed in float32 and rounded to `dtype` once. A new tensor."""
+        ...
+
+
+class JoiningBackend(LinearBackend, Protocol):
+    """A backend that multiplies by several weights at once: fewer kernels, and fewer of them small."""
+
+    def linears(
+        self,
+        x: "Tensor",
+        prepared: "Sequence[Sequence[Tensor]]",
+        format: Format,
+        shapes: tuple[tuple[int, int], ...],
+        biases: "Sequence[Tensor | None]",
+    ) -> "list[Tensor]":
+        """`linear` of x [..., in_features] by weights of one format and `in_features`, in their order."""
         ...
 
 

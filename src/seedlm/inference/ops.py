@@ -1,12 +1,14 @@
 """torch operators over packed weights: what modules call, compilers keep whole, and kernels stand behind.
 
     torch.ops.seedlm.linear(x, transformed, prepared, plan, bias)   x W^T + bias
+    torch.ops.seedlm.linears(x, prepared, plans, biases)            the same by weights that share x, at once (`JoiningBackend`)
     torch.ops.seedlm.dequantize(prepared, plan, dtype)              the weight [out_features, in_features]
     torch.ops.seedlm.transform(x, plan)                             what layers that share an input share (`LinearBackend`)
     torch.ops.seedlm.rows(indices, parts, code, dtype)              rows of the weight, looked up (`Family.rows`)
 
 `prepared` are a backend's tensors. A plan says what they are: "<spec> <out>x<in> <backend>", for `transform` without the
-outputs, "<spec> *x<in> <backend>", so that layers of different heights call it alike. It is a text because compiled graphs
+outputs, "<spec> *x<in> <backend>", so that layers of different heights call it alike; several plans have "; " between
+them. It is a text because compiled graphs
 are kept on disk and run by other processes, where a number would mean something else; a call looks it up in a dictionary.
 A look-up reads a few rows of the parts as they are stored, so no backend prepares it: its code is "<spec> <out>x<in>".
 
@@ -17,13 +19,13 @@ kernel (on an H100's host); `linear` below, which modules call, takes 2, by leav
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from seedlm.codes.base import Format, LinearBackend
+from seedlm.codes.base import Format, JoiningBackend, LinearBackend
 from seedlm.codes.registry import family_of, parse_format
 from seedlm.errors import BackendError, TensorError
 from seedlm.inference import backend as backends
@@ -32,6 +34,9 @@ _LIBRARY: Final = torch.library.Library("seedlm", "FRAGMENT")
 _LIBRARY.define(
     "linear(Tensor x, Tensor[] transformed, Tensor[] prepared, str plan, Tensor? bias) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "linears(Tensor x, Tensor[] prepared, str plans, Tensor?[] biases) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
 )
 _LIBRARY.define("dequantize(Tensor[] prepared, str plan, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define("transform(Tensor x, str plan) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
@@ -103,6 +108,32 @@ def linear(x: Tensor, transformed: Sequence[Tensor], prepared: Sequence[Tensor],
     return _OPS.linear.default(x, transformed, prepared, plan.text, bias)
 
 
+def joins(x: Tensor, plans: Sequence[Plan], biases: Sequence[Tensor | None]) -> bool:
+    """Whether `linears` takes these weights: of one format and `in_features`, by a backend that gains by it.
+
+    Not where a gradient is wanted or x is cast, which `linear` sees to.
+    """
+    first = plans[0]
+    if not hasattr(first.backend, "linears") or _autocast() or any(plan.input_text != first.input_text for plan in plans):
+        return False
+    return not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *biases)))
+
+
+def linears(
+    x: Tensor, prepared: Sequence[Sequence[Tensor]], plans: Sequence[Plan], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """`linear` by several weights that `joins` allows, in their order."""
+    if not torch.compiler.is_compiling() and _unobserved(x):
+        _check_input(x, plans[0])
+        return _joining(plans[0]).linears(x, prepared, plans[0].format, tuple(plan.shape for plan in plans), biases)
+    together = [tensor for each in prepared for tensor in each]
+    return _OPS.linears.default(x, together, "; ".join(plan.text for plan in plans), biases)
+
+
+def _joining(plan: Plan) -> JoiningBackend:
+    return cast(JoiningBackend, plan.backend)
+
+
 def dequantize(prepared: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
     """The weight [out_features, in_features] in a floating-point dtype, rounded to it once."""
     return _OPS.dequantize.default(prepared, plan.text, dtype)
@@ -167,6 +198,20 @@ def _linear_fake(x: Tensor, transformed: list[Tensor], prepared: list[Tensor], t
     return x.new_empty(*x.shape[:-1], plan.shape[0])
 
 
+def _linears(x: Tensor, prepared: list[Tensor], texts: str, biases: list[Tensor | None]) -> list[Tensor]:
+    plans = [find_plan(text) for text in texts.split("; ")]
+    _check_input(x, plans[0])
+    count = len(prepared) // len(plans)
+    weights = [prepared[at : at + count] for at in range(0, len(prepared), count)]
+    return _joining(plans[0]).linears(x, weights, plans[0].format, tuple(plan.shape for plan in plans), biases)
+
+
+def _linears_fake(x: Tensor, prepared: list[Tensor], texts: str, biases: list[Tensor | None]) -> list[Tensor]:
+    plans = [find_plan(text) for text in texts.split("; ")]
+    _check_input(x, plans[0])
+    return [x.new_empty(*x.shape[:-1], plan.shape[0]) for plan in plans]
+
+
 def _dequantize(prepared: list[Tensor], text: str, dtype: torch.dtype) -> Tensor:
     plan = _dequantizable(text, dtype)
     return plan.backend.dequantize(prepared, plan.format, plan.shape, dtype)
@@ -220,6 +265,7 @@ def _looked_up(indices: Tensor, code: str, dtype: torch.dtype) -> tuple[Format, 
 for _name, _kernel, _fake in (
     ("rows", _rows, _rows_fake),
     ("linear", _linear, _linear_fake),
+    ("linears", _linears, _linears_fake),
     ("dequantize", _dequantize, _dequantize_fake),
     ("transform", _transform, _transform_fake),
 ):

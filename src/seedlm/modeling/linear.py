@@ -252,11 +252,14 @@ class SeedLinear(PackedModule):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._shared is not None:
+            return self._shared[0].linear(x, self, self._shared[1])
         plan, prepared = self.prepare()
-        transformed = [] if self._shared is None else self._shared[0].transform(x, plan, self._shared[1])
-        parameters = self._parameters
-        bias: Any = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (self.bias takes 1 us)
-        return ops.linear(x, transformed, prepared, plan, bias)
+        return ops.linear(x, [], prepared, plan, self._bias())
+
+    def _bias(self) -> Tensor | None:
+        parameters: Any = self._parameters
+        return parameters["bias"] if "bias" in parameters else self.bias  # type: ignore[return-value]  # noqa: SIM401 (self.bias takes 1 us)
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """An ordinary layer with the same weight, and this layer's bias. Raises TensorError if the codes are not in memory."""
@@ -317,29 +320,67 @@ def _version(tensor: Tensor) -> int:
 
 
 class SharedInput:
-    """Layers whose parent gives them the same tensor, unchanged: what their backend does to it first is done once.
+    """Layers whose parent gives them the same tensor, unchanged: what can be done for all of them is done once.
 
-    The first of them that is called does it. Each of the others takes the result once, if it is given that very tensor, and
-    the last lets go of it. A layer that comes again starts anew: a CUDA graph may have written to the tensor unseen.
+    The first of them that is called does it: all the products, where a backend joins them (`ops.joins`), else what comes
+    before each. Each of the others takes its part once, if it is given that very tensor, and the last lets go of it. A layer
+    that comes again starts anew: a CUDA graph may have written to the tensor unseen.
 
     What is kept is one tuple, read once and replaced whole: threads that run one model at a time each with its own tensor do
-    each other's work anew, and never take another's result.
+    each other's work anew, and never take another's result. Copies of a model know their layers from the first call on.
     """
 
     def __init__(self, count: int) -> None:
         self._all = (1 << count) - 1
+        self._layers: list[weakref.ref[SeedLinear] | None] = [None] * count
         self._kept: tuple[Tensor, str, int, list[Tensor]] | None = None
 
-    def transform(self, x: Tensor, plan: ops.Plan, number: int) -> list[Tensor]:
-        """`ops.transform` for layer `number`, or what another layer left of it."""
-        kept = self._kept
-        if kept is not None and kept[0] is x and kept[1] == plan.input_text and kept[2] >> number & 1:
+    def know(self, layer: SeedLinear, number: int) -> None:
+        self._layers[number] = weakref.ref(layer)
+
+    def linear(self, x: Tensor, layer: SeedLinear, number: int) -> Tensor:
+        """The product of layer `number`."""
+        kept, mine = self._kept, 1 << number
+        if kept is not None and not (kept[0] is x and kept[2] & mine):
+            kept = None
+        if kept is not None and kept[1] == _PRODUCTS:
+            self._keep(x, _PRODUCTS, kept[2] ^ mine, kept[3])
+            return kept[3][number]
+        plan, prepared = layer.prepare()
+        if self._layers[number] is None and not torch.compiler.is_compiling():
+            self.know(layer, number)
+        if kept is not None and kept[1] == plan.input_text:
             waiting, transformed = kept[2], kept[3]
+        elif (products := self._products(x)) is not None:
+            self._keep(x, _PRODUCTS, self._all ^ mine, products)
+            return products[number]
         else:
             waiting, transformed = self._all, ops.transform(x, plan)
-        waiting &= ~(1 << number)
-        self._kept = (x, plan.input_text, waiting, transformed) if waiting else None
-        return transformed
+        self._keep(x, plan.input_text, waiting ^ mine, transformed)
+        return ops.linear(x, transformed, prepared, plan, layer._bias())
+
+    def _keep(self, x: Tensor, what: str, waiting: int, tensors: list[Tensor]) -> None:
+        self._kept = (x, what, waiting, tensors) if waiting else None
+
+    def _products(self, x: Tensor) -> list[Tensor] | None:
+        """All layers' products, or None if they are not to be had at once."""
+        layers = [known() if known is not None else None for known in self._layers]
+        plans, weights, biases = [], [], []
+        for each in layers:
+            if each is None or each.device != x.device:
+                return None
+            plan, prepared = each.prepare()
+            plans.append(plan)
+            weights.append(prepared)
+            biases.append(each._bias())
+        return ops.linears(x, weights, plans, biases) if ops.joins(x, plans, biases) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_all": self._all, "_layers": [None] * len(self._layers), "_kept": None}
+
+
+_PRODUCTS: Final = "products"
+"""In the place of an `input_text`: what is kept are the products themselves."""
 
 
 def share_input(*layers: SeedLinear) -> None:
@@ -347,6 +388,7 @@ def share_input(*layers: SeedLinear) -> None:
     shared = SharedInput(len(layers))
     for number, layer in enumerate(layers):
         layer._shared = shared, number
+        shared.know(layer, number)
 
 
 def compress_module(

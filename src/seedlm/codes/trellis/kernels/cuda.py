@@ -80,20 +80,48 @@ class CudaBackend:
         bias: Tensor | None,
         transformed: Sequence[Tensor] = (),
     ) -> Tensor:
-        tokens = x.numel() // shape[1]
-        if (kind := self._kind(x, tokens)) is None:
+        kind = self._kind(x, x.numel() // shape[1])
+        if kind is None:
             return torch.nn.functional.linear(x, self.dequantize(prepared, format, shape, x.dtype), bias)
-        trellis, index = cast(TrellisFormat, format), nvrtc.index_of(x.device)
-        (work,) = transformed or self.transform(x, format, shape[1])
-        if kind == "formed":
-            weight = torch.empty(shape, dtype=x.dtype, device=x.device)
-            launch.dequantize(weight, prepared, trellis, original=False)
-            return torch.nn.functional.linear(work, weight, bias)
-        inputs = launch.input_plan(trellis.transform, shape[1], tokens, x.dtype, kind, index)
-        plan = launch.product_plan(trellis, shape, tokens, x.dtype, kind, index)
-        y = torch.empty((*x.shape[:-1], shape[0]), dtype=x.dtype, device=x.device)
-        launch.product(y, prepared, plan, inputs, work, bias)
-        return y
+        transformed = transformed or self.transform(x, format, shape[1])
+        if kind != "formed":
+            return self._products(x, [prepared], format, (shape,), [bias], kind, transformed[0])[0]
+        weight = torch.empty(shape, dtype=x.dtype, device=x.device)
+        launch.dequantize(weight, prepared, cast(TrellisFormat, format), original=False)
+        return torch.nn.functional.linear(transformed[0], weight, bias)
+
+    def linears(
+        self,
+        x: Tensor,
+        prepared: Sequence[Sequence[Tensor]],
+        format: Format,
+        shapes: tuple[tuple[int, int], ...],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """`linear` by several weights: x is transformed once, and one kernel multiplies by all where tokens are few."""
+        kind, transformed = self._kind(x, x.numel() // shapes[0][1]), self.transform(x, format, shapes[0][1])
+        if kind in ("exact", "int8") and len(shapes) <= sources.MOST_MEMBERS:
+            return self._products(x, prepared, format, shapes, biases, cast(Kind, kind), transformed[0])
+        each = zip(prepared, shapes, biases, strict=True)
+        return [self.linear(x, weight, format, shape, bias, transformed) for weight, shape, bias in each]
+
+    def _products(
+        self,
+        x: Tensor,
+        prepared: Sequence[Sequence[Tensor]],
+        format: Format,
+        shapes: tuple[tuple[int, int], ...],
+        biases: Sequence[Tensor | None],
+        kind: Kind,
+        work: Tensor,
+    ) -> list[Tensor]:
+        trellis, index, in_features = cast(TrellisFormat, format), nvrtc.index_of(x.device), shapes[0][1]
+        tokens = x.numel() // in_features
+        inputs = launch.input_plan(trellis.transform, in_features, tokens, x.dtype, kind, index)
+        plan = launch.product_plan(trellis, shapes, tokens, x.dtype, kind, index)
+        ys = [torch.empty((*x.shape[:-1], out), dtype=x.dtype, device=x.device) for out, _ in shapes]
+        launch.product(ys, prepared, plan, inputs, work, biases)
+        return ys
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         assert isinstance(format, TrellisFormat)

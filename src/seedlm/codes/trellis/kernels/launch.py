@@ -3,7 +3,7 @@
     inputs = input_plan(format.transform, in_features, tokens, dtype, kind, device index)
     work = torch.empty(inputs.size, dtype=torch.int32, device=...)
     rotate(x, inputs, work)                                what all products of this x share
-    product(y, parts, product_plan(...), inputs, work, bias)
+    product([y], [parts], product_plan(...), inputs, work, [bias])   by weights that share this x, few tokens; or one
 
 A plan holds all that calls of one shape have in common (loaded kernels, grids, offsets), so that a call only launches. On
 Hopper each kernel may start while the one before it ends: a product fetches its first weights while `rotate` is at work.
@@ -58,6 +58,8 @@ class ProductPlan:
     block: int
     numbers: tuple[int, ...]
     shared: int
+    members: tuple[tuple[int, int, int, int], ...] = ()
+    """Of each weight of `product`: rows, segments, the first of its panels in the line, panels."""
     partials: int = 0
     """float32 numbers that the splits of `gemm` leave for each other."""
 
@@ -124,7 +126,7 @@ def input_plan(
 @lru_cache(maxsize=4096)
 def product_plan(
     format: TrellisFormat,
-    shape: tuple[int, int],
+    shapes: tuple[tuple[int, int], ...],
     tokens: int,
     dtype: torch.dtype,
     kind: Kind,
@@ -132,14 +134,16 @@ def product_plan(
     variant: Variant | None = None,
     overlap: bool = True,
 ) -> ProductPlan:
-    """The plan of y [tokens, out] = x W^T on device `index`, y of `dtype`. variant, overlap: for benchmarks.
+    """The plan of y [tokens, out] = x W^T for weights of these shapes on device `index`, y of `dtype`.
 
-    Raises BackendError if it cannot be compiled.
+    Several weights share x and so in_features; "halves" take one at a time. variant, overlap: for benchmarks. Raises
+    BackendError if it cannot be compiled.
     """
-    out_features, in_features = shape
+    out_features, in_features = shapes[0]
     arch, device = nvrtc.architecture(index), torch.device("cuda", index)
-    common = (out_features, sources.steps(in_features), format.segments(out_features), sources.strip(format), tokens)
+    steps = sources.steps(in_features)
     if kind == "halves":
+        common = (out_features, steps, format.segments(out_features), sources.strip(format), tokens)
         width = sources.gemm_tokens(tokens)
         stages = sources.gemm_stages(width, arch)
         text = sources.gemm_source(format, width, stages)
@@ -157,17 +161,27 @@ def product_plan(
     parts = tokens * parts_of_token(kind)
     variant = variant or sources.choose(format, parts, arch)
     base = 2 * sources.levels(in_features) + 1 if kind == "exact" else 0
-    text = sources.product_source(format, variant)
-    most = sources.most_shared(arch)
-    blocks = sources.product_blocks(out_features, in_features, nvrtc.processors(index), variant)
-    run, longer = divmod(sources.panels(out_features) * sources.steps(in_features), blocks)
-    inverse = min((1 << 32) // sources.steps(in_features), (1 << 32) - 1)
+    members, panels = [], 0
+    for out_features, _ in shapes:
+        members.append((out_features, format.segments(out_features), panels, sources.panels(out_features)))
+        panels += sources.panels(out_features)
+    blocks = sources.product_blocks(panels * steps, nvrtc.processors(index), variant)
+    run, longer = divmod(panels * steps, blocks)
+    inverse = min((1 << 32) // steps, (1 << 32) - 1)
     return ProductPlan(
-        kernel=nvrtc.load(text, "product", "PPPPPPPPPiiiiiiiIII", device=device, shared=most, overlap=overlap),
+        kernel=nvrtc.load(
+            sources.product_source(format, variant, len(shapes)),
+            "product",
+            f"{{{'PPPPPiiii' * len(shapes)}}}PPPPiiiiiIII",
+            device=device,
+            shared=sources.most_shared(arch),
+            overlap=overlap,
+        ),
         grid=(blocks,),
         block=variant.warps * 32 + variant.finishers,
-        numbers=(*common, base, nvrtc.TYPES[dtype], run, longer, inverse),
+        numbers=(steps, sources.strip(format), tokens, base, nvrtc.TYPES[dtype], run, longer, inverse),
         shared=sources.shared_bytes(format, variant, parts),
+        members=tuple(members),
     )
 
 
@@ -178,12 +192,17 @@ def rotate(x: Tensor, plan: InputPlan, work: Tensor) -> None:
 
 
 def product(
-    y: Tensor, parts: Sequence[Tensor], plan: ProductPlan, inputs: InputPlan, work: Tensor, bias: Tensor | None
+    ys: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor]],
+    plan: ProductPlan,
+    inputs: InputPlan,
+    work: Tensor,
+    biases: Sequence[Tensor | None],
 ) -> None:
-    """Write x W^T + bias to y [tokens, out], contiguous, from a filled workspace. parts: see `padded`."""
-    words, scales, scale = parts
+    """Write x W^T + bias to each y [tokens, out], contiguous, from a filled workspace. weights: parts, see `padded`."""
     at = work.data_ptr()
     if inputs.kind == "halves":
+        (y,), ((words, scales, scale),), (bias,) = ys, weights, biases
         partials = torch.empty(plan.partials, device=y.device) if plan.partials else None
         plan.kernel(
             plan.grid,
@@ -201,17 +220,14 @@ def product(
             shared=plan.shared,
         )
         return
+    together = zip(ys, weights, biases, plan.members, strict=True)
     plan.kernel(
         plan.grid,
         plan.block,
-        words,
+        *(each for y, parts, bias, sizes in together for each in (*parts, bias, y, *sizes)),
         at,
         at + inputs.x_scale,
         at + inputs.x_sum,
-        scales,
-        scale,
-        bias,
-        y,
         at + inputs.sums,
         *plan.numbers,
         shared=plan.shared,

@@ -21,11 +21,13 @@
 // `sums`: the sum in its lower 48 bits, above it how many blocks have added theirs. Whoever makes it complete scales, writes,
 // and leaves a zero behind; no fence and no second look is needed.
 //
+// Weights that read the same x (q, k, v; gate, up) are one line of panels: MEMBERS of them, each with its own y.
+//
 // x_parts: int8 [steps][parts][16]. words: int32 [segments, steps * 16 * R]. sums: int64 [tokens][slots * 256], zero, a slot
 // for each panel, or for each block (a block begins at most one shared panel), whichever are fewer.
 // x_scale: float [tokens]; x_sum: int32 [parts]; y: [tokens, out].
 //
-// Compile-time beside RATE, STATE_BITS, MULTIPLIER: WARPS (that decode), FINISHERS (threads), STAGES, TILES (0 is narrow),
+// Compile-time beside RATE, STATE_BITS, MULTIPLIER: WARPS (that decode), FINISHERS (threads), STAGES, TILES (0 is narrow), MEMBERS,
 // NEIGHBOURS (1: the strip's next segment is not always in the same panel, so its first words are fetched too).
 
 constexpr int STEP = 16;
@@ -55,6 +57,17 @@ DEVICE u32 write_slot(u32 base, int i, int lane) {
 }
 DEVICE u32 read_slot(u32 base, int i) { return R == 4 || R == 8 ? base ^ i * 16 : base + i * 16; }
 
+DEVICE uint4 read16(u32 from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+  return v;
+}
+DEVICE u32 read4(u32 from) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+  return v;
+}
+
 // Keep a value in its register: the compiler would rather compute it again at every use.
 DEVICE u32 pinned(u32 value) {
   asm volatile("" : "+r"(value));
@@ -67,22 +80,36 @@ DEVICE void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-struct Problem {
+struct Member {
   const u32* words;
-  const u32* x_parts;
-  const float* x_scale;
-  const int* x_sum;
   const u16* row_scales;
   const float* scale;
   const void* bias;
   void* y;
+  int out, segments, first, panels;  // first: its first panel in the line
+};
+struct Members {
+  Member each[MEMBERS];
+};
+
+struct Problem {
+  const Members& members;
+  const u32* x_parts;
+  const float* x_scale;
+  const int* x_sum;
   u64* sums;
-  int out, steps, segments, strip, tokens, parts_each, half_base, type;
+  int steps, strip, tokens, parts_each, half_base, type;
   u32 run, longer, inverse;  // inverse: 2^32 / steps, rounded down
 
   DEVICE u32 panel_of(u32 position) const {
     const u32 panel = __umulhi(position, inverse);
     return panel + ((panel + 1) * steps <= position);
+  }
+  DEVICE const Member& member_of(int panel) const {
+    int m = 0;
+#pragma unroll
+    for (int i = 1; i < MEMBERS; i++) m += panel >= members.each[i].first;
+    return members.each[m];
   }
 };
 
@@ -90,34 +117,38 @@ struct Problem {
 struct Fetcher {
   const char* at;
   int apart[R];
-  int panel, step, left;
+  int panel, step, here, left;  // here: steps of the warp in this panel; left: in all that are behind it
 
   DEVICE void place(const Problem& p, int lane) {
+    const Member& weight = p.member_of(panel);
     const u64 pitch = (u64)p.steps * (STEP * R * 4);
-    const int last = p.segments - 1 - panel * 8, first = min(lane / CHUNKS, last);
-    at = (const char*)p.words + (panel * 8 + first) * pitch + step * (STEP * R * 4) + lane % CHUNKS * 16;
+    const int begin = (panel - weight.first) * 8, last = weight.segments - 1 - begin, first = min(lane / CHUNKS, last);
+    at = (const char*)weight.words + (begin + first) * pitch + step * (STEP * R * 4) + lane % CHUNKS * 16;
 #pragma unroll
     for (int i = 1; i < R; i++) {
       const int id = i * 32 + lane;
       apart[i] = (min(id / CHUNKS, last) - first) * (int)pitch + (id % CHUNKS - lane % CHUNKS) * 16;
     }
+    here = min((p.steps - step - 1) / WARPS + 1, left);
+    left -= here;
   }
 
   DEVICE void start(const Problem& p, int position, int end, int lane) {
     panel = p.panel_of(position), step = position - panel * p.steps;
-    left = position < end ? (end - position - 1) / WARPS + 1 : 0;
+    here = 0, left = position < end ? (end - position - 1) / WARPS + 1 : 0;
     if (left) place(p, lane);
   }
 
   // Into the stage at `to`, the lane's first chunk at `slot` in it; then on to the warp's next step.
   DEVICE void fetch(const Problem& p, u32 to, u32 slot, int lane) {
-    if (left > 0) {
+    if (here) {
 #pragma unroll
       for (int i = 0; i < R; i++) copy16(to + write_slot(slot, i, lane), i ? at + apart[i] : at);
       if (NEIGHBOURS) fetch_neighbours(p, to, lane);
-      left--;
-      step += WARPS, at += WARPS * STEP * R * 4;
-      if (step >= p.steps && left > 0) {
+      at += WARPS * STEP * R * 4;
+      if (NEIGHBOURS) step += WARPS;
+      if (--here == 0 && left) {
+        if (!NEIGHBOURS) step += (p.steps - step - 1) / WARPS * WARPS + WARPS;
         while (step >= p.steps) step -= p.steps, panel++;
         place(p, lane);
       }
@@ -126,8 +157,9 @@ struct Fetcher {
   }
 
   DEVICE void fetch_neighbours(const Problem& p, u32 to, int lane) {
-    const int row = next_segment(min(panel * 8 + lane / 4, p.segments - 1), p.segments, p.strip);
-    const u32* from = p.words + ((u64)row * p.steps + step) * (STEP * R) + lane % 4 * 4 * R;
+    const Member& weight = p.member_of(panel);
+    const int row = next_segment(min((panel - weight.first) * 8 + lane / 4, weight.segments - 1), weight.segments, p.strip);
+    const u32* from = weight.words + ((u64)row * p.steps + step) * (STEP * R) + lane % 4 * 4 * R;
 #pragma unroll
     for (int j = 0; j < 4; j++) copy4(to + (8 * PITCH + lane) * 16 + j * 4, from + j * R);
   }
@@ -262,19 +294,22 @@ struct Tokens {
 
 // What it knows of a panel before its sums are there. Its rows lie FINISHERS apart.
 struct Rows {
-  int panel, shares, slot, slots;
+  const Member& weight;
+  int first, shares, slot, slots;  // first: the thread's first row
   float factors[FINISHED], biases[FINISHED];
 
-  DEVICE Rows(const Problem& p, const Share& share, int panel, int thread) : panel(panel) {
-    const int panels = (p.segments + 7) / 8, beginner = share.block_of(panel * p.steps);
+  DEVICE Rows(const Problem& p, const Share& share, int panel, int thread) : weight(p.member_of(panel)) {
+    const Member& last = p.members.each[MEMBERS - 1];
+    const int panels = last.first + last.panels, beginner = share.block_of(panel * p.steps);
     shares = share.block_of(panel * p.steps + p.steps - 1) - beginner + 1;
     slots = min(panels, (int)gridDim.x), slot = panels <= (int)gridDim.x ? panel : beginner;
-    const float scale = *p.scale;
+    first = (panel - weight.first) * 256 + thread;
+    const float scale = *weight.scale;
 #pragma unroll
     for (int k = 0; k < FINISHED; k++) {
-      const int row = panel * 256 + k * FINISHERS + thread;
-      factors[k] = row < p.out ? from_half(p.row_scales[row]) * scale : 0.0f;
-      biases[k] = row < p.out && p.bias ? load_number(p.bias, row, p.type) : 0.0f;
+      const int row = first + k * FINISHERS;
+      factors[k] = row < weight.out ? from_half(weight.row_scales[row]) * scale : 0.0f;
+      biases[k] = row < weight.out && weight.bias ? load_number(weight.bias, row, p.type) : 0.0f;
     }
   }
 
@@ -306,7 +341,7 @@ struct Rows {
       if (token >= p.tokens) break;
 #pragma unroll
       for (int k = 0; k < FINISHED; k++) {
-        const int row = panel * 256 + k * FINISHERS + thread;
+        const int row = first + k * FINISHERS;
         u64 sum = sums[i][k] + others[i][k];
         if (shares > 1) {
           const u64 arrived = (sum + (1ull << 47)) >> 48;
@@ -314,9 +349,9 @@ struct Rows {
           words[(u64)token * slots * 256 + k * FINISHERS] = 0;
           sum -= arrived << 48;
         }
-        if (row >= p.out) continue;
+        if (row >= weight.out) continue;
         const float value = (float)((long long)sum - 510 * tokens.middles[i]) * factors[k] * tokens.scales[i];
-        store_number(p.y, (u64)token * p.out + row, p.type, p.bias ? value + biases[k] : value);
+        store_number(weight.y, (u64)token * weight.out + row, p.type, weight.bias ? value + biases[k] : value);
       }
     }
   }
@@ -345,10 +380,9 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int parts = p.tokens * p.parts_each, steps = p.steps;
   const Share share(p.run, p.longer);
-  const char* own = memory + warp * STAGES * STAGE;
-  const u32 ring = smem_address(own);
+  const u32 ring = smem_address(memory) + warp * STAGES * STAGE;
   const u32 slot = pinned((lane / CHUNKS * PITCH + swizzle(lane / CHUNKS, lane % CHUNKS)) * 16);
-  const u32 reads = pinned((g * PITCH + swizzle(g, t * R)) * 16);
+  const u32 reads = pinned(ring + (g * PITCH + swizzle(g, t * R)) * 16);
   Fetcher ahead;
   ahead.start(p, share.begin + warp, share.end, lane);
 #pragma unroll
@@ -360,8 +394,9 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
   u32 stage = 0, free = (STAGES - 1) * STAGE;  // of the ring: to be computed with, and to be filled
   for (int panel = p.panel_of(share.begin); panel * steps < (int)share.end; panel++, turn++) {
     const int to = min((int)share.end, (panel + 1) * steps);
-    const int segment = min(panel * 8 + g, p.segments - 1);
-    const int next_lane = NEIGHBOURS ? 0 : (next_segment(segment, p.segments, p.strip) - panel * 8) * 4 + t;
+    const Member& weight = p.member_of(panel);
+    const int begin = (panel - weight.first) * 8, segment = min(begin + g, weight.segments - 1);
+    const int next_lane = NEIGHBOURS ? 0 : (next_segment(segment, weight.segments, p.strip) - begin) * 4 + t;
     const int rounds = position < to ? (to - position - 1) / WARPS + 1 : 0;
     const u32* x_at[COLUMN_TILES];
     u32 x_next[COLUMN_TILES];
@@ -389,7 +424,7 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
       u32 raw[4 * R];
 #pragma unroll
       for (int i = 0; i < R; i++) {
-        const uint4 v = *(const uint4*)(own + read_slot(reads + stage, i));
+        const uint4 v = read16(read_slot(reads + stage, i));
         raw[4 * i] = v.x, raw[4 * i + 1] = v.y, raw[4 * i + 2] = v.z, raw[4 * i + 3] = v.w;
       }
       u32 w[4][R + 1];
@@ -397,7 +432,7 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
       for (int j = 0; j < 4; j++) {
 #pragma unroll
         for (int i = 0; i < R; i++) w[j][i] = raw[j * R + i];
-        if (NEIGHBOURS) w[j][R] = *(const u32*)(own + stage + (8 * PITCH + lane) * 16 + j * 4);
+        if (NEIGHBOURS) w[j][R] = read4(ring + stage + (8 * PITCH + lane) * 16 + j * 4);
         else w[j][R] = __shfl_sync(~0u, w[j][0], next_lane);
       }
       multiply(w, x, acc, lane);
@@ -414,12 +449,11 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-product(const u32* words, const u32* x_parts, const float* x_scale, const int* x_sum, const u16* row_scales,
-        const float* scale, const void* bias, void* y, u64* sums,
-        int out, int steps, int segments, int strip, int tokens, int half_base, int type, u32 run, u32 longer, u32 inverse) {
-  const Problem p = {words, x_parts, x_scale, x_sum, row_scales, scale, bias, y, sums,
-                     out, steps, segments, strip, tokens, half_base ? 2 : 1, half_base, type, run, longer, inverse};
-  extern __shared__ int4 memory[];
+product(const __grid_constant__ Members members, const u32* x_parts, const float* x_scale, const int* x_sum, u64* sums,
+        int steps, int strip, int tokens, int half_base, int type, u32 run, u32 longer, u32 inverse) {
+  const Problem p = {members, x_parts, x_scale, x_sum, sums,
+                     steps, strip, tokens, half_base ? 2 : 1, half_base, type, run, longer, inverse};
+  extern __shared__ __align__(128) int4 memory[];  // so that `read_slot` may exchange bits
   __shared__ u64 barriers[4];
   int* totals = (int*)((char*)memory + RING);
   const int totals_size = NARROW ? WARPS * p.tokens * p.parts_each * 8 * ROW_PAD : COLUMN_TILES * 32 * WIDE_PITCH;

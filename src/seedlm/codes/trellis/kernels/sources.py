@@ -31,6 +31,9 @@ PANEL_ROWS: Final = 256
 MOST_PARTS: Final = 16
 """int8 parts of one product: its tokens, or twice that in exact mode."""
 
+MOST_MEMBERS: Final = 4
+"""Weights of one launch of `product`, at most."""
+
 TRANSFORMS: Final = (8, 16, 32, 64, 128, 256, 512)
 """Largest Hadamard blocks that the kernels know."""
 
@@ -99,9 +102,8 @@ def shared_bytes(format: TrellisFormat, variant: Variant, parts: int) -> int:
 def choose(format: TrellisFormat, parts: int, arch: int) -> Variant:
     """The variant for a format, a number of int8 parts and an architecture. Measured on an H100 (docs/log/products.md)."""
     tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
-    few = {0: 16 if format.rate in (1, 2, 4) else 12, 1: 8 if format.rate >= 4 else 12, 2: 4}
-    warps = few[tiles]
-    stages = {1: 6, 2: 4, 3: 4}.get(format.rate, 3)
+    few = {0: 16 if format.rate in (1, 2, 4) else 12, 1: 12, 2: 4}
+    warps, stages = few[tiles], 2 if tiles == 0 else 3
     masks = 0 if format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16 else 3
     variant = Variant(tiles=tiles, warps=warps, stages=stages, masks_by_dot=masks)
     while shared_bytes(format, variant, 4 if tiles == 0 else parts) > most_shared(arch):
@@ -112,9 +114,9 @@ def choose(format: TrellisFormat, parts: int, arch: int) -> Variant:
     return variant
 
 
-def product_blocks(out_features: int, in_features: int, processors: int, variant: Variant) -> int:
+def product_blocks(steps: int, processors: int, variant: Variant) -> int:
     """Blocks of the grid of `product`: one a multiprocessor, but no more than have a step for a quarter of their warps."""
-    return min(processors, -(-panels(out_features) * steps(in_features) // max(variant.warps // 4, 1)))
+    return min(processors, -(-steps // max(variant.warps // 4, 1)))
 
 
 def gemm_tokens(tokens: int) -> int:
@@ -190,12 +192,13 @@ def rotate_source(transform: int, in_features: int, arch: int, halves: bool, few
     return _text("rotate", ("decode.cuh", "hadamard.cuh"), defines)
 
 
-def product_source(format: TrellisFormat, variant: Variant) -> str:
+def product_source(format: TrellisFormat, variant: Variant, members: int = 1) -> str:
     choices = (
         ("WARPS", variant.warps),
         ("FINISHERS", variant.finishers),
         ("STAGES", variant.stages),
         ("TILES", variant.tiles),
+        ("MEMBERS", members),
         ("NEIGHBOURS", int(needs_neighbours(format))),
     )
     return _text("product", ("decode.cuh",), (*_decoding(format, variant.masks_by_dot), *choices))
