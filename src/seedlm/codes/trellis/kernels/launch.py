@@ -159,12 +159,12 @@ def product_plan(
             partials=units * 128 * width if splits > 1 else 0,
         )
     parts = tokens * parts_of_token(kind)
-    variant = variant or sources.choose(format, parts, arch)
     base = 2 * sources.levels(in_features) + 1 if kind == "exact" else 0
     members, panels = [], 0
     for out_features, _ in shapes:
         members.append((out_features, format.segments(out_features), panels, sources.panels(out_features)))
         panels += sources.panels(out_features)
+    variant = variant or sources.choose(format, parts, arch, panels * steps // nvrtc.processors(index))
     blocks = sources.product_blocks(panels * steps, nvrtc.processors(index), variant)
     run, longer = divmod(panels * steps, blocks)
     inverse = min((1 << 32) // steps, (1 << 32) - 1)

@@ -139,6 +139,7 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int4* ze
   const float boost = most < 0x1p-100f ? 0x1p100f : 1.0f;  // So that limit / most is finite.
   const float inverse = top ? limit / (most * boost) : 0.0f;
   if (rank == 0 && threadIdx.x == 0) x_scale[token] = most / limit;
+  const float high_factor = 1.0f / (float)half_base;  // half_base is odd, so no quotient is near a half
   int high_sum = 0, low_sum = 0;
 #pragma unroll
   for (int k = 0; k < ROUNDS; k++) {
@@ -148,7 +149,7 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int4* ze
 #pragma unroll
     for (int e = 0; e < E; e++) {
       const int whole = first < in ? __float2int_rn(v[k][e] * boost * inverse) : 0;
-      high[e] = half_base ? __float2int_rn((float)whole / (float)half_base) : whole;
+      high[e] = half_base ? __float2int_rn((float)whole * high_factor) : whole;
       low[e] = whole - high[e] * half_base;
       high_sum += high[e], low_sum += low[e];
     }

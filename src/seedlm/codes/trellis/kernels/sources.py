@@ -11,7 +11,7 @@ run time.
     transform    x in the transformed basis, for a weight formed there
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -41,6 +41,9 @@ _SHARED_KIB: Final = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 
 _INT32: Final = (1 << 31) - 1
 _LARGEST_VALUE: Final = 510
 _WHOLE_VALUE_RATES: Final = (1, 2, 4, 8)
+
+_LONG: Final = 12
+"""Steps of a warp from which on a third stage pays."""
 
 Defines = tuple[tuple[str, str | int], ...]
 
@@ -99,18 +102,21 @@ def shared_bytes(format: TrellisFormat, variant: Variant, parts: int) -> int:
     return variant.warps * variant.stages * stage + 2 * totals
 
 
-def choose(format: TrellisFormat, parts: int, arch: int) -> Variant:
-    """The variant for a format, a number of int8 parts and an architecture. Measured on an H100 (docs/log/products.md)."""
+def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30) -> Variant:
+    """The variant for a format, a number of int8 parts, an architecture and the steps of a block.
+
+    Measured on an H100 (docs/log/products.md).
+    """
     tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
-    few = {0: 16 if format.rate in (1, 2, 4) else 12, 1: 12, 2: 4}
-    warps, stages = few[tiles], 2 if tiles == 0 else 3
-    masks = 0 if format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16 else 3
+    warps = 4 if tiles == 2 else 12
+    stages = 2 if tiles == 0 and (format.rate < 4 or steps < _LONG * warps) else 3
+    masks = 0 if format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16 else 2
     variant = Variant(tiles=tiles, warps=warps, stages=stages, masks_by_dot=masks)
     while shared_bytes(format, variant, 4 if tiles == 0 else parts) > most_shared(arch):
         if variant.stages > 2:
-            variant = Variant(tiles=tiles, warps=variant.warps, stages=variant.stages - 1, masks_by_dot=masks)
+            variant = replace(variant, stages=variant.stages - 1)
         else:
-            variant = Variant(tiles=tiles, warps=variant.warps // 2, stages=stages, masks_by_dot=masks)
+            variant = replace(variant, warps=variant.warps // 2, stages=stages)
     return variant
 
 
