@@ -92,6 +92,18 @@ def test_other_devices_and_transforms_are_refused_with_a_reason():
     assert "CUDA device" in EXACT.reason_unavailable(torch.device("cpu"), FORMATS[0], (8, 8))
 
 
+@pytest.mark.parametrize("processors", [1, 78, 114, 132])
+@pytest.mark.parametrize("shape", [(1, 1), (128, 64), (4096, 4096), (4096, 14336), (28672, 4096), (57344, 8192), (128256, 256)])
+@pytest.mark.parametrize("tokens", [17, 64, 256, 1000])
+def test_tiles_are_divided_so_that_all_are_done(shape, tokens, processors):
+    tiles, whole, splits = sources.gemm_division(*shape, tokens, processors)
+    assert tiles == -(-shape[0] // 128) * -(-tokens // sources.gemm_tokens(tokens))
+    assert 0 <= whole <= tiles
+    assert whole % processors == 0
+    assert tiles - whole < processors
+    assert 1 <= splits <= max(1, -(-shape[1] // 64) // 4)
+
+
 class TestOnADevice:
     pytestmark = GPU
 
@@ -134,11 +146,19 @@ class TestOnADevice:
                 assert relative_error(y, hadamard.forward(x.double(), format.transform) @ weight.T) < 2e-3
 
     @pytest.mark.parametrize(
-        ("shape", "tokens"), [((256, 4096), 17), ((130, 2100), 200), ((1000, 8192), 256), ((4096, 4096), 300)]
+        ("shape", "tokens"),
+        [
+            ((256, 4096), 17),
+            ((130, 2100), 200),
+            ((1000, 8192), 256),
+            ((4096, 4096), 300),
+            ((19000, 512), 250),
+            ((9000, 600), 1000),
+        ],
     )
     def test_tiles_split_along_their_columns(self, shape, tokens):
         format = TrellisFormat(rate=3)
-        assert sources.gemm_splits(*shape, tokens, nvrtc.processors(0)) > 1
+        assert sources.gemm_division(*shape, tokens, nvrtc.processors(0))[-1] > 1
         parts = random_parts(format, *shape)
         prepared = EXACT.prepare(parts, format, shape)
         x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)

@@ -1,27 +1,28 @@
 // y = x W^T for many tokens: weights decoded once for up to 256 tokens, straight into the tensor cores' shared memory.
 //
-// A block works on tiles of 128 rows (4 segments) by TOKENS tokens. Four warps produce: each decodes one segment, a lane two
-// neighbouring columns at a time, and stores the values as fp16 (integers in -510..510, so exactly). Eight warps consume: two
-// groups of four, 64 rows each, by wgmma with float32 accumulators. Scales and bias come at the end, so that fp16 rounds
-// nothing but the activations. A stage is 64 columns: A 128 x 64 and B TOKENS x 64 halves, 128 bytes a row, in the order of
+// A block works on tiles of 128 rows (4 segments) by TOKENS tokens. Two groups of four warps produce, stage about: each warp
+// decodes one segment, a lane two neighbouring columns at a time, and stores the values as fp16 (integers in -510..510, so
+// exactly). Two groups of four consume, 64 rows each, by wgmma with float32 accumulators; they get the registers that
+// producers do not need. Scales and bias come at the end, so that fp16 rounds nothing but the activations. A stage is 64 columns: A 128 x 64 and B TOKENS x 64 halves, 128 bytes a row, in the order of
 // wgmma's 128-byte swizzle (16-byte chunk c of row r lies at c ^ r % 8). B is one contiguous piece of `x`, fetched by one
 // bulk copy: `rotate` has written it in that order.
 //
 // Row 2i of a group of 16 is put at A's row i, row 2i + 1 at i + 8: so the two rows that a lane holds of the result are
 // neighbours in y.
 //
-// Where tiles are fewer than multiprocessors, each is split along its columns. Every split leaves its sums in `partials`, and
-// the last to arrive adds them up, in their order: the same bits every time.
+// The first `whole` tiles are a unit of work each, as many times as there are multiprocessors. The rest, for which not all of
+// them would be busy, is split along its columns. Every split leaves its sums in `partials`, and the last to arrive adds them
+// up, in their order: the same bits every time.
 //
 // x: half [column blocks][tokens up to whole tiles][64], swizzled. x_scale: float [tokens]. y: [tokens, out] of `type`.
-// partials: float4 [tiles * splits][2][TOKENS / 8][128]; arrived: u32 [tiles][2], zero before and after.
+// partials: float4 [(tiles - whole) * splits][2][TOKENS / 8][128]; arrived: u32 [tiles - whole][2], zero before and after.
 // Compile-time beside RATE, STATE_BITS, MULTIPLIER: TOKENS (64, 128, 256), STAGES; `multiply_tile` is generated for TOKENS.
 
 constexpr int DEPTH = 64;                 // columns of a stage
 constexpr int A_BYTES = 128 * DEPTH * 2;
 constexpr int B_BYTES = TOKENS * DEPTH * 2;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
-constexpr int PRODUCERS = 128, CONSUMERS = 256;
+constexpr int PRODUCERS = 256, CONSUMERS = 256, GROUP = 128;
 
 DEVICE void barrier_init(u32 barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -96,40 +97,44 @@ struct Problem {
   void* y;
   float4* partials;
   u32* arrived;
-  int out, steps, segments, strip, tokens, type, splits, depths, row_tiles, tiles;
+  int out, steps, segments, strip, tokens, type, whole, splits, depths, row_tiles, units;
 };
 
 // What a block does at a time: some stages of a tile.
 struct Unit {
   int tile, begin, end;
-  DEVICE Unit(const Problem& p, int unit) : tile(unit / p.splits) {
-    const int split = unit % p.splits;
+  bool shared;  // with other units
+  DEVICE Unit(const Problem& p, int unit) : tile(unit), begin(0), end(p.depths), shared(unit >= p.whole && p.splits > 1) {
+    if (!shared) return;
+    const int split = (unit - p.whole) % p.splits;
+    tile = p.whole + (unit - p.whole) / p.splits;
     begin = split * p.depths / p.splits, end = (split + 1) * p.depths / p.splits;
   }
 };
 
 DEVICE void produce(const Problem& p, u32 memory, u32 full, u32 empty) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int group = threadIdx.x / GROUP, warp = threadIdx.x / 32 % 4, lane = threadIdx.x & 31;
   const int columns = p.steps * 16, padded_tokens = (p.tokens + TOKENS - 1) / TOKENS * TOKENS;
   const u32 at = warp * 32 * 128 + ((lane >> 2) << 4 | (lane & 3) << 2);
-  Ring ring = {0, 1};
-  for (int number = blockIdx.x; number < p.tiles * p.splits; number += gridDim.x) {
+  u32 before = 0;  // stages of the units before: this group's are those of its own parity
+  for (int number = blockIdx.x; number < p.units; number += gridDim.x) {
     const Unit unit(p, number);
     const int segment = min(unit.tile % p.row_tiles * 4 + warp, p.segments - 1), tokens = unit.tile / p.row_tiles * TOKENS;
     const u32* own = p.words + (u64)segment * columns * R;
     const u32* next = p.words + (u64)next_segment(segment, p.segments, p.strip) * columns * R;
     Words ahead;
-    const int first = min(unit.begin * DEPTH + 2 * lane, columns - 2);
+    const int begin = unit.begin + ((before ^ group) & 1), first = min(begin * DEPTH + 2 * lane, columns - 2);
     ahead.load(own + first * R, next + first * R);
-    for (int depth = unit.begin; depth < unit.end; depth++) {
+    for (int depth = begin; depth < unit.end; depth += 2) {
       const Words words = ahead;
-      const int column = min((depth + 1) * DEPTH + 2 * lane, columns - 2);
+      const int column = min((depth + 2) * DEPTH + 2 * lane, columns - 2);
       ahead.load(own + column * R, next + column * R);
-      const int far = min((depth + 6) * DEPTH + 2 * lane, columns - 2);
+      const int far = min((depth + 8) * DEPTH + 2 * lane, columns - 2);
       asm volatile("prefetch.global.L2 [%0];" ::"l"(own + far * R));
-      barrier_wait(empty + 8 * ring.stage, ring.parity);
-      const u32 stage = memory + ring.stage * STAGE_BYTES, arrived = full + 8 * ring.stage;
-      if (threadIdx.x == 0) {
+      const u32 turn = (before + depth - unit.begin) / STAGES, place = (before + depth - unit.begin) % STAGES;
+      const u32 stage = memory + place * STAGE_BYTES, arrived = full + 8 * place;
+      barrier_wait(empty + 8 * place, ~turn & 1);
+      if (threadIdx.x % GROUP == 0) {
         barrier_arrive_expecting(arrived, B_BYTES);
         bulk_copy(stage + A_BYTES, p.x + ((u64)depth * padded_tokens + tokens) * DEPTH, B_BYTES, arrived);
       }
@@ -141,8 +146,8 @@ DEVICE void produce(const Problem& p, u32 memory, u32 full, u32 empty) {
       }
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       barrier_arrive(arrived);
-      ring.next();
     }
+    before += unit.end - unit.begin;
   }
 }
 
@@ -178,7 +183,8 @@ DEVICE void write_tile(const Problem& p, const float (&acc)[TOKENS / 2], int fir
 DEVICE bool join(const Problem& p, float (&acc)[TOKENS / 2], int number, int tile, int group, int thread) {
   __shared__ u32 before[2];
   constexpr int SIZE = TOKENS / 8 * 128;
-  float4* mine = p.partials + (u64)(2 * number + group) * SIZE + thread;
+  tile -= p.whole;
+  float4* mine = p.partials + (u64)(2 * (number - p.whole) + group) * SIZE + thread;
 #pragma unroll
   for (int i = 0; i < TOKENS / 8; i++)
     __stcg(mine + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
@@ -206,7 +212,7 @@ DEVICE bool join(const Problem& p, float (&acc)[TOKENS / 2], int number, int til
 DEVICE void consume(const Problem& p, u32 memory, u32 full, u32 empty) {
   const int thread = threadIdx.x - PRODUCERS, group = thread / 128, warp = thread / 32 % 4, lane = thread & 31;
   Ring ring = {0, 0};
-  for (int number = blockIdx.x; number < p.tiles * p.splits; number += gridDim.x) {
+  for (int number = blockIdx.x; number < p.units; number += gridDim.x) {
     const Unit unit(p, number);
     float acc[TOKENS / 2];
 #pragma unroll
@@ -226,24 +232,24 @@ DEVICE void consume(const Problem& p, u32 memory, u32 full, u32 empty) {
     }
     wait_for_multiplies(acc);
     barrier_arrive(empty + 8 * before);
-    if (p.splits > 1 && !join(p, acc, number, unit.tile, group, thread % 128)) continue;
+    if (unit.shared && !join(p, acc, number, unit.tile, group, thread % 128)) continue;
     write_tile(p, acc, unit.tile % p.row_tiles * 128 + group * 64 + warp * 16, unit.tile / p.row_tiles * TOKENS, lane);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
 gemm(const u32* words, const u16* x, const float* x_scale, const u16* row_scales, const float* scale, const void* bias, void* y,
-     float4* partials, u32* arrived, int out, int steps, int segments, int strip, int tokens, int type, int splits) {
-  const int row_tiles = (segments + 3) / 4;
+     float4* partials, u32* arrived, int out, int steps, int segments, int strip, int tokens, int type, int whole, int splits) {
+  const int row_tiles = (segments + 3) / 4, tiles = row_tiles * ((tokens + TOKENS - 1) / TOKENS);
   const Problem p = {words, x, x_scale, row_scales, scale, bias, y, partials, arrived,
-                     out, steps, segments, strip, tokens, type, splits, (steps + 3) / 4, row_tiles, row_tiles * ((tokens + TOKENS - 1) / TOKENS)};
+                     out, steps, segments, strip, tokens, type, whole, splits, (steps + 3) / 4, row_tiles, whole + (tiles - whole) * splits};
   extern __shared__ __align__(1024) char shared[];
   __shared__ u64 barriers[2 * STAGES];
   const u32 memory = (smem_address(shared) + 1023) & ~1023u;
   const u32 full = smem_address(barriers), empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(full + 8 * i, PRODUCERS + 1);
+      barrier_init(full + 8 * i, GROUP + 1);
       barrier_init(empty + 8 * i, CONSUMERS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
@@ -251,6 +257,11 @@ gemm(const u32* words, const u16* x, const float* x_scale, const u16* row_scales
   __syncthreads();
   let_next_kernel_start();
   wait_for_previous_kernel();
-  if (threadIdx.x < PRODUCERS) produce(p, memory, full, empty);
-  else consume(p, memory, full, empty);
+  if (threadIdx.x < PRODUCERS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    produce(p, memory, full, empty);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
+    consume(p, memory, full, empty);
+  }
 }

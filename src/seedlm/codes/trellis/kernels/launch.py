@@ -148,15 +148,15 @@ def product_plan(
         stages = sources.gemm_stages(width, arch)
         text = sources.gemm_source(format, width, stages)
         most, processors = sources.most_shared(arch), nvrtc.processors(index)
-        splits = sources.gemm_splits(out_features, in_features, tokens, processors)
-        units = -(-out_features // 128) * -(-tokens // width) * splits
+        tiles, whole, splits = sources.gemm_division(out_features, in_features, tokens, processors)
+        pieces = (tiles - whole) * splits
         return ProductPlan(
-            kernel=nvrtc.load(text, "gemm", "PPPPPPPPPiiiiiii", device=device, shared=most, specific=True, overlap=overlap),
-            grid=(min(units, processors),),
-            block=384,
-            numbers=(*common, nvrtc.TYPES[dtype], splits),
+            kernel=nvrtc.load(text, "gemm", "PPPPPPPPPiiiiiiii", device=device, shared=most, specific=True, overlap=overlap),
+            grid=(min(whole + pieces, processors),),
+            block=512,
+            numbers=(*common, nvrtc.TYPES[dtype], whole, splits),
             shared=stages * sources.gemm_stage_bytes(width) + 1024,
-            partials=units * 128 * width if splits > 1 else 0,
+            partials=pieces * 128 * width if splits > 1 else 0,
         )
     parts = tokens * parts_of_token(kind)
     base = 2 * sources.levels(in_features) + 1 if kind == "exact" else 0

@@ -139,10 +139,19 @@ def gemm_stage_bytes(width: int) -> int:
     return (128 + width) * DEPTH * 2
 
 
-def gemm_splits(out_features: int, in_features: int, tokens: int, processors: int) -> int:
-    """Into how many pieces along its columns a tile of `gemm` is cut, each of four stages or more, to keep processors busy."""
-    tiles = -(-out_features // 128) * -(-tokens // gemm_tokens(tokens))
-    return max(1, min(processors // tiles, -(-in_features // DEPTH) // 4))
+def gemm_division(out_features: int, in_features: int, tokens: int, processors: int) -> tuple[int, int, int]:
+    """How `gemm` divides its tiles: how many there are, how many of them stay whole, into how many pieces the others are split.
+
+    Tiles that fill all processors stay whole. What is left over would leave some idle: it is split where that takes less time,
+    each piece of a twentieth of a tile's (docs/log/products.md).
+    """
+    tiles, depths = -(-out_features // 128) * -(-tokens // gemm_tokens(tokens)), -(-in_features // DEPTH)
+    whole = tiles // processors * processors
+    most = max(1, depths // 4)
+    if not whole:
+        return tiles, 0, max(1, min(processors // tiles, most))
+    rest = tiles - whole
+    return tiles, whole, min(range(1, min(most, 6) + 1), key=lambda s: -(-rest * s // processors) / s + s / 20)
 
 
 def pieces(transform: int, in_features: int) -> int:
@@ -211,18 +220,22 @@ def product_source(format: TrellisFormat, variant: Variant, members: int = 1) ->
 
 
 def gemm_source(format: TrellisFormat, width: int, stages: int) -> str:
-    """The text of `gemm` for tiles of `width` tokens, with the wgmma of that width, which has to be spelled out."""
-    count = width // 2
-    registers = ", ".join(f"%{i}" for i in range(count))
-    outputs = ", ".join(f'"+f"(c[{i}])' for i in range(count))
-    instruction = (
-        f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.f16.f16 {{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
-    )
+    """The text of `gemm` for tiles of `width` tokens, with its wgmma, which have to be spelled out.
+
+    They are 128 tokens wide at most: for 256 the compiler wants more registers than each of 512 threads begins with.
+    """
+    piece, multiplies = min(width, 128), ""
+    registers = ", ".join(f"%{i}" for i in range(piece // 2))
+    inputs = f"%{piece // 2}, %{piece // 2 + 1}, 1, 1, 1, 0, 0"
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{piece}k16.f32.f16.f16 {{{registers}}}, {inputs};"
+    for first in range(0, width, piece):
+        outputs = ", ".join(f'"+f"(c[{i}])' for i in range(first // 2, (first + piece) // 2))
+        multiplies += f'  asm volatile("{instruction}" : {outputs} : "l"(a), "l"(b + {first * DEPTH * 2 // 16}));\n'
+    outputs = ", ".join(f'"+f"(c[{i}])' for i in range(width // 2))
     multiply = f"""
-__device__ __forceinline__ void multiply_tile(float (&c)[{count}], unsigned long long a, unsigned long long b) {{
-  asm volatile("{instruction}" : {outputs} : "l"(a), "l"(b));
-}}
-__device__ __forceinline__ void wait_for_multiplies(float (&c)[{count}]) {{
+__device__ __forceinline__ void multiply_tile(float (&c)[{width // 2}], unsigned long long a, unsigned long long b) {{
+{multiplies}}}
+__device__ __forceinline__ void wait_for_multiplies(float (&c)[{width // 2}]) {{
   asm volatile("wgmma.wait_group.sync.aligned 0;" : {outputs} :: "memory");
 }}
 """
