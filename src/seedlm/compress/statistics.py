@@ -121,7 +121,8 @@ def gather(
         tell("an earlier run was stopped before its text was whole; none of it was kept, and it is written again")
     try:
         _observe(work.path, path, wanted, known, device, progress, tell, trust_remote_code)
-    except (SeedLMError, RuntimeError) as reason:  # no memory, a kernel that a dtype lacks, a model that cannot be trained
+    except (SeedLMError, RuntimeError, ValueError) as reason:
+        # No memory, a kernel that a dtype lacks, a model that cannot be trained, one that refuses text without an image.
         cause = " ".join(str(reason).split()).split(". ")[0]
         if wanted.kind != "auto":
             raise SourceError(f"no statistics for error feedback: {cause}") from reason
