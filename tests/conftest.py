@@ -81,6 +81,18 @@ def talking(folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def mismatched(talking, tmp_path_factory):
+    """The same folder, whose tokenizer was given a token, ``<cat>``, that the model was not."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(talking, tmp_path_factory.mktemp("mismatched") / "packed")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<cat>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def forked():
     """What to start for a command line in a process of its own that has its imports behind it (`forked.py`).
 

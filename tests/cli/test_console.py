@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seedlm.cli import main
-from seedlm.cli.console import printable
+from seedlm.cli.console import Terminated, printable
 from seedlm.codes.registry import parse_format
 from seedlm.compress.plan import parse_size
 from seedlm.compress.run import compress_checkpoint
@@ -152,6 +152,17 @@ def test_a_signal_to_end_says_what_ctrl_c_says(llama, tmp_path, forked):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert said.endswith(f"seedlm: stopped; run the same command again to go on ({out}.partial holds what is done)\n")
+
+
+@pytest.mark.parametrize("where", ["typer.core.TyperGroup.make_context", "typer.main.get_command"])
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_signal_before_a_command_begins_says_so_too(error, code, where, monkeypatch, here):
+    def interrupted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(where, interrupted)
+    done = here("inspect", "folder")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "seedlm: stopped\n")
 
 
 def test_what_inspect_check_finds(llama, tmp_path, capsys):

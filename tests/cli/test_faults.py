@@ -1,6 +1,7 @@
 """What stood in the way of people who tried the commands, each as a test: refused early, told in one line, stopped cleanly."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from seedlm.codes.registry import family_of, parse_format
 from seedlm.compare import load_runs
 from seedlm.compress import run as runs
 from seedlm.errors import EvaluationError
-from tiny_models import SMALL, STORIES, tiny_gguf
+from tiny_models import SMALL, STORIES, STORY, tiny_gguf, told
 
 COMMAND = [sys.executable, "-m", "seedlm"]
 
@@ -52,6 +53,53 @@ def test_generate_is_stopped_twice_in_a_row():
     shown, said = process.communicate(timeout=60)
     assert (process.returncode, b"Traceback" in said, b"terminate" in said) == (130, False, False)
     assert shown.endswith(b"\n")
+
+
+def unknown(folder, text, place):
+    return (
+        f"seedlm: {text}: its token {place} has the id 512, and {folder} knows the ids 0 to 511, the rows of its embeddings: "
+        "the tokenizer is another model's, or was given tokens that the model was not"
+    )
+
+
+@pytest.mark.parametrize(("how", "text", "place"), [("--raw", "the prompt", 3), ("--chat", "the conversation", 2)])
+def test_a_prompt_of_tokens_that_the_model_does_not_know_is_refused(how, text, place, mismatched, here):
+    done = here("generate", mismatched, "Once <cat>", how, "--max-new-tokens", 2)
+    assert (done.returncode, done.stdout, told(done.stderr)) == (2, "", [unknown(mismatched, text, place)])
+    assert here("generate", mismatched, "Once", how, "--max-new-tokens", 2).returncode == 0
+
+
+def test_a_turn_of_tokens_that_the_model_does_not_know_is_refused_and_forgotten(mismatched, call):
+    done = call("chat", mismatched, "--max-new-tokens", 2, input="Once\n<cat>\nOnce\n")
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
+    assert any(unknown(mismatched, "the conversation", place) in done.stderr.splitlines() for place in range(2, 9))
+    assert "too long" not in done.stderr
+
+
+@pytest.mark.parametrize("what", ["text", "prompts"])
+def test_texts_of_tokens_that_a_model_does_not_know_are_not_scored(what, mismatched, tmp_path, here):
+    files = {"text": STORY * 8, "prompts": "Once\n"}
+    files[what] = "<cat> " + files[what]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    options = ["--text", tmp_path / "text", "--prompts", tmp_path / "prompts", "--context", 32, "--limit", 1]
+    done = here("evaluate", mismatched, *options, "--out", tmp_path / "run.json")
+    named = tmp_path / "text" if what == "text" else "the prompt '<cat> Once'"
+    assert (done.returncode, done.stdout, told(done.stderr)) == (2, "", [unknown(mismatched, named, 2)])
+
+
+@pytest.mark.parametrize("command", ["compress", "observe"])
+def test_a_model_is_not_observed_on_tokens_that_it_does_not_know(command, mismatched, tmp_path, here):
+    (tmp_path / "text").write_text(f"<cat> {STORY}" * 20)
+    source = shutil.copytree(STORIES, tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(mismatched / name, source)
+    options = ("--feedback", tmp_path / "text", "--bits", "2-fast") if command == "compress" else ("--text", tmp_path / "text")
+    done = here(command, source, tmp_path / "out.safetensors", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told(done.stderr) == [
+        unknown(source, "text", 2).replace("seedlm: ", "seedlm: no statistics for error feedback: ", 1)
+    ]
 
 
 def test_an_output_that_is_there_is_refused_before_anything_is_read(tmp_path, here):

@@ -3,11 +3,13 @@
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,7 +50,9 @@ def server(talking):
     process.terminate()
     assert process.wait(timeout=60) in (0, 143, -15)
     assert process.stderr is not None
-    assert f"at {address}/v1; Ctrl-C ends" in process.stderr.read()
+    loading, serving = process.stderr.read().splitlines()[:2]
+    assert re.fullmatch(rf"seedlm: {re.escape(str(talking))}: \S+ MB, .* weights in \d+ tensors; loading", loading)
+    assert serving == f"seedlm: {talking} at {address}/v1; Ctrl-C ends"
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,18 @@ def test_a_port_that_is_taken_is_refused_before_the_model_loads(server, talking,
     done = here("serve", talking, "--port", server[1])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "cannot listen there" in done.stderr
+
+
+def test_what_is_loaded_is_said_before_it_loads(talking, monkeypatch, here):
+    def serving(model, **options):
+        print("imported, and now it loads", file=sys.stderr)
+
+    monkeypatch.setattr(sys.modules["seedlm.cli.serve"], "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=bool)))
+    monkeypatch.setitem(sys.modules, "seedlm.integrations.transformers.serving", SimpleNamespace(Server=serving))
+    lines = here("serve", talking, "--port", free_port()).stderr.splitlines()
+    assert re.fullmatch(rf"seedlm: {re.escape(str(talking))}: \S+ MB, [\d,]+ weights in \d+ tensors; loading", lines[0])
+    assert lines[1].endswith("/v1; Ctrl-C ends")
+    assert lines[2] == "imported, and now it loads"
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, here):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +191,61 @@ class TestProcesses:
             time.sleep(0.05)
         run(llama, tmp_path / "out")
         assert folder_bytes(tmp_path / "out") == finished
+
+
+class TestStopping:
+    """Ctrl-C at any moment leaves no thread behind. Python waits for every one before a process ends, for ever if need be."""
+
+    @pytest.fixture
+    def started(self, monkeypatch):
+        """The threads of workers, and what is called after each has started."""
+        threads, calls = [], []
+
+        def start(thread, real=threading.Thread.start):
+            ours = thread.name.startswith("seedlm cpu")
+            thread.daemon |= ours  # so that a failure here is one, and no process without an end
+            real(thread)
+            if ours:
+                threads.append(thread)
+                for call in calls:
+                    call()
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        return threads, calls
+
+    @staticmethod
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    @pytest.mark.parametrize(("devices", "at"), [("cpu", 1), ("cpu", 2), ("cpu,cpu", 1), ("cpu,cpu", 2)])
+    def test_while_they_start(self, llama, finished, tmp_path, started, devices, at):
+        threads, calls = started
+        calls.append(lambda: len(threads) == at and self.interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(llama, tmp_path / "out", device=devices)
+        for thread in threads:
+            thread.join(60)
+        assert [thread.is_alive() for thread in threads] == [False] * at
+        calls.clear()
+        run(llama, tmp_path / "out")
+        assert folder_bytes(tmp_path / "out") == finished
+
+    def test_before_the_first_begins(self, started):
+        """One that is late finds that nobody waits: it opens no source and compiles nothing."""
+        workers = engine.Threads(SimpleNamespace(statistics=None), torch.device("cpu"), None, self.interrupt)
+        workers.close()
+        workers.start()
+        for thread in started[0]:
+            thread.join(60)
+        assert [thread.is_alive() for thread in started[0]] == [False, False]
+
+    def test_again_while_they_end(self, llama, tmp_path, started, monkeypatch):
+        monkeypatch.setattr(engine, "_wait_for", self.interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(llama, tmp_path / "out", on_progress=lambda phase, *_: phase == "compress" and self.interrupt())
+        for thread in started[0]:
+            thread.join(60)
+        assert [thread.is_alive() for thread in started[0]] == [False, False]
 
 
 def is_alive(pid: int) -> bool:

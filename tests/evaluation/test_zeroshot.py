@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlm.cli.evaluate import _print_results
 from seedlm.compare import compare_runs, load_runs
-from seedlm.errors import EvaluationError
+from seedlm.errors import EvaluationError, SourceError
 from seedlm.evaluation import zeroshot
 from seedlm.evaluation.records import read_records
 from seedlm.evaluation.run import Settings, evaluate
@@ -108,6 +108,7 @@ class Plain(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, self.device = model, model.device
+        self.get_input_embeddings = model.get_input_embeddings
 
     def forward(self, input_ids, use_cache):
         return self.model(input_ids=input_ids, use_cache=use_cache)
@@ -131,6 +132,8 @@ def test_answers_are_scored_as_if_alone(wrap):
         assert score == pytest.approx(sum(float(row[token]) for row, token in zip(logits, answer, strict=True)), abs=1e-4)
         assert greedy == (logits.argmax(-1).tolist() == answer)
     assert found[-1][1]
+    with pytest.raises(SourceError, match="questions: its token 3 has the id 512, and the model knows the ids 0 to 511"):
+        score_answers(wrap(model), [([1, 2], [512])], batch_size=3, longest=24)
 
 
 def test_a_stopped_run_goes_on_after_the_last_whole_task(data, tmp_path, monkeypatch):

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 import seedlm
 from seedlm.codes.registry import parse_format
 from seedlm.compress.allocate import Mixture
+from seedlm.compress.feedback import Feedback
+from seedlm.compress.observe import observe_checkpoint
 from seedlm.compress.request import Request
-from seedlm.errors import CheckpointError
+from seedlm.errors import CheckpointError, OutputError
 from seedlm.modeling.experts import SeedExperts
 from seedlm.modeling.quantize import seed_linears
 from seedlm.storage.checkpoint import Checkpoint
@@ -113,18 +115,60 @@ def inkling():
     return transformers.InklingForConditionalGeneration(config)
 
 
+@pytest.fixture
+def built(monkeypatch):
+    """A random model of one of these, in evaluation mode."""
+
+    def build(make):
+        if make is inkling:  # its sizes are tensors of floats, which torch refuses
+            module = pytest.importorskip("transformers.models.inkling.modeling_inkling")
+            scales = module.plan_out_scales
+            monkeypatch.setattr(module, "plan_out_scales", lambda *sizes: scales(*sizes, device="cpu").long().tolist())
+        torch.manual_seed(0)
+        dense = make().eval()
+        for parameter in dense.parameters():
+            torch.nn.init.normal_(parameter, std=0.05 if parameter.dim() > 1 else 0.3)
+        return dense
+
+    return build
+
+
+@pytest.mark.parametrize(("build", "unseen"), [(ernie, 13), (inkling, 0)])
+def test_they_are_observed_by_a_text_alone(tmp_path, built, build, unseen):
+    built(build).save_pretrained(tmp_path / "dense")
+    notes = []
+    observe_checkpoint(
+        tmp_path / "dense",
+        tmp_path / "statistics.safetensors",
+        text=Feedback("own", sequences=8, length=16),
+        device="cpu",
+        on_note=notes.append,
+    )
+    assert [note for note in notes if "no statistics" in note] == [
+        f"no statistics of {unseen} of 36 layers, which go by their weights alone: model.layers.1.mlp.experts.3.down_proj ..."
+    ] * (unseen > 0)  # Ernie's last experts are for images alone
+
+
+def test_codes_that_transformers_would_rearrange_are_not_saved(tmp_path, built):
+    """Inkling's ``gate_proj`` and ``up_proj`` are, to transformers, the shared experts' wherever they stand in a name."""
+    dense = built(inkling)
+    dense.save_pretrained(tmp_path / "dense")
+    model = type(dense).from_pretrained(tmp_path / "dense")
+    seedlm.compress_model(model, SMALL)
+    with pytest.raises(OutputError, match=r"^10 packed layers of InklingForConditionalGeneration cannot be saved: "):
+        model.save_pretrained(tmp_path / "packed")
+    assert not any(tmp_path.glob("packed/*"))
+    model = type(dense).from_pretrained(tmp_path / "dense")
+    seedlm.compress_model(model, SMALL, exclude=["*.mlp.*"])
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(type(dense).from_pretrained(tmp_path / "packed")), logits(model))
+
+
 @pytest.mark.parametrize(
     ("build", "experts", "others"), [(ernie, 18, ("*self_attn*", "*resampler*", "*shared*")), (inkling, 12, "*.attn.*")]
 )
-def test_experts_that_loading_rearranges_compute_what_their_dense_weights_do(tmp_path, monkeypatch, build, experts, others):
-    if build is inkling:  # its sizes are tensors of floats, which torch refuses
-        module = pytest.importorskip("transformers.models.inkling.modeling_inkling")
-        scales = module.plan_out_scales
-        monkeypatch.setattr(module, "plan_out_scales", lambda *sizes: scales(*sizes, device="cpu").long().tolist())
-    torch.manual_seed(0)
-    dense = build().eval()
-    for parameter in dense.parameters():
-        torch.nn.init.normal_(parameter, std=0.05 if parameter.dim() > 1 else 0.3)
+def test_experts_that_loading_rearranges_compute_what_their_dense_weights_do(tmp_path, built, build, experts, others):
+    dense = built(build)
     dense.save_pretrained(tmp_path / "dense")
     run(tmp_path / "dense", tmp_path / "packed", exclude=others)
     checkpoint = Checkpoint.open(tmp_path / "packed")

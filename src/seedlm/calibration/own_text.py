@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seedlm.calibration.amount import OwnText, check_length
 from seedlm.errors import EvaluationError
-from seedlm.integrations.transformers.models import longest_text
+from seedlm.integrations.transformers.models import longest_text, vocabulary
 from seedlm.progress import Progress
 
 BATCH: Final = 128
@@ -63,12 +63,12 @@ def text_hash(tokens: Tensor) -> str:
 
 def _first_tokens(model: Any, text: OwnText, random: torch.Generator) -> Tensor:
     """int64 [sequences, 1]: the model's BOS token, or any tokens if it has none."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    known = vocabulary(model)
     bos = getattr(getattr(model, "generation_config", None), "bos_token_id", None)
     bos = getattr(model.config, "bos_token_id", None) if bos is None else bos
-    if isinstance(bos, int) and 0 <= bos < vocabulary:
+    if isinstance(bos, int) and 0 <= bos < known:
         return torch.full((text.sequences, 1), bos)
-    return torch.randint(vocabulary, (text.sequences, 1), generator=random)
+    return torch.randint(known, (text.sequences, 1), generator=random)
 
 
 def predict(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:

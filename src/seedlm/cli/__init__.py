@@ -70,6 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SeedLMError as error:
         note(str(error))
         sys.exit(2)
+    except KeyboardInterrupt as error:
+        stopped(error)
+    except SystemExit as end:  # typer makes 130 of every KeyboardInterrupt before a command begins, and says nothing
+        reason = end.__context__.__cause__ if end.__context__ else None
+        if isinstance(reason, KeyboardInterrupt):
+            stopped(reason)
+        raise
 
 
 def _print_version(wanted: bool) -> None:

@@ -83,13 +83,15 @@ def _answer(writer: "Writer", turns: list["Turn"], said: str, kept: int, drawing
 
     kept   turns at the start that always stay
     """
+    from seedlm.integrations.transformers.generate import NoRoomError
+
     turns = [*turns, {"role": "user", "content": said}]
     while True:
         try:
             pieces = writer.answer(turns, drawing)
             break
         except SourceError as reason:
-            if len(turns) <= kept + 2:
+            if not isinstance(reason, NoRoomError) or len(turns) <= kept + 2:
                 print(printable(f"seedlm: {reason}"), file=sys.stderr)
                 return turns[:-1]
             turns = [*turns[:kept], *turns[kept + 2 :]]

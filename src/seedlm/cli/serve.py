@@ -30,17 +30,17 @@ def serve(
     from seedlm.integrations.transformers.before import find, has_chat_template
     from seedlm.storage.source import is_repository
 
-    chats = None
+    chats, loaded = None, model
     if not is_repository(model):
-        found = find(model).path
-        if found.is_file():
+        found = find(model)
+        if found.path.is_file():
             raise BackendError(f"{model}: a server takes folders and Hub repositories; compress the file first")
-        chats = has_chat_template(found)
+        chats, loaded = has_chat_template(found.path), f"{model}: {found}"
     for name in ("fastapi", "uvicorn", "openai"):
         if importlib.util.find_spec(name) is None:
             raise BackendError(f"serving needs {name}: pip install 'seedlm[serve]'")
     _check_port(host, port)
-    note(f"opening {model}")
+    note(f"{loaded}; loading")
     from seedlm.device import choose_device
 
     choose_device(device)

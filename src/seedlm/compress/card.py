@@ -29,9 +29,9 @@ they are regrown from a few bits each. The folder loads with transformers once `
 
 ```python
 import seedlm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {opens}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY")
+model = {opens}.from_pretrained("PATH_OR_REPOSITORY")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY")
 ```
 
@@ -64,7 +64,9 @@ def card(report: Report, source: Source, path: Path, record: Mapping[str, Any]) 
     front |= {"library_name": "transformers", "tags": ["seedlm"]}
     name = repository.rpartition("/")[2] if repository else made
     link = f"[{repository}](https://huggingface.co/{repository})" if repository else f"A local model, {_code(made)}"
+    other_inputs = made.endswith("ForConditionalGeneration") and made.isidentifier()  # AutoModelForCausalLM knows few of these
     text = _TEXT.format(
+        opens=made if other_inputs else "AutoModelForCausalLM",
         name=_code(name),
         origin=link,
         version=__version__,

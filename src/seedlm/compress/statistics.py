@@ -121,7 +121,8 @@ def gather(
         tell("an earlier run was stopped before its text was whole; none of it was kept, and it is written again")
     try:
         _observe(work.path, path, wanted, known, device, progress, tell, trust_remote_code)
-    except (SeedLMError, RuntimeError) as reason:  # no memory, a kernel that a dtype lacks, a model that cannot be trained
+    except (SeedLMError, RuntimeError, ValueError) as reason:
+        # No memory, a kernel that a dtype lacks, a model that cannot be trained, one that refuses text without an image.
         cause = " ".join(str(reason).split()).split(". ")[0]
         if wanted.kind != "auto":
             raise SourceError(f"no statistics for error feedback: {cause}") from reason
@@ -209,7 +210,7 @@ def _observe(
     from seedlm.calibration.amount import check_length
     from seedlm.calibration.own_text import OwnText, write_text
     from seedlm.calibration.statistics import measure_statistics
-    from seedlm.integrations.transformers.models import load_model, longest_text
+    from seedlm.integrations.transformers.models import check_tokens, load_model, longest_text
     from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
     from seedlm.storage.inspect import OWN_TEXT
 
@@ -231,6 +232,8 @@ def _observe(
     dtype = "bfloat16" if device.type == "cuda" and not path.is_file() else "auto"
     model: Any = open_language_model(path, dtype=dtype, trust_remote_code=trust)
     check_length(longest_text(model), text.length)
+    if tokens is not None:
+        check_tokens(model, tokens, name, path)
     large, on_disk = _place(model, wanted, text, device, tell)
     if tokens is None:
         if on_disk and wanted.kind == "auto":

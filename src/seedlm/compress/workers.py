@@ -85,12 +85,18 @@ Post = Callable[["Workers", Event], None]
 
 
 class Workers(Protocol):
-    """Some threads that take units, each after it has said that it is ready."""
+    """Some threads that take units, each after it has said that it is ready.
+
+    They start by `start` and not when they are made: whoever is to close them is in place by then. A thread that Ctrl-C left
+    without one would keep the process from ending.
+    """
+
+    def start(self) -> None: ...
 
     def submit(self, unit: Unit) -> None: ...
 
     def close(self) -> None:
-        """Return when nothing is written any more."""
+        """Return when nothing is written any more, however far `start` came."""
         ...
 
 
@@ -123,6 +129,8 @@ class Threads:
         self._room = Room((free_host_memory() or 8 << 30) // _CPU_SHARE) if count > 1 and device.type == "cpu" else None
         self._threads = [threading.Thread(target=self._work, name=f"seedlm {device}") for _ in range(count)]
         self._settler = threading.Thread(target=self._settle, name=f"seedlm {device} disk")
+
+    def start(self) -> None:
         for thread in (*self._threads, self._settler):
             thread.start()
 
@@ -131,18 +139,20 @@ class Threads:
 
     def close(self) -> None:
         self._stopping = True
-        for _ in self._threads:
-            self._units.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._written.put(None)
-        self._settler.join()
+        self._units.put(None)
+        try:
+            _wait_for(self._threads)
+        finally:  # a second Ctrl-C does not wait, and the threads end all the same
+            self._written.put(None)
+        _wait_for([self._settler])
         if self._worker is not None:
             self._worker.close()
 
     def _work(self) -> None:
         try:
             with self._ready:
+                if self._stopping:
+                    return
                 if self._worker is None:
                     self._worker = Worker(self._job, self._device, self._source)
                     self._worker.warm_up()
@@ -150,6 +160,7 @@ class Threads:
             while (unit := self._units.get()) is not None:
                 self._written.put((unit, self._run(self._worker, unit)))
                 self._post(self, Ready())
+            self._units.put(None)  # each passes it on
         except _Stopped:
             pass
         except torch.OutOfMemoryError:
@@ -164,6 +175,8 @@ class Threads:
         nbytes = worker.working_bytes(unit)
         self._room.enter(nbytes)
         try:
+            if self._stopping:  # all that waited for room come in now, one after the other
+                raise _Stopped
             return worker.run(unit, self._tell)
         finally:
             self._room.leave(nbytes)
@@ -190,6 +203,13 @@ class Threads:
         self._post(self, Encoded(weights))
 
 
+def _wait_for(threads: Iterable[threading.Thread]) -> None:
+    """Until those that were started have ended."""
+    for thread in threads:
+        if thread.is_alive():
+            thread.join()
+
+
 class Child:
     """A process of its own, on one device."""
 
@@ -201,9 +221,12 @@ class Child:
         assert self._process.stdout is not None
         self._units, self._events = self._process.stdin, self._process.stdout
         self._closing = False
-        self._send((job, device, threads))
+        self._first = (job, device, threads)
         self._reader = threading.Thread(target=self._read, name=f"seedlm {device}")
+
+    def start(self) -> None:
         self._reader.start()
+        self._send(self._first)
 
     def submit(self, unit: Unit) -> None:
         self._send(unit)
@@ -212,7 +235,7 @@ class Child:
         self._closing = True
         self._process.kill()  # whatever it is at is not in the journal
         self._process.wait()
-        self._reader.join()
+        _wait_for([self._reader])
         self._events.close()
         with suppress(OSError):  # what it did not read any more
             self._units.close()
@@ -258,6 +281,7 @@ def serve() -> None:
     job, device, threads = next(received)
     torch.set_num_threads(threads)
     workers = Threads(job, device, None, post)
+    workers.start()
     for unit in received:
         workers.submit(unit)
     os._exit(0)  # nobody is there to be told: stop in the middle
@@ -305,9 +329,14 @@ def start(job: Job, devices: list[torch.device], source: Source) -> Iterator[Eng
     everything = torch.get_num_threads()
     own, *others = share_threads(devices, everything)
     with ExitStack() as stack:
+
+        def begin(workers: Workers) -> None:
+            stack.callback(workers.close)
+            workers.start()
+
         for device, threads in zip(devices[1:], others, strict=True):
-            stack.callback(Child(job, device, threads, engine.post).close)
+            begin(Child(job, device, threads, engine.post))
         stack.callback(torch.set_num_threads, everything)
         torch.set_num_threads(own)
-        stack.callback(Threads(job, devices[0], source, engine.post).close)
+        begin(Threads(job, devices[0], source, engine.post))
         yield engine

@@ -11,6 +11,7 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -76,7 +77,7 @@ def evaluate(
     with Journal.claim(out, inputs.plan, record, len(windows), settings.batch_size) as journal:
         progress = on_progress or (lambda phase, done, total: None)
         progress("load", 0, 0)
-        loaded, tokenizer = _load(inputs.paths, settings, device)
+        loaded, tokenizer = _load(inputs, settings, device, settings.prompts if out is not None else ())
         baseline = apply_baseline(loaded[0], settings.baseline, inputs.calibration, tokenizer) if settings.baseline else None
         run = {"baseline": baseline, **_score(journal, windows, loaded, settings, device, on_progress)}
         records = np.concatenate(journal.records)
@@ -156,16 +157,27 @@ def _read_inputs(
     return _Inputs(paths, windows, calibration, plan)
 
 
-def _load(paths: list[Path], settings: Settings, device: torch.device) -> tuple[list[Any], Any]:
-    """The models, and the tokenizer of the first. EvaluationError for one that does not know as many positions."""
+def _load(inputs: _Inputs, settings: Settings, device: torch.device, prompts: Sequence[str]) -> tuple[list[Any], Any]:
+    """The models, and the tokenizer of the first.
+
+    prompts   that will be continued
+    Raises EvaluationError for one that does not know as many positions, SourceError for one that does not know all tokens.
+    """
     trust = settings.trust_remote_code
     loaded = [
         models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed, trust_remote_code=trust)
-        for path in paths
+        for path in inputs.paths
     ]
-    for network in loaded:
+    tokenizer = models.load_tokenizer(inputs.paths[0], trust_remote_code=trust)
+    texts = [(inputs.plan["text"]["path"], inputs.windows)]
+    if inputs.calibration is not None:
+        texts.append((str(settings.calibration), inputs.calibration))
+    texts += [(f"the prompt {prompt!r:.60}", tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    for path, network in zip(inputs.paths, loaded, strict=True):
         check_context(models.longest_text(network), settings)
-    return loaded, models.load_tokenizer(paths[0], trust_remote_code=trust)
+        for name, ids in texts:
+            models.check_tokens(network, ids, name, path)
+    return loaded, tokenizer
 
 
 def _score(

@@ -29,6 +29,7 @@ import torch
 
 from seedlm.errors import EvaluationError
 from seedlm.evaluation.settings import TASKS
+from seedlm.integrations.transformers.models import check_tokens
 from seedlm.storage.untrusted import MAX_TEXT_BYTES, read_bytes, read_text
 
 Row = dict[str, Any]
@@ -102,7 +103,9 @@ def score_answers(
     model     causal language model, in evaluation mode
     pairs     tokens of each context and of its answer, neither empty
     longest   tokens that the model can take: earlier ones are cut off
+    Raises SourceError for tokens that the model does not know.
     """
+    check_tokens(model, [token for context, answer in pairs for token in context + answer], "the task's questions", "the model")
     answers: dict[tuple[int, ...], list[int]] = {}  # inputs -> the pairs that they serve: yes and no after one question
     for number, (context, answer) in enumerate(pairs):
         answers.setdefault(tuple((context + answer)[-longest - 1 : -1]), []).append(number)

@@ -13,12 +13,16 @@ import torch
 from seedlm.device import choose_device
 from seedlm.errors import SourceError
 from seedlm.integrations.transformers.before import no_template
-from seedlm.integrations.transformers.models import longest_text
+from seedlm.integrations.transformers.models import check_tokens, longest_text
 from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
 from seedlm.storage.source import is_repository, locate
 
 Turn = dict[str, str]
 """``{"role": "system", "user" or "assistant", "content": text}``, as chat templates take it."""
+
+
+class NoRoomError(SourceError):
+    """A conversation of more tokens than its model has positions for; one without its oldest turns may fit."""
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Writer:
         if not is_repository(model):
             # The GGUF file of a folder. transformers would ask the Hub, several times, for a path that was mistyped.
             model = locate(model)
+        self._where = model
         self._tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
         has_template = bool(self._tokenizer.chat_template)
         if chat and not has_template:
@@ -78,17 +83,23 @@ class Writer:
         self.timing = Timing(load_seconds=time.perf_counter() - start)
 
     def go_on(self, prompt: str, drawing: Drawing) -> Generator[str, None, None]:
-        """A text and what follows it."""
-        return self._stream(self._tokenizer(prompt, return_tensors="pt"), drawing, skip_prompt=False)
+        """A text and what follows it. Raises SourceError for tokens that the model does not know."""
+        inputs = self._tokenizer(prompt, return_tensors="pt")
+        check_tokens(self._network, inputs["input_ids"], "the prompt", self._where)
+        return self._stream(inputs, drawing, skip_prompt=False)
 
     def answer(self, turns: Sequence[Turn], drawing: Drawing) -> Generator[str, None, None]:
-        """The answer to some turns, the last of which is the user's. Raises SourceError if the model has no room for them."""
+        """The answer to some turns, the last of which is the user's.
+
+        Raises NoRoomError if they are too long for the model, SourceError for tokens that it does not know.
+        """
         inputs = self._tokenizer.apply_chat_template(
             list(turns), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         longest, count = longest_text(self._network), inputs["input_ids"].shape[1]
         if longest is not None and count >= longest:
-            raise SourceError(f"the conversation has {count} tokens, the model knows {longest} positions")
+            raise NoRoomError(f"the conversation has {count} tokens, the model knows {longest} positions")
+        check_tokens(self._network, inputs["input_ids"], "the conversation", self._where)
         return self._stream(inputs, drawing, skip_prompt=True)
 
     def _stream(self, inputs: Any, drawing: Drawing, *, skip_prompt: bool) -> Generator[str, None, None]:

@@ -6,13 +6,14 @@ anything large is loaded.
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from seedlm.errors import SourceError
 from seedlm.integrations.transformers.before import DTYPES as DTYPES
@@ -112,6 +113,28 @@ def longest_text(model: Any) -> int | None:
     """Tokens that a model has positions for; None if it does not say. A model of several parts says it of its text part."""
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return longest if isinstance(longest, int) else None
+
+
+def vocabulary(model: Any) -> int:
+    """How many tokens a model knows: the rows of its input embeddings, packed or not. Their ids begin at 0."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def check_tokens(model: Any, ids: Tensor | Sequence[int], text: object, where: object) -> None:
+    """Raise SourceError for tokens that a model does not know: torch would say so from within, on a GPU by ending the process.
+
+    ids     integers of any shape, or a list of them
+    text    what they are the tokens of, as a user knows it
+    where   the model is
+    """
+    known, ids = vocabulary(model), torch.as_tensor(ids).flatten()
+    unknown = ((ids < 0) | (ids >= known)).nonzero()
+    if len(unknown):
+        place = int(unknown[0])
+        raise SourceError(
+            f"{text}: its token {place + 1} has the id {int(ids[place])}, and {where} knows the ids 0 to {known - 1}, the rows "
+            "of its embeddings: the tokenizer is another model's, or was given tokens that the model was not"
+        )
 
 
 def _foreign_size(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float | None, int | None]:

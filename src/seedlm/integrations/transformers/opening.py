@@ -7,6 +7,7 @@ stdin whether code of a repository may run. Here all three are answered by a Sou
 import os
 import re
 from contextlib import nullcontext, redirect_stderr
+from inspect import signature
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ from seedlm.storage.untrusted import printable
 
 _NO_HEAD: Final = re.compile(r".*(For\w*Classification|ForQuestionAnswering|ForMultipleChoice|Reward\w*)")
 _MASKED: Final = re.compile(r".*For(MaskedLM|PreTraining)")
+_WITH_OTHER_INPUTS: Final = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 _OTHER_CLASSES: Final = ("AutoModelForSpeechSeq2Seq", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
 _SHOWN: Final = 3
 
@@ -36,7 +38,7 @@ def open_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
 
 
 def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
-    """A model that predicts the next token, whole, in evaluation mode, on the CPU.
+    """A model that predicts the next token, whole, in evaluation mode, on the CPU. One of images or sound is given text alone.
 
     model               a folder, packed or not, a GGUF file, or what the Hub calls a repository
     dtype               of what is not packed: "auto" (as stored; float32 for a GGUF file) or a torch dtype's name
@@ -46,6 +48,7 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    opening: Any = AutoModelForCausalLM
     sizes = check_model(Path(model))
     where, options = _arguments(model)
     if options:
@@ -55,10 +58,11 @@ def open_language_model(model: str | Path, *, dtype: str = "auto", trust_remote_
         if not options:
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
             _check_kind(model, config)
+            opening = _class_of(model, config)
         # Dequantizing a GGUF file shows a bar that has no switch.
         quiet = redirect_stderr(StringIO()) if options else nullcontext()
         with quiet, nullcontext() if sizes is None else bounded(sizes):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = opening.from_pretrained(
                 where, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )
     except SeedLMError:
@@ -109,6 +113,31 @@ def _check_kind(model: str | Path, config: Any) -> None:
             f"{model}: is {made or config.model_type}, an encoder and a decoder, of which no text can be asked here; in Python "
             f"transformers.{next(known, 'AutoModel')} opens it"
         )
+
+
+def _class_of(model: str | Path, config: Any) -> Any:
+    """What opens a model: of those that transformers lists under other inputs alone, the class that takes these besides text.
+
+    Raises SourceError for one that goes by more than text, or does not go on from a text token by token.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, GenerationMixin
+
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    for name in _WITH_OTHER_INPUTS:
+        if type(config) not in (known := getattr(transformers, name)._model_mapping):
+            continue
+        kind = known[type(config)]
+        inputs = dict(signature(kind.forward).parameters)
+        text = inputs.pop("input_ids", None)
+        needed = [each for each, way in inputs.items() if way.default is way.empty and way.kind is way.POSITIONAL_OR_KEYWORD]
+        if needed[1:]:  # after self
+            raise SourceError(f"{model}: is {kind.__name__}, which takes more than text: {', '.join(needed[1:])}")
+        if text is None or not issubclass(kind, GenerationMixin):
+            raise SourceError(f"{model}: is {kind.__name__}, which does not go on from a text token by token")
+        return getattr(transformers, name)
+    return AutoModelForCausalLM  # which says what is wrong, or runs code that comes with the model
 
 
 def _check_whole(model: str | Path, network: Any, info: Any) -> None:

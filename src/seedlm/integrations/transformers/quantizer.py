@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import fusion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from seedlm.codes.base import Format
 from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
-from seedlm.errors import CheckpointError, FormatError
+from seedlm.errors import CheckpointError, FormatError, OutputError
 from seedlm.integrations.transformers.files import check_folder, open_files
 from seedlm.integrations.transformers.loading import CodeNames, ExpertNames, Places, saved_names
 from seedlm.modeling.embedding import SeedEmbedding
 from seedlm.modeling.experts import PACKED, SeedExperts
-from seedlm.modeling.linear import PackedModule
+from seedlm.modeling.linear import PackedModule, own_name
 from seedlm.modeling.places import Names
 from seedlm.modeling.quantize import (
     LISTENERS,
@@ -147,8 +148,12 @@ class SeedLMQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model):
-        """No state dict of its own; the safetensors metadata of a packed file, in which shapes are told."""
+        """No state dict of its own; the safetensors metadata of a packed file, in which shapes are told.
+
+        Asked before anything is written. Raises OutputError for codes that would not be saved as they are.
+        """
         layers = dict(packed_modules(model))
+        _check_names(model, layers)
         names = saved_names(model, layers)
         packed = {}
         for name, info in _described(model).items():
@@ -249,6 +254,24 @@ def _expert_names(model: nn.Module) -> list[ExpertNames]:
                 module.stacks[part], first = stack, names.renamed(f"{stack.base}.0.weight")  # the others come before
                 templates[f"{first.removesuffix('.0.weight')}.*"] = f"{name}.{PACKED}.{part}.*"
     return [ExpertNames(templates)] if templates else []
+
+
+def _check_names(model: Any, layers: Mapping[str, PackedModule]) -> None:
+    """Raise OutputError for layers whose codes transformers takes, by their names, for weights to be rearranged on saving."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    converters = [each.reverse_transform() for each in conversions if isinstance(each, WeightConverter)]
+    taken = [
+        name
+        for name, layer in layers.items()
+        if any(each.rename_source_key(f"{name}.{own_name(part)}")[1] for part in layer.parts for each in converters)
+    ]
+    if taken:
+        shown = f"{', '.join(taken[:3])}{' ...' if len(taken) > 3 else ''}"
+        raise OutputError(
+            f"{len(taken)} packed layers of {type(model).__name__} cannot be saved: transformers would rearrange their codes "
+            f"as it does weights of these names ({shown}); compress the folder that it was loaded from instead "
+            "(compress_checkpoint), or exclude these layers"
+        )
 
 
 def _digests(names: Mapping[str, str], layers: Mapping[str, PackedModule], packed: Mapping[str, PackedInfo]) -> dict[str, str]:
