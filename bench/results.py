@@ -19,6 +19,7 @@ import gc
 import json
 import multiprocessing
 import re
+import statistics
 import sys
 import time
 import traceback
@@ -50,7 +51,8 @@ from seedlm.storage.sensitivity import read_sensitivity, write_sensitivity
 ROOT = Path(__file__).parent.parent
 MIXED = ("4.5", "4", "3.5", "3", "2.5")
 """Bits at which formats are also mixed by sensitivity."""
-TRELLIS = ("4", "4-fast", "3.5", "3", "3-fast", "2.5", "2", "2-fast")
+TRELLIS = ("4", "4.0", "4-fast", "3.5", "3", "3.0", "3-fast", "2.5", "2", "2-fast")
+"""3.5, and 4.0 and 3.0 too, are mixtures: with everything that is stored they have at most so many bits a weight."""
 RECORDED = ("original", "seedlm-4", "seedlm-4-mixed", "seedlm-3", "seedlm-3-mixed", "nf4-4", "gptq-3")
 """Rows whose predictions, layers, prompts and questions are kept, for a report of `seedlm compare`."""
 PLACE = ("device_name", "torch", "transformers", "float32_matmul_precision")
@@ -307,18 +309,22 @@ def model_table(found: dict[str, Any]) -> str:
 
 def _agreement(rows: list[dict[str, Any]], tasks: list[str]) -> str:
     """How well each set, and the two that are not at chance for a small model, put the compressed rows in the order of KL."""
-    from scipy.stats import spearmanr
-
     asked = [row for row in rows if row["name"] != "original" and row["tasks"]]
     scores = {SHORT[task]: [_score(row, task)["mean"] for row in asked] for task in tasks}
     if {"ARC-e", "HellaSwag"} <= scores.keys():
         scores["ARC-e and HellaSwag together"] = [sum(pair) for pair in zip(scores["ARC-e"], scores["HellaSwag"], strict=True)]
-    found = {name: spearmanr([row["kl"]["mean"] for row in asked], values)[0] for name, values in scores.items()}
+    kl = _ranks([row["kl"]["mean"] for row in asked])
+    found = {name: statistics.correlation(kl, _ranks(values)) for name, values in scores.items()}
     return (
         f"Rank correlation with KL, {len(asked)} rows: "
         + ", ".join(f"{name} {value:.2f}" for name, value in found.items())
         + "."
     )
+
+
+def _ranks(values: list[float]) -> list[float]:
+    """Places in ascending order; equal values share the mean of theirs."""
+    return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
 
 
 def _score(row: dict[str, Any], task: str) -> dict[str, float]:
