@@ -108,7 +108,7 @@ def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30) -
     Measured on an H100 (docs/log/products.md).
     """
     tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
-    warps = 4 if tiles == 2 else 12
+    warps = 4 if tiles == 2 else 16 if tiles == 0 and format.rate <= 2 else 12
     stages = 2 if tiles == 0 and (format.rate < 4 or steps < _LONG * warps) else 3
     masks = 0 if format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16 else 2
     variant = Variant(tiles=tiles, warps=warps, stages=stages, masks_by_dot=masks)
