@@ -281,9 +281,11 @@ def _join_columns(unit: Tensor, step: int) -> None:
         return
     for first in range(0, size, step):
         stop = min(first + step, size)
-        for j in range(first, stop):
-            for i in range(first, j):
-                unit[..., :first, j] -= unit[..., :first, i] * unit[..., i, j, None]
+        above, block = unit[..., :first, first:stop].mT.contiguous(), unit[..., first:stop, first:stop]
+        for j in range(stop - first):
+            for i in range(j):
+                above[..., j, :] -= above[..., i, :] * block[..., i, j, None]
+        unit[..., :first, first:stop] = above.mT
         unit[..., first:, first:stop] = 0
 
 
