@@ -19,7 +19,6 @@ import gc
 import json
 import multiprocessing
 import re
-import statistics
 import sys
 import time
 import traceback
@@ -27,6 +26,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.utils import logging
@@ -313,8 +313,7 @@ def _agreement(rows: list[dict[str, Any]], tasks: list[str]) -> str:
     scores = {SHORT[task]: [_score(row, task)["mean"] for row in asked] for task in tasks}
     if {"ARC-e", "HellaSwag"} <= scores.keys():
         scores["ARC-e and HellaSwag together"] = [sum(pair) for pair in zip(scores["ARC-e"], scores["HellaSwag"], strict=True)]
-    kl = _ranks([row["kl"]["mean"] for row in asked])
-    found = {name: statistics.correlation(kl, _ranks(values)) for name, values in scores.items()}
+    found = {name: _rank_correlation([row["kl"]["mean"] for row in asked], values) for name, values in scores.items()}
     return (
         f"Rank correlation with KL, {len(asked)} rows: "
         + ", ".join(f"{name} {value:.2f}" for name, value in found.items())
@@ -322,9 +321,10 @@ def _agreement(rows: list[dict[str, Any]], tasks: list[str]) -> str:
     )
 
 
-def _ranks(values: list[float]) -> list[float]:
-    """Places in ascending order; equal values share the mean of theirs."""
-    return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
+def _rank_correlation(*values: list[float]) -> float:
+    """Spearman's: equal values share the mean of their ranks."""
+    ranks = [(np.subtract.outer(line, line) > 0).sum(1) + (np.equal.outer(line, line)).sum(1) / 2 for line in values]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def _score(row: dict[str, Any], task: str) -> dict[str, float]:

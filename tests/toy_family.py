@@ -19,6 +19,7 @@ class ToyFormat:
     family: ClassVar[str] = "toy"
     row_step: ClassVar[int] = 4
     column_step: ClassVar[int] = 1
+    transform: ClassVar[int] = 1
     spec = property(lambda self: f"toy-{self.bits}")
     scales = property(lambda self: "float32" if self.bits > 3 else "float16")
     bits_per_weight = property(lambda self: float(self.bits))
@@ -57,7 +58,7 @@ class ToyEncoder:
 
 
 class ToyFamily:
-    name, since_version, searches, feedback, fused = "toy", 2, (), False, True
+    name, since_version, searches, feedback, fused = "toy", 2, (), None, True
     presets: ClassVar = {"4": ToyFormat(4), "3": ToyFormat(3)}
     mixture: ClassVar = {ToyFormat(4): 0.01, ToyFormat(3): 0.05}
     defaults: ClassVar = {"flavour": "plain"}

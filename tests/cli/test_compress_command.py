@@ -199,7 +199,7 @@ def test_a_size_is_met_or_refused_with_what_there_can_be(llama, tmp_path, here):
     for arguments, message in (
         (["--size", "4GB", "--bits", "3"], "--size says how many bits there can be: give it without --bits and --format"),
         (["--size", "big"], "--size must be a positive number of bytes or a text such as '5GB', got 'big'"),
-        (["--size", "4GB", "--code", "block"], "a size is met by a mixture of formats: measure the model first"),
+        (["--size", "4GB", "--code", "block"], "where bits matter: add --feedback own, or measure"),
         (["--size", "4GB"], "the weight files of this model can have "),
         (["--size", "30kB", "--feedback", "none"], "a size is met by a mixture of formats, which needs to know where bits"),
     ):

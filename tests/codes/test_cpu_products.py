@@ -187,6 +187,25 @@ def test_threads_that_multiply_at_once_get_their_own_products():
         assert all(map(torch.equal, pool.map(weight.multiply, inputs), expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 20, 513])
+def test_several_weights_at_once_give_the_bits_of_one_after_another(tokens, dtype):
+    weights = [Weight(TRELLIS[3], (out, 300)) for out in (400, 33, 130)]
+    biases = [torch.randn(400).to(dtype), None, torch.randn(130).to(dtype)]
+    x, before = torch.randn(1, 300, tokens).to(dtype).mT, torch.get_num_threads()
+    prepared, shapes = [weight.prepared for weight in weights], tuple(weight.shape for weight in weights)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            expected = [weight.multiply(x, bias) for weight, bias in zip(weights, biases, strict=True)]
+            for _ in range(5):
+                found = weights[0].backend.linears(x, prepared, weights[0].format, shapes, biases)
+                assert [(y.shape, y.dtype) for y in found] == [(y.shape, dtype) for y in expected]
+                assert all(map(torch.equal, found, expected))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_int8_activations_are_coarser_and_asked_for():
     format = parse_format("4")
     assert backend.choose("auto", CPU, format, (64, 256)).name == "numba"

@@ -5,9 +5,9 @@ import torch
 
 from seedlm.codes import hadamard
 from seedlm.codes.base import EncodeOptions, Facts
-from seedlm.codes.feedback import feedback
+from seedlm.codes.feedback import feedback, feedback_for
 from seedlm.codes.trellis import codec
-from seedlm.codes.trellis.columns import feedback_for, row_weights
+from seedlm.codes.trellis.columns import row_weights
 from seedlm.codes.trellis.encode import TrellisEncoder
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.codes.trellis.viterbi import viterbi

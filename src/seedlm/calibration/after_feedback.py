@@ -6,8 +6,9 @@ with ones on its diagonal, d H d' is the sum over columns j of S_j e_j^2, e the 
 
     KL  =  sensitivity * nmse,     sensitivity  =  1/2 sum over rows r of  E[g_r^2] mean(W_r^2) * sum over columns of S_j
 
-Without feedback it would be the trace of H in place of that of S (`sensitivity`), which says too much of layers whose inputs
-are correlated. H is taken in the basis that codes with feedback work in, where the transform has spread out what is large.
+Of steps of several columns S_j is a block, whose trace counts. Without feedback it would be the trace of H in place of that of
+S (`sensitivity`), which says too much of layers whose inputs are correlated. H is taken in the format's own basis: where that
+is transformed, the transform has spread out what is large.
 """
 
 import math
@@ -17,21 +18,26 @@ import torch
 from torch import Tensor
 
 from seedlm.codes import hadamard
+from seedlm.codes.base import Format
 from seedlm.errors import SourceError
 from seedlm.storage.selection import NO_SURVEY, Survey, matrices_of
 from seedlm.storage.source import Source
 from seedlm.storage.statistics import Statistics
 
-_TRANSFORM = 128
 _DAMPING = 0.01
 
 
 def sensitivities(
-    statistics: Statistics, shapes: Mapping[str, tuple[int, int]], source: Source, survey: Survey = NO_SURVEY
+    statistics: Statistics,
+    shapes: Mapping[str, tuple[int, int]],
+    source: Source,
+    format: Format,
+    survey: Survey = NO_SURVEY,
 ) -> dict[str, float]:
     """Module -> KL in nats a token, per unit of relative squared error of its code.
 
     shapes   of the modules to be compressed, each of a stack of experts under a name of its own
+    format   in whose basis and steps errors are fed back, of all that a mixture chooses from
     survey   what the model's class says of the source, which stacks among it
     Six digits; 0 for a layer that was not observed or that no token reached (`allocate` takes it as the least of the others).
     Raises SourceError if the statistics have no gradients.
@@ -49,7 +55,7 @@ def sensitivities(
             found[module] = 0.0
             continue
         if name not in left:
-            left[name] = after_elimination(statistics.inputs[name].product())
+            left[name] = after_elimination(statistics.inputs[name].product(), format)
         tensor, _, stack = tensors[module]
         if stack is None:
             weight = source.rows(tensor, 0, rows).float()
@@ -62,11 +68,15 @@ def sensitivities(
     return found
 
 
-def after_elimination(product: Tensor) -> float:
-    """Sum of the pivots S of a product [in, in], damped, in the transformed basis."""
-    rotated = hadamard.forward(hadamard.forward(product.double(), _TRANSFORM).T.contiguous(), _TRANSFORM)
+def after_elimination(product: Tensor, format: Format) -> float:
+    """Sum of the pivots S of a product [in, in], damped, in a format's basis; of steps of several columns the trace of S."""
+    rotated = product.double()
+    if format.transform > 1:
+        rotated = hadamard.forward(hadamard.forward(rotated, format.transform).T.contiguous(), format.transform)
     mean = float(rotated.diagonal().mean())
     if not mean > 0:
         return 0.0
     damped = rotated + torch.eye(len(rotated), dtype=torch.float64) * (mean * _DAMPING)
-    return float(torch.linalg.cholesky(damped.flip(0, 1)).diagonal().square().sum())
+    factor = torch.linalg.cholesky(damped.flip(0, 1))
+    block = torch.arange(len(factor)).flip(0) // format.column_step
+    return float(factor[block[:, None] == block].square().sum())

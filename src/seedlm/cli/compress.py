@@ -39,7 +39,7 @@ def compress(
         str,
         typer.Option(
             help="What errors are weighed by: own (a text that the model writes), none (the weights alone), a file of "
-            "statistics, or a text, which calibrates on data. auto is own if the model can be run.",
+            "statistics, or a text, which calibrates on data. auto is own if the model can be run, and none for --code block.",
             metavar="auto|own|none|FILE",
         ),
     ] = "auto",
@@ -101,9 +101,6 @@ def compress(
     if size is not None and (bits is not None or format is not None):
         raise FormatError("--size says how many bits there can be: give it without --bits and --format")
     wanted = _format(source, bits or "4", code, format, sensitivity, size)
-    observed = Path(feedback).suffix != ".safetensors" and feedback != "none"
-    if sequences is not None and not observed:
-        raise FormatError(f"--sequences says on how much text to observe the model, and --feedback {feedback} observes none")
     asked: dict[str, Any] = {
         "format": wanted,
         "feedback": replace(Feedback.parse(feedback), sequences=sequences),
@@ -179,20 +176,10 @@ def _format(
             note(f"{sensitivity} was measured on {model!r}, and says little of any other model")
         return Mixture(bits=number, size=nbytes, sensitivity=values, formats=chosen.mixture)
     if nbytes is not None:
-        if not chosen.feedback:
-            raise FormatError(
-                "a size is met by a mixture of formats: measure the model first, seedlm sensitivity SOURCE -o FILE, and add "
-                "--sensitivity FILE"
-            )
         return Mixture(size=nbytes, formats=chosen.mixture)
     if format is None and number is not None and bits not in chosen.presets and min(alone) < number < max(alone):
-        if not chosen.feedback:
-            raise FormatError(
-                f"{bits} bits a weight are a mixture of formats (one alone: {', '.join(chosen.presets)}): measure the model "
-                "first, seedlm sensitivity SOURCE -o FILE, and add --sensitivity FILE"
-            )
         return Mixture(bits=number, formats=chosen.mixture)
-    if format is None and number is not None and bits not in chosen.presets and chosen.feedback:
+    if format is None and number is not None and bits not in chosen.presets:
         raise FormatError(f"--bits must be a number from {min(alone):g} to {max(alone):g}, got {bits}")
     return parse_format(format or bits, code)
 

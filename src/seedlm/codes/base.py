@@ -58,6 +58,8 @@ class Format(Protocol):
     bits_per_weight   where nothing is padded and parts per row and tensor do not count; `stored_bits` counts everything
     row_step          rows that are coded together: a matrix can be coded, and its codes sliced, at multiples of it
     column_step       columns that are coded together: error feedback goes from one step to the next
+    transform         largest block of the Hadamard transform along the inputs (`codes.hadamard`), in whose basis weights are
+                      coded and errors fed back; 1 is none
     """
 
     family: ClassVar[str]
@@ -70,6 +72,8 @@ class Format(Protocol):
     def row_step(self) -> int: ...
     @property
     def column_step(self) -> int: ...
+    @property
+    def transform(self) -> int: ...
 
     def parts(self, out_features: int, in_features: int) -> dict[str, Part]:
         """The tensors that such a matrix is stored as, by name, `CODES` first."""
@@ -241,7 +245,8 @@ class Family(Protocol):
     searches        encoding backends by name, fastest first; "auto" stands for one of them
     defaults        settings of encoding and their default values, such as ``{"rounding": "best"}``; all are text
     mixture         formats that mixed precision chooses from -> ||W - W^||^2 / ||W||^2 that they leave on normal weights
-    feedback        whether its encoders use `Facts.hessian`: then a run gathers statistics unless told not to
+    feedback        what "auto" is for error feedback: "own", a text that the model writes, or "none", which a user may have
+                    otherwise. None if its encoders do not use `Facts.hessian`
     fused           whether modules that read the same input are multiplied as one, and so have to share a format
     """
 
@@ -251,7 +256,7 @@ class Family(Protocol):
     searches: Sequence[str]
     defaults: Mapping[str, str]
     mixture: Mapping[Format, float]
-    feedback: bool
+    feedback: Literal["own", "none"] | None
     fused: bool
 
     def parse(self, text: str) -> Format | None:

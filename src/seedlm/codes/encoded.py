@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seedlm.codes.base import EncodeOptions, Facts, Format, totals
-from seedlm.codes.registry import check_settings, family_of, parse_format
+from seedlm.codes.registry import FEEDBACK, check_settings, family_of, parse_format
 from seedlm.errors import FormatError, TensorError
 
 
@@ -68,6 +68,8 @@ def encode(
     check_weight(weight)
     parsed = parse_format(format)
     check_settings([parsed], settings)
+    if hessian is None and settings.get(FEEDBACK, "none") != "none":
+        raise FormatError("errors are fed back by statistics, which `seedlm compress` gathers: leave out feedback here")
     shape = (weight.shape[0], weight.shape[1])
     largest = float(weight.detach().abs().max())
     if hessian is None:

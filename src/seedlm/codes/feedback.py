@@ -24,13 +24,17 @@ one rounded elementwise operation after another, which IEEE 754 fixes. Kernels m
 import functools
 import importlib.util
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from seedlm.codes import hadamard
+from seedlm.codes.base import Facts, Format
 from seedlm.errors import TensorError
 
 DAMPING: Final = 0.01
@@ -57,6 +61,9 @@ PANEL: Final = 64
 """Columns between two matrix products, at most."""
 _STRIPE: Final = 4096
 """Columns of a trailing update at a time, so that little of the symmetric half is computed twice."""
+_known: Final[WeakIdKeyDictionary] = WeakIdKeyDictionary()
+"""Hessian -> (basis, step, damping and device -> coefficients) and a lock, for the matrices that read the same input."""
+_adding: Final = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,32 @@ class Coefficients:
 
     def to(self, device: torch.device | str) -> "Coefficients":
         return Coefficients(self.values.to(device), self.shift.to(device), self.step)
+
+
+def feedback_for(facts: Facts, format: Format, device: torch.device) -> Coefficients | None:
+    """What a matrix' statistics call for in a format's basis and steps; None without statistics.
+
+    Made once for all matrices that read the same input, and kept as long as its statistics live. Any thread may call this.
+    """
+    hessian = facts.hessian
+    if hessian is None or not facts.tokens:
+        return None
+    key = (format.transform, format.column_step, damping_for(facts.tokens, hessian.shape[0]), device)
+    with _adding:
+        known, adding = _known.setdefault(hessian, ({}, threading.Lock()))
+    with adding:  # the layers that share an input wait for the first of them
+        if key not in known:
+            known[key] = coefficients(
+                _in_basis(hessian.to(device, torch.float64), format.transform), step=format.column_step, damping=key[2]
+            )
+    return known[key]
+
+
+def _in_basis(hessian: Tensor, transform: int) -> Tensor:
+    """X'X of the inputs transformed (`codes.hadamard`)."""
+    if transform == 1:
+        return hessian
+    return hadamard.forward(hadamard.forward(hessian, transform).mT.contiguous(), transform)
 
 
 def damping_for(tokens: float, width: int, damping: float = DAMPING) -> float:
@@ -248,9 +281,11 @@ def _join_columns(unit: Tensor, step: int) -> None:
         return
     for first in range(0, size, step):
         stop = min(first + step, size)
-        for j in range(first, stop):
-            for i in range(first, j):
-                unit[..., :first, j] -= unit[..., :first, i] * unit[..., i, j, None]
+        above, block = unit[..., :first, first:stop].mT.contiguous(), unit[..., first:stop, first:stop]
+        for j in range(stop - first):
+            for i in range(j):
+                above[..., j, :] -= above[..., i, :] * block[..., i, j, None]
+        unit[..., :first, first:stop] = above.mT
         unit[..., first:, first:stop] = 0
 
 

@@ -10,6 +10,10 @@ from seedlm.errors import FormatError
 DEFAULT: Final = "trellis"
 """The family whose presets are meant where a number of bits is given alone."""
 
+FEEDBACK: Final = "feedback"
+"""The record of what errors were weighed by, which folders of every family with error feedback may have: "none", "own text", or
+the name of a text that was data."""
+
 _HOMES: Final = {"block": "seedlm.codes.block.family", "trellis": "seedlm.codes.trellis.family"}
 """Family -> the module that has it as FAMILY."""
 
@@ -76,8 +80,10 @@ def format_from_dict(data: object) -> Format:
 def check_settings(formats: "list[Format] | tuple[Format, ...]", settings: Mapping[str, Any]) -> None:
     """Raise FormatError for an option of encoding that none of these formats' families has, or with a wrong value."""
     families = list(dict.fromkeys(format.family for format in formats))
+    if not isinstance(found := settings.get(FEEDBACK, ""), str):
+        raise FormatError(f"{FEEDBACK} must be a text, got {found!r:.40}")
     for name in settings:
-        if not any(name in family(each).defaults for each in families):
+        if not any(name in family(each).defaults or (name == FEEDBACK and family(each).feedback) for each in families):
             known = sorted({option for each in families for option in family(each).defaults})
             raise FormatError(
                 f"{' and '.join(families)} codes have no option {name!r:.80}; theirs are {', '.join(known) or 'none'}"

@@ -20,7 +20,7 @@ from llvmlite.binding import address_of_symbol, get_default_triple
 from numba import cfunc, types
 
 from seedlm.codes.compiled import KEPT
-from seedlm.codes.vectors import I32, I64, call, intrinsic, pointer
+from seedlm.codes.vectors import I32, I64, call, intrinsic, job_address, pointer
 
 _JOB, _KERNEL, _SERIAL, _INSIDE, _TAKEN = 0, 64, 128, 192, 256
 """Places on the board, in bytes: apart, so that waiting for one does not slow down another."""
@@ -63,6 +63,13 @@ def call_kernel(typingctx, kernel, job):
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), codegen
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=KEPT)
+def run_all(job):
+    """One job after another. job: 0, how many, of each its kernel's address and where it lies, in bytes from here; the jobs."""
+    for i in range(job[1]):
+        call_kernel(job[2 + 2 * i], job_address(job) + job[3 + 2 * i])
 
 
 @intrinsic

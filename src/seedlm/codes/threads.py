@@ -3,6 +3,7 @@
     share_rows   a Python function over ranges of rows, by a pool of threads: work of milliseconds and more
     Kernel       a compiled function whose threads take pieces until none is left: work of microseconds. By torch's own threads
                  (`openmp`), or by ours where those are late (`team`)
+    share_all    several of these at once
 
 They follow `torch.get_num_threads()` and survive a fork (the child makes new ones); OpenMP, numba's own choice, does not.
 """
@@ -11,7 +12,7 @@ import ctypes
 import os
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -45,17 +46,31 @@ class Kernel:
     """
 
     def __init__(self, compiled: Any) -> None:
-        self._kept, self._address = compiled, compiled.address
-        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        self._kept, self.address = compiled, compiled.address
+        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
     def share(self, numbers: tuple[int, ...], pieces: int) -> None:
         """Run it with the numbers behind the first, on as many threads as there are pieces; returns when all is done."""
         job = struct.pack(f"{1 + len(numbers)}q", 0, *numbers)  # which nobody else knows, so that it can be written to
         helpers = min(torch.get_num_threads(), pieces) - 1
         if helpers > 0:
-            _threads().run(self._address, job, helpers)
+            _threads().run(self.address, job, helpers)
         else:
             self._call(job)
+
+
+def share_all(jobs: Sequence[tuple[Kernel, tuple[int, ...], int]]) -> None:
+    """`Kernel.share` of jobs that do not wait for each other, each (kernel, numbers, pieces): threads meet once, at the end."""
+    if len(jobs) == 1:
+        kernel, numbers, pieces = jobs[0]
+        kernel.share(numbers, pieces)
+        return
+    table: list[int] = []
+    behind: list[int] = []
+    for kernel, numbers, _ in jobs:
+        table += [kernel.address, 8 * (2 + 2 * len(jobs) + len(behind))]
+        behind += [0, *numbers]
+    _chain().share((len(jobs), *table, *behind), sum(pieces for *_, pieces in jobs))
 
 
 class Threads:
@@ -93,6 +108,13 @@ def _threads() -> Threads:
     from seedlm.codes.openmp import Region
 
     return Threads(Region.find(), Team())
+
+
+@lru_cache(maxsize=1)
+def _chain() -> Kernel:
+    from seedlm.codes.team import run_all
+
+    return Kernel(run_all)
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,7 @@
 """What errors are weighed by, as a user says it. Imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,7 +21,7 @@ LENGTH: Final = 256
 class Feedback:
     """Where the statistics for error feedback come from.
 
-    kind        "auto", "own" text, "none", a "text" file or a file of "statistics"
+    kind        "auto", "own" text, "none", a "text" file or a file of "statistics". What "auto" is, the family of codes says
     file        of the last two
     sequences   of own text or taken from a file; None is 256 on a GPU, 64 on a CPU or of a model that does not fit the GPU
     length      tokens in each
@@ -38,8 +38,16 @@ class Feedback:
     writer: Path | None = None
     memory: int | None = None
 
+    def meant_for(self, formats: Sequence[Format]) -> "Feedback":
+        """The same, but "none" in place of "auto" where no family of these formats has statistics gathered by itself."""
+        asks = self.kind != "auto" or any(family_of(format).feedback == "own" for format in formats)
+        return self if asks else replace(self, kind="none")
+
     def check(self, formats: Sequence[Format]) -> None:
         """Raise FormatError or SourceError for what can be told before a model is opened: of formats, and of the file."""
+        if self.sequences is not None and self.kind in ("none", "statistics"):
+            what = "none" if self.kind == "none" else self.file
+            raise FormatError(f"--sequences says on how much text to observe the model, and --feedback {what} observes none")
         if self.kind not in ("auto", "none") and not any(family_of(format).feedback for format in formats):
             names = ", ".join(sorted({format.family for format in formats}))
             raise FormatError(f"the family {names} takes no error feedback; --feedback none")
@@ -77,11 +85,16 @@ def check_observation(out: Path, wanted: Feedback) -> None:
     check_claimable(out)
 
 
-def no_sensitivities(wanted: Mixture, asked: bool) -> str:
-    """What a mixture lacks where no errors are fed back, because it was asked so or because the model cannot be run."""
+def no_sensitivities(wanted: Mixture, kind: str) -> str:
+    """What a mixture lacks where no errors are fed back: `Feedback.kind` is "none", or the model cannot be run."""
+    ways = {family_of(each).feedback for each in wanted.formats} if kind == "none" else set()
+    remedy = {
+        "own": "leave out --feedback none",
+        "none": "add --feedback own",
+        None: "choose bits of one format, such as --bits 4",
+    }[next((way for way in ("own", "none") if way in ways), None)]
     wish = "a size is met by" if wanted.bits is None else f"{wanted.bits:g} bits a weight are"
     return (
         f"{wish} a mixture of formats, which needs to know where bits matter: "
-        f"{'leave out --feedback none' if asked else 'choose bits of one format, such as --bits 4'}, or measure "
-        "the model with `seedlm sensitivity SOURCE -o FILE` and add --sensitivity FILE"
+        f"{remedy}, or measure the model with `seedlm sensitivity SOURCE -o FILE` and add --sensitivity FILE"
     )

@@ -83,10 +83,10 @@ class Request:
         known = {name: None for each in (*candidates, *tables.values()) for name in family_of(each).searches}
         if backend != "auto" and known and backend not in known:
             raise BackendError(f"unknown backend {backend!r:.80}; known: auto, {', '.join(known)}")
-        wanted = Feedback.parse(feedback)
+        wanted = Feedback.parse(feedback).meant_for(candidates)
         wanted.check(candidates)
         if isinstance(format, Mixture) and not format.sensitivity and wanted.kind == "none":
-            raise FormatError(no_sensitivities(format, asked=True))
+            raise FormatError(no_sensitivities(format, wanted.kind))
         check_claimable(out)
         patterns = as_patterns(include), as_patterns(exclude)
         shard_bytes = parse_size(max_shard_size)

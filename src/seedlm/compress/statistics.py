@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from seedlm.codes.base import Format
-from seedlm.codes.registry import family_of
+from seedlm.codes.registry import FEEDBACK, family_of
 from seedlm.compress.allocate import Mixture
 from seedlm.compress.feedback import Feedback, no_sensitivities
 from seedlm.compress.workfolder import WorkFolder
@@ -52,7 +52,8 @@ class Observed:
     """Statistics of a run.
 
     file        where they are; None without
-    record      what config.json says of them: ``feedback`` is "none", "own text" or the name of a text that was data
+    record      what config.json says of them: ``feedback`` is "none", "own text" or the name of a text that was data; nothing
+                where none is what a reader expects
     identity    by which a run that is gone on with knows them again
     """
 
@@ -64,7 +65,7 @@ class Observed:
     def of(cls, found: "Statistics", file: Path) -> "Observed":
         facts = found.facts
         identity = f"{facts.weighting} {facts.sequences} x {facts.length}, text {facts.text[:16]}, model {facts.model[:16]}"
-        return cls(file.absolute(), {"feedback": facts.source}, identity)
+        return cls(file.absolute(), {FEEDBACK: facts.source}, identity)
 
     def mixture(
         self, wanted: Mixture, shapes: Mapping[str, tuple[int, int]], source: Source, survey: Survey = NO_SURVEY
@@ -74,8 +75,8 @@ class Observed:
         from seedlm.storage.statistics import Statistics
 
         if self.file is None:
-            raise FormatError(no_sensitivities(wanted, asked=False))
-        found = sensitivities(Statistics.load(self.file), shapes, source, survey)
+            raise FormatError(no_sensitivities(wanted, "auto"))
+        found = sensitivities(Statistics.load(self.file), shapes, source, next(iter(wanted.formats)), survey)
         return replace(wanted, sensitivity=found)
 
 
@@ -95,10 +96,11 @@ def gather(
 
     Raises SourceError or EvaluationError for a model that cannot be run, unless that is only tried ("auto").
     """
-    if not any(family_of(format).feedback for format in formats):
+    ways = {family_of(format).feedback for format in formats}
+    if not any(ways) or (wanted.kind == "none" and "own" not in ways):  # none, where none is what is expected: no record
         return Observed()
     if wanted.kind == "none":
-        return Observed(record={"feedback": "none"})
+        return Observed(record={FEEDBACK: "none"})
     from seedlm.storage.statistics import Statistics
 
     if wanted.kind == "statistics":
@@ -127,7 +129,7 @@ def gather(
         if wanted.kind != "auto":
             raise SourceError(f"no statistics for error feedback: {cause}") from reason
         tell(f"no error feedback: the model cannot be run here ({cause})")
-        return Observed(record={"feedback": "none"})
+        return Observed(record={FEEDBACK: "none"})
     finally:
         shutil.rmtree(work.path / _SPOOL, ignore_errors=True)
         if device.type == "cuda":

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from seedlm.codes.registry import FEEDBACK
 from seedlm.errors import CheckpointError
 from seedlm.storage.checkpoint import Checkpoint, PackedInfo
 from seedlm.storage.untrusted import read_json
@@ -46,7 +47,8 @@ class Report:
     model_bits_per_weight   of the whole model, every byte of the files counted
     relative_error          over all compressed weights together; None if not recorded
     feedback                what errors were weighed by: "none", "own text", with who wrote it if that was another model, or the
-                            name of a text that was data; None where codes know of no such thing
+                            name of a text that was data; None where nothing is recorded, as of the block code where none was
+                            asked for
     """
 
     folder: str
@@ -111,7 +113,7 @@ def inspect_checkpoint(folder: str | Path) -> Report:
     weights = sum(info.weights for info in checkpoint.packed.values())
     dense = sum(math.prod(info.shape) for info in checkpoint.dense.values())
     total_bytes = checkpoint.files.nbytes
-    feedback = checkpoint.config["quantization_config"].get("feedback")
+    feedback = checkpoint.config["quantization_config"].get(FEEDBACK)
     known = bool(checkpoint.packed) and errors.keys() == checkpoint.packed.keys()
     return Report(
         folder=str(folder),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from seedlm.codes.base import CODES, Format
-from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
+from seedlm.codes.registry import FEEDBACK, check_settings, family_of, format_from_dict, parse_format
 from seedlm.errors import CheckpointError, FormatError
 from seedlm.storage.safetensors import CONTROL, TensorInfo
 from seedlm.storage.untrusted import parse_json
@@ -258,9 +258,10 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> tuple[For
         others = {name: format_from_dict(data) for name, data in overrides.items()}
         formats = list({format, *others.values()})
         family = family_of(format)  # version 1 had to have them
-        check_settings(
-            formats, {name: section.get(name) for name in family.defaults if name in section or family.since_version == 1}
-        )
+        known = {name: section.get(name) for name in family.defaults if name in section or family.since_version == 1}
+        if FEEDBACK in section and family.feedback:
+            known[FEEDBACK] = section[FEEDBACK]
+        check_settings(formats, known)
     except FormatError as reason:
         raise CheckpointError(f"{where}: {reason}") from None
     if section["format_version"] < version_of(formats):

@@ -3,10 +3,15 @@
 A search is a function ``search(blocks, exponent_bias, format, rounding)`` over float32 [N, C] that yields (codes, scores) of
 consecutive blocks as they are proved. All searches return the same bits (`codec`, tie rule), so which one ran is never
 recorded. `reason_no_search` is the one place that knows where each can run.
+
+Blocks run along a row, so the k-th blocks of all rows are a column step for error feedback (`codes.feedback`): they are
+searched together, and what their codes miss goes into the blocks to their right. Without statistics all blocks are one search,
+which is the method as published. A row's importance is of no use: it would scale every candidate of a block alike.
 """
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,10 +22,14 @@ from seedlm.codes.block.codec import BlockCodes
 from seedlm.codes.block.family import SEARCHES
 from seedlm.codes.block.format import BlockFormat, Rounding
 from seedlm.codes.block.search import torch_search
-from seedlm.errors import BackendError
+from seedlm.codes.feedback import Coefficients, feedback, feedback_for
+from seedlm.errors import BackendError, TensorError
 from seedlm.progress import Tell
 
 Search = Callable[[Tensor, int, BlockFormat, Rounding], Iterator[tuple[BlockCodes, Tensor]]]
+
+_LARGEST: Final = 1e30
+"""Weights with errors fed back into them stay finite in float32 however ill-conditioned X'X is."""
 
 
 class BlockEncoder:
@@ -31,9 +40,14 @@ class BlockEncoder:
         self._rounding: Rounding = options.settings.get("rounding", "best")  # type: ignore[assignment]  # checked by the family
         self._bias = codec.choose_exponent_bias(torch.tensor([facts.largest]), format)
         load_search(self._backend, device, format)
+        self._given = feedback_for(facts, format, device)
+        if self._given is not None and facts.largest > _LARGEST:
+            raise TensorError(f"a weight of {facts.largest:g} is too large for error feedback, at most {_LARGEST:g} is allowed")
 
     def rows(self, weight: Tensor, tell: Tell) -> tuple[dict[str, Tensor], RowErrors]:
-        words, errors = encode_rows(weight, self._bias, self._format, self._rounding, backend=self._backend, on_progress=tell)
+        words, errors = encode_rows(
+            weight, self._bias, self._format, self._rounding, given=self._given, backend=self._backend, on_progress=tell
+        )
         return {CODES: words}, errors
 
     def rest(self) -> dict[str, Tensor]:
@@ -46,6 +60,7 @@ def encode_rows(
     format: BlockFormat,
     rounding: Rounding = "best",
     *,
+    given: Coefficients | None = None,
     backend: str = "auto",
     on_progress: Tell | None = None,
 ) -> tuple[Tensor, RowErrors]:
@@ -53,22 +68,25 @@ def encode_rows(
 
     rows       finite float32, float16 or bfloat16 [out, in]
     rounding   how coefficients are chosen (`format.Rounding`)
+    given      error feedback from block to block of a row; None: each block by itself, as in the paper
     returns    words int32 [out, words] on the rows' device, and the rows' errors
     Raises BackendError for a backend that cannot run here.
     """
     find = load_search(backend, rows.device, format)
+    tell = on_progress or (lambda weights: None)
+    rows = rows.detach().float()
+    if given is not None:
+        codes, errors = _encode_with_feedback(rows, given, find, exponent_bias, format, rounding, tell)
+        return packing.pack(*codes, format), errors
     out_features, in_features = rows.shape
     per_row = format.blocks_per_row(in_features)
     padding = per_row * format.block_size - in_features
-    rows = rows.detach().float()
-    if padding:
-        rows = torch.nn.functional.pad(rows, (0, padding))
+    rows = _whole_blocks(rows, format)
     pieces, parts = [], []
     for codes, scores in find(rows.reshape(-1, format.block_size), exponent_bias, format, rounding):
         pieces.append(codes)
         parts.append(scores)
-        if on_progress is not None:
-            on_progress(len(scores) * format.block_size)
+        tell(len(scores) * format.block_size)
     seeds, exponents, q = (torch.cat(fields) for fields in zip(*pieces, strict=True))
     codes = BlockCodes(
         seeds.view(out_features, per_row), exponents.view(out_features, per_row), q.view(out_features, per_row, -1)
@@ -80,6 +98,34 @@ def encode_rows(
     summands = torch.cat(parts).view(out_features, per_row), rows.double().square_(), beyond.double().square_()
     scores, squares, tails = (row_sums(part).cpu() for part in summands)
     return words, RowErrors(scores / format.divisor**2 + squares - tails, squares)
+
+
+def _encode_with_feedback(
+    rows: Tensor,
+    given: Coefficients,
+    find: Search,
+    exponent_bias: int,
+    format: BlockFormat,
+    rounding: Rounding,
+    tell: Tell,
+) -> tuple[BlockCodes, RowErrors]:
+    """Codes [out, blocks of a row] of float32 rows [out, in], one block of all rows after another."""
+
+    def column_of_blocks(target: Tensor, first: int) -> tuple[BlockCodes, Tensor]:
+        found = find(_whole_blocks(target, format), exponent_bias, format, rounding)
+        codes = BlockCodes(*(torch.cat(fields) for fields in zip(*(codes for codes, _ in found), strict=True)))
+        tell(target.numel())
+        return codes, codec.dequantize(codes, exponent_bias, format)[:, : target.shape[1]]
+
+    found, coded = feedback(rows, given, column_of_blocks)
+    summands = (coded.double() - rows.double()).square_(), rows.double().square_()
+    codes = BlockCodes(*(torch.stack(fields, 1) for fields in zip(*found, strict=True)))
+    return codes, RowErrors(*(row_sums(part).cpu() for part in summands))
+
+
+def _whole_blocks(rows: Tensor, format: BlockFormat) -> Tensor:
+    """Rows [out, in] padded with zeros to whole blocks."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % format.block_size))
 
 
 def reason_no_search(backend: str, device: torch.device, format: BlockFormat | None = None) -> str | None:

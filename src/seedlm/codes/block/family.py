@@ -39,7 +39,9 @@ class BlockFamily:
     searches: Final = SEARCHES
     defaults: Mapping[str, str] = {"rounding": "best"}
     mixture = _NMSE
-    feedback: Final = False
+    feedback: Final = "none"
+    """The method as published looks at the weights alone, and so does this code unless it is asked otherwise."""
+
     fused: Final = False
 
     def parse(self, text: str) -> Format | None:

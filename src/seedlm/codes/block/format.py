@@ -138,6 +138,11 @@ class BlockFormat:
         """A block: the columns that are coded together."""
         return self.block_size
 
+    @property
+    def transform(self) -> int:
+        """None: blocks are of the weight itself."""
+        return 1
+
     def parts(self, out_features: int, in_features: int) -> dict[str, Part]:
         """The tensors that a weight [out_features, in_features] is stored as: packed words, and the tensor's exponent bias."""
         return {

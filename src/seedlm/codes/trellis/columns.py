@@ -6,46 +6,17 @@ search moves errors to rows that cost little, without a bit more. With importanc
 11 % (SmolLM2, docs/log/quality.md). Without feedback nothing was won, so they are used together.
 """
 
-import threading
 from collections.abc import Callable
-from typing import Final
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from seedlm.codes import hadamard
-from seedlm.codes.base import Facts
-from seedlm.codes.feedback import Coefficients, Panel, coefficients, damping_for, feedback
+from seedlm.codes.feedback import Coefficients, Panel, feedback
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.panel import Strips, encode_panel
 from seedlm.codes.trellis.viterbi import OVERLAPS
 from seedlm.codes.trellis.viterbi.cost import row_roots
-
-_known: Final[WeakIdKeyDictionary] = WeakIdKeyDictionary()
-"""Hessian -> (transform, damping and device -> coefficients) and a lock, for the matrices that read the same input."""
-_adding: Final = threading.Lock()
-
-
-def feedback_for(facts: Facts, format: TrellisFormat, device: torch.device) -> Coefficients | None:
-    """What a matrix' statistics call for, in the transformed basis; None without statistics."""
-    hessian = facts.hessian
-    if hessian is None or not facts.tokens:
-        return None
-    key = (format.transform, damping_for(facts.tokens, hessian.shape[0]), device)
-    with _adding:
-        known, adding = _known.setdefault(hessian, ({}, threading.Lock()))
-    with adding:  # the layers that share an input wait for the first of them
-        if key not in known:
-            known[key] = _coefficients(hessian, format, device, key[1])
-    return known[key]
-
-
-def _coefficients(hessian: Tensor, format: TrellisFormat, device: torch.device, damping: float) -> Coefficients:
-    """In the transformed basis."""
-    half = hadamard.forward(hessian.to(device, torch.float64), format.transform)
-    return coefficients(hadamard.forward(half.mT.contiguous(), format.transform), damping=damping)
 
 
 def row_weights(importance: Tensor, units: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from seedlm.codes import hadamard
 from seedlm.codes.base import CODES, EncodeOptions, Facts, RowErrors, row_sums
+from seedlm.codes.feedback import feedback_for
 from seedlm.codes.trellis import codec
-from seedlm.codes.trellis.columns import encode_with_feedback, feedback_for
+from seedlm.codes.trellis.columns import encode_with_feedback
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.viterbi import choose, viterbi
-from seedlm.errors import BackendError, FormatError, TensorError
+from seedlm.errors import BackendError, TensorError
 from seedlm.progress import Tell
 
 GAINS: Final[Mapping[int, Mapping[int, float]]] = {
@@ -45,8 +46,6 @@ class TrellisEncoder:
             raise BackendError(reason)
         if facts.largest > _LARGEST:
             raise TensorError(f"a weight of {facts.largest:g} is too large for the transform, at most {_LARGEST:g} is allowed")
-        if options.settings.get("feedback", "none") != "none" and facts.hessian is None:
-            raise FormatError("errors are fed back by statistics, which `seedlm compress` gathers: leave out feedback here")
         self._format, self._backend = format, options.backend
         if options.backend == "auto" and device.type != "cpu" and choose(device) == "reference":
             device = torch.device("cpu")  # a GPU that the search does not know: the processor is faster than plain torch there

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 from seedlm.codes.base import CODES, EncodeOptions, Encoder, Facts, Format, LinearBackend
 from seedlm.codes.trellis import format as formats
 from seedlm.codes.trellis.format import PRESETS, TrellisFormat
-from seedlm.errors import FormatError, TensorError
+from seedlm.errors import TensorError
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class TrellisFamily:
     """What errors were weighed by, for the record: "none", "own text", or the name of a text that was data."""
 
     mixture: Mapping[Format, float] = {PRESETS[bits]: nmse for bits, nmse in _NMSE.items()}
-    feedback: Final = True
+    feedback: Final = "own"
     fused: Final = True
 
     def parse(self, text: str) -> Format | None:
@@ -39,9 +39,7 @@ class TrellisFamily:
         return formats.from_dict(data)
 
     def check_settings(self, settings: Mapping[str, str]) -> None:
-        feedback = settings.get("feedback", "none")
-        if not isinstance(feedback, str):
-            raise FormatError(f"feedback must be a text, got {feedback!r:.40}")
+        """Nothing but the record of feedback, which `registry.check_settings` looks at."""
 
     def check(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int]) -> None:
         """Raise TensorError for scales that are not finite or negative. Every word is a valid code."""

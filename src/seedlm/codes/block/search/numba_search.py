@@ -68,7 +68,8 @@ def search(
         return BlockCodes(*map(torch.from_numpy, (seeds, exponents, coefficients))), torch.from_numpy(scores)
 
     threads = max(1, torch.get_num_threads())
-    pieces = iter(blocks.split(_PIECE_BLOCKS))
+    share = -(-len(blocks) // (threads * LANES)) * LANES  # of few blocks, such as a column step has
+    pieces = iter(blocks.split(min(_PIECE_BLOCKS, share)))
     with ThreadPoolExecutor(threads) as pool:
         running = [pool.submit(piece, part) for part in itertools.islice(pieces, 2 * threads)]
         while running:

@@ -17,6 +17,7 @@ from torch import Tensor
 from seedlm.codes import hadamard, on_cpu
 from seedlm.codes.base import CODES, Format
 from seedlm.codes.on_cpu import KINDS, PIECE
+from seedlm.codes.threads import Kernel, share_all
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 
 _TIMES: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 6, torch.float32: 64}
@@ -93,9 +94,22 @@ class NumbaBackend:
                 lambda tile, first: _form(tile, first // SEGMENT_ROWS, prepared, trellis, shape, rotated=True),
                 bias,
             )
-        y = x.new_empty(*x.shape[:-1], shape[0])
-        self._multiply(tokens, inputs, prepared, trellis, shape, bias, y)
-        return y
+        return self._products(x, [prepared], trellis, (shape,), [bias], inputs)[0]
+
+    def linears(
+        self,
+        x: Tensor,
+        prepared: Sequence[Sequence[Tensor]],
+        format: Format,
+        shapes: tuple[tuple[int, int], ...],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """`linear` by several weights: x is transformed once, and threads meet once where tokens are few."""
+        tokens, transformed = x.numel() // shapes[0][1], self.transform(x, format, shapes[0][1])
+        if x.dtype in KINDS and 0 < tokens <= _few(self.exact, x.dtype):
+            return self._products(x, prepared, cast(TrellisFormat, format), shapes, biases, transformed[0])
+        each = zip(prepared, shapes, biases, strict=True)
+        return [self.linear(x, weight, format, shape, bias, transformed) for weight, shape, bias in each]
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         assert isinstance(format, TrellisFormat)
@@ -103,28 +117,35 @@ class NumbaBackend:
         _form(weight, 0, prepared, format, shape, rotated=False)
         return weight.to(dtype)
 
-    def _multiply(
+    def _products(
         self,
-        tokens: int,
-        inputs: Tensor,
-        prepared: Sequence[Tensor],
+        x: Tensor,
+        prepared: Sequence[Sequence[Tensor]],
         format: TrellisFormat,
-        shape: tuple[int, int],
-        bias: Tensor | None,
-        y: Tensor,
-    ) -> None:
-        words, factors = prepared[0].contiguous(), prepared[1]
-        if bias is not None:
-            bias = bias.to(y.dtype).contiguous()
-        where, kind = (words.data_ptr(), factors.data_ptr(), 0 if bias is None else bias.data_ptr()), KINDS[y.dtype]
-        x_place, y_place = inputs.data_ptr(), y.data_ptr()
+        shapes: tuple[tuple[int, int], ...],
+        biases: Sequence[Tensor | None],
+        inputs: Tensor,
+    ) -> list[Tensor]:
         from seedlm.codes.trellis.kernels import numba_product
 
-        at_once = numba_product.at_once(self.exact)
-        for first in range(0, tokens, at_once):
-            plan = _product(format, shape, min(at_once, tokens - first), self.exact)
-            places = (x_place + first * plan.size, y_place + first * shape[0] * y.element_size())
-            plan.kernel.share((*plan.numbers, *where, *places, kind), plan.numbers[0])
+        tokens, kind = x.numel() // shapes[0][1], KINDS[x.dtype]
+        at_once, size = numba_product.at_once(self.exact), x.element_size()
+        ys: list[Tensor] = []
+        read: list[Tensor] = []  # what jobs have the addresses of
+        jobs: list[tuple[Kernel, tuple[int, ...], int]] = []
+        for (words, factors), shape, bias in zip(prepared, shapes, biases, strict=True):
+            ys.append(x.new_empty(*x.shape[:-1], shape[0]))
+            read += [words.contiguous(), factors]
+            where = (read[-2].data_ptr(), factors.data_ptr(), 0)
+            if bias is not None:
+                read.append(bias.to(x.dtype).contiguous())
+                where = (*where[:2], read[-1].data_ptr())
+            for first in range(0, tokens, at_once):
+                plan = _product(format, shape, min(at_once, tokens - first), self.exact)
+                places = (inputs.data_ptr() + first * plan.size, ys[-1].data_ptr() + first * shape[0] * size)
+                jobs.append((plan.kernel, (*plan.numbers, *where, *places, kind), plan.numbers[0]))
+        share_all(jobs)
+        return ys
 
 
 class NumbaInt8Backend(NumbaBackend):

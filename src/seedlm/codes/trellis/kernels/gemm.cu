@@ -198,13 +198,13 @@ DEVICE bool join(const Problem& p, float (&acc)[TOKENS / 2], int number, int til
   __threadfence();
   const float4* all = p.partials + (u64)(2 * tile * p.splits + group) * SIZE + thread;
 #pragma unroll
-  for (int i = 0; i < TOKENS / 8; i++) {
-    float4 sum = __ldcg(all + i * 128);
-    for (int split = 1; split < p.splits; split++) {
+  for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0.0f;
+  for (int split = 0; split < p.splits; split++) {  // outside: so that the loads of one are under way together
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i++) {
       const float4 more = __ldcg(all + (u64)split * 2 * SIZE + i * 128);
-      sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+      acc[4 * i] += more.x, acc[4 * i + 1] += more.y, acc[4 * i + 2] += more.z, acc[4 * i + 3] += more.w;
     }
-    acc[4 * i] = sum.x, acc[4 * i + 1] = sum.y, acc[4 * i + 2] = sum.z, acc[4 * i + 3] = sum.w;
   }
   return true;
 }

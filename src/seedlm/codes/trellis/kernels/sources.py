@@ -11,6 +11,7 @@ run time.
     transform    x in the transformed basis, for a weight formed there
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -108,7 +109,7 @@ def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30) -
     Measured on an H100 (docs/log/products.md).
     """
     tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
-    warps = 4 if tiles == 2 else 12
+    warps = 4 if tiles == 2 else 16 if tiles == 0 and format.rate <= 2 else 12
     stages = 2 if tiles == 0 and (format.rate < 4 or steps < _LONG * warps) else 3
     masks = 0 if format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16 else 2
     variant = Variant(tiles=tiles, warps=warps, stages=stages, masks_by_dot=masks)
@@ -142,16 +143,13 @@ def gemm_stage_bytes(width: int) -> int:
 def gemm_division(out_features: int, in_features: int, tokens: int, processors: int) -> tuple[int, int, int]:
     """How `gemm` divides its tiles: how many there are, how many of them stay whole, into how many pieces the others are split.
 
-    Tiles that fill all processors stay whole. What is left over would leave some idle: it is split where that takes less time,
-    each piece of a twentieth of a tile's (docs/log/products.md).
+    Tiles that fill all processors stay whole. What is left over is split as often as there are processors for it, and while
+    that takes less time than adding the pieces up, which goes with their number (docs/log/products.md).
     """
     tiles, depths = -(-out_features // 128) * -(-tokens // gemm_tokens(tokens)), -(-in_features // DEPTH)
     whole = tiles // processors * processors
-    most = max(1, depths // 4)
-    if not whole:
-        return tiles, 0, max(1, min(processors // tiles, most))
-    rest = tiles - whole
-    return tiles, whole, min(range(1, min(most, 6) + 1), key=lambda s: -(-rest * s // processors) / s + s / 20)
+    rest = max(1, tiles - whole)
+    return tiles, whole, max(1, min(processors // rest, math.isqrt(depths // 2)))
 
 
 def pieces(transform: int, in_features: int) -> int:
