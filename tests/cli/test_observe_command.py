@@ -100,3 +100,10 @@ def test_a_full_disk_is_one_line(command, tmp_path, forked):
     assert "File too large" in told(done.stderr)[-1]
     assert "Traceback" not in done.stderr
     assert "no error feedback" not in done.stderr
+
+
+def test_a_text_longer_than_the_context_is_no_reason_for_a_warning(tmp_path, call):
+    (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl. " * 80)
+    done = call("observe", STORIES, tmp_path / "s.safetensors", *SMALL, "--text", tmp_path / "text.txt")
+    assert done.returncode == 0, done.stderr
+    assert "Token indices" not in done.stderr

@@ -281,7 +281,8 @@ def _place(
 
 def _tokens_of(file: Path, tokenizer: Any, text: "OwnText") -> Tensor:
     """The beginning of a text as tokens [sequences, length]. Raises SourceError for one that is shorter than a sequence."""
-    ids = tokenizer(read_text(file, SourceError), return_tensors="pt").input_ids[0]
+    # Not verbose: it would warn of a text that is longer than the model's context, which is cut into sequences below.
+    ids = tokenizer(read_text(file, SourceError), return_tensors="pt", verbose=False).input_ids[0]
     count = min(text.sequences, len(ids) // text.length)
     if not count:
         raise SourceError(f"{file}: has {len(ids)} tokens, at least {text.length} are needed")
