@@ -50,6 +50,15 @@ def test_compress_ends_with_a_summary_and_says_what_it_does_in_a_few_lines_when_
         assert word in done.stdout
 
 
+def test_what_to_do_next_is_what_the_model_can_do(tmp_path, here):
+    """It has no chat template, which `seedlm chat` refuses; and its 32 bits were not 16 before, as every card once said."""
+    done = here("compress", STORIES, tmp_path / "out", *FAST)
+    assert done.returncode == 0, done.stderr
+    assert f"seedlm generate {tmp_path / 'out'} TEXT" in done.stdout
+    assert "seedlm chat" not in done.stdout
+    assert "16 before" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_compress_json_is_inspect_json_and_the_run(llama, compressed, tmp_path, call):
     done = call("compress", llama, tmp_path / "out", *FAST, "--json")
     report = json.loads(done.stdout)

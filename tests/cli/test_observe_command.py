@@ -87,3 +87,23 @@ def test_it_can_be_stopped_and_goes_on(tmp_path, forked, call):
     assert not out.exists()
     assert call(*arguments).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("command", ["observe", "compress"])
+def test_a_full_disk_is_one_line(command, tmp_path, forked):
+    """Files end at 20 kB, which holds the text that the model writes and not its statistics."""
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); from seedlm.cli import main; main()"
+    arguments = [command, STORIES, tmp_path / "s.safetensors", "--sequences", 1]
+    done = subprocess.run(forked(*arguments, code=code), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "File too large" in told(done.stderr)[-1]
+    assert "Traceback" not in done.stderr
+    assert "no error feedback" not in done.stderr
+
+
+def test_a_text_longer_than_the_context_is_no_reason_for_a_warning(tmp_path, call):
+    (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl. " * 80)
+    done = call("observe", STORIES, tmp_path / "s.safetensors", *SMALL, "--text", tmp_path / "text.txt")
+    assert done.returncode == 0, done.stderr
+    assert "Token indices" not in done.stderr

@@ -238,6 +238,8 @@ def _print_dense(report: "RunReport") -> None:
 
 def _print_next(report: "RunReport") -> None:
     """What to do with it, and what other bits would give."""
+    from seedlm.integrations.transformers.before import has_chat_template
+
     dense, weights = _dense_bytes(report), report.compressed_weights
     sizes = [
         f"{in_bytes(dense + bits * weights // 8)} at {bits} bits"
@@ -245,7 +247,10 @@ def _print_next(report: "RunReport") -> None:
         if abs(bits - report.bits_per_weight) > 0.5
     ]
     print()
-    show(f"talk with it      seedlm chat {report.folder}        (or generate, serve, bench)")
+    if has_chat_template(Path(report.folder)) is False:
+        show(f"let it write      seedlm generate {report.folder} TEXT        (or serve, bench)")
+    else:
+        show(f"talk with it      seedlm chat {report.folder}        (or generate, serve, bench)")
     show(f"what was lost     seedlm evaluate {report.folder} --reference SOURCE --text FILE")
     show(f"other sizes       {', '.join(sizes)}; --bits takes any number from 2 to 8")
 

@@ -18,7 +18,7 @@ they are regrown from a few bits each. The folder loads with transformers once `
 
 | | |
 |---|---|
-| compressed weights | {compressed:,}, in {bits:.4f} bits each (16 before), every stored bit counted |
+| compressed weights | {compressed:,}, in {bits:.4f} bits each, every stored bit counted |
 | left as they were | {dense:,}: embeddings, head, norms, biases |
 | size | {size}{before} |
 | format | {formats} |

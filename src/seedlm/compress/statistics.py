@@ -27,11 +27,12 @@ from seedlm.compress.allocate import Mixture
 from seedlm.compress.feedback import Feedback, no_sensitivities
 from seedlm.compress.workfolder import WorkFolder
 from seedlm.device import free_host_memory, free_memory
-from seedlm.errors import FormatError, SeedLMError, SourceError
+from seedlm.errors import FormatError, OutputError, SeedLMError, SourceError
 from seedlm.progress import Progress
 from seedlm.storage.selection import NO_SURVEY, Survey
 from seedlm.storage.source import Source
 from seedlm.storage.untrusted import read_config, read_text
+from seedlm.storage.written import write_tensors
 
 if TYPE_CHECKING:
     from seedlm.calibration.own_text import OwnText
@@ -123,6 +124,8 @@ def gather(
         tell("an earlier run was stopped before its text was whole; none of it was kept, and it is written again")
     try:
         _observe(work.path, path, wanted, known, device, progress, tell, trust_remote_code)
+    except OutputError:  # a full disk says nothing about the model
+        raise
     except (SeedLMError, RuntimeError, ValueError) as reason:
         # No memory, a kernel that a dtype lacks, a model that cannot be trained, one that refuses text without an image.
         cause = " ".join(str(reason).split()).split(". ")[0]
@@ -278,7 +281,8 @@ def _place(
 
 def _tokens_of(file: Path, tokenizer: Any, text: "OwnText") -> Tensor:
     """The beginning of a text as tokens [sequences, length]. Raises SourceError for one that is shorter than a sequence."""
-    ids = tokenizer(read_text(file, SourceError), return_tensors="pt").input_ids[0]
+    # Not verbose: it would warn of a text that is longer than the model's context, which is cut into sequences below.
+    ids = tokenizer(read_text(file, SourceError), return_tensors="pt", verbose=False).input_ids[0]
     count = min(text.sequences, len(ids) // text.length)
     if not count:
         raise SourceError(f"{file}: has {len(ids)} tokens, at least {text.length} are needed")
@@ -287,11 +291,7 @@ def _tokens_of(file: Path, tokenizer: Any, text: "OwnText") -> Tensor:
 
 def _keep_text(path: Path, tokens: Tensor, known: Mapping[str, Any]) -> None:
     """Keep a text with what it was made from; it appears whole or not at all."""
-    from safetensors.torch import save_file
-
-    part = path.with_name(path.name + ".part")
-    save_file({"tokens": tokens.contiguous()}, part, metadata={"text": json.dumps(known, sort_keys=True)})
-    os.replace(part, path)
+    write_tensors(path, {"tokens": tokens.contiguous()}, {"text": json.dumps(known, sort_keys=True)})
 
 
 def _kept_text(path: Path, known: Mapping[str, Any]) -> Tensor | None:

@@ -18,7 +18,6 @@ ones give the same bytes.
 
 import json
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -32,6 +31,7 @@ from torch import Tensor
 from seedlm.codes.base import Facts
 from seedlm.errors import SourceError
 from seedlm.storage.safetensors import parse_json, read_header
+from seedlm.storage.written import write_tensors
 from seedlm.version import __version__
 
 STATISTICS_VERSION: Final = 1
@@ -154,9 +154,7 @@ class Statistics:
         return None if name is None else self.inputs[name]
 
     def save(self, path: Path) -> None:
-        """Write the file; it appears whole or not at all. Raises SourceError if it cannot be written."""
-        from safetensors.torch import save_file
-
+        """Write the file; it appears whole or not at all. Raises OutputError if it cannot be written."""
         tensors = {f"rows.{layer}": values.contiguous() for layer, values in self.rows.items()}
         for name, found in self.inputs.items():
             tensors[f"inputs.{name}.scale"] = found.scale
@@ -168,12 +166,7 @@ class Statistics:
             "reads": dict(self.reads),
             "tokens": {name: found.tokens for name, found in self.inputs.items()},
         }
-        part = path.with_name(path.name + ".part")
-        try:
-            save_file(tensors, part, metadata={_KEY: json.dumps(content, sort_keys=True)})
-            os.replace(part, path)
-        except OSError as reason:
-            raise SourceError(f"{path}: cannot be written ({reason.strerror or reason})") from None
+        write_tensors(path, tensors, {_KEY: json.dumps(content, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":

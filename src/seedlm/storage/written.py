@@ -1,12 +1,15 @@
 """Files that a command creates: refused before it works if they are there already, and written whole or not at all."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from seedlm.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_free(path: Path) -> None:
@@ -40,3 +43,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
+    """Write a file of safetensors whole or not at all. Raises OutputError, for a full disk too."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(dict(tensors), part, metadata=dict(metadata))
+        os.replace(part, path)
+    except (OSError, SafetensorError) as reason:  # of a write that failed, safetensors makes an error of its own
+        part.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({getattr(reason, 'strerror', None) or reason})") from None
