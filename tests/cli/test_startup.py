@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,7 @@ def test_the_package_itself_imports_nothing_slow():
 def test_help_headers_and_typing_errors_import_nothing_slow(packed, arguments, exit_code):
     command = """
 import sys
+from pathlib import Path
 from seedlm.cli import main
 try:
     main()
@@ -99,3 +101,12 @@ print(type(auto.__loader__).__name__, auto.__spec__.loader is auto.__loader__)
 """
     printed = python(f"import seedlm, sys, transformers{LOAD}{again}{LOAD}", packed)
     assert printed == "SeedLinear\n1\nSourceFileLoader True\nSeedLinear\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="asks for a disk that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"]])
+def test_results_that_nothing_takes_are_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "seedlm", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "seedlm: standard output: No space left on device\n")

@@ -256,7 +256,10 @@ def test_codes_without_feedback_refuse_it(dense, tmp_path):
         compress(dense, tmp_path / "out", "nix")
 
 
-@pytest.mark.parametrize("kind", ["none", "auto"])
-def test_sequences_want_a_text(dense, tmp_path, kind):
-    with pytest.raises(FormatError, match=r"--sequences says on how much text .* --feedback none observes none"):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("none", "--feedback none observes none"), ("auto", "block code looks at the weights .* add --feedback own")],
+)
+def test_sequences_want_a_text(dense, tmp_path, kind, reason):
+    with pytest.raises(FormatError, match=rf"--sequences says on how much text .* {reason}"):
         compress(dense, tmp_path / "out", Feedback(kind, sequences=2), BLOCK)

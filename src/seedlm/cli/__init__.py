@@ -76,7 +76,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reason = end.__context__.__cause__ if end.__context__ else None
         if isinstance(reason, KeyboardInterrupt):
             stopped(reason)
+        _flush_results()
         raise
+    except OSError:
+        _flush_results()
+        raise
+
+
+def _flush_results() -> None:
+    """End with one line where standard output takes no more, since its disk is full, say. A closed pipe is no error."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        note(f"standard output: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its end
+        sys.exit(2)
 
 
 def _print_version(wanted: bool) -> None:

@@ -39,9 +39,19 @@ class Feedback:
     memory: int | None = None
 
     def meant_for(self, formats: Sequence[Format]) -> "Feedback":
-        """The same, but "none" in place of "auto" where no family of these formats has statistics gathered by itself."""
-        asks = self.kind != "auto" or any(family_of(format).feedback == "own" for format in formats)
-        return self if asks else replace(self, kind="none")
+        """The same, but "none" in place of "auto" where no family of these formats has statistics gathered by itself.
+
+        Raises FormatError where it is said how much text to gather them from.
+        """
+        if self.kind != "auto" or any(family_of(format).feedback == "own" for format in formats):
+            return self
+        if self.sequences is not None:
+            names = " and ".join(sorted({format.family for format in formats}))
+            raise FormatError(
+                f"--sequences says on how much text to observe the model, and the {names} code looks at the weights alone "
+                "unless it is asked otherwise: add --feedback own"
+            )
+        return replace(self, kind="none")
 
     def check(self, formats: Sequence[Format]) -> None:
         """Raise FormatError or SourceError for what can be told before a model is opened: of formats, and of the file."""
