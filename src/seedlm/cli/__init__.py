@@ -79,14 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _flush_results()
         raise
     except OSError:
-        _flush_results()
+        _flush_results("\n")  # what could not be written is forgotten, so that there has to be more
         raise
 
 
-def _flush_results() -> None:
+def _flush_results(more: str = "") -> None:
     """End with one line where standard output takes no more, since its disk is full, say. A closed pipe is no error."""
     try:
         if sys.stdout is not None:
+            sys.stdout.write(more)
             sys.stdout.flush()
     except BrokenPipeError:
         pass
