@@ -11,7 +11,6 @@ run time.
     transform    x in the transformed basis, for a weight formed there
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -143,13 +142,16 @@ def gemm_stage_bytes(width: int) -> int:
 def gemm_division(out_features: int, in_features: int, tokens: int, processors: int) -> tuple[int, int, int]:
     """How `gemm` divides its tiles: how many there are, how many of them stay whole, into how many pieces the others are split.
 
-    Tiles that fill all processors stay whole. What is left over is split as often as there are processors for it, and while
-    that takes less time than adding the pieces up, which goes with their number (docs/log/products.md).
+    Tiles that fill all processors stay whole. What is left over would leave some idle: it is split where that takes less time,
+    each piece of a twentieth of a tile's (docs/log/products.md).
     """
     tiles, depths = -(-out_features // 128) * -(-tokens // gemm_tokens(tokens)), -(-in_features // DEPTH)
     whole = tiles // processors * processors
-    rest = max(1, tiles - whole)
-    return tiles, whole, max(1, min(processors // rest, math.isqrt(depths // 2)))
+    most = max(1, depths // 4)
+    if not whole:
+        return tiles, 0, max(1, min(processors // tiles, most))
+    rest = tiles - whole
+    return tiles, whole, min(range(1, min(most, 6) + 1), key=lambda s: -(-rest * s // processors) / s + s / 20)
 
 
 def pieces(transform: int, in_features: int) -> int:
