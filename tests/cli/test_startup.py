@@ -110,3 +110,18 @@ def test_results_that_nothing_takes_are_one_line(arguments):
         command = [sys.executable, "-m", "seedlm", *arguments]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "seedlm: standard output: No space left on device\n")
+
+
+def test_results_that_are_not_taken_at_the_end_are_one_line(tmp_path):
+    """A file's are kept back until there is nothing more."""
+    resource = pytest.importorskip("resource")
+    with open(tmp_path / "results", "w") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "seedlm", "--version"],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+        )
+    assert (done.returncode, done.stderr) == (2, "seedlm: standard output: File too large\n")
