@@ -122,6 +122,7 @@ def test_results_that_are_not_taken_at_the_end_are_one_line(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             check=False,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
         )
     assert (done.returncode, done.stderr) == (2, "seedlm: standard output: File too large\n")
