@@ -4,8 +4,8 @@
 
 Times are medians of CUDA graph replays, in microseconds for one product; weights take turns so that none is read from a
 cache. `product` is the product alone, each kernel after the one before it has ended (`next early`: it may start before); `with
-input` is the rotation and quantisation of x and the product, as a layer runs them (they overlap on Hopper). Ratios are to
-cuBLAS FP16 at the same tokens in the same run. The last line is JSON.
+input` is the rotation and quantisation of x and the product, which overlap on Hopper; `one launch` is a kernel that does both, as a
+layer runs them where x is short. Ratios are to cuBLAS FP16 at the same tokens in the same run. The last line is JSON.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from seedlm import nvrtc
 from seedlm.codes import hadamard
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import TrellisFormat
-from seedlm.codes.trellis.kernels import launch
+from seedlm.codes.trellis.kernels import launch, sources
 from seedlm.codes.trellis.kernels.cuda import CudaBackend, CudaInt8Backend
 
 SHAPES = ["57344x8192", "8192x28672", "28672x4096", "4096x14336", "4096x4096"]
@@ -164,10 +164,10 @@ def measure(format: TrellisFormat, out: int, width: int, tokens: int, kind: laun
 
     def steps(overlap: bool) -> tuple[Callable[[], None], Callable[[list[Tensor]], None]]:
         inputs = launch.input_plan(format.transform, width, tokens, dtype, kind, 0, overlap)
-        plan = launch.product_plan(format, (shape,), tokens, dtype, kind, 0, None, overlap)
+        plan = launch.product_plan(format, (shape,), tokens, dtype, kind, 0, None, overlap, own_input=False)
         work = torch.empty(inputs.size, dtype=torch.int32, device="cuda")
         launch.rotate(x, inputs, work)
-        return (lambda: launch.rotate(x, inputs, work)), (lambda w: launch.product([y], [w], plan, inputs, work, [None]))
+        return (lambda: launch.rotate(x, inputs, work)), (lambda w: launch.product([y], [w], plan, work, [None], inputs))
 
     rotate, multiply = steps(overlap=False)
     rotate_over, multiply_over = steps(overlap=True)
@@ -176,12 +176,16 @@ def measure(format: TrellisFormat, out: int, width: int, tokens: int, kind: laun
         rotate_over()
         multiply_over(w)
 
-    return {
+    times = {
         "input": microseconds([rotate] * 20),
         "product": microseconds([lambda w=w: multiply(w) for w in weights]),
         "next early": microseconds([lambda w=w: multiply_over(w) for w in weights]),
         "with input": microseconds([lambda w=w: both(w) for w in weights]),
     }
+    if sources.own_input(width, tokens):
+        own = launch.product_plan(format, (shape,), tokens, dtype, kind, 0)
+        times["one launch"] = microseconds([lambda w=w: launch.product([y], [w], own, x, [None]) for w in weights])
+    return times
 
 
 def rows(options: argparse.Namespace, copy: float) -> Iterator[dict[str, object]]:

@@ -57,11 +57,12 @@ def relative_error(y, reference):
 def test_kernels_compile_for_every_architecture_without_a_gpu(rate, arch):
     format = TrellisFormat(rate=rate)
     texts = [
-        sources.product_source(format, sources.choose(format, parts, arch), members)
-        for parts, members in ((1, 3), (8, 1), (16, 2))
+        sources.product_source(format, sources.choose(format, parts, arch), members, own)
+        for parts, members, own in ((1, 3, (4096, 0, 1)), (4, 1, None), (8, 1, (300, 2, 2)), (16, 2, None))
     ]
     texts += [
-        sources.rotate_source(128, 4096, arch, halves, few) for halves, few in ((False, True), (True, True), (True, False))
+        sources.rotate_source(128, 4096, 0, 2, arch, halves, few)
+        for halves, few in ((False, True), (True, True), (True, False))
     ]
     texts.append(sources.transform_source(128))
     texts.append(sources.dequantize_source(format, original=True))
@@ -76,10 +77,12 @@ def test_kernels_compile_for_every_architecture_without_a_gpu(rate, arch):
 @pytest.mark.parametrize("parts", [1, 4, 8, 16])
 def test_every_variant_fits_shared_memory(parts, arch):
     for format in FORMATS:
-        variant = sources.choose(format, parts, arch)
-        assert sources.shared_bytes(format, variant, parts) <= sources.most_shared(arch)
-        assert variant.stages >= 2
-        assert variant.warps >= 1
+        longest = next(sources.steps(n) for n in range(1 << 16, 0, -16) if sources.own_input(n, -(-parts // 2)))
+        for own_steps in (0, longest):
+            variant = sources.choose(format, parts, arch, own_steps=own_steps)
+            assert sources.shared_bytes(format, variant, parts, own_steps) <= sources.most_shared(arch)
+            assert variant.stages >= 2
+            assert variant.warps >= 1
 
 
 @pytest.mark.parametrize("width", [1, 4096, 33156, 33157, 53248, 1 << 20])
@@ -101,7 +104,8 @@ def test_tiles_are_divided_so_that_all_are_done(shape, tokens, processors):
     assert 0 <= whole <= tiles
     assert whole % processors == 0
     assert tiles - whole < processors
-    assert 1 <= splits <= max(1, -(-shape[1] // 64) // 4)
+    assert 1 <= splits <= -(-shape[1] // 64)
+    assert splits == 1 or (tiles - whole) * splits <= processors
 
 
 class TestOnADevice:
@@ -228,6 +232,7 @@ class TestOnADevice:
         x = torch.randn(tokens, 512, device="cuda", dtype=torch.float16)
         layers = [(random_parts(format, out, 512), (out, 512)) for out in (512, 128, 1024)]
         transformed = EXACT.transform(x, format, 512)
+        assert (transformed == []) == sources.own_input(512, tokens)
         empty = EXACT.empty_transform(x, format, 512)
         assert [(t.shape, t.dtype) for t in transformed] == [(t.shape, t.dtype) for t in empty]
         for parts, shape in layers:
@@ -251,6 +256,32 @@ class TestOnADevice:
             monkeypatch.undo()
             assert [y.shape for y in found] == [(tokens, out) for out in outs]
             assert all(torch.equal(y, z) for y, z in zip(found, expected, strict=True))
+
+    @pytest.mark.parametrize("format", FORMATS, ids=str)
+    def test_products_that_transform_x_themselves_give_the_bits_of_those_that_do_not(self, format, monkeypatch):
+        for shape in (*SHAPES, (4096, 4112)):
+            parts = random_parts(format, *shape)
+            prepared = EXACT.prepare(parts, format, shape)
+            for tokens, kind in ((1, "exact"), (3, "exact"), (1, "int8"), (7, "int8")):
+                if shape[1] > 2000 and tokens > 3:
+                    continue
+                x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+                x[:, ::97] *= 100
+                inputs = launch.input_plan(format.transform, shape[1], tokens, x.dtype, kind, 0)
+                plans = [
+                    launch.product_plan(format, (shape,), tokens, x.dtype, kind, 0, own_input=own_input)
+                    for own_input in (False, True)
+                ]
+                poisoned(monkeypatch)
+                work = torch.empty(inputs.size, dtype=torch.int32, device="cuda")
+                ys = [torch.empty(tokens, shape[0], device="cuda", dtype=x.dtype) for _ in range(3)]
+                launch.rotate(x, inputs, work)
+                launch.product([ys[0]], [prepared], plans[0], work, [None], inputs)
+                launch.product([ys[1]], [prepared], plans[1], x, [None])
+                launch.product([ys[2]], [prepared], plans[1], x, [None])
+                monkeypatch.undo()
+                assert torch.equal(ys[0], ys[1])
+                assert torch.equal(ys[0], ys[2])
 
     @pytest.mark.parametrize("tokens", [1, 40])
     def test_graphs_streams_and_threads(self, tokens):

@@ -3,7 +3,8 @@
 By the number of tokens:
 
     to 8 (16 in int8)   `product`: decoded and multiplied on int8 tensor cores; activations as 16-bit integers with a scale for
-                        each token (relative error 1e-4 and less), or int8 ("cuda-int8", about 5e-3)
+                        each token (relative error 1e-4 and less), or int8 ("cuda-int8", about 5e-3), made by the same launch where
+                        they are few
     to 1023, on Hopper  `gemm`: decoded into tensor-core tiles, activations rounded to half precision in the transformed basis
     more, or elsewhere  the weight is formed in the transformed basis, in x's dtype, for torch's product
 """
@@ -51,7 +52,7 @@ class CudaBackend:
 
     def empty_transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
         tokens = x.numel() // in_features
-        if (kind := self._kind(x, tokens)) is None:
+        if (kind := self._shared_kind(x, tokens, in_features)) is None:
             return []
         if kind == "formed":
             return [torch.empty(x.shape, dtype=x.dtype, device=x.device)]
@@ -59,9 +60,9 @@ class CudaBackend:
         return [torch.empty(size, dtype=torch.int32, device=x.device)]
 
     def transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
-        """The workspace of `launch`, or x in the transformed basis; [] for no tokens and other dtypes."""
+        """The workspace of `launch`, or x in the transformed basis; [] where products take x as it is."""
         tokens = x.numel() // in_features
-        if (kind := self._kind(x, tokens)) is None:
+        if (kind := self._shared_kind(x, tokens, in_features)) is None:
             return []
         block = cast(TrellisFormat, format).transform
         if kind == "formed":
@@ -85,7 +86,7 @@ class CudaBackend:
             return torch.nn.functional.linear(x, self.dequantize(prepared, format, shape, x.dtype), bias)
         transformed = transformed or self.transform(x, format, shape[1])
         if kind != "formed":
-            return self._products(x, [prepared], format, (shape,), [bias], kind, transformed[0])[0]
+            return self._products(x, [prepared], format, (shape,), [bias], kind, transformed)[0]
         weight = torch.empty(shape, dtype=x.dtype, device=x.device)
         launch.dequantize(weight, prepared, cast(TrellisFormat, format), original=False)
         return torch.nn.functional.linear(transformed[0], weight, bias)
@@ -101,7 +102,7 @@ class CudaBackend:
         """`linear` by several weights: x is transformed once, and one kernel multiplies by all where tokens are few."""
         kind, transformed = self._kind(x, x.numel() // shapes[0][1]), self.transform(x, format, shapes[0][1])
         if kind in ("exact", "int8") and len(shapes) <= sources.MOST_MEMBERS:
-            return self._products(x, prepared, format, shapes, biases, cast(Kind, kind), transformed[0])
+            return self._products(x, prepared, format, shapes, biases, cast(Kind, kind), transformed)
         each = zip(prepared, shapes, biases, strict=True)
         return [self.linear(x, weight, format, shape, bias, transformed) for weight, shape, bias in each]
 
@@ -113,15 +114,24 @@ class CudaBackend:
         shapes: tuple[tuple[int, int], ...],
         biases: Sequence[Tensor | None],
         kind: Kind,
-        work: Tensor,
+        transformed: Sequence[Tensor],
     ) -> list[Tensor]:
         trellis, index, in_features = cast(TrellisFormat, format), nvrtc.index_of(x.device), shapes[0][1]
         tokens = x.numel() // in_features
-        inputs = launch.input_plan(trellis.transform, in_features, tokens, x.dtype, kind, index)
         plan = launch.product_plan(trellis, shapes, tokens, x.dtype, kind, index)
         ys = [torch.empty((*x.shape[:-1], out), dtype=x.dtype, device=x.device) for out, _ in shapes]
-        launch.product(ys, prepared, plan, inputs, work, biases)
+        if plan.own_input:
+            launch.product(ys, prepared, plan, x.contiguous(), biases)
+        else:
+            inputs = launch.input_plan(trellis.transform, in_features, tokens, x.dtype, kind, index)
+            launch.product(ys, prepared, plan, transformed[0], biases, inputs)
         return ys
+
+    def _shared_kind(self, x: Tensor, tokens: int, in_features: int) -> Kind | Literal["formed"] | None:
+        """What products of one x share; None for no tokens, other dtypes, and where each product takes x as it is."""
+        kind = self._kind(x, tokens)
+        few = kind in ("exact", "int8")
+        return None if few and sources.own_input(in_features, tokens) else kind
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         assert isinstance(format, TrellisFormat)

@@ -5,7 +5,7 @@
 // of the definition: value * (row scale * scale).
 //
 // words: int32 [segments, steps * 16 * R]; weight: [out, in] of `type`.
-// Compile-time beside RATE, STATE_BITS, MULTIPLIER: ORIGINAL, HADAMARD, LANE_NUMBERS, SIGN_WORDS.
+// Compile-time beside RATE, STATE_BITS, MULTIPLIER: ORIGINAL, HADAMARD, LANE_NUMBERS, SIGN_WORD.
 
 // The value of a row as a float, exactly: the byte sum lands in the mantissa of 2^23.
 DEVICE float value(const u32 (&q)[R + 1], int row) {

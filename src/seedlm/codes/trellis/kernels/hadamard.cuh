@@ -2,9 +2,9 @@
 //
 // Blocks have HADAMARD numbers while they fit, then descending powers of two. Every block starts at a multiple of its size,
 // so a stage of stride h concerns a number exactly if its block is larger than h, and its partner is h further or before.
-// Only the last lane in use can hold blocks smaller than E. SIGN_WORDS: bit i says that position i of a block is negated.
+// Only the last lane in use can hold blocks smaller than E. SIGN_WORD(i): bit k says that position 32 * i + k of a
+// block is negated; no array, since kernels that run once would wait longer for its first read than they do for some selections.
 constexpr int E = LANE_NUMBERS;
-__constant__ const u32 SIGNS[] = {SIGN_WORDS};
 
 struct Place {
   int size;  // of the block that all E numbers belong to; 0: the numbers end here
@@ -15,20 +15,20 @@ struct Place {
     size = tail = 0;
     signs = 0;
     if (first >= n) return;
-    if (first + E > n) {
+    if (n % E && first + E > n) {
       tail = n - first;
       int at = 0;
 #pragma unroll
       for (int s = E / 2; s; s /= 2)
-        if (tail & s) signs |= (SIGNS[0] & ((1u << s) - 1)) << at, at += s;
+        if (tail & s) signs |= (SIGN_WORD(0) & ((1u << s) - 1)) << at, at += s;
       return;
     }
     int start = first & ~(HADAMARD - 1);
     size = HADAMARD;
-    if (start + HADAMARD > n)
+    if (n % HADAMARD && start + HADAMARD > n)
       for (size = HADAMARD / 2; first >= start + size || !((n - start) & size); size /= 2)
         if ((n - start) & size) start += size;
-    signs = SIGNS[(first - start) >> 5] >> ((first - start) & 31);
+    signs = SIGN_WORD((first - start) >> 5) >> ((first - start) & 31);
   }
 
   DEVICE int size_of(int e) const {
@@ -64,11 +64,12 @@ DEVICE void butterflies(float (&v)[E], const Place& place, int lane) {
   }
 #pragma unroll
   for (int h = E; h < HADAMARD; h *= 2) {
-    const bool mine = place.size > h, second = lane & (h / E);
+    const bool mine = place.size > h;
+    const float own = lane & (h / E) ? -1.0f : 1.0f;
 #pragma unroll
     for (int e = 0; e < E; e++) {
       const float other = __shfl_xor_sync(~0u, v[e], h / E);
-      if (mine) v[e] = second ? other - v[e] : v[e] + other;
+      if (mine) v[e] = __fmaf_rn(v[e], own, other);  // one instruction, and as exact as a sum
     }
   }
 }

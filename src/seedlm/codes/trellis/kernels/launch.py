@@ -1,16 +1,19 @@
 """The trellis family's CUDA kernels as functions of tensors.
 
+    plan = product_plan(format, shapes, tokens, dtype, kind, device index)
+    product([y], [parts], plan, x, [bias])                         few tokens by weights that share x, if plan.own_input
+
     inputs = input_plan(format.transform, in_features, tokens, dtype, kind, device index)
     work = torch.empty(inputs.size, dtype=torch.int32, device=...)
-    rotate(x, inputs, work)                                what all products of this x share
-    product([y], [parts], product_plan(...), inputs, work, [bias])   by weights that share this x, few tokens; or one
+    rotate(x, inputs, work)                                        what all products of this x share, else
+    product([y], [parts], plan, work, [bias], inputs)              the same, or of many tokens by one weight
 
 A plan holds all that calls of one shape have in common (loaded kernels, grids, offsets), so that a call only launches. On
 Hopper each kernel may start while the one before it ends: a product fetches its first weights while `rotate` is at work.
 
-The workspace of `kind` "exact" or "int8" is int32: x_parts, x_scale, x_sum, then the sums that blocks of a product share,
-which `rotate` clears and each product leaves clear: products of one workspace may follow each other on one stream, not run
-at once on two. That of kind "halves", for `gemm`, holds halves, x_scale, and counters in place of the sums.
+The workspace of `kind` "exact" or "int8" is int32: x_parts, x_scale, x_sum. That of kind "halves", for `gemm`, holds halves,
+x_scale, and counters, which `rotate` clears and each product leaves clear: these products may follow each other on one stream, not
+run at once on two.
 
 A weight that was formed in the transformed basis (`dequantize`) is multiplied by what `transform` makes of x.
 """
@@ -45,7 +48,7 @@ class InputPlan:
     numbers: tuple[int, ...]
     x_scale: int
     x_sum: int
-    sums: int
+    counters: int
     size: int
 
 
@@ -60,8 +63,10 @@ class ProductPlan:
     shared: int
     members: tuple[tuple[int, int, int, int], ...] = ()
     """Of each weight of `product`: rows, segments, the first of its panels in the line, panels."""
+    own_input: bool = False
+    """Whether `product` takes x as it is."""
     partials: int = 0
-    """float32 numbers that the splits of `gemm` leave for each other."""
+    """32-bit numbers that the blocks of a kernel leave for each other."""
 
 
 def parts_of_token(kind: Kind) -> int:
@@ -70,7 +75,7 @@ def parts_of_token(kind: Kind) -> int:
 
 @lru_cache(maxsize=4096)
 def workspace(in_features: int, tokens: int, kind: Kind, index: int) -> tuple[int, int, int, int]:
-    """Byte offsets of x_scale, x_sum and sums, and the size in int32. Asks the device for its multiprocessors only."""
+    """Byte offsets of x_scale, x_sum and counters, and the size in int32. Asks the device for its multiprocessors only."""
     if kind == "halves":
         width = sources.gemm_tokens(tokens)
         x_scale = -(-in_features // DEPTH) * (-(-tokens // width) * width) * DEPTH * 2
@@ -79,8 +84,8 @@ def workspace(in_features: int, tokens: int, kind: Kind, index: int) -> tuple[in
     parts = tokens * parts_of_token(kind)
     x_scale = sources.steps(in_features) * parts * STEP
     x_sum = x_scale + 4 * tokens
-    sums = -(-(x_sum + 4 * parts) // 16) * 16
-    return x_scale, x_sum, sums, sums // 4 + tokens * nvrtc.processors(index) * PANEL_ROWS * 2
+    end = -(-(x_sum + 4 * parts) // 16) * 16
+    return x_scale, x_sum, end, end // 4
 
 
 @lru_cache(maxsize=4096)
@@ -89,36 +94,25 @@ def input_plan(
 ) -> InputPlan:
     """The plan to rotate x [tokens, in_features] of `dtype` on device `index`. Raises BackendError if it cannot be compiled."""
     halves = kind == "halves"
-    x_scale, x_sum, sums, size = workspace(in_features, tokens, kind, index)
+    x_scale, x_sum, counters, size = workspace(in_features, tokens, kind, index)
     width = sources.gemm_tokens(tokens)
-    unit = DEPTH if halves else STEP
-    limit = sources.levels(in_features)
-    base = 2 * limit + 1 if kind == "exact" else 0
-    zeros = size - sums // 4
+    zeros = size - counters // 4
     few = tokens <= sources.MOST_PARTS
     cluster, warps, _ = sources.rotate_blocks(transform, in_features, nvrtc.architecture(index), few)
-    text = sources.rotate_source(transform, in_features, nvrtc.architecture(index), halves, few)
-    numbers = (
-        in_features,
-        -(-in_features // unit) * unit,
-        base,
-        limit,
-        nvrtc.TYPES[dtype],
-        zeros,
-        tokens,
-        -(-tokens // width) * width,
+    text = sources.rotate_source(
+        transform, in_features, nvrtc.TYPES[dtype], parts_of_token(kind), nvrtc.architecture(index), halves, few
     )
     return InputPlan(
         tokens=tokens,
         in_features=in_features,
         kind=kind,
-        kernel=nvrtc.load(text, "rotate", "PPPPPiiiiiiii", device=torch.device("cuda", index), overlap=overlap),
+        kernel=nvrtc.load(text, "rotate", "PPPPPiii", device=torch.device("cuda", index), overlap=overlap),
         grid=(tokens * cluster + sources.clearing_blocks(zeros, warps * 32, cluster),),
         block=warps * 32,
-        numbers=numbers,
+        numbers=(zeros, tokens, -(-tokens // width) * width),
         x_scale=x_scale,
         x_sum=x_sum,
-        sums=sums,
+        counters=counters,
         size=size,
     )
 
@@ -133,10 +127,11 @@ def product_plan(
     index: int,
     variant: Variant | None = None,
     overlap: bool = True,
+    own_input: bool | None = None,
 ) -> ProductPlan:
     """The plan of y [tokens, out] = x W^T for weights of these shapes on device `index`, y of `dtype`.
 
-    Several weights share x and so in_features; "halves" take one at a time. variant, overlap: for benchmarks. Raises
+    Several weights share x and so in_features; "halves" take one at a time. variant, overlap, own_input: for benchmarks. Raises
     BackendError if it cannot be compiled.
     """
     out_features, in_features = shapes[0]
@@ -159,18 +154,21 @@ def product_plan(
             partials=pieces * 128 * width if splits > 1 else 0,
         )
     parts = tokens * parts_of_token(kind)
-    base = 2 * sources.levels(in_features) + 1 if kind == "exact" else 0
+    own = sources.own_input(in_features, tokens) if own_input is None else own_input
+    own_steps = steps if own else 0
     members, panels = [], 0
     for out_features, _ in shapes:
         members.append((out_features, format.segments(out_features), panels, sources.panels(out_features)))
         panels += sources.panels(out_features)
-    variant = variant or sources.choose(format, parts, arch, panels * steps // nvrtc.processors(index))
+    variant = variant or sources.choose(format, parts, arch, panels * steps // nvrtc.processors(index), own_steps)
     blocks = sources.product_blocks(panels * steps, nvrtc.processors(index), variant)
     run, longer = divmod(panels * steps, blocks)
     inverse = min((1 << 32) // steps, (1 << 32) - 1)
     return ProductPlan(
         kernel=nvrtc.load(
-            sources.product_source(format, variant, len(shapes)),
+            sources.product_source(
+                format, variant, len(shapes), (in_features, nvrtc.TYPES[dtype], parts // tokens) if own else None
+            ),
             "product",
             f"{{{'PPPPPiiii' * len(shapes)}}}PPPPiiiiiIII",
             device=device,
@@ -179,59 +177,54 @@ def product_plan(
         ),
         grid=(blocks,),
         block=variant.warps * 32 + variant.finishers,
-        numbers=(steps, sources.strip(format), tokens, base, nvrtc.TYPES[dtype], run, longer, inverse),
-        shared=sources.shared_bytes(format, variant, parts),
+        numbers=(
+            steps,
+            sources.strip(format),
+            tokens,
+            sources.half_base(in_features, parts // tokens),
+            nvrtc.TYPES[dtype],
+            run,
+            longer,
+            inverse,
+        ),
+        shared=sources.shared_bytes(format, variant, parts, own_steps),
         members=tuple(members),
+        own_input=own,
+        partials=2 * min(panels, blocks) * (1 + tokens * PANEL_ROWS),
     )
 
 
 def rotate(x: Tensor, plan: InputPlan, work: Tensor) -> None:
     """Fill the workspace of x [tokens, in], contiguous."""
     at = work.data_ptr()
-    plan.kernel(plan.grid, plan.block, x, at, at + plan.x_scale, at + plan.x_sum, at + plan.sums, *plan.numbers)
+    plan.kernel(plan.grid, plan.block, x, at, at + plan.x_scale, at + plan.x_sum, at + plan.counters, *plan.numbers)
 
 
 def product(
     ys: Sequence[Tensor],
     weights: Sequence[Sequence[Tensor]],
     plan: ProductPlan,
-    inputs: InputPlan,
-    work: Tensor,
+    x: Tensor,
     biases: Sequence[Tensor | None],
+    inputs: InputPlan | None = None,
 ) -> None:
-    """Write x W^T + bias to each y [tokens, out], contiguous, from a filled workspace. weights: parts, see `padded`."""
-    at = work.data_ptr()
-    if inputs.kind == "halves":
-        (y,), ((words, scales, scale),), (bias,) = ys, weights, biases
-        partials = torch.empty(plan.partials, device=y.device) if plan.partials else None
-        plan.kernel(
-            plan.grid,
-            plan.block,
-            words,
-            at,
-            at + inputs.x_scale,
-            scales,
-            scale,
-            bias,
-            y,
-            partials,
-            at + inputs.sums,
-            *plan.numbers,
-            shared=plan.shared,
-        )
-        return
+    """Write x W^T + bias to each y [tokens, out], contiguous. weights: parts, see `padded`.
+
+    x is [tokens, in], contiguous, if the plan takes its own input; else the workspace that `inputs` describes.
+    """
+    partials = torch.empty(plan.partials, dtype=torch.int32, device=x.device) if plan.partials else None
+    x_scale = x_sum = 0
+    if inputs is not None:
+        at = x.data_ptr()
+        x_scale, x_sum = at + inputs.x_scale, at + inputs.x_sum
+        if inputs.kind == "halves":
+            ((words, scales, scale),) = weights
+            tensors = (words, at, x_scale, scales, scale, *biases, *ys, partials, at + inputs.counters)
+            plan.kernel(plan.grid, plan.block, *tensors, *plan.numbers, shared=plan.shared)
+            return
     together = zip(ys, weights, biases, plan.members, strict=True)
-    plan.kernel(
-        plan.grid,
-        plan.block,
-        *(each for y, parts, bias, sizes in together for each in (*parts, bias, y, *sizes)),
-        at,
-        at + inputs.x_scale,
-        at + inputs.x_sum,
-        at + inputs.sums,
-        *plan.numbers,
-        shared=plan.shared,
-    )
+    members = [each for y, parts, bias, sizes in together for each in (*parts, bias, y, *sizes)]
+    plan.kernel(plan.grid, plan.block, *members, x, x_scale, x_sum, partials, *plan.numbers, shared=plan.shared)
 
 
 def padded(words: Tensor, format: TrellisFormat, in_features: int) -> Tensor:

@@ -18,14 +18,18 @@
 // end of a panel it leaves its sums in shared memory and goes on; further warps add them up and finish the rows.
 //
 // Sums are exact integers, so atomics in any order give the same bits. A row that several blocks share is one 64-bit word in
-// `sums`: the sum in its lower 48 bits, above it how many blocks have added theirs. Whoever makes it complete scales, writes,
-// and leaves a zero behind; no fence and no second look is needed.
+// `sums`: the sum in its lower 48 bits, above it how many blocks have added theirs. Whoever makes it complete scales and
+// writes. `sums` may hold anything before: the block that begins a shared panel clears its words and says so by CLEARED, a number
+// that no memory holds by chance; the others wait for it before they add, and the panel's last takes it away again.
+//
+// OWN_INPUT = 1: x is as it is, and each block transforms and quantises it all (quantize.cuh) while its first weights arrive,
+// which is faster than a kernel before this one as long as it is little. Else x is what `rotate` makes of it.
 //
 // Weights that read the same x (q, k, v; gate, up) are one line of panels: MEMBERS of them, each with its own y.
 //
-// x_parts: int8 [steps][parts][16]. words: int32 [segments, steps * 16 * R]. sums: int64 [tokens][slots * 256], zero, a slot
-// for each panel, or for each block (a block begins at most one shared panel), whichever are fewer.
-// x_scale: float [tokens]; x_sum: int32 [parts]; y: [tokens, out].
+// x: [tokens, in], or int8 [steps][parts][16] with x_scale: float [tokens] and x_sum: int32 [parts]. words: int32
+// [segments, steps * 16 * R]. sums: int64 [slots], then [tokens][slots * 256], a slot for each panel, or for each block (a block
+// begins at most one shared panel), whichever are fewer. y: [tokens, out].
 //
 // Compile-time beside RATE, STATE_BITS, MULTIPLIER: WARPS (that decode), FINISHERS (threads), STAGES, TILES (0 is narrow), MEMBERS,
 // NEIGHBOURS (1: the strip's next segment is not always in the same panel, so its first words are fetched too).
@@ -41,6 +45,8 @@ constexpr int STAGE = (8 * PITCH + (NEIGHBOURS ? 32 : 0)) * 16;  // bytes
 constexpr int RING = WARPS * STAGES * STAGE;
 constexpr int ROW_PAD = 36, WIDE_PITCH = 65;  // against bank conflicts
 constexpr int TOGETHER = NARROW ? 1 : 4;      // tokens that are finished at once
+constexpr int MOST_PARTS = NARROW ? 4 : 8 * TILES;
+constexpr u64 CLEARED = 0x9E3779B97F4A7C15ull;
 
 // With R = 4 and 8 a padding cannot do it: the chunks of a segment are exchanged among each other instead.
 DEVICE int swizzle(int segment, int chunk) {
@@ -74,6 +80,8 @@ DEVICE u32 pinned(u32 value) {
   return value;
 }
 
+DEVICE u32 read_x(const u32* from) { return OWN_INPUT ? read4(smem_address(from)) : __ldg(from); }
+
 DEVICE void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
@@ -105,6 +113,8 @@ struct Problem {
     const u32 panel = __umulhi(position, inverse);
     return panel + ((panel + 1) * steps <= position);
   }
+  DEVICE int panels() const { return members.each[MEMBERS - 1].first + members.each[MEMBERS - 1].panels; }
+  DEVICE int slots() const { return min(panels(), (int)gridDim.x); }
   DEVICE const Member& member_of(int panel) const {
     int m = 0;
 #pragma unroll
@@ -112,6 +122,9 @@ struct Problem {
     return members.each[m];
   }
 };
+
+// Where a lane puts its first chunk of a step.
+DEVICE u32 fetch_slot(int lane) { return pinned((lane / CHUNKS * PITCH + swizzle(lane / CHUNKS, lane % CHUNKS)) * 16); }
 
 // The warp's next step to fetch. The lane copies R chunks of 16 bytes: `at` is the first, the others lie `apart` from it.
 struct Fetcher {
@@ -133,10 +146,13 @@ struct Fetcher {
     left -= here;
   }
 
-  DEVICE void start(const Problem& p, int position, int end, int lane) {
+  // All stages but one are filled, from the warp's first step on.
+  DEVICE void fill(const Problem& p, int position, int end, u32 ring, int lane) {
     panel = p.panel_of(position), step = position - panel * p.steps;
     here = 0, left = position < end ? (end - position - 1) / WARPS + 1 : 0;
     if (left) place(p, lane);
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) fetch(p, ring + s * STAGE, fetch_slot(lane), lane);
   }
 
   // Into the stage at `to`, the lane's first chunk at `slot` in it; then on to the warp's next step.
@@ -206,6 +222,7 @@ DEVICE void barrier_init(u32 barrier, int count) {
 }
 // All of the block, each thread where it stands.
 DEVICE void meet() { asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+DEVICE void finishers_meet() { asm volatile("barrier.sync 2, %0;" ::"n"(FINISHERS) : "memory"); }
 DEVICE void barrier_arrive(u32 barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
@@ -296,13 +313,13 @@ struct Tokens {
 struct Rows {
   const Member& weight;
   int first, shares, slot, slots;  // first: the thread's first row
+  bool begun;                      // by this block
   float factors[FINISHED], biases[FINISHED];
 
   DEVICE Rows(const Problem& p, const Share& share, int panel, int thread) : weight(p.member_of(panel)) {
-    const Member& last = p.members.each[MEMBERS - 1];
-    const int panels = last.first + last.panels, beginner = share.block_of(panel * p.steps);
-    shares = share.block_of(panel * p.steps + p.steps - 1) - beginner + 1;
-    slots = min(panels, (int)gridDim.x), slot = panels <= (int)gridDim.x ? panel : beginner;
+    const int beginner = share.block_of(panel * p.steps);
+    shares = share.block_of(panel * p.steps + p.steps - 1) - beginner + 1, begun = beginner == blockIdx.x;
+    slots = p.slots(), slot = p.panels() <= (int)gridDim.x ? panel : beginner;
     first = (panel - weight.first) * 256 + thread;
     const float scale = *weight.scale;
 #pragma unroll
@@ -313,10 +330,20 @@ struct Rows {
     }
   }
 
+  // Another block has cleared the panel's words.
+  DEVICE void await_cleared(const Problem& p, int thread) const {
+    if (shares == 1 || begun) return;
+    u64 found = CLEARED;
+    do
+      if (thread == 0) asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(p.sums + slot) : "memory");
+    while (found != CLEARED);
+    finishers_meet();
+  }
+
   // Sums of rows and tokens go to memory together, since each takes as long as hundreds of instructions.
   DEVICE void finish(const Problem& p, const Tokens& tokens, int* totals, int thread) const {
     const int parts = p.tokens * p.parts_each;
-    u64* words = p.sums + slot * 256 + thread;
+    u64* words = p.sums + slots + slot * 256 + thread;
     u64 sums[TOGETHER][FINISHED], others[TOGETHER][FINISHED];
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
@@ -346,7 +373,7 @@ struct Rows {
         if (shares > 1) {
           const u64 arrived = (sum + (1ull << 47)) >> 48;
           if (arrived != shares) continue;
-          words[(u64)token * slots * 256 + k * FINISHERS] = 0;
+          if (token == 0 && k == 0 && thread == 0) p.sums[slot] = 0;
           sum -= arrived << 48;
         }
         if (row >= weight.out) continue;
@@ -357,17 +384,29 @@ struct Rows {
   }
 };
 
+// Clear the words of the panel that this block begins and others end, if there is one: its last.
+DEVICE void clear(const Problem& p, const Share& share, int thread) {
+  const u32 panel = p.panel_of(share.end - 1);
+  if (panel * p.steps < share.begin || (panel + 1) * p.steps <= share.end) return;
+  const int slots = p.slots(), slot = p.panels() <= (int)gridDim.x ? panel : blockIdx.x;
+  for (int token = 0; token < p.tokens; token++)
+#pragma unroll
+    for (int k = 0; k < FINISHED; k++) p.sums[slots + (u64)(token * slots + slot) * 256 + k * FINISHERS + thread] = 0;
+  finishers_meet();
+  if (thread == 0) asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p.sums + slot), "l"(CLEARED) : "memory");
+}
+
 // The last warps: they wait for a panel's sums, of which there are two places, and finish its rows.
 DEVICE void finish(const Problem& p, int* totals, int totals_size, u32 full, u32 drained) {
   const Share share(p.run, p.longer);
   const int thread = threadIdx.x - WARPS * 32;
-  meet();
-  wait_for_previous_kernel();
   const Tokens first(p, 0);
+  clear(p, share, thread);
   int turn = 0;
   for (u32 panel = p.panel_of(share.begin); panel * p.steps < share.end; panel++, turn++) {
     const int place = turn & 1;
     const Rows rows(p, share, panel, thread);
+    rows.await_cleared(p, thread);
     barrier_wait(full + 8 * place, turn >> 1 & 1);
     rows.finish(p, first, totals + place * totals_size, thread);
     for (int token = TOGETHER; token < p.tokens; token += TOGETHER)
@@ -376,20 +415,11 @@ DEVICE void finish(const Problem& p, int* totals, int totals_size, u32 full, u32
   }
 }
 
-DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int totals_size, u32 full, u32 drained) {
+DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int* totals, int totals_size, u32 full, u32 drained) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int parts = p.tokens * p.parts_each, steps = p.steps;
   const Share share(p.run, p.longer);
-  const u32 ring = smem_address(memory) + warp * STAGES * STAGE;
-  const u32 slot = pinned((lane / CHUNKS * PITCH + swizzle(lane / CHUNKS, lane % CHUNKS)) * 16);
-  const u32 reads = pinned(ring + (g * PITCH + swizzle(g, t * R)) * 16);
-  Fetcher ahead;
-  ahead.start(p, share.begin + warp, share.end, lane);
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) ahead.fetch(p, ring + s * STAGE, slot, lane);
-  meet();
-  wait_for_previous_kernel();
-
+  const u32 slot = fetch_slot(lane), reads = pinned(ring + (g * PITCH + swizzle(g, t * R)) * 16);
   int position = share.begin + warp, turn = 0;
   u32 stage = 0, free = (STAGES - 1) * STAGE;  // of the ring: to be computed with, and to be filled
   for (int panel = p.panel_of(share.begin); panel * steps < (int)share.end; panel++, turn++) {
@@ -406,7 +436,7 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
       const int part = NARROW ? g >> 1 : n * 8 + g;
       used[n] = part < parts;
       x_at[n] = p.x_parts + ((u64)(position - panel * steps) * parts + part) * 4 + t;
-      x_next[n] = used[n] && rounds ? __ldg(x_at[n]) : 0u;
+      x_next[n] = used[n] && rounds ? read_x(x_at[n]) : 0u;
     }
     int acc[COLUMN_TILES][FRAGMENTS][4] = {};
 #pragma unroll 1
@@ -416,7 +446,7 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
       for (int n = 0; n < COLUMN_TILES; n++) {
         x[n] = x_next[n];
         x_at[n] += WARPS * parts * 4;
-        if (used[n] && round < rounds) x_next[n] = __ldg(x_at[n]);
+        if (used[n] && round < rounds) x_next[n] = read_x(x_at[n]);
       }
       copies_wait<STAGES - 2>();
       __syncwarp();
@@ -448,21 +478,73 @@ DEVICE void decode_and_multiply(const Problem& p, char* memory, int* totals, int
   }
 }
 
+#if OWN_INPUT
+struct Input {
+  u32 largest[MOST_PARTS];
+  float scales[MOST_PARTS];
+  int sums[MOST_PARTS];
+};
+
+// x as the products want it, into x_parts in shared memory: int8 [steps][parts][16]. All warps, which have met.
+DEVICE void take_input(const Problem& p, const void* x, signed char* x_parts, Input& input) {
+  constexpr int PIECE = 32 * E, ALL = THREADS / 32, pieces = (IN + PIECE - 1) / PIECE;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, parts = p.tokens * PARTS_EACH;
+  float v[E];
+  int unit = warp;
+  for (; unit < p.tokens * pieces; unit += ALL) {
+    const int token = unit / pieces, first = unit % pieces * PIECE + lane * E;
+    const u32 top = __reduce_max_sync(~0u, transformed(v, x, token, first, lane));
+    if (lane == 0) atomicMax(&input.largest[token], top);
+  }
+  meet();
+  bool held = true;  // v is of the last piece
+  for (unit -= ALL; unit >= 0; unit -= ALL, held = false) {
+    const int token = unit / pieces, first = unit % pieces * PIECE + lane * E;
+    if (!held) transformed(v, x, token, first, lane);
+    const Quantizer quantizer(input.largest[token]);
+    int high_sum = 0, low_sum = 0;
+    if (first < p.steps * STEP)
+      quantizer.store(x_parts + (first / STEP * parts + token * PARTS_EACH) * STEP + first % STEP, v, high_sum, low_sum);
+    high_sum = __reduce_add_sync(~0u, high_sum);
+    low_sum = __reduce_add_sync(~0u, low_sum);
+    if (lane < PARTS_EACH) atomicAdd(&input.sums[token * PARTS_EACH + lane], lane ? low_sum : high_sum);
+    if (lane == 0) input.scales[token] = quantizer.scale;
+  }
+  meet();
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-product(const __grid_constant__ Members members, const u32* x_parts, const float* x_scale, const int* x_sum, u64* sums,
+product(const __grid_constant__ Members members, const void* x, const float* x_scale, const int* x_sum, u64* sums,
         int steps, int strip, int tokens, int half_base, int type, u32 run, u32 longer, u32 inverse) {
-  const Problem p = {members, x_parts, x_scale, x_sum, sums,
-                     steps, strip, tokens, half_base ? 2 : 1, half_base, type, run, longer, inverse};
+  Problem p = {members, (const u32*)x, x_scale, x_sum, sums, steps, strip, tokens, half_base ? 2 : 1, half_base, type,
+               run, longer, inverse};
   extern __shared__ __align__(128) int4 memory[];  // so that `read_slot` may exchange bits
   __shared__ u64 barriers[4];
   int* totals = (int*)((char*)memory + RING);
   const int totals_size = NARROW ? WARPS * p.tokens * p.parts_each * 8 * ROW_PAD : COLUMN_TILES * 32 * WIDE_PITCH;
   const u32 full = smem_address(barriers), drained = full + 16;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const u32 ring = smem_address(memory) + warp * STAGES * STAGE;
+  const Share share(run, longer);
   let_next_kernel_start();
   if (threadIdx.x == 0)
     for (int i = 0; i < 2; i++) barrier_init(full + 8 * i, WARPS), barrier_init(drained + 8 * i, FINISHERS);
   if (!NARROW)
     for (int i = threadIdx.x; i < 2 * totals_size; i += THREADS) totals[i] = 0;
-  if (threadIdx.x < WARPS * 32) decode_and_multiply(p, (char*)memory, totals, totals_size, full, drained);
+#if OWN_INPUT
+  __shared__ Input input;
+  if (threadIdx.x < MOST_PARTS) input.largest[threadIdx.x] = input.sums[threadIdx.x] = 0;
+#endif
+  Fetcher ahead;
+  if (warp < WARPS) ahead.fill(p, share.begin + warp, share.end, ring, lane);
+  meet();
+  wait_for_previous_kernel();
+#if OWN_INPUT
+  signed char* x_parts = (signed char*)(totals + 2 * totals_size);
+  take_input(p, x, x_parts, input);
+  p.x_parts = (const u32*)x_parts, p.x_scale = input.scales, p.x_sum = input.sums;
+#endif
+  if (warp < WARPS) decode_and_multiply(p, ahead, ring, totals, totals_size, full, drained);
   else finish(p, totals, totals_size, full, drained);
 }

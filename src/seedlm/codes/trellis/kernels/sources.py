@@ -4,8 +4,8 @@ A kernel is its constants, the shared headers and its .cu file, one text after a
 what their tensors hold. Warps, stages and tiles are functions of rate, parts and architecture alone: nothing is tried at
 run time.
 
+    product      a few tokens by packed weights, from x as it is or from what `rotate` makes of it
     rotate       x -> int8 parts in the transformed basis, or halves for `gemm`
-    product      a few tokens' parts with packed weights
     gemm         many tokens, on Hopper's tensor cores
     dequantize   the weight itself
     transform    x in the transformed basis, for a weight formed there
@@ -13,6 +13,7 @@ run time.
 
 from dataclasses import dataclass, replace
 from functools import cache
+from math import isqrt
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +45,9 @@ _WHOLE_VALUE_RATES: Final = (1, 2, 4, 8)
 
 _LONG: Final = 12
 """Steps of a warp from which on a third stage pays."""
+
+_OWN_NUMBERS: Final = 1 << 12
+"""Activations up to which each block of `product` transforms them all."""
 
 Defines = tuple[tuple[str, str | int], ...]
 
@@ -94,16 +98,21 @@ def most_shared(arch: int) -> int:
     return _SHARED_KIB.get(arch, 99) * 1024 - 2048
 
 
-def shared_bytes(format: TrellisFormat, variant: Variant, parts: int) -> int:
-    """Dynamic shared memory of `product`: the ring of stages, and two places for a panel's sums."""
+def own_input(in_features: int, tokens: int) -> bool:
+    """Whether `product` takes x as it is: where that is little work for each block (docs/log/products.md)."""
+    return in_features * tokens <= _OWN_NUMBERS
+
+
+def shared_bytes(format: TrellisFormat, variant: Variant, parts: int, own_steps: int = 0) -> int:
+    """Dynamic shared memory of `product`: the ring of stages, two places for a panel's sums, and x if it is taken as it is."""
     pitch = 4 * format.rate + (format.rate in (2, 6))
     stage = (PANEL_ROWS // SEGMENT_ROWS * pitch + (32 if needs_neighbours(format) else 0)) * 16
     totals = variant.tiles * 32 * 65 * 4 if variant.tiles else variant.warps * parts * 8 * 36 * 4
-    return variant.warps * variant.stages * stage + 2 * totals
+    return variant.warps * variant.stages * stage + 2 * totals + own_steps * parts * STEP
 
 
-def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30) -> Variant:
-    """The variant for a format, a number of int8 parts, an architecture and the steps of a block.
+def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30, own_steps: int = 0) -> Variant:
+    """The variant for a format, a number of int8 parts, an architecture and the steps of a block; own_steps: see `shared_bytes`.
 
     Measured on an H100 (docs/log/products.md).
     """
@@ -112,7 +121,8 @@ def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30) -
     stages = 2 if tiles == 0 and (format.rate < 4 or steps < _LONG * warps) else 3
     masks = 0 if format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16 else 2
     variant = Variant(tiles=tiles, warps=warps, stages=stages, masks_by_dot=masks)
-    while shared_bytes(format, variant, 4 if tiles == 0 else parts) > most_shared(arch):
+    most = most_shared(arch) - own_steps * parts * STEP
+    while shared_bytes(format, variant, 4 if tiles == 0 else parts) > most and variant.warps > 1:
         if variant.stages > 2:
             variant = replace(variant, stages=variant.stages - 1)
         else:
@@ -142,16 +152,15 @@ def gemm_stage_bytes(width: int) -> int:
 def gemm_division(out_features: int, in_features: int, tokens: int, processors: int) -> tuple[int, int, int]:
     """How `gemm` divides its tiles: how many there are, how many of them stay whole, into how many pieces the others are split.
 
-    Tiles that fill all processors stay whole. What is left over would leave some idle: it is split where that takes less time,
-    each piece of a twentieth of a tile's (docs/log/products.md).
+    Tiles that fill all processors stay whole. What is left over would leave some idle: it is split into as many pieces as
+    there are processors for, but none so short that adding up takes longer than what is saved (docs/log/products.md).
     """
     tiles, depths = -(-out_features // 128) * -(-tokens // gemm_tokens(tokens)), -(-in_features // DEPTH)
     whole = tiles // processors * processors
-    most = max(1, depths // 4)
-    if not whole:
-        return tiles, 0, max(1, min(processors // tiles, most))
     rest = tiles - whole
-    return tiles, whole, min(range(1, min(most, 6) + 1), key=lambda s: -(-rest * s // processors) / s + s / 20)
+    if not rest:
+        return tiles, whole, 1
+    return tiles, whole, max(1, min(processors // rest, isqrt(depths // 2)))
 
 
 def pieces(transform: int, in_features: int) -> int:
@@ -193,21 +202,40 @@ def _transforming(transform: int) -> Defines:
     """Constants of hadamard.cuh."""
     negative = (hadamard.signs(transform) < 0).int().tolist()
     words = [sum(bit << i for i, bit in enumerate(negative[at : at + 32])) for at in range(0, transform, 32)]
+    others = "".join(f"(i) == {i} ? 0x{word:08X}u : " for i, word in enumerate(words) if i)
     return (
         ("HADAMARD", transform),
         ("LANE_NUMBERS", 16 if transform > 256 else 8),
-        ("SIGN_WORDS", ", ".join(f"0x{word:08X}u" for word in words)),
+        ("SIGN_WORD(i)", f"({others}0x{words[0]:08X}u)"),
     )
 
 
-def rotate_source(transform: int, in_features: int, arch: int, halves: bool, few: bool = True) -> str:
+def half_base(in_features: int, parts_each: int) -> int:
+    """What the upper part of a 16-bit activation counts; 0 where a token is one part."""
+    return 2 * levels(in_features) + 1 if parts_each == 2 else 0
+
+
+def _quantizing(transform: int, in_features: int, type: int, parts_each: int) -> Defines:
+    """Constants of hadamard.cuh and quantize.cuh. type: one of `nvrtc.TYPES`."""
+    base = half_base(in_features, parts_each)
+    numbers = (("IN", in_features), ("TYPE", type), ("HALF_BASE", base), ("LEVELS", levels(in_features)))
+    return (*_transforming(transform), *numbers)
+
+
+def rotate_source(
+    transform: int, in_features: int, type: int, parts_each: int, arch: int, halves: bool, few: bool = True
+) -> str:
+    """The text of `rotate` for x of `in_features` and a type of `nvrtc.TYPES`; halves, few: for `gemm`, as `rotate_blocks` has it."""
     cluster, warps, rounds = rotate_blocks(transform, in_features, arch, few)
     dividing = (("WARPS", warps), ("CLUSTER", cluster), ("ROUNDS", rounds), ("HALVES", int(halves)))
-    defines = (*_decoding(TrellisFormat(rate=1)), *_transforming(transform), *dividing)
-    return _text("rotate", ("decode.cuh", "hadamard.cuh"), defines)
+    defines = (*_decoding(TrellisFormat(rate=1)), *_quantizing(transform, in_features, type, parts_each), *dividing)
+    return _text("rotate", ("decode.cuh", "hadamard.cuh", "quantize.cuh"), defines)
 
 
-def product_source(format: TrellisFormat, variant: Variant, members: int = 1) -> str:
+def product_source(
+    format: TrellisFormat, variant: Variant, members: int = 1, own_input: tuple[int, int, int] | None = None
+) -> str:
+    """The text of `product`; own_input: in_features, type and parts of a token of the x that it takes as it is."""
     choices = (
         ("WARPS", variant.warps),
         ("FINISHERS", variant.finishers),
@@ -215,8 +243,13 @@ def product_source(format: TrellisFormat, variant: Variant, members: int = 1) ->
         ("TILES", variant.tiles),
         ("MEMBERS", members),
         ("NEIGHBOURS", int(needs_neighbours(format))),
+        ("OWN_INPUT", int(own_input is not None)),
     )
-    return _text("product", ("decode.cuh",), (*_decoding(format, variant.masks_by_dot), *choices))
+    defines = (*_decoding(format, variant.masks_by_dot), *choices)
+    if own_input is None:
+        return _text("product", ("decode.cuh",), defines)
+    defines = (*defines, *_quantizing(format.transform, *own_input))
+    return _text("product", ("decode.cuh", "hadamard.cuh", "quantize.cuh"), defines)
 
 
 def gemm_source(format: TrellisFormat, width: int, stages: int) -> str:
