@@ -4,8 +4,8 @@
 
 Times are medians of CUDA graph replays, in microseconds for one product; weights take turns so that none is read from a
 cache. `product` is the product alone, each kernel after the one before it has ended (`next early`: it may start before); `with
-input` is the rotation and quantisation of x and the product, which overlap on Hopper; `one launch` is a kernel that does both, as a
-layer runs them where x is short. Ratios are to cuBLAS FP16 at the same tokens in the same run. The last line is JSON.
+input` is the rotation and quantisation of x and the product, which overlap on Hopper; `one launch` is a kernel that does both,
+as a layer runs them where x is short. Ratios are to cuBLAS FP16 at the same tokens in the same run. The last line is JSON.
 """
 
 import argparse

@@ -259,12 +259,10 @@ class TestOnADevice:
 
     @pytest.mark.parametrize("format", FORMATS, ids=str)
     def test_products_that_transform_x_themselves_give_the_bits_of_those_that_do_not(self, format, monkeypatch):
-        for shape in (*SHAPES, (4096, 4112)):
+        for shape in ((33, 48), (1000, 1100)):
             parts = random_parts(format, *shape)
             prepared = EXACT.prepare(parts, format, shape)
-            for tokens, kind in ((1, "exact"), (3, "exact"), (1, "int8"), (7, "int8")):
-                if shape[1] > 2000 and tokens > 3:
-                    continue
+            for tokens, kind in ((1, "exact"), (7, "int8")):
                 x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
                 x[:, ::97] *= 100
                 inputs = launch.input_plan(format.transform, shape[1], tokens, x.dtype, kind, 0)
@@ -282,6 +280,35 @@ class TestOnADevice:
                 monkeypatch.undo()
                 assert torch.equal(ys[0], ys[1])
                 assert torch.equal(ys[0], ys[2])
+
+    @pytest.mark.parametrize("width", [512, 4096])
+    def test_a_graph_of_products_writes_the_same_bits_every_time(self, width):
+        """One after another, each starting while the one before ends, from memory that they leave each other."""
+        format = TrellisFormat(rate=3)
+        shapes = [(width, width), (3 * width, width), (130, width)]
+        weights = [EXACT.prepare(random_parts(format, *shape), format, shape) for shape in shapes]
+        x = torch.randn(1, width, device="cuda", dtype=torch.float16)
+
+        def chain():
+            ys, y = [], x
+            for _ in range(4):
+                y = EXACT.linear(y, weights[0], format, shapes[0], None)
+                ys += [y, *EXACT.linears(y, weights[1:], format, tuple(shapes[1:]), [None, None])]
+                y = y / y.abs().max()
+            return ys
+
+        chain()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = chain()
+        graph.replay()
+        first = [y.clone() for y in captured]
+        assert all(y.isfinite().all() for y in first)
+        for _ in range(200):
+            graph.replay()
+            assert all(torch.equal(y, z) for y, z in zip(captured, first, strict=True))
+        assert all(torch.equal(y, z) for y, z in zip(chain(), first, strict=True))
 
     @pytest.mark.parametrize("tokens", [1, 40])
     def test_graphs_streams_and_threads(self, tokens):

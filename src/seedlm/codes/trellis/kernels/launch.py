@@ -12,8 +12,8 @@ A plan holds all that calls of one shape have in common (loaded kernels, grids, 
 Hopper each kernel may start while the one before it ends: a product fetches its first weights while `rotate` is at work.
 
 The workspace of `kind` "exact" or "int8" is int32: x_parts, x_scale, x_sum. That of kind "halves", for `gemm`, holds halves,
-x_scale, and counters, which `rotate` clears and each product leaves clear: these products may follow each other on one stream, not
-run at once on two.
+x_scale, and counters, which `rotate` clears and each product leaves clear: these products may follow each other on one
+stream, not run at once on two.
 
 A weight that was formed in the transformed basis (`dequantize`) is multiplied by what `transform` makes of x.
 """

@@ -46,7 +46,7 @@ _WHOLE_VALUE_RATES: Final = (1, 2, 4, 8)
 _LONG: Final = 12
 """Steps of a warp from which on a third stage pays."""
 
-_OWN_NUMBERS: Final = 1 << 12
+_OWN_NUMBERS: Final = 1 << 11
 """Activations up to which each block of `product` transforms them all."""
 
 Defines = tuple[tuple[str, str | int], ...]
@@ -112,7 +112,7 @@ def shared_bytes(format: TrellisFormat, variant: Variant, parts: int, own_steps:
 
 
 def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30, own_steps: int = 0) -> Variant:
-    """The variant for a format, a number of int8 parts, an architecture and the steps of a block; own_steps: see `shared_bytes`.
+    """The variant for a format, a number of int8 parts, an architecture, the steps of a block, and own_steps of `shared_bytes`.
 
     Measured on an H100 (docs/log/products.md).
     """
@@ -225,7 +225,7 @@ def _quantizing(transform: int, in_features: int, type: int, parts_each: int) ->
 def rotate_source(
     transform: int, in_features: int, type: int, parts_each: int, arch: int, halves: bool, few: bool = True
 ) -> str:
-    """The text of `rotate` for x of `in_features` and a type of `nvrtc.TYPES`; halves, few: for `gemm`, as `rotate_blocks` has it."""
+    """The text of `rotate` for x of `in_features` and a type of `nvrtc.TYPES`. halves: for `gemm`; few: see `rotate_blocks`."""
     cluster, warps, rounds = rotate_blocks(transform, in_features, arch, few)
     dividing = (("WARPS", warps), ("CLUSTER", cluster), ("ROUNDS", rounds), ("HALVES", int(halves)))
     defines = (*_decoding(TrellisFormat(rate=1)), *_quantizing(transform, in_features, type, parts_each), *dividing)
