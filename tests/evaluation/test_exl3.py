@@ -128,9 +128,11 @@ def test_a_missing_package_is_named(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(importlib.util.find_spec("exllamav3") is None, reason="exllamav3 is not installed")
-@pytest.mark.parametrize(("name", "least", "most"), [("exl3-4", 0.05, 0.1), ("exl3-2.5", 0.15, 0.3)])
+@pytest.mark.parametrize(("name", "least", "most"), [("exl3-4", 0.03, 0.07), ("exl3-2.5", 0.08, 0.2)])
 def test_its_own_quantiser_loses_what_the_code_must(name, least, most):
-    """Squared errors of N(0, 1) are 0.0044 at 4 bits and about 0.034 at 2.5; feedback makes errors of weights larger."""
+    """Errors of N(0, 1) are 0.066 and about 0.18. A third of them goes where rows and columns are padded: a plain grid in the
+    place of the code leaves two thirds of its own error in these weights.
+    """
     model = models.load_model(STORIES, device=torch.device("cuda"), dtype="float32")
     facts = apply_baseline(model, name, WINDOWS)
     assert least < facts["relative_error"] < most
