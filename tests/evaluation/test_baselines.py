@@ -110,14 +110,23 @@ def libraries(tmp_path, monkeypatch):
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(sys, "path", [])  # where metadata of packages is looked for
     for name in baseline_names():
-        with pytest.raises(EvaluationError, match=r"needs [a-z-]+: pip install 'seedlm\[baselines\]'"):
+        with pytest.raises(EvaluationError, match=r"needs [a-z0-9-]+: pip install 'seedlm\[baselines\]'"):
             parse_baseline(name)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
-def test_awq_says_that_it_needs_a_gpu(libraries):
-    with pytest.raises(EvaluationError, match="awq-4 needs a GPU"):
-        parse_baseline("awq-4")
+@pytest.mark.parametrize("name", ["awq-4", "exl3-3.5"])
+def test_what_needs_a_gpu_says_so(libraries, name):
+    with pytest.raises(EvaluationError, match=f"{name} needs a GPU"):
+        parse_baseline(name)
+
+
+def test_bits_are_read_as_they_are_written(libraries, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert [parse_baseline(name)[2] for name in ("exl3-4", "exl3-3.5", "gptq-3")] == [4, 3.5, 3]
+    for name in ("exl3-3.0", "exl3-", "exl3-1.5"):
+        with pytest.raises(EvaluationError, match="unknown baseline"):
+            parse_baseline(name)
 
 
 def test_calibration_text_is_asked_for_exactly_where_it_is_used(libraries):

@@ -31,7 +31,7 @@ def evaluate(
         typer.Option(help="Quantise MODEL by another library first, for comparison: nf4-4, hqq-3, gptq-4...", metavar="NAME"),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text for a baseline that is calibrated (gptq, awq).", metavar="FILE")
+        Path | None, typer.Option(help="Text for a baseline that is calibrated (gptq, awq, exl3).", metavar="FILE")
     ] = None,
     out: Annotated[
         Path | None,

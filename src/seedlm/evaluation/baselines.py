@@ -7,6 +7,8 @@ all. Embeddings and heads stay as they are.
 Bits are what the method must store: codes at their nominal width even where a library pads them (HQQ keeps 3-bit codes ten to
 a word), scales and offsets at the width in which the library keeps them in a file, tables and padded columns included.
 
+EXL3 pads both sides of a matrix to multiples of 128, and what is padded is stored too.
+
 Groups run along a row and are the largest divisor of the row that is not above the method's own size: of 576 weights,
 groups of "128" hold 96.
 """
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from seedlm.codes.registry import parse_format
 from seedlm.errors import EvaluationError
+from seedlm.evaluation.exl3 import quantize_layers
 from seedlm.evaluation.methods import parse_baseline
 from seedlm.modeling.quantize import choose_modules
 
@@ -32,7 +35,8 @@ RoundTrip = Callable[[Tensor, int], tuple[Tensor, int]]
 """A weight float32 [out_features, in_features] and a number of bits -> the dequantised weight, and all bits stored for it."""
 
 CALIBRATION_WINDOWS: Final = 128
-"""At most so many windows of text are shown to a calibrated method: GPTQ's and AWQ's own number. AWQ's are of 512 tokens."""
+"""At most so many windows of text are shown to a calibrated method: GPTQ's and AWQ's own number. AWQ's are of 512 tokens.
+EXL3's converter takes 250 windows of texts of its own."""
 
 
 @torch.no_grad()
@@ -41,7 +45,7 @@ def round_trip(weight: Tensor, baseline: str) -> tuple[Tensor, int]:
     name, method, bits = parse_baseline(baseline)
     if method.calibrated:
         raise EvaluationError(f"{baseline} is calibrated: it needs a model and text, not one weight")
-    found, stored = _ROUND_TRIPS[name](weight.float(), bits)
+    found, stored = _ROUND_TRIPS[name](weight.float(), int(bits))
     return found.to(weight.dtype), stored
 
 
@@ -63,14 +67,17 @@ def apply_baseline(model: Any, baseline: str, windows: Tensor | None = None, tok
     stored = 0
     if not method.calibrated:
         for module, layer in layers.items():
-            found, size = _ROUND_TRIPS[name](originals[module].float(), bits)
+            found, size = _ROUND_TRIPS[name](originals[module].float(), int(bits))
             model.set_submodule(module, _dense(layer, found))
             stored += size
     else:
         if windows is None:
             raise EvaluationError(f"{baseline} is calibrated: give it text with --calibration FILE")
         windows = windows[:CALIBRATION_WINDOWS, : 512 if name == "awq" else None]
-        stored = _calibrate(model, name, bits, layers, windows, tokenizer)
+        if name == "exl3":
+            stored = quantize_layers(model, layers, windows, bits)
+        else:
+            stored = _calibrate(model, name, int(bits), layers, windows, tokenizer)
     pairs = [(weight, model.get_parameter(f"{module}.weight")) for module, weight in originals.items()]
     error = sum(float((old.double() - new.double()).square().sum()) for old, new in pairs)
     norm = sum(float(old.double().square().sum()) for old, _ in pairs)

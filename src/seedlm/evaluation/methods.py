@@ -12,13 +12,13 @@ from seedlm.errors import EvaluationError
 class Method:
     """A way to quantise.
 
-    bits        code widths that it is offered at
+    bits        code widths that it is offered at, as they are written in names
     libraries   the distributions whose code does it
     options     what was chosen there, for the reader
     calibrated  whether it needs the whole model and text; else it takes one weight after the other
     """
 
-    bits: tuple[int, ...]
+    bits: tuple[float, ...]
     libraries: tuple[str, ...]
     options: str
     calibrated: bool = False
@@ -34,7 +34,7 @@ def baseline_names() -> list[str]:
     return [f"{name}-{bits}" for name, method in METHODS.items() for bits in method.bits]
 
 
-def parse_baseline(text: str) -> tuple[str, Method, int]:
+def parse_baseline(text: str) -> tuple[str, Method, float]:
     """The method's name, the method and its bits. Raises EvaluationError for an unknown one, or one that cannot run here."""
     name, _, bits = text.rpartition("-")
     if text not in baseline_names():
@@ -44,16 +44,18 @@ def parse_baseline(text: str) -> tuple[str, Method, int]:
         _ = method.versions
     except PackageNotFoundError as reason:
         raise EvaluationError(f"{text} needs {reason.name}: pip install 'seedlm[baselines]'") from None
-    if name == "awq":
+    if name in _NEED_A_GPU:
         import torch
 
         if not torch.accelerator.is_available():
-            raise EvaluationError(
-                f"{text} needs a GPU: llm-compressor pins the memory of what AWQ sees, which fails without one"
-            )
-    return name, method, int(bits)
+            raise EvaluationError(f"{text} needs a GPU: {_NEED_A_GPU[name]}")
+    return name, method, next(width for width in method.bits if str(width) == bits)
 
 
+_NEED_A_GPU: Final = {
+    "awq": "llm-compressor pins the memory of what AWQ sees, which fails without one",
+    "exl3": "exllamav3's quantiser is written in CUDA",
+}
 _COMPRESSOR: Final = ("llmcompressor", "compressed-tensors")
 _INTEGERS: Final = (4, 3, 2)
 
@@ -98,6 +100,12 @@ METHODS: Final[Mapping[str, Method]] = {
         bits=_INTEGERS,
         libraries=_COMPRESSOR,
         options="asymmetric, groups of 128, 20 scales tried, 128 windows of 512 tokens of calibration text",
+        calibrated=True,
+    ),
+    "exl3": Method(
+        bits=(4, 3.5, 3, 2.5, 2),
+        libraries=("exllamav3",),
+        options="code mul1, Hadamard blocks of 128 both ways, scales of rows and columns, 128 windows of calibration text",
         calibrated=True,
     ),
 }
