@@ -1,11 +1,8 @@
 """The seam: a family that only tests know goes through everything that the package does with codes."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +60,7 @@ def test_a_checkpoint_holds_parts_of_rows_and_of_tensors_in_their_dtypes(packed,
     ]
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(dense, packed, tmp_path):
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(dense, packed, tmp_path, forked):
     script = (
         "import os, signal, toy_family; from seedlm import compress_checkpoint\n"
         "from seedlm.compress.workfolder import WorkFolder\n"
@@ -74,8 +71,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(dense, packed, tmp_path
         "WorkFolder.finish_tensor = finish\n"
         f"compress_checkpoint({str(dense)!r}, {str(tmp_path / 'out')!r}, format='toy-4', device='cpu')\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    killed = subprocess.run(forked(code=script), capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out").exists()
     compress_checkpoint(dense, tmp_path / "out", format=TOY, device="cpu")
