@@ -117,8 +117,8 @@ def test_it_compresses_in_memory_and_while_loading(dense):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_a_mixture_gives_modules_of_one_input_one_format(dense, tmp_path):
-    modules = Checkpoint.open(dense.with_name("packed")).packed
+def test_a_mixture_gives_modules_of_one_input_one_format(dense, packed, tmp_path):
+    modules = Checkpoint.open(packed).packed
     sensitivity = {module: float(number) for number, module in enumerate(modules, 1)}
     shapes = [info.shape for info in modules.values()]
     weights = sum(rows * columns for rows, columns in shapes)
