@@ -9,6 +9,9 @@ DEMO ?= .demo
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# Some containers forbid Python to keep bytecode. Every process would compile torch and transformers anew then, some 6 s each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint bench fuzz docs dist locked clean
 
 $(VENV)/installed: pyproject.toml

@@ -97,6 +97,7 @@ def forked():
     """What to start for a command line in a process of its own that has its imports behind it (`forked.py`).
 
     code   what runs instead of the command line, with these arguments in sys.argv
+    bare   whether nothing of transformers, of the Hub's client and of ours is imported yet
     """
     script = str(Path(__file__).with_name("forked.py"))
     with tempfile.TemporaryDirectory() as folder:
@@ -105,8 +106,8 @@ def forked():
         assert server.stdout is not None
         assert server.stdout.readline() == b"ready\n"
 
-        def command(*arguments, code="from seedlm.cli import main; main()"):
-            return [sys.executable, "-IS", script, "run", path, code, *map(str, arguments)]
+        def command(*arguments, code="from seedlm.cli import main; main()", bare=False):
+            return [sys.executable, "-IS", script, "run", f"{path}.bare" if bare else path, code, *map(str, arguments)]
 
         yield command
         server.communicate(timeout=60)

@@ -3,6 +3,10 @@
 One process imports what the commands import and then only forks: what it forks is a process like any other, with its own
 streams, signals, terminal and end. A test starts `python forked.py run SOCKET CODE ARGUMENT...`, which hands its streams over,
 passes SIGINT and SIGTERM on and ends as that process ends. What happens while `seedlm` imports needs a process of its own.
+
+There are two that fork, each at a socket. At SOCKET.bare is one that has imported torch and what comes with it, but nothing of
+transformers, of the Hub's client or of ours: for what depends on the order in which those come, or on what their environment
+says when they do. From it the other one is forked when it is first asked for, and imports the rest.
 """
 
 import json
@@ -11,6 +15,7 @@ import signal
 import socket
 import sys
 
+BARE = ("numba", "sympy", "torch", "torch._dynamo", "torch.distributed.tensor", "torch.export")
 IMPORTED = (
     "seedlm.cli",
     "seedlm.compress.run",
@@ -33,21 +38,35 @@ def serve(path):
     import importlib
     import select
 
-    for name in IMPORTED:
+    for name in BARE:
         importlib.import_module(name)
+    assert not {"transformers", "huggingface_hub", "seedlm"} & {*sys.modules}
     gc.freeze()
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     waiting: list[int] = []
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(path)
-        listening.listen()
+    with socket.socket(socket.AF_UNIX) as bare, socket.socket(socket.AF_UNIX) as whole:
+        for listening, name in ((bare, f"{path}.bare"), (whole, path)):
+            listening.bind(name)
+            listening.listen()
         print("ready", flush=True)
+        watched = [bare, whole, sys.stdin]
         while True:
-            ready = select.select([listening, sys.stdin], [], [])[0]
+            ready = select.select(watched, [], [])[0]
             waiting = [pid for pid in waiting if not os.waitpid(pid, os.WNOHANG)[0]]
             if sys.stdin in ready:
                 os._exit(0)
-            asking, _ = listening.accept()
+            if bare in watched and whole in watched and whole in ready:
+                if pid := os.fork():
+                    waiting.append(pid)
+                    watched.remove(whole)
+                else:
+                    waiting.clear()
+                    watched.remove(bare)
+                    for name in IMPORTED:
+                        importlib.import_module(name)
+                    gc.freeze()
+                continue
+            asking, _ = ready[0].accept()
             if pid := os.fork():
                 waiting.append(pid)
                 asking.close()
@@ -103,7 +122,8 @@ def run(path, *arguments):
                 os.kill(child, number)
             code = int(told.readline())
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code in PASSED_ON:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 

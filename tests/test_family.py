@@ -1,11 +1,8 @@
 """The seam: a family that only tests know goes through everything that the package does with codes."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +60,7 @@ def test_a_checkpoint_holds_parts_of_rows_and_of_tensors_in_their_dtypes(packed,
     ]
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(dense, packed, tmp_path):
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(dense, packed, tmp_path, forked):
     script = (
         "import os, signal, toy_family; from seedlm import compress_checkpoint\n"
         "from seedlm.compress.workfolder import WorkFolder\n"
@@ -74,8 +71,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(dense, packed, tmp_path
         "WorkFolder.finish_tensor = finish\n"
         f"compress_checkpoint({str(dense)!r}, {str(tmp_path / 'out')!r}, format='toy-4', device='cpu')\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    killed = subprocess.run(forked(code=script), capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out").exists()
     compress_checkpoint(dense, tmp_path / "out", format=TOY, device="cpu")
@@ -121,8 +117,8 @@ def test_it_compresses_in_memory_and_while_loading(dense):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_a_mixture_gives_modules_of_one_input_one_format(dense, tmp_path):
-    modules = Checkpoint.open(dense.with_name("packed")).packed
+def test_a_mixture_gives_modules_of_one_input_one_format(dense, packed, tmp_path):
+    modules = Checkpoint.open(packed).packed
     sensitivity = {module: float(number) for number, module in enumerate(modules, 1)}
     shapes = [info.shape for info in modules.values()]
     weights = sum(rows * columns for rows, columns in shapes)

@@ -114,9 +114,9 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp
 """
 
 
-def test_a_program_that_is_run_loads_packed_folders(talking, tmp_path):
+def test_a_program_that_is_run_loads_packed_folders(talking, tmp_path, forked):
     (tmp_path / "program.py").write_text(PROGRAM)
-    alone = subprocess.run([sys.executable, tmp_path / "program.py", talking], capture_output=True, text=True, timeout=120)
+    alone = subprocess.run(forked(talking, code=PROGRAM, bare=True), capture_output=True, text=True, timeout=120)
     assert "seedlm run PROGRAM" in alone.stderr
     arguments = [*COMMAND, "run", str(tmp_path / "program.py"), str(talking), "--help", "-x"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)

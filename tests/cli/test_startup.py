@@ -10,10 +10,10 @@ import pytest
 SLOW = {"torch", "transformers", "numba"}
 
 
-def python(code: str, *arguments: object) -> str:
+def python(code: str, *arguments: object, command: list[str] | None = None) -> str:
     """What a process of its own prints that runs this code, with these arguments in sys.argv."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        command or [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -26,6 +26,12 @@ def python(code: str, *arguments: object) -> str:
 @pytest.fixture
 def packed(finished):
     return finished[0]
+
+
+@pytest.fixture
+def with_torch(forked):
+    """`python` where torch has been imported before, which takes most of the seconds: for what comes after it."""
+    return lambda code, *arguments: python(code, command=forked(*arguments, code=code, bare=True))
 
 
 def test_the_package_itself_imports_nothing_slow():
@@ -75,8 +81,8 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp
 @pytest.mark.parametrize(
     "imports", ["from transformers import LlamaForCausalLM; import seedlm", "import seedlm.integrations.transformers.quantizer"]
 )
-def test_packed_folders_load_whatever_is_imported_first(packed, imports):
-    assert python(f"import sys; {imports}{LOAD}", packed) == "SeedLinear\n"
+def test_packed_folders_load_whatever_is_imported_first(packed, imports, with_torch):
+    assert with_torch(f"import sys; {imports}{LOAD}", packed) == "SeedLinear\n"
 
 
 def test_two_threads_may_import_what_needs_the_other(packed):
@@ -90,7 +96,7 @@ thread.join()
     assert python(threads + LOAD, packed) == "SeedLMConfig\nSeedLinear\n"
 
 
-def test_a_registry_that_is_imported_later_and_then_again_is_told_each_time(packed):
+def test_a_registry_that_is_imported_later_and_then_again_is_told_each_time(packed, with_torch):
     again = """
 import importlib
 from transformers.quantizers import auto
@@ -99,7 +105,7 @@ importlib.reload(auto)
 print(sum(type(finder).__module__ == "seedlm.integrations.transformers.hook" for finder in sys.meta_path))
 print(type(auto.__loader__).__name__, auto.__spec__.loader is auto.__loader__)
 """
-    printed = python(f"import seedlm, sys, transformers{LOAD}{again}{LOAD}", packed)
+    printed = with_torch(f"import seedlm, sys, transformers{LOAD}{again}{LOAD}", packed)
     assert printed == "SeedLinear\n1\nSourceFileLoader True\nSeedLinear\n"
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -70,21 +69,22 @@ class TestResume:
             crash_at += 1
         assert crashes > 40
 
-    def test_a_killed_process_is_gone_on_from(self, llama, finished, tmp_path):
+    def test_a_killed_process_is_gone_on_from(self, llama, finished, tmp_path, forked):
         out = tmp_path / "out"
         script = (
-            "import sys, time\nfrom seedlm.compress.run import compress_checkpoint\n"
+            "import os, sys, time\nfrom seedlm.compress.run import compress_checkpoint\nprint(os.getpid(), flush=True)\n"
             f"slow = lambda phase, done, total: time.sleep(0.05 * (phase == 'compress'))\n"
             f"compress_checkpoint(sys.argv[1], sys.argv[2], format={SMALL!r}, backend='torch', on_progress=slow)\n"
         )
-        process = subprocess.Popen([sys.executable, "-c", script, str(llama), str(out)])
+        process = subprocess.Popen(forked(llama, out, code=script), stdout=subprocess.PIPE)
+        pid = int(process.stdout.readline())
         journal = tmp_path / "out.partial" / "journal.jsonl"
         deadline = time.monotonic() + 60
         while not (journal.exists() and journal.read_bytes().count(b"squared_error") >= 2):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         done = journal.read_bytes().count(b"\n")
         assert done < 21

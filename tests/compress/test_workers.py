@@ -161,7 +161,7 @@ class TestProcesses:
             run(tmp_path / "m", tmp_path / "out", device="cpu,cpu", on_progress=change)
 
     @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
-    def test_none_outlives_the_run(self, llama, finished, tmp_path, how):
+    def test_none_outlives_the_run(self, llama, finished, tmp_path, how, forked):
         script = (
             "import subprocess, sys, time\nfrom seedlm.compress import workers as engine, workfolder\n"
             "class Popen(subprocess.Popen):\n"
@@ -173,7 +173,7 @@ class TestProcesses:
         )
         arguments = ["compress", str(llama), str(tmp_path / "out"), "--format", SMALL, "--backend", "torch"]
         process = subprocess.Popen(
-            [sys.executable, "-c", script, *arguments, "--device", "cpu,cpu"],
+            forked(*arguments, "--device", "cpu,cpu", code=script),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

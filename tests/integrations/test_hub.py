@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import yaml
@@ -43,7 +42,7 @@ print(type(model.model.layers[0].mlp.up_proj).__name__, type(again.model.layers[
 
 
 @pytest.fixture(scope="module")
-def circle(tmp_path_factory):
+def circle(tmp_path_factory, forked):
     """The stand-in after a model went to it, was compressed from it, and went back twice; the work folder; what was said."""
     work, hub = tmp_path_factory.mktemp("hub"), Hub()
     shutil.copytree(STORIES, work / "source")
@@ -51,7 +50,7 @@ def circle(tmp_path_factory):
     with hub.serving() as address:
         environment = {"HF_ENDPOINT": address, "HF_HOME": str(work / "home"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "*"}
         done = subprocess.run(
-            [sys.executable, "-c", CIRCLE, work], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+            forked(work, code=CIRCLE, bare=True), capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
         )
     assert done.returncode == 0, done.stderr[-3000:]
     return hub, work, done.stdout

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -224,13 +223,13 @@ assert "seedlm" not in sys.modules
 
 
 @pytest.fixture(scope="module")
-def plain(packed, tmp_path_factory):
+def plain(packed, tmp_path_factory, forked):
     """What transformers says when it opens the packed folder, and it without its guard, every way without this package."""
     config, tensors = read(packed)
     del config["fusion_config"]
     bare = write(tmp_path_factory.mktemp("bare"), config, tensors, metadata_of(packed))
     run = subprocess.run(
-        [sys.executable, "-c", PLAIN, packed, bare],
+        forked(packed, bare, code=PLAIN, bare=True),
         capture_output=True,
         text=True,
         check=True,

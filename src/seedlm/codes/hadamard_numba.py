@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 
 from seedlm.codes.compiled import KEPT
 from seedlm.codes.threads import Kernel
@@ -15,6 +15,7 @@ from seedlm.codes.vectors import (
     call,
     constant,
     features,
+    inner,
     intrinsic,
     job_address,
     literal,
@@ -68,7 +69,7 @@ def _between(typingctx, low, high):
     return types.void(types.intp, types.intp), codegen
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def butterflies(address, size):
     """Sums and differences at strides 1, 2, 4, ... of float32 [size], a power of two, in place."""
     stride = min(size, 256) if size >= LANES else 1
@@ -98,7 +99,7 @@ def butterflies(address, size):
         stride *= 2
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def forward(address, width, largest, signs):
     """Transform a row of inputs, float32 [width] at `address`, in place; signs float32 [largest].
 
@@ -116,7 +117,7 @@ def forward(address, width, largest, signs):
         first += size
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def inverse(address, width, largest, signs):
     """Undo `forward` on a row of a weight: to the bit what `hadamard.inverse` does."""
     first, size = 0, largest
@@ -131,7 +132,7 @@ def inverse(address, width, largest, signs):
         first += size
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def largest_bits(row, width):
     """The bits of the largest magnitude of float32 [width] as an int32: from 0x7F800000 on where one is not finite."""
     bits, largest = carray(as_pointer(row), (width,), np.int32), np.int32(0)
@@ -140,7 +141,7 @@ def largest_bits(row, width):
     return largest
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def rotate_row(x, kind, token, width, padded, block, signs, row):
     """Transform a token of x [tokens, width] to float32 [padded] at `row`, zeros behind it.
 

@@ -25,6 +25,9 @@ F32, F64 = ir.FloatType(), ir.DoubleType()
 INTS, FLOATS, BYTES = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES), ir.VectorType(I8, 4 * LANES)
 
 intrinsic: Any = extending.intrinsic
+_NO_WAYS_IN: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inner = njit(nogil=True, error_model="numpy", **_NO_WAYS_IN)
+"""Compiles what only compiled functions call: ways in from Python and from C take their time to compile too."""
 
 
 @lru_cache(maxsize=1)
@@ -157,7 +160,7 @@ def to_bits(typingctx, value):
     return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], I32)
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def to_bfloat16(value):
     """The uint16 bits of a float32 rounded to bfloat16, halves to even."""
     bits = np.uint32(to_bits(value))
@@ -194,7 +197,7 @@ def _widen(typingctx, source, target):
     return types.void(types.intp, types.intp), codegen
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def write_bfloat16(source, target, count, factor):
     """Write float32 [count] at an address, times a factor, as bfloat16 to another."""
     whole = count // LANES * LANES
@@ -205,7 +208,7 @@ def write_bfloat16(source, target, count, factor):
         halves[i] = to_bfloat16(floats[i] * factor)
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def read_bfloat16(source, target, count):
     """Write bfloat16 [count] at an address as float32 to another."""
     whole = count // LANES * LANES
@@ -216,7 +219,7 @@ def read_bfloat16(source, target, count):
         bits[i] = np.int32(np.uint32(halves[i]) << np.uint32(16))
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def put(y, kind, index, value, bias, row):
     """Write float32 value, plus bias[row] unless the address of bias is 0, to y[index]; kind 0 is float32, 1 bfloat16."""
     if kind == 0:

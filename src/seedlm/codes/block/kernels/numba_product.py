@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 from numba.core import cgutils
 
 from seedlm.codes.block.format import BlockFormat
@@ -36,6 +36,7 @@ from seedlm.codes.vectors import (
     constant,
     features,
     in_parts,
+    inner,
     intrinsic,
     job_address,
     literal,
@@ -341,7 +342,7 @@ def product(format: BlockFormat, tokens: int) -> Kernel:
     return Kernel(multiply)
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def _fill(made, given, up):
     """Arrange a token's elements, as bits that go `up` where bfloat16 becomes float32."""
     count, c, lanes = made.shape

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit
+from numba import carray
 
 from seedlm.codes.trellis.format import MULTIPLIERS, SEGMENT_ROWS
 from seedlm.codes.vectors import (
@@ -30,6 +30,7 @@ from seedlm.codes.vectors import (
     constant,
     features,
     in_parts,
+    inner,
     load,
     shuffle,
     splat,
@@ -210,7 +211,7 @@ def add_group(builder, totals: Sequence[ir.Value], record: ir.Value, sums: ir.Va
         store(builder, builder.fadd(so_far, product), sums, 4 * lanes * n)
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def neighbours(words, segment, strip, total, bytes_of_row):
     """Addresses of a segment's words and of those that its windows reach into: after a strip's last come its first."""
     start = segment // strip * strip
@@ -218,7 +219,7 @@ def neighbours(words, segment, strip, total, bytes_of_row):
     return words + segment * bytes_of_row, words + following * bytes_of_row
 
 
-@njit(nogil=True, error_model="numpy")
+@inner
 def copy_end(own, after, at, count, tail):
     """The last words of a row of words and of its neighbour, to int32 [2, TAIL] at `tail` (`Windows.load_step`)."""
     ends = carray(as_pointer(tail), (2 * TAIL,), np.int32)
