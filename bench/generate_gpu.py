@@ -1,10 +1,11 @@
 """A whole Llama-shaped model on one CUDA GPU, batch 1: dense FP16 beside the trellis code, through the same stack.
 
-    python bench/generate_gpu.py [--bits 4,3,2] [--shapes 8b] [--new 128] [--prompt 512] [--stacks fused,transformers] [--json]
+    python bench/generate_gpu.py [--bits 4,3,2] [--shapes 8b] [--new 128] [--prompt 512] [--stacks fused,transformers]
+        [--tables trellis-r6-l12-t256-h128] [--json]
 
 Weights are random and made on the GPU: speed does not depend on them, and any word is a valid code. Embedding and head are
-FP16 in every row. One token is one CUDA graph, captured by hand: the model with a static cache, argmax, the next token back
-into its buffer. Two stacks, each the same for dense and packed:
+FP16, in packed rows too unless `--tables` names their format. One token is one CUDA graph, captured by hand: the model with a
+static cache, argmax, the next token back into its buffer. Three stacks, each the same for dense and packed:
 
     transformers   the model's own forward, kernel by kernel as transformers launches them
     fused          the same modules and cache; what lies between the products as four functions for torch.compile
@@ -33,8 +34,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from seedlm.codes.base import CODES
+from seedlm.codes.registry import parse_format
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.inference import backend
+from seedlm.modeling.embedding import SeedEmbedding
 from seedlm.modeling.linear import SeedLinear
 from seedlm.modeling.quantize import dequantize_model, seed_linears, share_inputs
 
@@ -62,17 +65,23 @@ def config_of(shapes: str, layers: int | None = None) -> LlamaConfig:
     return config
 
 
-def build(config: LlamaConfig, format: TrellisFormat | None, device: torch.device, dtype: torch.dtype, name: str) -> Any:
-    """A model with random weights, made where they stay. format: of its layers, None for dense ones; name: of the backend."""
+def build(config: LlamaConfig, format: TrellisFormat | None, options: argparse.Namespace) -> Any:
+    """A model with random weights, made where they stay. format: of its layers, None for a dense model."""
+    device, dtype, tables = options.device, options.dtype, options.tables if format else None
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval().requires_grad_(False)
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and format is not None and path != "lm_head":
-            layer = SeedLinear(module.in_features, module.out_features, format, dtype=dtype, device=device, backend=name)
-            layer.parts[CODES].random_(-(2**31), 2**31)
-            layer.parts["scales"].copy_((torch.rand(module.out_features, device=device) + 0.5) * (WEIGHT / CODE))
-            layer.parts["scale"].fill_(1.0)
-            model.set_submodule(path, layer)
+        coded = tables if path == "lm_head" or isinstance(module, nn.Embedding) else format
+        if isinstance(module, nn.Linear | nn.Embedding) and coded is not None:
+            if isinstance(module, nn.Embedding):
+                packed: Any = SeedEmbedding(module, coded, dtype=dtype, device=device)
+            else:
+                sizes = module.in_features, module.out_features
+                packed = SeedLinear(*sizes, coded, dtype=dtype, device=device, backend=options.backend)
+            packed.parts[CODES].random_(-(2**31), 2**31)
+            packed.parts["scales"].copy_((torch.rand(module.weight.shape[0], device=device) + 0.5) * (WEIGHT / CODE))
+            packed.parts["scale"].fill_(1.0)
+            model.set_submodule(path, packed)
         elif isinstance(module, nn.Linear | nn.Embedding):
             weight = torch.empty(module.weight.shape, dtype=dtype, device=device).normal_(0, WEIGHT)
             module.weight = nn.Parameter(weight, requires_grad=False)
@@ -267,7 +276,7 @@ def teacher_forced(writer: Writer, ids: Tensor, prompt: int, stack: str) -> Tens
 
 def check(options: argparse.Namespace, shapes: str, format: TrellisFormat, pieces: Pieces) -> dict[str, float]:
     """Relative errors of a packed 2-layer model's logits, by stack; exits if one is too large."""
-    model = build(config_of(shapes, 2), format, options.device, options.dtype, options.backend)
+    model = build(config_of(shapes, 2), format, options)
     writer = Writer(model, 64, pieces)
     ids = torch.randint(0, model.config.vocab_size, (1, 32), device=options.device)
     found = {stack: teacher_forced(writer, ids, 24, stack) for stack in options.stacks if stack != "compile"}
@@ -295,7 +304,7 @@ def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | No
     if cuda:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
-    model = build(config_of(shapes), format, device, options.dtype, options.backend)
+    model = build(config_of(shapes), format, options)
     writer = Writer(model, options.prompt + options.new + 8, pieces)
     ids = torch.randint(0, model.config.vocab_size, (1, options.prompt), device=device)
     row: dict[str, Any] = {"shapes": shapes, "what": format.spec if format else str(options.dtype).removeprefix("torch.")}
@@ -303,6 +312,7 @@ def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | No
     if format:
         layers = [layer for _, layer in seed_linears(model)]
         kinds = {(layer.format, (layer.out_features, layer.in_features)) for layer in layers}
+        row["tables"] = options.tables.spec if options.tables else "dense"
         row["backends"] = sorted({backend.choose(options.backend, device, *kind).name for kind in kinds})
     if cuda:
         synchronize(device)
@@ -440,6 +450,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--stacks", default="fused,transformers")
+    parser.add_argument("--tables", help="format of embedding and head in packed rows; default: dense")
     parser.add_argument("--backend", default="auto", help="cuda, cuda-int8, ...")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain-pieces", action="store_true", help="the fused stack without torch.compile")
@@ -448,6 +459,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="nothing but the last line on stdout, the rest on stderr")
     options = parser.parse_args()
     options.device = torch.device(options.device)
+    options.tables = parse_format(options.tables) if options.tables else None
     options.dtype = torch.float16 if options.device.type == "cuda" else torch.float32
     options.bits = [int(bits) for bits in options.bits.split(",") if bits]
     options.shapes = ["tiny"] if options.tiny else options.shapes.split(",")

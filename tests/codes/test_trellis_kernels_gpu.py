@@ -7,6 +7,7 @@ import torch
 
 from seedlm import nvrtc
 from seedlm.codes import hadamard
+from seedlm.codes.registry import family_of
 from seedlm.codes.trellis import codec
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.codes.trellis.kernels import launch, sources
@@ -65,7 +66,7 @@ def test_kernels_compile_for_every_architecture_without_a_gpu(rate, arch):
         for halves, few in ((False, True), (True, True), (True, False))
     ]
     texts.append(sources.transform_source(128))
-    texts.append(sources.dequantize_source(format, original=True))
+    texts += [sources.dequantize_source(format, original=True), sources.rows_source(format)]
     for text in texts:
         assert nvrtc.compile_only(text, arch).startswith(b"\x7fELF")
     if arch == 90:
@@ -121,6 +122,21 @@ class TestOnADevice:
             for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
                 assert torch.equal(EXACT.dequantize(prepared, format, shape, dtype), expected.to(dtype))
             monkeypatch.undo()
+
+    @pytest.mark.parametrize("format", FORMATS, ids=str)
+    def test_rows_are_the_weights_bits(self, format, monkeypatch):
+        for shape in SHAPES:
+            parts = random_parts(format, *shape)
+            weight = codec.dequantize(*parts.values(), format, shape)
+            for count in ((7,), (2, 3), (0,)):
+                indices = torch.randint(0, shape[0], count, device="cuda")
+                poisoned(monkeypatch)
+                rows = family_of(format).rows(parts, format, shape, indices)
+                monkeypatch.undo()
+                assert torch.equal(rows, weight[indices])
+                assert torch.equal(family_of(format).rows(parts, format, shape, indices.int()), weight[indices])
+        wrong = family_of(format).rows(parts, format, shape, torch.tensor([-1, shape[0], 0, 1 << 40], device="cuda"))
+        assert wrong.isnan().all(1).tolist() == [True, True, False, True]
 
     @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9, 16, 17, 100, 300, 1023, 1024])
     @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=str)

@@ -284,7 +284,7 @@ class Family(Protocol):
 
         indices   int32 or int64 of any shape, 0 .. out_features - 1, on the parts' device
         It reads the parts as they are stored and decodes no other row. On a GPU nothing waits for the device. Raises
-        IndexError for an index out of range, on a GPU as torch's own look-up does.
+        IndexError for an index out of range; on a GPU, where it would come too late, such a row is NaN or torch's own error.
         """
         ...
 

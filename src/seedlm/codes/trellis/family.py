@@ -61,6 +61,13 @@ class TrellisFamily:
         from seedlm.codes.trellis import codec
 
         assert isinstance(format, TrellisFormat)
+        if indices.is_cuda:
+            from seedlm.codes.trellis.kernels.cuda import CudaBackend
+
+            if CudaBackend().reason_unavailable(indices.device, format, shape) is None:
+                from seedlm.codes.trellis.kernels import launch
+
+                return launch.rows([parts[CODES], parts["scales"], parts["scale"]], format, shape, indices)
         return codec.dequantize_rows(parts[CODES], parts["scales"], parts["scale"], format, shape, indices)
 
     def encoder(

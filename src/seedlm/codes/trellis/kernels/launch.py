@@ -255,6 +255,20 @@ def dequantize(weight: Tensor, parts: Sequence[Tensor], format: TrellisFormat, o
     )
 
 
+def rows(parts: Sequence[Tensor], format: TrellisFormat, shape: tuple[int, int], indices: Tensor) -> Tensor:
+    """float32 [*indices.shape, in_features], rows in the model's basis; NaN for an index out of range. parts: as stored."""
+    words, scales, scale = parts
+    out_features, in_features = shape
+    y = torch.empty((*indices.shape, in_features), device=words.device)
+    if not y.numel():
+        return y
+    kernel = nvrtc.load(sources.rows_source(format), "rows", "PPPPPiiii", device=words.device)
+    chunks = -(-sources.pieces(format.transform, in_features) // 4)
+    sizes = out_features, in_features, words.shape[0], sources.strip(format)
+    kernel((indices.numel(), chunks), 128, words.contiguous(), scales, scale, indices.to(torch.int64).contiguous(), y, *sizes)
+    return y
+
+
 def transform(x: Tensor, block: int) -> Tensor:
     """Transform x [..., in], contiguous, not empty, by blocks of `block`, in its own dtype."""
     y, width = torch.empty_like(x), x.shape[-1]

@@ -8,6 +8,7 @@ run time.
     rotate       x -> int8 parts in the transformed basis, or halves for `gemm`
     gemm         many tokens, on Hopper's tensor cores
     dequantize   the weight itself
+    rows         some of its rows, as an embedding looks them up
     transform    x in the transformed basis, for a weight formed there
 """
 
@@ -278,6 +279,10 @@ __device__ __forceinline__ void wait_for_multiplies(float (&c)[{width // 2}]) {{
 def dequantize_source(format: TrellisFormat, original: bool) -> str:
     defines = (*_decoding(format), *_transforming(format.transform), ("ORIGINAL", int(original)))
     return _text("dequantize", ("decode.cuh", "hadamard.cuh"), defines)
+
+
+def rows_source(format: TrellisFormat) -> str:
+    return _text("rows", ("decode.cuh", "hadamard.cuh"), (*_decoding(format), *_transforming(format.transform)))
 
 
 def transform_source(transform: int) -> str:
