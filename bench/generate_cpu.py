@@ -10,7 +10,7 @@ of one: of the shortest and of the median on the clock, and of the least process
 shares is the only one that is the program's own.
 
     + tables     embeddings and head, which are tied, in codes too (`--tables`, bits)
-    products     the packed layers of a token alone, one after the other, inputs transformed once where layers share them
+    products     the packed layers of a token alone, one call for those that share an input, as the model calls them
     llama.cpp    its own whole token, from the libraries in FOLDER (libllama, libggml), which no Python package is needed for
 """
 
@@ -100,21 +100,26 @@ def generate(model: LlamaForCausalLM, prompt: torch.Tensor, count: int) -> None:
 
 
 def products(model: LlamaForCausalLM) -> Callable[[int], None]:
-    """The packed layers of so many tokens, without a model around them."""
-    inputs, steps, shared = {}, [], {}
+    """The packed layers of so many tokens, without a model around them; those that share an input at once, as in a model."""
+    inputs: dict[int, torch.Tensor] = {}
+    groups: dict[int, list[tuple[ops.Plan, list[torch.Tensor]]]] = {}
     for _, layer in seed_linears(model):
-        plan, prepared = layer.prepare()
-        x = inputs.setdefault(plan.shape[1], torch.randn(1, 1, plan.shape[1]).to(model.dtype))
-        owner = None if layer._shared is None else id(layer._shared[0])
-        steps.append((x, plan, prepared, owner is None or owner not in shared))
-        shared[owner] = True
+        groups.setdefault(id(layer if layer._shared is None else layer._shared[0]), []).append(layer.prepare())
+    steps = []
+    for group in groups.values():
+        plans, prepared = zip(*group, strict=True)
+        width = plans[0].shape[1]
+        x = inputs.setdefault(width, torch.randn(1, 1, width).to(model.dtype))
+        assert len(plans) == 1 or ops.joins(x, plans, [None] * len(plans))
+        steps.append((x, plans, prepared, [None] * len(plans)))
 
     def run(count: int) -> None:
         for _ in range(count):
-            for x, plan, prepared, first in steps:
-                if first:
-                    transformed = ops.transform(x, plan)
-                ops.linear(x, transformed, prepared, plan, None)
+            for x, plans, prepared, biases in steps:
+                if len(plans) > 1:
+                    ops.linears(x, prepared, plans, biases)
+                else:
+                    ops.linear(x, (), prepared[0], plans[0], None)
 
     return run
 

@@ -3,7 +3,7 @@
     share_rows   a Python function over ranges of rows, by a pool of threads: work of milliseconds and more
     Kernel       a compiled function whose threads take pieces until none is left: work of microseconds. By torch's own threads
                  (`openmp`), or by ours where those are late (`team`)
-    share_all    several of these at once
+    Jobs         several of these at once, again and again with other tensors
 
 They follow `torch.get_num_threads()` and survive a fork (the child makes new ones); OpenMP, numba's own choice, does not.
 """
@@ -51,7 +51,10 @@ class Kernel:
 
     def share(self, numbers: tuple[int, ...], pieces: int) -> None:
         """Run it with the numbers behind the first, on as many threads as there are pieces; returns when all is done."""
-        job = struct.pack(f"{1 + len(numbers)}q", 0, *numbers)  # which nobody else knows, so that it can be written to
+        self.run(struct.pack(f"{1 + len(numbers)}q", 0, *numbers), pieces)
+
+    def run(self, job: bytes, pieces: int) -> None:
+        """`share`, of a job as it lies in memory; nobody else may know it, so that it can be written to."""
         helpers = min(torch.get_num_threads(), pieces) - 1
         if helpers > 0:
             _threads().run(self.address, job, helpers)
@@ -59,18 +62,31 @@ class Kernel:
             self._call(job)
 
 
-def share_all(jobs: Sequence[tuple[Kernel, tuple[int, ...], int]]) -> None:
-    """`Kernel.share` of jobs that do not wait for each other, each (kernel, numbers, pieces): threads meet once, at the end."""
-    if len(jobs) == 1:
-        kernel, numbers, pieces = jobs[0]
-        kernel.share(numbers, pieces)
-        return
-    table: list[int] = []
-    behind: list[int] = []
-    for kernel, numbers, _ in jobs:
-        table += [kernel.address, 8 * (2 + 2 * len(jobs) + len(behind))]
-        behind += [0, *numbers]
-    _chain().share((len(jobs), *table, *behind), sum(pieces for *_, pieces in jobs))
+class Jobs:
+    """What several `Kernel.share` that do not wait for each other have in common, call after call.
+
+    jobs   each (kernel, numbers, pieces); None stands for a number that a call gives
+    """
+
+    def __init__(self, jobs: Sequence[tuple[Kernel, tuple[int | None, ...], int]]) -> None:
+        table: list[int] = []
+        behind: list[int | None] = []
+        for kernel, numbers, _ in jobs:
+            table += [kernel.address, 8 * (2 + 2 * len(jobs) + len(behind))]
+            behind += [0, *numbers]
+        kernel, pieces = (jobs[0][0], jobs[0][2]) if len(jobs) == 1 else (_chain(), sum(pieces for *_, pieces in jobs))
+        numbers = behind if len(jobs) == 1 else [0, len(jobs), *table, *behind]
+        self._kernel, self._pieces = kernel, pieces
+        self._numbers = [0 if number is None else number for number in numbers]
+        self._places = [place for place, number in enumerate(numbers) if number is None]
+        self._pack = struct.Struct(f"{len(numbers)}q").pack
+
+    def share(self, given: Sequence[int]) -> None:
+        """Run them; threads meet once, at the end. given: in the order of the numbers that are None."""
+        numbers = self._numbers.copy()
+        for place, number in zip(self._places, given, strict=True):
+            numbers[place] = number
+        self._kernel.run(self._pack(*numbers), self._pieces)
 
 
 class Threads:

@@ -17,7 +17,7 @@ from torch import Tensor
 from seedlm.codes import hadamard, on_cpu
 from seedlm.codes.base import CODES, Format
 from seedlm.codes.on_cpu import KINDS, PIECE
-from seedlm.codes.threads import Kernel, share_all
+from seedlm.codes.threads import Jobs
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 
 _TIMES: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 6, torch.float32: 64}
@@ -126,25 +126,23 @@ class NumbaBackend:
         biases: Sequence[Tensor | None],
         inputs: Tensor,
     ) -> list[Tensor]:
-        from seedlm.codes.trellis.kernels import numba_product
-
-        tokens, kind = x.numel() // shapes[0][1], KINDS[x.dtype]
-        at_once, size = numba_product.at_once(self.exact), x.element_size()
+        tokens, kind, size = x.numel() // shapes[0][1], KINDS[x.dtype], x.element_size()
+        plan = _products(format, shapes, tokens, self.exact)
+        at, lead = inputs.data_ptr(), x.shape[:-1]
         ys: list[Tensor] = []
         read: list[Tensor] = []  # what jobs have the addresses of
-        jobs: list[tuple[Kernel, tuple[int, ...], int]] = []
-        for (words, factors), shape, bias in zip(prepared, shapes, biases, strict=True):
-            ys.append(x.new_empty(*x.shape[:-1], shape[0]))
-            read += [words.contiguous(), factors]
-            where = (read[-2].data_ptr(), factors.data_ptr(), 0)
+        given: list[int] = []
+        for (words, factors), (out_features, _), bias in zip(prepared, shapes, biases, strict=True):
+            y = x.new_empty((*lead, out_features))
+            ys.append(y)
+            read.append(words := words.contiguous())
             if bias is not None:
-                read.append(bias.to(x.dtype).contiguous())
-                where = (*where[:2], read[-1].data_ptr())
-            for first in range(0, tokens, at_once):
-                plan = _product(format, shape, min(at_once, tokens - first), self.exact)
-                places = (inputs.data_ptr() + first * plan.size, ys[-1].data_ptr() + first * shape[0] * size)
-                jobs.append((plan.kernel, (*plan.numbers, *where, *places, kind), plan.numbers[0]))
-        share_all(jobs)
+                read.append(bias := bias.to(x.dtype).contiguous())
+            where = words.data_ptr(), factors.data_ptr(), 0 if bias is None else bias.data_ptr()
+            to = y.data_ptr()
+            for first in range(0, tokens, plan.at_once):
+                given += (*where, at + first * plan.records, to + first * out_features * size, kind)
+        plan.jobs.share(given)
         return ys
 
 
@@ -194,16 +192,29 @@ def _inputs(format: TrellisFormat, in_features: int, tokens: int, exact: bool) -
     return _Plan(kernel, numbers, tokens * numba_product.workspace(in_features), signs)
 
 
+class _Products(NamedTuple):
+    """Jobs of some weights and tokens; how many tokens one takes, and the bytes of a token's inputs."""
+
+    jobs: Jobs
+    at_once: int
+    records: int
+
+
 @lru_cache(maxsize=4096)
-def _product(format: TrellisFormat, shape: tuple[int, int], tokens: int, exact: bool) -> _Plan:
-    """How a few tokens are multiplied."""
+def _products(format: TrellisFormat, shapes: tuple[tuple[int, int], ...], tokens: int, exact: bool) -> _Products:
+    """How a few tokens are multiplied; a call gives each job the addresses of words, factors, bias, inputs, y, and y's kind."""
     from seedlm.codes.trellis.kernels import numba_product
 
-    segments = format.segments(shape[0])
-    length = max(1, min(PIECE // (SEGMENT_ROWS * shape[1]), segments // 4))
-    numbers = (-(-segments // length), length, segments, format.sequence_rows // SEGMENT_ROWS, shape[1], shape[0])
-    kernel = numba_product.product(format.rate, format.state_bits, exact, tokens)
-    return _Plan(kernel, numbers, numba_product.records(shape[1]))
+    at_once, jobs = numba_product.at_once(exact), []
+    for out_features, in_features in shapes:
+        segments = format.segments(out_features)
+        length = max(1, min(PIECE // (SEGMENT_ROWS * in_features), segments // 4))
+        pieces, strip = -(-segments // length), format.sequence_rows // SEGMENT_ROWS
+        numbers = (pieces, length, segments, strip, in_features, out_features, None, None, None, None, None, None)
+        for first in range(0, tokens, at_once):
+            kernel = numba_product.product(format.rate, format.state_bits, exact, min(at_once, tokens - first))
+            jobs.append((kernel, numbers, pieces))
+    return _Products(Jobs(jobs), at_once, numba_product.records(shapes[0][1]))
 
 
 @lru_cache(maxsize=16)
