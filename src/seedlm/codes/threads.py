@@ -69,17 +69,18 @@ class Jobs:
     """
 
     def __init__(self, jobs: Sequence[tuple[Kernel, tuple[int | None, ...], int]]) -> None:
+        all: list[int | None] = []
         table: list[int] = []
-        behind: list[int | None] = []
         for kernel, numbers, _ in jobs:
-            table += [kernel.address, 8 * (2 + 2 * len(jobs) + len(behind))]
-            behind += [0, *numbers]
-        kernel, pieces = (jobs[0][0], jobs[0][2]) if len(jobs) == 1 else (_chain(), sum(pieces for *_, pieces in jobs))
-        numbers = behind if len(jobs) == 1 else [0, len(jobs), *table, *behind]
-        self._kernel, self._pieces = kernel, pieces
-        self._numbers = [0 if number is None else number for number in numbers]
-        self._places = [place for place, number in enumerate(numbers) if number is None]
-        self._pack = struct.Struct(f"{len(numbers)}q").pack
+            table += [kernel.address, 8 * (2 + 2 * len(jobs) + len(all))]
+            all += [0, *numbers]
+        self._kernel = jobs[0][0]
+        if len(jobs) > 1:
+            self._kernel, all = _chain(), [0, len(jobs), *table, *all]
+        self._pieces = sum(pieces for *_, pieces in jobs)
+        self._numbers = [number or 0 for number in all]
+        self._places = [place for place, number in enumerate(all) if number is None]
+        self._pack = struct.Struct(f"{len(all)}q").pack
 
     def share(self, given: Sequence[int]) -> None:
         """Run them; threads meet once, at the end. given: in the order of the numbers that are None."""
