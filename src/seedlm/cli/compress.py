@@ -13,6 +13,7 @@ from seedlm.cli.console import NOTHING_KEPT, in_bytes, kept, note, number, show,
 from seedlm.cli.options import TrustRemoteCode
 from seedlm.codes.registry import DEFAULT, family, parse_format
 from seedlm.errors import FormatError
+from seedlm.storage.selection import DENSE
 from seedlm.storage.untrusted import printable
 
 if TYPE_CHECKING:
@@ -52,13 +53,18 @@ def compress(
         typer.Option(help="Mix formats by the file of `seedlm sensitivity`: for --code block.", metavar="FILE"),
     ] = None,
     embeddings: Annotated[
-        str | None, typer.Option(help="Bits of the embeddings too, such as 6 or 8; default: as they are.", metavar="BITS")
+        str | None,
+        typer.Option(
+            help="Bits of the embeddings, such as 8, or dense, which leaves them as they are. Default: 6-fast beside layers in "
+            "up to 6 bits, dense beside more, with --code block, and where no code can stand for them.",
+            metavar="BITS|dense",
+        ),
     ] = None,
     head: Annotated[
         str | None,
         typer.Option(
-            help="Bits of the output head too; tied to the embeddings, one option says both. Default: as it is.",
-            metavar="BITS",
+            help="The same of the output head; if it is tied to the embeddings, one option says both.",
+            metavar="BITS|dense",
         ),
     ] = None,
     format: Annotated[
@@ -88,8 +94,8 @@ def compress(
 ) -> None:
     """Compress a model into a new folder.
 
-    The linear layers inside numbered layers are compressed; norms, biases and routers stay as they are, and so do
-    embeddings and head without an option.
+    The linear layers inside numbered layers are compressed, and embeddings and head in 6 bits; norms, biases and routers stay
+    as they are.
     Stopped at any moment, the same command goes on where it was.
     """
     from seedlm.compress.feedback import Feedback
@@ -107,8 +113,8 @@ def compress(
         "dtype": dtype,
         "include": include or (),
         "exclude": exclude or (),
-        "embeddings": None if embeddings is None else parse_format(embeddings, code),
-        "head": None if head is None else parse_format(head, code),
+        "embeddings": embeddings if embeddings in (None, DENSE) else parse_format(embeddings, code),
+        "head": head if head in (None, DENSE) else parse_format(head, code),
         "max_shard_size": max_shard_size,
         "device": device,
         "backend": backend,
