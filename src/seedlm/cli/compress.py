@@ -232,6 +232,14 @@ def _dense_bytes(report: "Report") -> int:
     return max(0, report.bytes - round(report.bits_per_weight * report.compressed_weights / 8))
 
 
+def _layers(report: "Report") -> tuple[int, float, int]:
+    """Bytes of all but the compressed layers, as embeddings and head keep theirs at any bits, the layers' bits and weights."""
+    outside = report.outside
+    weights = report.compressed_weights - sum(tensor.weights for tensor in outside)
+    bits = report.bits_per_weight * report.compressed_weights - sum(tensor.bits for tensor in outside)
+    return max(0, report.bytes - round(bits / 8)), bits / weights if weights else 0.0, weights
+
+
 def _print_dense(report: "RunReport") -> None:
     """What was left as it was, where that is much."""
     from seedlm.storage.checkpoint import Checkpoint
@@ -246,12 +254,8 @@ def _print_next(report: "RunReport") -> None:
     """What to do with it, and what other bits would give."""
     from seedlm.integrations.transformers.before import has_chat_template
 
-    dense, weights = _dense_bytes(report), report.compressed_weights
-    sizes = [
-        f"{in_bytes(dense + bits * weights // 8)} at {bits} bits"
-        for bits in (3, 4, 5, 6)
-        if abs(bits - report.bits_per_weight) > 0.5
-    ]
+    kept, bits_now, weights = _layers(report)
+    sizes = [f"{in_bytes(kept + bits * weights // 8)} at {bits} bits" for bits in (3, 4, 5, 6) if abs(bits - bits_now) > 0.5]
     print()
     if has_chat_template(Path(report.folder)) is False:
         show(f"let it write      seedlm generate {report.folder} TEXT        (or serve, bench)")
@@ -270,6 +274,9 @@ def _print_totals(report: "Report") -> None:
         f"compressed        {len(report.tensors)} tensors, {report.compressed_weights:,} weights, "
         f"{report.bits_per_weight:.4f} bits each"
     )
+    if outside := report.outside:
+        tables = ", ".join(f"{printable(tensor.module)} in {tensor.bits_per_weight:.4f}" for tensor in outside)
+        show(f"                  {tables}, the layers in {_layers(report)[1]:.4f}")
     show(
         f"left as it was    {report.dense_weights:,} weights; the whole model {report.model_bits_per_weight:.4f} bits a weight"
     )

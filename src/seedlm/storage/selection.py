@@ -274,7 +274,7 @@ def tables_by_names(tensors: Mapping[str, TensorInfo], left: Iterable[str], form
 
     left   tensors that are not compressed
     """
-    names = [name for name in left if name.endswith(".weight") and not _numbered(name) and len(tensors[name].shape) == 2]
+    names = [name for name in left if name.endswith(".weight") and not is_numbered(name) and len(tensors[name].shape) == 2]
     return {
         name.removesuffix(".weight"): _table(tensors[name], format, _cannot(name, tensors[name], NO_SURVEY) is not None)
         for name in names
@@ -293,7 +293,8 @@ def _table(info: TensorInfo, format: Format, embedding: bool) -> PackedInfo:
     return PackedInfo(format, (info.shape[0], info.shape[1]), embedding=embedding)
 
 
-def _numbered(module: str) -> bool:
+def is_numbered(module: str) -> bool:
+    """Whether a module, or its tensor, is inside of a numbered layer."""
     return any(part.isdigit() for part in module.split("."))
 
 
@@ -413,7 +414,7 @@ def _check_experts(chosen: Iterable[str], left: Mapping[str, str]) -> None:
 def largest_left(tensors: Mapping[str, TensorInfo], left: Mapping[str, str]) -> list[str]:
     """A line on what is left dense against expectation: weights in numbered layers, the largest first, if they weigh much."""
     sizes = {name: math.prod(tensors[name].shape) for name in left if len(tensors[name].shape) > 1}
-    inside = {name: size for name, size in sizes.items() if _numbered(name)}
+    inside = {name: size for name, size in sizes.items() if is_numbered(name)}
     inside = {name: size for name, size in inside.items() if left[name] not in _MEANT}
     total = sum(math.prod(info.shape) for info in tensors.values())
     if not inside or sum(inside.values()) < _WORTH_A_WORD * total:
@@ -446,7 +447,7 @@ def left_by_default(module: str) -> str | None:
     for reason, patterns in _LEFT_DENSE.items():
         if any(fnmatchcase(module, pattern) for pattern in patterns):
             return reason
-    if not _numbered(module):
+    if not is_numbered(module):
         return "not in a numbered layer"
     return None
 
