@@ -5,9 +5,9 @@
     python bench/whole_model.py tiny                          # a check that this script works, on a CPU
 
 Weights are random (normal, standard deviation 0.02, bfloat16), a shard a layer. For each count of devices, ``seedlm compress``
-runs in a process of its own, and its output is compared byte for byte with the first one's: embeddings and head stay dense, unless
-options for ``seedlm compress`` that follow say otherwise. Prints a table and, last, one JSON
-line. With fewer layers than the model has, the whole is extrapolated from the weights, and called so.
+runs in a process of its own, and its output is compared byte for byte with the first one's. Embeddings and head stay dense,
+unless further options, which are those of ``seedlm compress``, say otherwise. Prints a table and, last, one JSON line. With
+fewer layers than the model has, the whole is extrapolated from the weights, and called so.
 """
 
 import argparse

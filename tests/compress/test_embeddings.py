@@ -322,11 +322,13 @@ def test_tables_have_6_bits_beside_layers_of_the_trellis_code_in_up_to_6(dense, 
 @pytest.mark.parametrize(("bits", "default"), [(3.5, SIX), (6, SIX), (6.1, None)])
 def test_a_mixture_has_its_average(bits, default):
     mixture = Mixture(bits=bits, formats=family("trellis").mixture)
-    assert (found := tables_format(mixture)) is None if default is None else found.spec == default
+    found = tables_format(mixture)
+    assert (found and found.spec) == default
 
 
-def test_a_size_counts_coded_tables_and_leaves_them_dense_where_that_leaves_6_bits_for_the_layers(tmp_path):
-    tiny_llama(tmp_path / "m", hidden_size=64, intermediate_size=96, vocab_size=400)
+@pytest.mark.parametrize("vocabulary", [80, 200], ids=["small tables", "large tables"])
+def test_a_size_counts_coded_tables_and_leaves_them_dense_where_there_is_room(vocabulary, tmp_path):
+    tiny_llama(tmp_path / "m", hidden_size=64, intermediate_size=96, vocab_size=vocabulary)
     names = [name.removesuffix(".weight") for name in load_file(tmp_path / "m" / "model.safetensors") if "_proj" in name]
     sensitivity = {name: 1.0 + place for place, name in enumerate(names)}
 
@@ -341,11 +343,12 @@ def test_a_size_counts_coded_tables_and_leaves_them_dense_where_that_leaves_6_bi
         compress_checkpoint(tmp_path / "m", tmp_path / out, format=bits, **BY_WEIGHTS, **options)
         return inspect_checkpoint(tmp_path / out).bytes
 
-    six = at("6", "six", embeddings="dense", head="dense")
-    assert six - at("4", "four") > 50_000
-    report = compress(six - 1000, "less")
+    layers = {"embeddings": "dense", "head": "dense"}
+    room, most = at("6", "six", **layers), at("8", "eight and tables", embeddings="6-fast", head="6-fast")
+    assert (room < most) is (vocabulary == 80)
+    report = compress(min(room, most) - 1000, "less")
     assert {tensor.format for tensor in report.outside} == {SIX}
-    assert compress(six + 1000, "more").outside == []
+    assert compress(min(room, most) + 1000, "more").outside == []
     with pytest.raises(FormatError, match=f"can have {at('2', 'two'):,} to [\\d,]+ bytes, got 1,000"):
         compress(1000, "none")
     with pytest.raises(FormatError, match=rf"can have [\d,]+ to {at('8', 'eight'):,} bytes, got 900,000,000"):
@@ -368,7 +371,7 @@ def test_tables_that_no_code_can_stand_for_stay_dense_with_the_reason_and_are_re
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, twice / "model.safetensors", metadata={"format": "pt"})
     stored = "model.embed_tokens.weight is stored 2 times (model.embed_tokens.weight, lm_head.weight)"
-    check(twice, f"the embeddings ({stored}, and codes stand for one tensor alone)")
+    check(twice, f"the embeddings and the head ({stored}, and codes stand for one tensor alone)")
     nobody = shutil.copytree(dense / "untied", tmp_path / "nobody")
     change(nobody, config=lambda found: found.update(model_type="nobody", architectures=["Nobody"]))
     told = f"transformers {transformers.__version__} has no model_type 'nobody'"

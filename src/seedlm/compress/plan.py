@@ -167,11 +167,22 @@ def check_reach(mixture: Mixture, selected: Selected, size_of: SizeOf) -> None:
         raise FormatError(out_of_reach(mixture.size, low, high))
 
 
-def leaves_room(mixture: Mixture, tables: Format, selected: Selected, size_of: SizeOf) -> bool:
-    """Whether a size holds all layers in as many bits as the default of tables, which are dense here, has."""
-    wide = [format for format in mixture.formats if format.bits_per_weight <= tables.bits_per_weight]
-    widest = max(wide, key=lambda format: format.bits_per_weight, default=None)
-    return widest is None or size_of(dict.fromkeys(selected.modules, widest)) <= (mixture.size or 0)
+def by_size(
+    mixture: Mixture, tables: Format, coded: Selected, dense: Selected, size_of: Callable[[Selected, Mapping[str, Format]], int]
+) -> Selected:
+    """Which of two selections meets a size: tables in their default format, or dense ones.
+
+    Dense ones do where layers of as many bits as the default has fit beside them, and where with coded ones the size could
+    not be met.
+    """
+
+    def nbytes(selected: Selected, format: Format) -> int:
+        return size_of(selected, dict.fromkeys(selected.modules, format))
+
+    assert mixture.size is not None
+    alike = min(mixture.formats, key=lambda format: abs(format.bits_per_weight - tables.bits_per_weight))
+    most = mixture.extremes(coded.modules)[1]
+    return dense if nbytes(dense, alike) <= mixture.size or nbytes(coded, most) < mixture.size else coded
 
 
 def reach(

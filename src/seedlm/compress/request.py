@@ -32,8 +32,8 @@ def is_ray(device: str) -> bool:
 def tables_format(format: Format | Mixture) -> Format | None:
     """What embeddings and head get that nothing is said of: their family's `tables` beside layers of no more bits.
 
-    A mixture has its average. What bits a size gives is known later: there the family's stand, and tables stay dense after
-    all where the size holds them beside layers of as many bits as they would get (`plan.leaves_room`).
+    A mixture has its average. What bits a size gives is known later: there the family's stand, unless the size has room for
+    dense ones (`plan.by_size`).
     """
     if isinstance(format, Mixture):
         tables, bits = family_of(next(iter(format.formats))).tables, format.bits

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def compress_checkpoint(
     include, exclude    glob patterns over module names (`selection`)
     embeddings, head    formats of the input embeddings and the output head, or ``"dense"``, which leaves them as they are; one
                         serves both if they are tied. None is the default of the format's family: 6 bits (``"6-fast"``) beside
-                        layers of the trellis code in up to 6 bits, and dense beside more, beside the block code, and where no
-                        code can take their place
+                        layers of the trellis code in up to 6 bits; dense beside more, beside the block code, and where no code
+                        can take their place. In a size they count as they are stored; one that holds layers of 6 bits
+                        beside dense ones, or that no mixture with coded ones fills, leaves them dense
     max_shard_size      bytes, or a text such as ``"5GB"``
     device              where codes are searched (`device.choose_devices`): ``"auto"`` is every GPU, or the CPU if there is
                         none; ``"cuda:0,cuda:1"`` those two; ``"ray"`` a cluster (`workers_ray`). All find the same codes
@@ -117,14 +119,14 @@ def compress_checkpoint(
     code = path if trust_remote_code else None
     selected = plans.choose(model, candidates, asked.include, asked.exclude, tables, code)
 
-    def size_of(formats: Mapping[str, Format]) -> int:
-        return plans.make(model, selected, formats, dtype=dtype, shard_bytes=shard_bytes, arguments={}).nbytes
+    def size_with(chosen: Selected, formats: Mapping[str, Format]) -> int:
+        return plans.make(model, chosen, formats, dtype=dtype, shard_bytes=shard_bytes, arguments={}).nbytes
 
     if isinstance(asked.format, Mixture) and asked.format.size and tables.default and selected.modules:
-        coded, by_hand = selected, Wish(tables.said)
-        selected = plans.choose(model, candidates, asked.include, asked.exclude, by_hand, found=coded.survey)
-        if not plans.leaves_room(asked.format, tables.default, selected, size_of):
-            selected = coded
+        coded, said = selected, Wish(tables.said)
+        left = plans.choose(model, candidates, asked.include, asked.exclude, said, found=coded.survey)
+        selected = plans.by_size(asked.format, tables.default, coded, left, size_with)
+    size_of = partial(size_with, selected)
     for note in selected.notes:
         tell(note)
     if isinstance(asked.format, Mixture) and selected.modules:
