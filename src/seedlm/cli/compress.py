@@ -63,7 +63,7 @@ def compress(
     head: Annotated[
         str | None,
         typer.Option(
-            help="The same of the output head; if it is tied to the embeddings, one option says both.",
+            help="The same of the output head, by the same default; if it is tied to the embeddings, one option says both.",
             metavar="BITS|dense",
         ),
     ] = None,
