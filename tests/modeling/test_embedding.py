@@ -238,6 +238,16 @@ def test_a_compiler_holds_look_up_and_tied_head():
         torch.testing.assert_close(torch.compile(both, backend="aot_eager", fullgraph=True)(IDS), both(IDS))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_of_nothing_but_matrices_keeps_its_embeddings(tied):
+    model = tiny_model("olmo", tie_word_embeddings=tied, eos_token_id=1)
+    with pytest.raises(SourceError, match="--embeddings: OlmoForCausalLM has neither norms with weights nor biases"):
+        compress_model(model, TOY, embeddings=TOY)
+    compress_model(model, TOY, **({} if tied else {"head": TOY}))
+    assert model.device.type == "cpu"
+    assert model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2).shape == (1, 4)
+
+
 def test_tables_are_told_by_the_model():
     tables = find_tables(llama(False))
     assert (tables.embeddings, tables.head, tables.reasons) == ("model.embed_tokens", "lm_head", {})

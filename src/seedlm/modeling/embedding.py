@@ -187,7 +187,7 @@ def find_tables(model: nn.Module) -> Tables:
             continue
         names[option] = name
         if option == "embeddings":
-            reason = reason_no_embedding(module) or _reason_tied(model, name)
+            reason = reason_no_embedding(module) or _reason_tied(model, name) or _reason_last(model)
         else:
             reason = None if is_linear(module) else f"{type(module).__name__} is no plain linear layer"
         if reason:
@@ -264,6 +264,13 @@ def _reason_tied(model: nn.Module, name: str) -> str | None:
         if not is_linear(module) and not is_embedding(module):
             return f"they are tied to {other}, and {type(module).__name__} is neither a plain linear layer nor an embedding"
     return None
+
+
+def _reason_last(model: nn.Module) -> str | None:
+    """Why a model must keep its embeddings, whose parameters may else all be in codes (OLMo 1); None if it need not."""
+    if any(parameter.dim() < 2 for parameter in model.parameters()):
+        return None
+    return f"{type(model).__name__} has neither norms with weights nor biases, and transformers tells its device by a parameter"
 
 
 def _known_ties(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
