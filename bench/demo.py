@@ -104,14 +104,16 @@ def show(found: dict[str, Any], out: Path) -> None:
     report = inspect_checkpoint(out)
     perplexity = {name: 2.718281828459045**value for name, value in found["nll"].items()}
     dense = 2 * (report.compressed_weights + report.dense_weights)
+    tables = [(f"its {table.module.rpartition('.')[2]}", table.weights, table.bits) for table in report.outside]
+    layers = report.compressed_weights - sum(weights for _, weights, _ in tables)
+    bits = report.compressed_weights * report.bits_per_weight - sum(bits for _, _, bits in tables)
+    coded = [
+        (label, f"{2 * weights / 1e6:.0f} MB", f"{bits / 8e6:.0f} MB", f"{bits / weights:.2f} bits a weight, every bit counted")
+        for label, weights, bits in (("its linear layers", layers, bits), *tables)
+    ]
     rows = (
-        ("the whole model", f"{dense / 1e6:.0f} MB", f"{report.bytes / 1e6:.0f} MB", "embeddings stay in 16 bits"),
-        (
-            "its linear layers",
-            f"{2 * report.compressed_weights / 1e6:.0f} MB",
-            f"{report.compressed_weights * report.bits_per_weight / 8e6:.0f} MB",
-            f"{report.bits_per_weight:.2f} bits a weight, every stored bit counted",
-        ),
+        ("the whole model", f"{dense / 1e6:.0f} MB", f"{report.bytes / 1e6:.0f} MB", "every stored byte counted"),
+        *coded,
         (
             "perplexity",
             f"{perplexity['original']:.2f}",

@@ -55,6 +55,8 @@ TRELLIS = ("4", "4.0", "4-fast", "3.5", "3", "3.0", "3-fast", "2.5", "2", "2-fas
 """3.5, and 4.0 and 3.0 too, are mixtures: with everything that is stored they have at most so many bits a weight."""
 RECORDED = ("original", "seedlm-4", "seedlm-4-mixed", "seedlm-3", "seedlm-3-mixed", "nf4-4", "gptq-3")
 """Rows whose predictions, layers, prompts and questions are kept, for a report of `seedlm compare`."""
+LAYERS = {"embeddings": "dense", "head": "dense"}
+"""Rows are of layers alone, as those of other methods."""
 PLACE = ("device_name", "torch", "transformers", "float32_matmul_precision")
 """What rows of one table should have in common; a row says what was otherwise."""
 MARKS = ("<!-- made by bench/results.py render -->", "<!-- end -->")
@@ -204,7 +206,7 @@ def _compress(name: str, source: str, work: Path) -> str:
         bits, code = name.removeprefix("trellis-"), family("trellis")
         mixed = bits not in code.presets
         chosen = Mixture(bits=float(bits), formats=code.mixture) if mixed else parse_format(bits, "trellis")
-        compress_checkpoint(source, folder, format=chosen, feedback=statistics)
+        compress_checkpoint(source, folder, format=chosen, feedback=statistics, **LAYERS)
     elif not folder.exists():
         format: str | Mixture = name.removeprefix("seedlm-")
         if name.endswith("-mixed"):
@@ -212,7 +214,8 @@ def _compress(name: str, source: str, work: Path) -> str:
                 network = models.load_model(Path(source), device=choose_device("auto"), dtype="float32")
                 write_sensitivity(sensitivity, source, OwnText(), measure_sensitivity(network, OwnText()))
             format = Mixture(bits=_bits(name), sensitivity=read_sensitivity(sensitivity)[1], formats=family("block").mixture)
-        compress_checkpoint(source, folder, format=format if isinstance(format, Mixture) else parse_format(format, "block"))
+        chosen = format if isinstance(format, Mixture) else parse_format(format, "block")
+        compress_checkpoint(source, folder, format=chosen, **LAYERS)
     torch.cuda.empty_cache()  # the GPU is shared
     if not (work / f"{name}.report.json").exists():
         (work / f"{name}.report.json").write_text(json.dumps(inspect_checkpoint(folder).to_dict()))

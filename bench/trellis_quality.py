@@ -83,7 +83,8 @@ def scored(bits: str, model, dense: Path, statistics: Path, windows: torch.Tenso
     code = family("trellis")
     format = parse_format(bits, "trellis") if bits in code.presets else Mixture(bits=float(bits), formats=code.mixture)
     begin = time.monotonic()
-    report = compress_checkpoint(dense, out, format=format, feedback=statistics, device=str(device))
+    layers = {"embeddings": "dense", "head": "dense"}  # alone: so are the other methods' rows
+    report = compress_checkpoint(dense, out, format=format, feedback=statistics, device=str(device), **layers)
     seconds = time.monotonic() - begin
     packed = open_language_model(out, dtype="float32").to(device)
     dequantize_model(packed, torch.float32)

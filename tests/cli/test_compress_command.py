@@ -59,6 +59,19 @@ def test_what_to_do_next_is_what_the_model_can_do(tmp_path, here):
     assert "16 before" not in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_tables_in_codes_are_told_from_layers_unless_they_are_dense(tmp_path, here):
+    options = ("--bits", "2-fast", "--feedback", "none", "--device", "cpu")
+    done = here("compress", STORIES, tmp_path / "out", *options)
+    assert "\n                  model.embed_tokens in 6.2510, the layers in 2.3298\n" in done.stdout
+    inspected = here("inspect", tmp_path / "out")
+    assert "model.embed_tokens in 6.2510, the layers in 2.3298" in inspected.stdout
+    done = here("compress", STORIES, tmp_path / "dense", *options, "--embeddings", "dense")
+    assert "compressed        35 tensors" in done.stdout
+    assert "model.embed_tokens in" not in done.stdout
+    done = here("compress", STORIES, tmp_path / "both", *options, "--embeddings", "dense", "--head", "6")
+    assert "--embeddings dense and --head trellis-r6-l16-t256-h128 must be the same" in done.stderr
+
+
 def test_compress_json_is_inspect_json_and_the_run(llama, compressed, tmp_path, call):
     done = call("compress", llama, tmp_path / "out", *FAST, "--json")
     report = json.loads(done.stdout)

@@ -41,7 +41,7 @@ def test_the_summary_says_what_is_in_the_file(observed):
 
 
 def test_a_run_takes_the_file(observed, tmp_path, call):
-    done = call("compress", STORIES, tmp_path / "out", "--bits", "3-fast", "--feedback", observed[0])
+    done = call("compress", STORIES, tmp_path / "out", "--bits", "3-fast", "--embeddings", "dense", "--feedback", observed[0])
     assert done.returncode == 0
     assert "35 tensors" in done.stdout
 

@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import toy_family  # noqa: F401 (registers its family)
-from seedlm import SeedLMConfig, compress_checkpoint, inspect_checkpoint
+from seedlm import Mixture, SeedLMConfig, compress_checkpoint, inspect_checkpoint
 from seedlm.calibration.statistics import measure_statistics
+from seedlm.codes.registry import family
+from seedlm.compress.request import tables_format
 from seedlm.errors import CheckpointError, FormatError, OutputError, SourceError
 from seedlm.modeling.embedding import SeedEmbedding, TiedLinear
 from seedlm.modeling.linear import SeedLinear
@@ -279,3 +282,123 @@ def test_errors_of_tied_embeddings_are_fed_back_by_what_the_head_reads(tmp_path)
     (blind, least), (weighed, more) = costs("none"), costs(tmp_path / "statistics.safetensors")
     assert weighed < 0.8 * blind
     assert least < more < 4 * least  # no row bears the errors of all others
+
+
+SIX = "trellis-r6-l12-t256-h128"
+BY_WEIGHTS = {"feedback": "none", "device": "cpu"}
+TWO_BITS = "trellis-r2-l12-t32-h8"
+DEFAULTS = {
+    "tied": ("tied", {}, {EMBEDDING: SIX}),
+    "untied": ("untied", {}, {EMBEDDING: SIX, "lm_head": SIX}),
+    "both dense": ("untied", {"embeddings": "dense", "head": "dense"}, {}),
+    "one dense": ("untied", {"embeddings": "dense"}, {"lm_head": SIX}),
+    "the other in a format": ("untied", {"embeddings": TRELLIS}, {EMBEDDING: TRELLIS, "lm_head": SIX}),
+    "tied and one dense": ("tied", {"head": "dense"}, {}),
+    "tied and one in a format": ("tied", {"head": TRELLIS}, {EMBEDDING: TRELLIS}),
+    "excluded": ("untied", {"exclude": ["lm_head"]}, {EMBEDDING: SIX}),
+    "included": ("untied", {"include": ["lm_head"]}, {EMBEDDING: SIX, "lm_head": TWO_BITS}),
+    "6 bits": ("tied", {"format": "6-fast"}, {EMBEDDING: SIX}),
+    "8 bits": ("tied", {"format": "8"}, {}),
+    "the block code": ("tied", {"format": SMALL, "backend": "torch"}, {}),
+    "the toy code": ("tied", {"format": TOY}, {}),
+}
+
+
+@pytest.mark.parametrize(("source", "options", "expected"), DEFAULTS.values(), ids=DEFAULTS)
+def test_tables_have_6_bits_beside_layers_of_the_trellis_code_in_up_to_6(dense, tmp_path, source, options, expected):
+    notes = []
+    options = {"format": TWO_BITS, **BY_WEIGHTS, **options}
+    compress_checkpoint(dense / source, tmp_path / "out", on_note=notes.append, **options)
+    report = inspect_checkpoint(tmp_path / "out")
+    assert {tensor.module: tensor.format for tensor in report.outside} == expected
+    assert notes == []
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"of `{module}`" in card for module in expected)
+    assert (": embeddings, head, norms" in card) is (not expected)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(model.model.embed_tokens, SeedEmbedding) is (EMBEDDING in expected)
+
+
+@pytest.mark.parametrize(("bits", "default"), [(3.5, SIX), (6, SIX), (6.1, None)])
+def test_a_mixture_has_its_average(bits, default):
+    mixture = Mixture(bits=bits, formats=family("trellis").mixture)
+    found = tables_format(mixture)
+    assert (found and found.spec) == default
+
+
+@pytest.mark.parametrize("vocabulary", [80, 200], ids=["small tables", "large tables"])
+def test_a_size_counts_coded_tables_and_leaves_them_dense_where_there_is_room(vocabulary, tmp_path):
+    tiny_llama(tmp_path / "m", hidden_size=64, intermediate_size=96, vocab_size=vocabulary)
+    names = [name.removesuffix(".weight") for name in load_file(tmp_path / "m" / "model.safetensors") if "_proj" in name]
+    sensitivity = {name: 1.0 + place for place, name in enumerate(names)}
+
+    def compress(size, out, **options):
+        mixture = Mixture(size=size, sensitivity=sensitivity, formats=family("trellis").mixture)
+        compress_checkpoint(tmp_path / "m", tmp_path / out, format=mixture, **BY_WEIGHTS, **options)
+        report = inspect_checkpoint(tmp_path / out)
+        assert report.bytes <= size
+        return report
+
+    def at(bits, out, **options):
+        compress_checkpoint(tmp_path / "m", tmp_path / out, format=bits, **BY_WEIGHTS, **options)
+        return inspect_checkpoint(tmp_path / out).bytes
+
+    layers = {"embeddings": "dense", "head": "dense"}
+    room, most = at("6", "six", **layers), at("8", "eight and tables", embeddings="6-fast", head="6-fast")
+    assert (room < most) is (vocabulary == 80)
+    report = compress(min(room, most) - 1000, "less")
+    assert {tensor.format for tensor in report.outside} == {SIX}
+    assert compress(min(room, most) + 1000, "more").outside == []
+    with pytest.raises(FormatError, match=f"can have {at('2', 'two'):,} to [\\d,]+ bytes, got 1,000"):
+        compress(1000, "none")
+    with pytest.raises(FormatError, match=rf"can have [\d,]+ to {at('8', 'eight'):,} bytes, got 900,000,000"):
+        compress(900_000_000, "none")
+
+
+def test_tables_that_no_code_can_stand_for_stay_dense_with_the_reason_and_are_refused_if_asked_for(dense, tmp_path):
+    def check(source, reason, **options):
+        notes = []
+        options |= {"format": TWO_BITS, **BY_WEIGHTS}
+        out = tmp_path / f"{source.name} out"
+        compress_checkpoint(source, out, on_note=notes.append, **options)
+        assert [note for note in notes if note.startswith("left dense: ")] == [f"left dense: {reason}"]
+        assert inspect_checkpoint(out).outside == []
+        with pytest.raises(SourceError, match="--embeddings: "):
+            compress_checkpoint(source, tmp_path / "refused", embeddings="6", **options)
+
+    twice = shutil.copytree(dense / "tied", tmp_path / "twice")
+    tensors = load_file(twice / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, twice / "model.safetensors", metadata={"format": "pt"})
+    stored = "model.embed_tokens.weight is stored 2 times (model.embed_tokens.weight, lm_head.weight)"
+    check(twice, f"the embeddings and the head ({stored}, and codes stand for one tensor alone)")
+    nobody = shutil.copytree(dense / "untied", tmp_path / "nobody")
+    change(nobody, config=lambda found: found.update(model_type="nobody", architectures=["Nobody"]))
+    told = f"transformers {transformers.__version__} has no model_type 'nobody'"
+    check(nobody, f"the embeddings and the head (what they are is told by the model's class, and {told})")
+
+
+def test_tables_that_would_be_no_smaller_stay_dense_and_a_head_that_is_not_there_is_no_matter(tmp_path):
+    model = tiny_llama(tmp_path / "m", vocab_size=8)
+    notes = []
+    compress_checkpoint(tmp_path / "m", tmp_path / "out", format=TWO_BITS, on_note=notes.append, **BY_WEIGHTS)
+    assert notes == ["left dense: the embeddings and the head (no smaller as codes)"]
+    model.model.save_pretrained(tmp_path / "base")
+    compress_checkpoint(tmp_path / "base", tmp_path / "base out", format=TWO_BITS, on_note=notes.append, **BY_WEIGHTS)
+    assert notes[1:] == ["left dense: the embeddings (no smaller as codes)"]
+
+
+def test_a_stopped_run_does_not_go_on_with_what_is_said_of_tables_changed(dense, tmp_path):
+    def stop(phase, done, total):
+        if phase == "compress" and done > total // 2:
+            raise KeyboardInterrupt
+
+    arguments = {"format": TWO_BITS, **BY_WEIGHTS}
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(dense / "tied", tmp_path / "out", embeddings="dense", on_progress=stop, **arguments)
+    with pytest.raises(OutputError, match=f'arguments embeddings was absent, is now "{SIX}"'):
+        compress_checkpoint(dense / "tied", tmp_path / "out", **arguments)
+    compress_checkpoint(dense / "tied", tmp_path / "out", head="dense", **arguments)
+    compress_checkpoint(dense / "tied", tmp_path / "default", **arguments)
+    compress_checkpoint(dense / "tied", tmp_path / "said", embeddings="6-fast", **arguments)
+    assert folder_bytes(tmp_path / "default") == folder_bytes(tmp_path / "said")

@@ -37,7 +37,9 @@ def dense(tmp_path_factory):
 
 
 def compress(dense, out, feedback=OWN, format=FORMAT, device="cpu", **options):
-    return compress_checkpoint(dense, out, format=format, feedback=feedback, device=device, **options)
+    """The layers alone."""
+    tables = {"embeddings": "dense", "head": "dense"}
+    return compress_checkpoint(dense, out, format=format, feedback=feedback, device=device, **tables, **options)
 
 
 @pytest.fixture(scope="module", params=[FORMAT, BLOCK], ids=["trellis", "block"])

@@ -144,6 +144,7 @@ def test_a_model_with_code_of_its_own_is_compressed_by_its_class_if_that_is_trus
     run(folder, tmp_path / "by-names", on_note=notes.append)
     assert "its own code is not run without --trust-remote-code" in notes[0]
     options = {"format": "3-fast", "backend": "auto", "feedback": Feedback("own", sequences=1), "on_note": notes.append}
+    options |= {"embeddings": "dense", "head": "dense"}
     notes.clear()
     run(folder, tmp_path / "out", trust_remote_code=True, **options)
     assert notes == []

@@ -68,6 +68,14 @@ def test_what_is_not_tied_has_codes_of_its_own():
     assert torch.equal(alone.lm_head.dequantize(), model.lm_head.dequantize())
 
 
+def test_dense_is_the_word_for_nothing_and_contradicts_a_format_of_what_is_tied():
+    model = llama(True)
+    compress_model(model, TOY, embeddings="dense", head="dense")
+    assert not any(isinstance(module, SeedEmbedding) for module in model.modules())
+    with pytest.raises(FormatError, match="--embeddings dense and --head toy-3 must be the same"):
+        compress_model(llama(True), TOY, embeddings="dense", head="toy-3")
+
+
 @pytest.mark.parametrize("option", ["embeddings", "head"])
 def test_one_option_decides_for_both_that_are_tied(option):
     model = llama(True)
@@ -230,12 +238,22 @@ def test_a_compiler_holds_look_up_and_tied_head():
         torch.testing.assert_close(torch.compile(both, backend="aot_eager", fullgraph=True)(IDS), both(IDS))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_of_nothing_but_matrices_keeps_its_embeddings(tied):
+    model = tiny_model("olmo", tie_word_embeddings=tied, eos_token_id=1)
+    with pytest.raises(SourceError, match="--embeddings: OlmoForCausalLM has neither norms with weights nor biases"):
+        compress_model(model, TOY, embeddings=TOY)
+    compress_model(model, TOY, **({} if tied else {"head": TOY}))
+    assert model.device.type == "cpu"
+    assert model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2).shape == (1, 4)
+
+
 def test_tables_are_told_by_the_model():
     tables = find_tables(llama(False))
     assert (tables.embeddings, tables.head, tables.reasons) == ("model.embed_tokens", "lm_head", {})
     tied = find_tables(llama(True))
     assert tied.head == tied.embeddings == "model.embed_tokens"
     base = find_tables(llama(False).model)
-    assert (base.embeddings, base.head) == ("embed_tokens", None)
+    assert (base.embeddings, base.head, base.absent) == ("embed_tokens", None, {"head"})
     with pytest.raises(SourceError, match="--head: LlamaModel has none"):
-        base.choose(None, parse_format(TOY))
+        base.choose({"head": parse_format(TOY)})

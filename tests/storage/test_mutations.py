@@ -26,7 +26,8 @@ def folders(tmp_path_factory):
     run(root / "m", root / "packed", max_shard_size="16KB")
     tiny_model("gpt_oss", num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1).save_pretrained(root / "e")
     run(root / "e", root / "stacked")
-    run(root / "m", root / "trellis", format="3-fast", backend="auto", feedback="none")
+    layers = {"embeddings": "dense", "head": "dense"}
+    run(root / "m", root / "trellis", format="3-fast", backend="auto", feedback="none", **layers)
     return {name: root / name for name in ("packed", "stacked", "trellis")}
 
 

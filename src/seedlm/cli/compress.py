@@ -13,6 +13,7 @@ from seedlm.cli.console import NOTHING_KEPT, in_bytes, kept, note, number, show,
 from seedlm.cli.options import TrustRemoteCode
 from seedlm.codes.registry import DEFAULT, family, parse_format
 from seedlm.errors import FormatError
+from seedlm.storage.selection import DENSE
 from seedlm.storage.untrusted import printable
 
 if TYPE_CHECKING:
@@ -52,13 +53,18 @@ def compress(
         typer.Option(help="Mix formats by the file of `seedlm sensitivity`: for --code block.", metavar="FILE"),
     ] = None,
     embeddings: Annotated[
-        str | None, typer.Option(help="Bits of the embeddings too, such as 6 or 8; default: as they are.", metavar="BITS")
+        str | None,
+        typer.Option(
+            help="Bits of the embeddings, such as 8, or dense, which leaves them as they are. Default: 6-fast beside layers in "
+            "up to 6 bits, dense beside more, with --code block, and where no code can stand for them.",
+            metavar="BITS|dense",
+        ),
     ] = None,
     head: Annotated[
         str | None,
         typer.Option(
-            help="Bits of the output head too; tied to the embeddings, one option says both. Default: as it is.",
-            metavar="BITS",
+            help="The same of the output head, by the same default; if it is tied to the embeddings, one option says both.",
+            metavar="BITS|dense",
         ),
     ] = None,
     format: Annotated[
@@ -88,8 +94,8 @@ def compress(
 ) -> None:
     """Compress a model into a new folder.
 
-    The linear layers inside numbered layers are compressed; norms, biases and routers stay as they are, and so do
-    embeddings and head without an option.
+    The linear layers inside numbered layers are compressed, and embeddings and head in 6 bits; norms, biases and routers stay
+    as they are.
     Stopped at any moment, the same command goes on where it was.
     """
     from seedlm.compress.feedback import Feedback
@@ -107,8 +113,8 @@ def compress(
         "dtype": dtype,
         "include": include or (),
         "exclude": exclude or (),
-        "embeddings": None if embeddings is None else parse_format(embeddings, code),
-        "head": None if head is None else parse_format(head, code),
+        "embeddings": embeddings if embeddings in (None, DENSE) else parse_format(embeddings, code),
+        "head": head if head in (None, DENSE) else parse_format(head, code),
         "max_shard_size": max_shard_size,
         "device": device,
         "backend": backend,
@@ -226,6 +232,14 @@ def _dense_bytes(report: "Report") -> int:
     return max(0, report.bytes - round(report.bits_per_weight * report.compressed_weights / 8))
 
 
+def _layers(report: "Report") -> tuple[int, float, int]:
+    """Bytes of all but the compressed layers, as embeddings and head keep theirs at any bits, the layers' bits and weights."""
+    outside = report.outside
+    weights = report.compressed_weights - sum(tensor.weights for tensor in outside)
+    bits = report.bits_per_weight * report.compressed_weights - sum(tensor.bits for tensor in outside)
+    return max(0, report.bytes - round(bits / 8)), bits / weights if weights else 0.0, weights
+
+
 def _print_dense(report: "RunReport") -> None:
     """What was left as it was, where that is much."""
     from seedlm.storage.checkpoint import Checkpoint
@@ -240,12 +254,8 @@ def _print_next(report: "RunReport") -> None:
     """What to do with it, and what other bits would give."""
     from seedlm.integrations.transformers.before import has_chat_template
 
-    dense, weights = _dense_bytes(report), report.compressed_weights
-    sizes = [
-        f"{in_bytes(dense + bits * weights // 8)} at {bits} bits"
-        for bits in (3, 4, 5, 6)
-        if abs(bits - report.bits_per_weight) > 0.5
-    ]
+    kept, bits_now, weights = _layers(report)
+    sizes = [f"{in_bytes(kept + bits * weights // 8)} at {bits} bits" for bits in (3, 4, 5, 6) if abs(bits - bits_now) > 0.5]
     print()
     if has_chat_template(Path(report.folder)) is False:
         show(f"let it write      seedlm generate {report.folder} TEXT        (or serve, bench)")
@@ -264,6 +274,9 @@ def _print_totals(report: "Report") -> None:
         f"compressed        {len(report.tensors)} tensors, {report.compressed_weights:,} weights, "
         f"{report.bits_per_weight:.4f} bits each"
     )
+    if outside := report.outside:
+        tables = ", ".join(f"{printable(tensor.module)} in {tensor.bits_per_weight:.4f}" for tensor in outside)
+        show(f"                  {tables}, the layers in {_layers(report)[1]:.4f}")
     show(
         f"left as it was    {report.dense_weights:,} weights; the whole model {report.model_bits_per_weight:.4f} bits a weight"
     )

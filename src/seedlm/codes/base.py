@@ -248,6 +248,8 @@ class Family(Protocol):
     feedback        what "auto" is for error feedback: "own", a text that the model writes, or "none", which a user may have
                     otherwise. None if its encoders do not use `Facts.hessian`
     fused           whether modules that read the same input are multiplied as one, and so have to share a format
+    tables          format that embeddings and head get beside layers of no more bits, unless something is said of them; None
+                    leaves them as they are
     """
 
     name: str
@@ -258,6 +260,7 @@ class Family(Protocol):
     mixture: Mapping[Format, float]
     feedback: Literal["own", "none"] | None
     fused: bool
+    tables: Format | None
 
     def parse(self, text: str) -> Format | None:
         """The format that a specification stands for, None if it is none of this family's. Raises FormatError if impossible."""

@@ -13,13 +13,13 @@ from seedlm.version import __version__
 _TEXT: Final = """\
 # {name}, {bits:.2f} bits a weight
 
-{origin}, compressed by seedlm {version}. The weights of its linear layers are not stored:
+{origin}, compressed by seedlm {version}. The weights of its linear layers{outside} are not stored:
 they are regrown from a few bits each. The folder loads with transformers once `seedlm` is imported.
 
 | | |
 |---|---|
 | compressed weights | {compressed:,}, in {bits:.4f} bits each, every stored bit counted |
-| left as they were | {dense:,}: embeddings, head, norms, biases |
+| left as they were | {dense:,}{left} |
 | size | {size}{before} |
 | format | {formats} |
 | errors were weighed by | {feedback} |
@@ -73,6 +73,8 @@ def card(report: Report, source: Source, path: Path, record: Mapping[str, Any]) 
         bits=report.bits_per_weight,
         compressed=report.compressed_weights,
         dense=report.dense_weights,
+        outside="".join(f" and of `{_code(tensor.module)}`" for tensor in report.outside),
+        left="" if report.outside else ": embeddings, head, norms, biases",
         size=_megabytes(report.bytes),
         before=f", the original's files {_megabytes(report.source_bytes)}" if report.source_bytes else "",
         formats=", ".join(sorted({f"`{tensor.format}`" for tensor in report.tensors})),

@@ -6,7 +6,7 @@ survey of the model.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
@@ -21,19 +21,22 @@ from seedlm.storage.checkpoint import PackedInfo, stored_name
 from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part, side_endings
 from seedlm.storage.safetensors import SINGLE_NAME, Layout, TensorInfo, layout
 from seedlm.storage.selection import (
-    NO_SURVEY,
     Survey,
+    Wish,
     dense_linears,
     groups_of,
     largest_left,
     matrices_of,
     select,
     stack_of,
+    tables_by_default,
+    tables_by_names,
     tables_of,
 )
 from seedlm.storage.source import Source
 from seedlm.version import __version__
 
+NO_WISH: Final = Wish()
 SizeOf = Callable[[Mapping[str, Format]], int]
 DTYPES: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -46,7 +49,7 @@ class Selected:
     modules   module -> (out_features, in_features)
     dense     linear modules that are not
     notes     what a user should know of it, a line each
-    tables    the embeddings and the output head, as far as they were asked for, each in a format of its own
+    tables    the embeddings and the output head, as far as they are compressed, each in a format of its own
     observed  of those: the layer whose statistics errors are fed back by. Embeddings have some if a head is tied to them: the
               head's errors cost ten times what those of the rows that are looked up do (docs/log/quality.md)
     """
@@ -118,25 +121,23 @@ def choose(
     candidates: Iterable[Format],
     include: tuple[str, ...],
     exclude: tuple[str, ...],
-    embeddings: Format | None = None,
-    head: Format | None = None,
+    wish: Wish = NO_WISH,
     code: Path | None = None,
-    by_names: bool = False,
+    found: Survey | None = None,
 ) -> Selected:
     """What `selection` and the model's own class say of a source, whose folder `code` is, if code in it is to be run.
 
-    by_names   do without the model's class, which takes seconds to import
+    found   what the model's class says, where that is known; `NO_SURVEY` does without, which saves seconds
     Raises SourceError and FormatError as they do.
     """
     widest = max(candidates, key=lambda candidate: candidate.bits_per_weight)
-    if by_names:
-        found = NO_SURVEY
-    else:
+    if found is None:
         from seedlm.modeling.blueprint import survey
 
         found = survey(source.config, source.tensors, code)
     modules, left = select(source.tensors, source.config, widest, include, exclude, found)
-    tables = tables_of(source.tensors, found, embeddings, head, exclude)
+    tables, lacks = tables_by_default(source.tensors, found, wish, modules, exclude)
+    tables |= tables_of(source.tensors, found, wish.said, exclude)
     left = {name: reason for name, reason in left.items() if name.removesuffix(".weight") not in tables}
     matrices = matrices_of(modules, source.tensors, source.config, found)
     dense = dense_linears(source.tensors, left, found)
@@ -147,7 +148,7 @@ def choose(
     return Selected(
         {module: shape for module, (_, shape, _) in matrices.items() if module not in tables},
         dense,
-        [*source.notes, *found.notes, *largest_left(source.tensors, left)],
+        [*source.notes, *found.notes, *largest_left(source.tensors, left), *lacks],
         found,
         tables,
         observed,
@@ -166,10 +167,39 @@ def check_reach(mixture: Mixture, selected: Selected, size_of: SizeOf) -> None:
         raise FormatError(out_of_reach(mixture.size, low, high))
 
 
-def reach(mixture: Mixture, source: Source, selected: Selected, dtype: str | None, shard_bytes: int) -> tuple[int, int]:
-    """The fewest and the most bytes that all weight files can have."""
-    formats = (dict.fromkeys(selected.modules, format) for format in mixture.extremes(selected.modules))
-    low, high = (make(source, selected, each, dtype=dtype, shard_bytes=shard_bytes, arguments={}).nbytes for each in formats)
+def by_size(
+    mixture: Mixture, tables: Format, coded: Selected, dense: Selected, size_of: Callable[[Selected, Mapping[str, Format]], int]
+) -> Selected:
+    """Which of two selections meets a size: tables in their default format, or dense ones.
+
+    Dense ones do where layers of as many bits as the default has fit beside them, and where with coded ones the size could
+    not be met.
+    """
+
+    def nbytes(selected: Selected, format: Format) -> int:
+        return size_of(selected, dict.fromkeys(selected.modules, format))
+
+    assert mixture.size is not None
+    alike = min(mixture.formats, key=lambda format: abs(format.bits_per_weight - tables.bits_per_weight))
+    most = mixture.extremes(coded.modules)[1]
+    return dense if nbytes(dense, alike) <= mixture.size or nbytes(coded, most) < mixture.size else coded
+
+
+def reach(
+    mixture: Mixture, source: Source, selected: Selected, tables: Format | None, dtype: str | None, shard_bytes: int
+) -> tuple[int, int]:
+    """The fewest and the most bytes that all weight files can have, by names.
+
+    tables   the default of embeddings and head, which stay dense for the most
+    """
+    least, most = mixture.extremes(selected.modules)
+    packed = set(selected.modules)
+    left = [name for name in source.tensors if name.removesuffix(".weight") not in packed]
+    coded = replace(selected, tables=tables_by_names(source.tensors, left, tables)) if tables else selected
+    low, high = (
+        make(source, each, dict.fromkeys(packed, format), dtype=dtype, shard_bytes=shard_bytes, arguments={}).nbytes
+        for each, format in ((coded, least), (selected, most))
+    )
     return low, high
 
 

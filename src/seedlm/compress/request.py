@@ -20,7 +20,7 @@ from seedlm.compress.plan import DTYPES, parse_size
 from seedlm.compress.workfolder import check_claimable
 from seedlm.device import check_names
 from seedlm.errors import BackendError, FormatError, OutputError, SourceError
-from seedlm.storage.selection import as_patterns, check_patterns, may_be_stack
+from seedlm.storage.selection import NO_SURVEY, Wish, as_patterns, check_patterns, may_be_stack
 from seedlm.storage.source import Source
 
 
@@ -29,18 +29,31 @@ def is_ray(device: str) -> bool:
     return device == "ray" or device.startswith("ray://")
 
 
+def tables_format(format: Format | Mixture) -> Format | None:
+    """What embeddings and head get that nothing is said of: their family's `tables` beside layers of no more bits.
+
+    A mixture has its average. What bits a size gives is known later: there the family's stand, unless the size has room for
+    dense ones (`plan.by_size`).
+    """
+    if isinstance(format, Mixture):
+        tables, bits = family_of(next(iter(format.formats))).tables, format.bits
+    else:
+        tables, bits = family_of(format).tables, format.bits_per_weight
+    return tables if tables is not None and (bits is None or bits <= tables.bits_per_weight) else None
+
+
 @dataclass(frozen=True)
 class Request:
     """Arguments of `compress_checkpoint`, in the forms that work goes on with.
 
     candidates   formats that the layers may get
-    tables       "embeddings" and "head", as far as they are asked for -> their format
+    tables       what is wanted of the embeddings and the output head
     """
 
     out: Path
     format: Format | Mixture
     candidates: list[Format]
-    tables: dict[str, Format]
+    tables: Wish
     feedback: Feedback
     dtype: str | None
     include: tuple[str, ...]
@@ -77,10 +90,9 @@ class Request:
         if not is_ray(device):
             check_names(device)
         candidates = list(format.formats) if isinstance(format, Mixture) else [format]
-        asked = (("embeddings", embeddings), ("head", head))
-        tables = {option: parse_format(each) for option, each in asked if each is not None}
-        check_settings([*candidates, *tables.values()], settings)
-        known = {name: None for each in (*candidates, *tables.values()) for name in family_of(each).searches}
+        tables = Wish.of(embeddings, head, tables_format(format))
+        check_settings([*candidates, *tables.formats], settings)
+        known = {name: None for each in (*candidates, *tables.formats) for name in family_of(each).searches}
         if backend != "auto" and known and backend not in known:
             raise BackendError(f"unknown backend {backend!r:.80}; known: auto, {', '.join(known)}")
         wanted = Feedback.parse(feedback).meant_for(candidates)
@@ -101,13 +113,14 @@ class Request:
         if any(len(info.shape) > 2 or may_be_stack(name, info) for name, info in source.tensors.items()):
             return
         check_patterns(source.tensors, self.include, self.exclude)
-        if not isinstance(self.format, Mixture) or self.format.size is None or self.tables:
+        if not isinstance(self.format, Mixture) or self.format.size is None or any(self.tables.said.values()):
             return
         try:
-            selected = plans.choose(source, self.candidates, self.include, self.exclude, by_names=True)
+            selected = plans.choose(source, self.candidates, self.include, self.exclude, found=NO_SURVEY)
         except SourceError:
             return
-        least, most = plans.reach(self.format, source, selected, self.dtype, self.shard_bytes)
+        default = None if self.tables.said else self.tables.default
+        least, most = plans.reach(self.format, source, selected, default, self.dtype, self.shard_bytes)
         dense = 4 * sum(math.prod(info.shape) for info in source.tensors.values())
         if not least <= self.format.size <= max(most, dense):
             raise FormatError(plans.out_of_reach(self.format.size, least, most))

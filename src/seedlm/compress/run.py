@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from seedlm.storage import inspect as report
 from seedlm.storage.inspect import RunReport, inspect_checkpoint
 from seedlm.storage.metadata import written_version
 from seedlm.storage.safetensors import INDEX_NAME
+from seedlm.storage.selection import Wish
 from seedlm.storage.source import Source, locate, open_source
 
 
@@ -74,8 +76,11 @@ def compress_checkpoint(
     dtype               of the floating-point tensors that are not compressed: ``"bfloat16"``, ``"float16"``, ``"float32"``;
                         None leaves every one as it is
     include, exclude    glob patterns over module names (`selection`)
-    embeddings, head    formats of the input embeddings and the output head, which stay dense without; one serves both if they
-                        are tied
+    embeddings, head    formats of the input embeddings and the output head, or ``"dense"``, which leaves them as they are; one
+                        serves both if they are tied. None is the default of the format's family: 6 bits (``"6-fast"``) beside
+                        layers of the trellis code in up to 6 bits; dense beside more, beside the block code, and where no code
+                        can take their place. In a size they count as they are stored; one that holds layers of 6 bits
+                        beside dense ones, or that no mixture with coded ones fills, leaves them dense
     max_shard_size      bytes, or a text such as ``"5GB"``
     device              where codes are searched (`device.choose_devices`): ``"auto"`` is every GPU, or the CPU if there is
                         none; ``"cuda:0,cuda:1"`` those two; ``"ray"`` a cluster (`workers_ray`). All find the same codes
@@ -105,20 +110,25 @@ def compress_checkpoint(
     )
     out, candidates, wanted, tables, shard_bytes = asked.out, asked.candidates, asked.feedback, asked.tables, asked.shard_bytes
     devices = [] if is_ray(device) else choose_devices(device)
-    _check_encoding([*candidates, *tables.values()], devices, backend)
+    _check_encoding([*candidates, *tables.formats], devices, backend)
     tell = on_note or (lambda note: None)
     _tell_slow(candidates, devices, backend, tell)
     path = locate(source, revision=revision).absolute()
     model = open_source(path)
     asked.check_source(model)
     code = path if trust_remote_code else None
-    selected = plans.choose(model, candidates, asked.include, asked.exclude, tables.get("embeddings"), tables.get("head"), code)
+    selected = plans.choose(model, candidates, asked.include, asked.exclude, tables, code)
+
+    def size_with(chosen: Selected, formats: Mapping[str, Format]) -> int:
+        return plans.make(model, chosen, formats, dtype=dtype, shard_bytes=shard_bytes, arguments={}).nbytes
+
+    if isinstance(asked.format, Mixture) and asked.format.size and tables.default and selected.modules:
+        coded, said = selected, Wish(tables.said)
+        left = plans.choose(model, candidates, asked.include, asked.exclude, said, found=coded.survey)
+        selected = plans.by_size(asked.format, tables.default, coded, left, size_with)
+    size_of = partial(size_with, selected)
     for note in selected.notes:
         tell(note)
-
-    def size_of(formats: Mapping[str, Format]) -> int:
-        return plans.make(model, selected, formats, dtype=dtype, shard_bytes=shard_bytes, arguments={}).nbytes
-
     if isinstance(asked.format, Mixture) and selected.modules:
         plans.check_reach(asked.format, selected, size_of)
     with WorkFolder.claim(out) as work, shown(on_progress) as progress:

@@ -198,7 +198,7 @@ class _Surveyor:
                     reasons[option] = f"{module}.weight is stored as {tensor}, under a name that is no embedding's"
             elif tensor in dense:
                 reasons[option] = f"{tensor}: {dense[tensor]}"
-        return Tables(tensors.get("embeddings"), tensors.get("head"), reasons, tables.layer)
+        return Tables(tensors.get("embeddings"), tensors.get("head"), reasons, tables.layer, tables.absent)
 
     @property
     def _no_place(self) -> str:

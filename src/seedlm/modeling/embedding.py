@@ -135,7 +135,7 @@ class _Tied(nn.Module):
         if self.codes.device.type == "meta":
             raise TensorError(
                 "the codes of the embeddings, which this module is tied to, are not in memory (offloaded, or not loaded yet): "
-                "leave them in memory, or compress without --embeddings"
+                "leave them in memory, or compress with --embeddings dense"
             )
 
 
@@ -174,6 +174,7 @@ def find_tables(model: nn.Module) -> Tables:
     """A model's input embeddings and its output head, by the names of their modules."""
     reasons: dict[str, str] = {}
     names: dict[str, str] = {}
+    absent = []
     for option, ask in (("embeddings", "get_input_embeddings"), ("head", "get_output_embeddings")):
         try:
             module = getattr(model, ask)()
@@ -182,10 +183,11 @@ def find_tables(model: nn.Module) -> Tables:
         name = next((name for name, each in model.named_modules() if each is module), None) if module is not None else None
         if name is None:
             reasons[option] = f"{type(model).__name__} has none"
+            absent.append(option)
             continue
         names[option] = name
         if option == "embeddings":
-            reason = reason_no_embedding(module) or _reason_tied(model, name)
+            reason = reason_no_embedding(module) or _reason_tied(model, name) or _reason_last(model)
         else:
             reason = None if is_linear(module) else f"{type(module).__name__} is no plain linear layer"
         if reason:
@@ -194,7 +196,7 @@ def find_tables(model: nn.Module) -> Tables:
     tied = embeddings is not None and head is not None and head in _sharing(model, embeddings)
     if tied and embeddings is not None and "embeddings" in reasons:
         reasons["head"] = reasons["embeddings"]
-    return Tables(embeddings, embeddings if tied else head, reasons, head)
+    return Tables(embeddings, embeddings if tied else head, reasons, head, frozenset(absent))
 
 
 def replace_embedding(model: nn.Module, name: str, packed: SeedEmbedding) -> list[str]:
@@ -262,6 +264,13 @@ def _reason_tied(model: nn.Module, name: str) -> str | None:
         if not is_linear(module) and not is_embedding(module):
             return f"they are tied to {other}, and {type(module).__name__} is neither a plain linear layer nor an embedding"
     return None
+
+
+def _reason_last(model: nn.Module) -> str | None:
+    """Why a model must keep its embeddings, whose parameters may else all be in codes (OLMo 1); None if it need not."""
+    if any(parameter.dim() < 2 for parameter in model.parameters()):
+        return None
+    return f"{type(model).__name__} has neither norms with weights nor biases, and transformers tells its device by a parameter"
 
 
 def _known_ties(model: nn.Module) -> Iterator[tuple[str, Any, str]]:

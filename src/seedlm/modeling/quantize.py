@@ -20,7 +20,7 @@ from seedlm.modeling.embedding import SeedEmbedding, find_tables, replace_embedd
 from seedlm.modeling.experts import SeedExperts, compress_experts, stacks_of
 from seedlm.modeling.linear import PackedModule, SeedLinear, compress_module, is_linear, share_input
 from seedlm.progress import Tell, counted
-from seedlm.storage.selection import as_patterns, groups_of, left_by_default
+from seedlm.storage.selection import Wish, as_patterns, groups_of, left_by_default
 
 Listener = Callable[[nn.Module, Mapping[str, Any]], None]
 """Told of a model whose layers were packed or put back, and of the settings that they were packed with."""
@@ -44,7 +44,8 @@ def compress_model(
     """Replace linear layers and stacked experts of a model by packed ones, in place.
 
     include, exclude   glob patterns over module names, as in `choose_modules`
-    embeddings, head   formats of the input embeddings and the output head, which stay dense without; one serves both if tied
+    embeddings, head   formats of the input embeddings and the output head, which stay dense without, as by "dense"; one serves
+                       both if tied
     on_progress        told how many weights more are done; None shows a bar in a terminal or a notebook
     settings           of the format's family (`encoded.encode`)
     A model of transformers knows from then on that it is packed: `save_pretrained` writes a folder that loads.
@@ -112,14 +113,14 @@ def choose_tables(
     head: Format | str | float | None,
     exclude: Iterable[str] = (),
 ) -> dict[str, Format]:
-    """The formats of the embeddings and the head that are asked for, by module; None leaves one as it is.
+    """The formats of the embeddings and the head that are asked for, by module; None leaves one as it is, as "dense" does.
 
     Raises SourceError for one that cannot be coded or is excluded, FormatError for two formats of one that is tied.
     """
-    wanted = [None if each is None else parse_format(each) for each in (embeddings, head)]
-    if wanted == [None, None]:
+    said = Wish.of(embeddings, head).said
+    if not any(said.values()):
         return {}
-    tables = find_tables(model).choose(*wanted)
+    tables = find_tables(model).choose(said)
     for name, format in tables.items():
         shape = model.get_parameter(f"{name}.weight").shape
         if _matches(name, as_patterns(exclude)):

@@ -15,6 +15,7 @@ from typing import Any, Final
 from seedlm.codes.registry import FEEDBACK
 from seedlm.errors import CheckpointError
 from seedlm.storage.checkpoint import Checkpoint, PackedInfo
+from seedlm.storage.selection import is_numbered
 from seedlm.storage.untrusted import read_json
 
 OWN_TEXT: Final = "own text"
@@ -33,6 +34,14 @@ class TensorReport:
     format: str
     bits_per_weight: float
     relative_error: float | None
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bits(self) -> float:
+        return self.bits_per_weight * self.weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,11 @@ class Report:
     relative_error: float | None
     feedback: str | None
     tensors: list[TensorReport]
+
+    @property
+    def outside(self) -> list[TensorReport]:
+        """The compressed weights that are in no numbered layer: embeddings, output head and what was included."""
+        return [tensor for tensor in self.tensors if not is_numbered(tensor.module)]
 
     @property
     def calibrated(self) -> bool:

@@ -25,6 +25,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from seedlm.codes.base import Format
+from seedlm.codes.registry import parse_format
 from seedlm.errors import FormatError, SourceError
 from seedlm.storage.checkpoint import PackedInfo, Stack
 from seedlm.storage.refusals import TRANSPOSED_MODELS
@@ -68,6 +69,35 @@ _WORTH_A_WORD: Final = 0.1
 """Share of a model's weights that may stay dense inside of layers without a line about it."""
 _SHOWN: Final = 3
 _EXPERT: Final = re.compile(r"(.*experts)\.\d+\.(.+)")
+DENSE: Final = "dense"
+"""What is said of embeddings or a head that are to stay as they are, in the place of a format."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is wanted of the embeddings and the head.
+
+    said      "embeddings" or "head", as far as something is said of it -> its format, None to leave it dense; of tied ones one
+              option says both
+    default   format of what nothing is said of, as far as it can be coded; None leaves it dense
+    """
+
+    said: Mapping[str, Format | None] = field(default_factory=dict)
+    default: Format | None = None
+
+    @classmethod
+    def of(
+        cls, embeddings: str | float | Format | None, head: str | float | Format | None, default: Format | None = None
+    ) -> "Wish":
+        """From two options, None where nothing is said. Raises FormatError as `parse_format`."""
+        given = (("embeddings", embeddings), ("head", head))
+        said = {option: None if each == DENSE else parse_format(each) for option, each in given if each is not None}
+        return cls(said, default)
+
+    @property
+    def formats(self) -> list[Format]:
+        """All that may be given to one of them."""
+        return [format for format in (*self.said.values(), self.default) if format is not None]
 
 
 @dataclass(frozen=True)
@@ -78,28 +108,44 @@ class Tables:
     head         the output head, the same name if it is tied to the embeddings
     reasons      "embeddings" or "head" -> why no code can stand for it
     layer        the layer that is the output head, whatever it multiplies by: statistics know it by this name
+    absent       "embeddings" or "head", if the model has none
     """
 
     embeddings: str | None = None
     head: str | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
     layer: str | None = None
+    absent: frozenset[str] = frozenset()
 
-    def choose(self, embeddings: Format | None, head: Format | None) -> dict[str, Format]:
-        """The formats that are asked for, by name; None leaves a matrix as it is.
+    @property
+    def tied(self) -> bool:
+        return self.embeddings is not None and self.embeddings == self.head
 
-        Raises SourceError for a matrix that cannot be coded, FormatError for two formats of one that is tied.
+    def reason(self, option: str) -> str | None:
+        """Why no code can stand for the embeddings or the head; None if one can."""
+        return self.reasons.get(option, None if getattr(self, option) else "nobody knows which they are")
+
+    def choose(self, said: Mapping[str, Format | None]) -> dict[str, Format]:
+        """The formats that are asked for (`Wish.said`), by name.
+
+        Raises SourceError for a matrix that cannot be coded, FormatError if different things are said of one that is tied.
         """
-        wanted = {option: format for option, format in (("embeddings", embeddings), ("head", head)) if format is not None}
-        for option in wanted:
-            if reason := self.reasons.get(option, None if getattr(self, option) else "nobody knows which they are"):
+        for option, format in said.items():
+            if format is not None and (reason := self.reason(option)):
                 raise SourceError(f"--{option}: {reason}; leave it out")
-        if self.embeddings == self.head and embeddings and head and embeddings != head:
+        if self.tied and len(set(said.values())) > 1:
+            texts = [f"--{option} {DENSE if format is None else format.spec}" for option, format in said.items()]
             raise FormatError(
-                f"the output head is tied to the embeddings, one set of codes serves both: --embeddings {embeddings.spec} and "
-                f"--head {head.spec} must be the same, or one of them left out"
+                f"the output head is tied to the embeddings, one set of codes serves both: {' and '.join(texts)} "
+                "must be the same, or one of them left out"
             )
-        return {f"{getattr(self, option)}": format for option, format in wanted.items()}
+        return {f"{getattr(self, option)}": format for option, format in said.items() if format is not None}
+
+    def unsaid(self, said: Mapping[str, Format | None]) -> list[str]:
+        """Which of the two go by the default: one option alone if they are tied."""
+        if self.tied:
+            return [] if said else ["embeddings"]
+        return [option for option in ("embeddings", "head") if option not in said and option not in self.absent]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,18 +221,14 @@ def check_patterns(
 
 
 def tables_of(
-    tensors: Mapping[str, TensorInfo],
-    survey: Survey,
-    embeddings: Format | None,
-    head: Format | None,
-    exclude: Iterable[str] = (),
+    tensors: Mapping[str, TensorInfo], survey: Survey, said: Mapping[str, Format | None], exclude: Iterable[str] = ()
 ) -> dict[str, PackedInfo]:
-    """The embeddings and the output head that are to be compressed, by module; None leaves one as it is.
+    """The embeddings and the output head that are asked for (`Wish.said`), by module.
 
     Raises SourceError or FormatError for one that cannot be, as `Tables.choose`, and for one that is also excluded.
     """
     found = {}
-    for name, format in survey.tables.choose(embeddings, head).items():
+    for name, format in survey.tables.choose(said).items():
         module, info = name.removesuffix(".weight"), tensors[name]
         option = "embeddings" if name == survey.tables.embeddings else "head"
         if any(fnmatchcase(module, pattern) for pattern in as_patterns(exclude)):
@@ -195,11 +237,65 @@ def tables_of(
             raise SourceError(
                 f"{name}: a weight must be F32, F16 or BF16, got {info}; convert the model, or leave --{option} out"
             )
-        shape = (info.shape[0], info.shape[1])
-        if reason := format.reason_unfit(*shape):
-            raise SourceError(f"{name}: {[*shape]} stays dense as {format.spec} ({reason}); leave --{option} out")
-        found[module] = PackedInfo(format, shape, embedding=option == "embeddings")
+        if reason := _reason_dense(info, format):
+            raise SourceError(f"{name}: {[*info.shape]} stays dense as {format.spec} ({reason}); leave --{option} out")
+        found[module] = _table(info, format, option == "embeddings")
     return found
+
+
+def tables_by_default(
+    tensors: Mapping[str, TensorInfo], survey: Survey, wish: Wish, taken: Iterable[str] = (), exclude: Iterable[str] = ()
+) -> tuple[dict[str, PackedInfo], list[str]]:
+    """The embeddings and the output head that get the default, by module, and a line on those that cannot and stay dense.
+
+    taken   modules that patterns have included, whose format is that of the layers
+    """
+    found: dict[str, PackedInfo] = {}
+    reasons: dict[str, list[str]] = {}
+    tables, exclude, format = survey.tables, as_patterns(exclude), wish.default
+    if format is None:
+        return {}, []
+    for option in tables.unsaid(wish.said):
+        reason, name = tables.reason(option), f"{getattr(tables, option)}"
+        module = name.removesuffix(".weight")
+        if reason is None and (module in taken or any(fnmatchcase(module, pattern) for pattern in exclude)):
+            continue
+        if reason is None:
+            reason = _reason_dense(tensors[name], format)
+        if reason is None:
+            found[module] = _table(tensors[name], format, option == "embeddings")
+        else:
+            reasons.setdefault(reason, []).append(option)
+    return found, [f"left dense: the {' and the '.join(options)} ({reason})" for reason, options in reasons.items()]
+
+
+def tables_by_names(tensors: Mapping[str, TensorInfo], left: Iterable[str], format: Format) -> dict[str, PackedInfo]:
+    """All that may turn out to be embeddings or a head and can have this format, by module: what else lies outside of layers.
+
+    left   tensors that are not compressed
+    """
+    names = [name for name in left if name.endswith(".weight") and not is_numbered(name) and len(tensors[name].shape) == 2]
+    return {
+        name.removesuffix(".weight"): _table(tensors[name], format, _cannot(name, tensors[name], NO_SURVEY) is not None)
+        for name in names
+        if _reason_dense(tensors[name], format) is None
+    }
+
+
+def _reason_dense(info: TensorInfo, format: Format) -> str | None:
+    """Why embeddings or a head stay dense that nothing is said of; None if they do not."""
+    if info.dtype not in _ENCODABLE:
+        return f"a weight must be F32, F16 or BF16, got {info}"
+    return format.reason_unfit(info.shape[0], info.shape[1])
+
+
+def _table(info: TensorInfo, format: Format, embedding: bool) -> PackedInfo:
+    return PackedInfo(format, (info.shape[0], info.shape[1]), embedding=embedding)
+
+
+def is_numbered(module: str) -> bool:
+    """Whether a module, or its tensor, is inside of a numbered layer."""
+    return any(part.isdigit() for part in module.split("."))
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:
@@ -318,7 +414,7 @@ def _check_experts(chosen: Iterable[str], left: Mapping[str, str]) -> None:
 def largest_left(tensors: Mapping[str, TensorInfo], left: Mapping[str, str]) -> list[str]:
     """A line on what is left dense against expectation: weights in numbered layers, the largest first, if they weigh much."""
     sizes = {name: math.prod(tensors[name].shape) for name in left if len(tensors[name].shape) > 1}
-    inside = {name: size for name, size in sizes.items() if any(part.isdigit() for part in name.split("."))}
+    inside = {name: size for name, size in sizes.items() if is_numbered(name)}
     inside = {name: size for name, size in inside.items() if left[name] not in _MEANT}
     total = sum(math.prod(info.shape) for info in tensors.values())
     if not inside or sum(inside.values()) < _WORTH_A_WORD * total:
@@ -351,7 +447,7 @@ def left_by_default(module: str) -> str | None:
     for reason, patterns in _LEFT_DENSE.items():
         if any(fnmatchcase(module, pattern) for pattern in patterns):
             return reason
-    if not any(part.isdigit() for part in module.split(".")):
+    if not is_numbered(module):
         return "not in a numbered layer"
     return None
 

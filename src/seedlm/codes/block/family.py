@@ -43,6 +43,8 @@ class BlockFamily:
     """The method as published looks at the weights alone, and so does this code unless it is asked otherwise."""
 
     fused: Final = False
+    tables: Format | None = None
+    """As published: linear layers alone."""
 
     def parse(self, text: str) -> Format | None:
         return formats.parse_spec(text)

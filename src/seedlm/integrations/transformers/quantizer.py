@@ -43,6 +43,7 @@ from seedlm.modeling.quantize import (
 )
 from seedlm.storage.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, stored_name
 from seedlm.storage.metadata import GUARDS, heading, written_version
+from seedlm.storage.selection import DENSE
 
 
 class SeedLMConfig(QuantizationConfigMixin):
@@ -52,7 +53,7 @@ class SeedLMConfig(QuantizationConfigMixin):
     format                   a specification such as "block-k16-c8-p3-q4-e4", or the JSON form of a format
     modules_to_not_convert   linear layers to leave as they are: names, or glob patterns when compressing
     overrides                module name -> JSON form of its format, where it is not `format`
-    embeddings, head         formats of the embeddings and the output head when compressing; they stay dense without
+    embeddings, head         formats of the embeddings and the output head when compressing; dense without, as by "dense"
     settings                 of the format's family: ``rounding="nearest"`` is the paper's for the block code
     Raises FormatError for an unknown format or option, CheckpointError for a newer format version.
     """
@@ -88,8 +89,8 @@ class SeedLMConfig(QuantizationConfigMixin):
         check_settings([parsed, *others.values()], settings)
         self.quant_method: Any = quant_method
         self.format_version = written_version(())  # of what is saved, unless what is packed needs another
-        self.embeddings = None if embeddings is None else parse_format(embeddings).spec
-        self.head = None if head is None else parse_format(head).spec
+        self.embeddings = embeddings if embeddings in (None, DENSE) else parse_format(embeddings).spec
+        self.head = head if head in (None, DENSE) else parse_format(head).spec
         self.format = parsed.to_dict()
         self.settings = {**family_of(parsed).defaults, **settings}
         if not isinstance(modules_to_not_convert or [], list | tuple):
