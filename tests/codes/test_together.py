@@ -1,6 +1,7 @@
 """Pieces of several threads are done in one go, each gets its own result, and panels have the bits that they have alone."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -82,18 +83,27 @@ def test_panels_of_several_threads_have_the_bits_that_they_have_alone(fed, monke
         return panels.encode_panel(weight, before if fed else None, coefficients if fed else None, strips, trellis, 16)
 
     alone = [encode(*each) for each in problems]
-    sizes, real = [], panels._encode
-    monkeypatch.setattr(panels, "_encode", lambda many, *rest: sizes.append(len(many)) or real(many, *rest))
-    gate = threading.Barrier(len(problems))
+    sizes, real, arrived = [], panels._encode, []
+
+    def counted(many, *rest):
+        """The first of a round takes until the others are on their way, so that they wait for their turn together."""
+        sizes.append(len(many))
+        while len(arrived) < len(problems):
+            time.sleep(0.01)
+        time.sleep(0.05)
+        return real(many, *rest)
+
+    monkeypatch.setattr(panels, "_encode", counted)
 
     def at_once(each):
-        gate.wait()
+        arrived.append(each)
         return encode(*each)
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for _ in range(3):
+            arrived.clear()
             together = in_threads(*[lambda each=each: at_once(each) for each in problems])
             for found, expected in zip(together, alone, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
