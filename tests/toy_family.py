@@ -43,15 +43,13 @@ class ToyEncoder:
         self.top, self.unit, self.dtype = 2 ** (format.bits - 1) - 1, facts.largest or 1.0, getattr(torch, format.scales)
 
     def rows(self, weight, tell):
-        weight = weight.float() / self.unit
+        given, weight = weight, weight.float() / self.unit
         scales = (weight.abs().amax(1) / self.top).clamp_min(2**-14).to(self.dtype)
         codes = (weight / scales.float()[:, None]).round().clamp(-self.top, self.top)
         tell(weight.numel())
-        errors = ((codes * scales.float()[:, None] - weight) * self.unit).double().square().sum(1).cpu()
+        errors = base.row_sums(((codes * scales.float()[:, None] - weight) * self.unit).double().square()).cpu()
         padded = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % 4)).to(torch.int8).view(-1, 4, weight.shape[1])
-        return {base.CODES: padded, "scales": scales}, base.RowErrors(
-            errors, (weight * self.unit).double().square().sum(1).cpu()
-        )
+        return {base.CODES: padded, "scales": scales}, base.RowErrors(errors, base.row_sums(given.double().square()).cpu())
 
     def rest(self):
         return {"unit": torch.tensor([self.unit])}

@@ -46,3 +46,8 @@ class BackendError(SeedLMError, RuntimeError):
 
 class EvaluationError(SeedLMError):
     """A measurement that cannot be made: a text shorter than a window, models that do not share a vocabulary, no memory."""
+
+
+def extra(name: str) -> str:
+    """What to type for an extra of this package, which no index has under its name yet."""
+    return f"pip install '.[{name}]' in a copy of seedlm's repository"

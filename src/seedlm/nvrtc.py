@@ -34,9 +34,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from seedlm.errors import BackendError
+from seedlm.errors import BackendError, extra
 
-REMEDY = "pip install 'seedlm[cuda]'"
+REMEDY = extra("cuda")
 STANDARD = ("-std=c++17",)
 TYPES: Final = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 """The dtypes of inputs and outputs that kernels know, and the number that each has in their text."""

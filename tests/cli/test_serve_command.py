@@ -27,7 +27,7 @@ def free_port():
 @pytest.fixture(scope="module")
 def server(talking):
     for name in ("openai", "fastapi", "uvicorn"):
-        pytest.importorskip(name, reason="serving needs the extra: pip install 'seedlm[serve]'")
+        pytest.importorskip(name, reason="serving needs the extra: pip install '.[serve]'")
     port = free_port()
     process = subprocess.Popen(
         [*COMMAND, "serve", str(talking), "--port", str(port), "--device", "cpu"],
@@ -151,7 +151,7 @@ metric_list: [{{metric: acc}}]
 
 
 def test_lm_evaluation_harness_opens_a_packed_folder(talking, tmp_path):
-    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'seedlm[eval]'")
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install '.[eval]'")
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"question": f"Once {n} times there was a"}) + "\n" for n in range(3)))
     (tmp_path / "tiny.yaml").write_text(TASK.format(data=data))
@@ -164,7 +164,7 @@ def test_lm_evaluation_harness_opens_a_packed_folder(talking, tmp_path):
 
 def test_chats_with_a_model_without_a_template_are_the_clients_error(monkeypatch):
     for name in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(name, reason="serving needs the extra: pip install 'seedlm[serve]'")
+        pytest.importorskip(name, reason="serving needs the extra: pip install '.[serve]'")
     monkeypatch.setattr("uvicorn.Server.run", lambda self: None)
     from seedlm.integrations.transformers.serving import Server
 

@@ -236,7 +236,7 @@ class TestRefusals:
 
     def test_without_the_library_it_says_what_to_install(self, two, monkeypatch):
         monkeypatch.setitem(sys.modules, "vl_convert", None)
-        with pytest.raises(EvaluationError, match=r"pip install 'seedlm\[report\]'; the table and --json do not"):
+        with pytest.raises(EvaluationError, match=r"pip install '\.\[report\]' in a copy of .*; the table and --json do not"):
             to_html(compare_runs(load_runs(two)))
 
 

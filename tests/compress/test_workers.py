@@ -343,7 +343,7 @@ def cluster():
     cluster.shutdown()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install 'seedlm[ray]')")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install '.[ray]')")
 class TestRay:
     def test_two_nodes_leave_the_same_bytes_though_a_worker_is_killed(self, cluster, llama, finished, tmp_path):
         import psutil
@@ -391,7 +391,7 @@ class TestRay:
 def test_a_cluster_that_is_not_there_is_one_line(llama, tmp_path):
     if importlib.util.find_spec("ray"):
         pytest.skip("Ray is installed")
-    with pytest.raises(BackendError, match=r"device 'ray' needs Ray: pip install 'seedlm\[ray\]'"):
+    with pytest.raises(BackendError, match=r"device 'ray' needs Ray: pip install '\.\[ray\]' in a copy of seedlm's repository"):
         run(llama, tmp_path / "out", device="ray")
     assert list(tmp_path.iterdir()) == []
 

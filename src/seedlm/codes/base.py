@@ -1,4 +1,4 @@
-"""What a family of codes is to the rest of the package: a further family implements this file, and nothing else changes.
+"""What a family of codes is to the rest of the package: a further family implements this file and is named in `registry`.
 
     Format          which code a matrix is stored in: one frozen value, without torch, passed whole
     Part            one tensor that a matrix is stored as, and how it lies along the matrix's rows
@@ -232,7 +232,7 @@ class JoiningBackend(LinearBackend, Protocol):
         shapes: tuple[tuple[int, int], ...],
         biases: "Sequence[Tensor | None]",
     ) -> "list[Tensor]":
-        """`linear` of x [..., in_features] by weights of one format and `in_features`, in their order."""
+        """`linear` of x [..., in_features], as it is, by weights of one format and `in_features`, in their order."""
         ...
 
 

@@ -14,7 +14,7 @@ from string import Template
 from typing import Any, Final
 
 from seedlm.compare.markdown import explain, table
-from seedlm.errors import EvaluationError
+from seedlm.errors import EvaluationError, extra
 
 _LIBRARY: Final = "window.vegaEmbed = vegaEmbed;"
 """What the page calls; the bundle holds it with all that it needs."""
@@ -25,9 +25,7 @@ def to_html(comparison: dict[str, Any]) -> str:
     try:
         import vl_convert
     except ImportError:
-        raise EvaluationError(
-            "the HTML report needs vl-convert: pip install 'seedlm[report]'; the table and --json do not"
-        ) from None
+        raise EvaluationError(f"the HTML report needs vl-convert: {extra('report')}; the table and --json do not") from None
     here = files("seedlm.compare")
     library, script = vl_convert.javascript_bundle(_LIBRARY), (here / "page.js").read_text(encoding="utf-8")
     assert "</script" not in library.lower()

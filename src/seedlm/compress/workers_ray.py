@@ -21,7 +21,7 @@ from seedlm.compress.worker import Job, Unit, Worker
 from seedlm.compress.workers import KEPT, Encoded, Finished
 from seedlm.compress.workfolder import is_held
 from seedlm.device import peak_memory
-from seedlm.errors import BackendError, OutputError, SeedLMError, SourceError
+from seedlm.errors import BackendError, OutputError, SeedLMError, SourceError, extra
 
 _SHARED: Final = "source and output must be on storage that every node sees under the same paths"
 _RETRIES: Final = 3
@@ -35,7 +35,7 @@ class Cluster:
         try:
             import ray
         except ImportError:
-            raise BackendError("device 'ray' needs Ray: pip install 'seedlm[ray]'") from None
+            raise BackendError(f"device 'ray' needs Ray: {extra('ray')}") from None
         self._ray, self._mine = ray, not ray.is_initialized()
         if self._mine:
             try:

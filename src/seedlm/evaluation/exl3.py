@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from seedlm.calibration.placement import numbered_layers
-from seedlm.errors import EvaluationError
+from seedlm.errors import EvaluationError, extra
 
 Quantize = Callable[[Tensor, dict[str, Any], dict[str, Any], bool], tuple[Tensor, float, dict[str, Tensor]]]
 """exllamav3's `quantize_exl3`: weight [in, out], what was seen of its inputs, options, True -> the dequantised weight, an error
@@ -196,7 +196,7 @@ def load_quantizer() -> Quantize:
     if "exllamav3" not in sys.modules:
         spec = importlib.util.find_spec("exllamav3")
         if spec is None or not spec.submodule_search_locations:
-            raise EvaluationError("EXL3 needs exllamav3: pip install 'seedlm[baselines]'")
+            raise EvaluationError(f"EXL3 needs exllamav3: {extra('baselines')}")
         root = Path(spec.submodule_search_locations[0])
         kernels = ModuleType("exllamav3.ext")
         kernels.exllamav3_ext = _compile(root / "exllamav3_ext")  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-from seedlm.errors import EvaluationError
+from seedlm.errors import EvaluationError, extra
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def parse_baseline(text: str) -> tuple[str, Method, float]:
     try:
         _ = method.versions
     except PackageNotFoundError as reason:
-        raise EvaluationError(f"{text} needs {reason.name}: pip install 'seedlm[baselines]'") from None
+        raise EvaluationError(f"{text} needs {reason.name}: {extra('baselines')}") from None
     if name in _NEED_A_GPU:
         import torch
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from seedlm.compress.workfolder import check_unlocked
 from seedlm.device import check_names
-from seedlm.errors import EvaluationError
+from seedlm.errors import EvaluationError, extra
 from seedlm.evaluation.methods import parse_baseline
 from seedlm.evaluation.records import records_path
 from seedlm.evaluation.text import Text
@@ -81,7 +81,7 @@ class Settings:
         elif self.calibration is not None:
             raise EvaluationError("calibration text is for a baseline that is calibrated, and none was chosen")
         if self.tasks and find_spec("lm_eval") is None:
-            raise EvaluationError("zero-shot tasks need lm-evaluation-harness: pip install 'seedlm[eval]'")
+            raise EvaluationError(f"zero-shot tasks need lm-evaluation-harness: {extra('eval')}")
         if self.task_data is not None and not Path(self.task_data).is_dir():
             raise EvaluationError(f"{self.task_data}: no such folder of local files for the tasks")
 

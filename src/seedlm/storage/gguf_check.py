@@ -19,7 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from seedlm.errors import SourceError
+from seedlm.errors import SourceError, extra
 from seedlm.storage.untrusted import opened
 
 _PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
@@ -45,7 +45,7 @@ def gguf_sizes(path: Path) -> Mapping[Any, tuple[int, int]]:
     try:
         from gguf import GGML_QUANT_SIZES
     except ImportError:
-        raise SourceError(f"{path}: reading a GGUF file needs the gguf package: pip install 'seedlm[gguf]'") from None
+        raise SourceError(f"{path}: reading a GGUF file needs the gguf package: {extra('gguf')}") from None
     return GGML_QUANT_SIZES
 
 

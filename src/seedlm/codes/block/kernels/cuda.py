@@ -1,6 +1,6 @@
 """The block code's backend on NVIDIA GPUs: products without weights in memory.
 
-By the number of tokens, for all presets and formats like them:
+By the number of tokens, for the presets 4, 3 and 2 (`wide`: 4 and 3); weights of other formats are formed:
 
     1              `vector`: bits of the seeds against 16-bit integer activations on int8 tensor cores
     2 to 16        `batch`: weights formed in half precision on tensor cores

@@ -2,7 +2,7 @@
 
 By the number of tokens:
 
-    to `few`   `numba_product`: decoded and multiplied in registers; rotated activations as 15-bit integers with a scale for
+    to `_few`  `numba_product`: decoded and multiplied in registers; rotated activations as 15-bit integers with a scale for
                each 256 columns (relative error about 6e-5), or int8 ("numba-int8", below 1e-2)
     more       `numba_weights`: a tile of rows at a time is formed in the transformed basis, in x's dtype, for torch's product
 """

@@ -5,8 +5,9 @@ By the number of tokens:
     to 8 (16 in int8)   `product`: decoded and multiplied on int8 tensor cores; activations as 16-bit integers with a scale for
                         each token (relative error 1e-4 and less), or int8 ("cuda-int8", about 5e-3); made by the same launch
                         where they are few
-    to 1023, on Hopper  `gemm`: decoded into tensor-core tiles, activations rounded to half precision in the transformed basis
-    more, or elsewhere  the weight is formed in the transformed basis, in x's dtype, for torch's product
+    to 1023, on Hopper  `gemm`, for 16-bit x: decoded into tensor-core tiles, activations rounded to half precision in the
+                        transformed basis
+    all others          the weight is formed in the transformed basis, in x's dtype, for torch's product
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,9 @@ class CudaBackend:
         return [torch.empty(size, dtype=torch.int32, device=x.device)]
 
     def transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
-        """The workspace of `launch`, or x in the transformed basis; [] where products take x as it is."""
+        """The workspace of `launch`, or x in the transformed basis; [] where products take x as it is, for no tokens and other
+        dtypes.
+        """
         tokens = x.numel() // in_features
         if (kind := self._shared_kind(x, tokens, in_features)) is None:
             return []

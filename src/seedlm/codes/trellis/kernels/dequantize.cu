@@ -1,4 +1,4 @@
-// The weights themselves: of the rotated basis (ORIGINAL = 0), or of the model's own (ORIGINAL = 1).
+// The weights themselves: of the transformed basis (ORIGINAL = 0), or of the model's own (ORIGINAL = 1).
 //
 // A warp takes one segment and 32 * E neighbouring columns, E to a lane, and goes down the 32 rows: decode, scale, undo the
 // transform (Hadamard, then signs) in float32, and store E neighbours at once. Each product is rounded once, in the order

@@ -11,9 +11,10 @@
 A plan holds all that calls of one shape have in common (loaded kernels, grids, offsets), so that a call only launches. On
 Hopper each kernel may start while the one before it ends: a product fetches its first weights while `rotate` is at work.
 
-The workspace of `kind` "exact" or "int8" is int32: x_parts, x_scale, x_sum. That of kind "halves", for `gemm`, holds halves,
-x_scale, and counters, which `rotate` clears and each product leaves clear: these products may follow each other on one
-stream, not run at once on two.
+The workspace of `kind` "exact" or "int8" holds x_parts, x_scale, x_sum, which products only read. That of kind "halves", for
+`gemm`, holds halves, x_scale, and counters, which `rotate` clears and each `gemm` leaves clear: those of one workspace may
+follow each other on one stream, not run at once on two. What blocks of a product leave for each other is new memory of each
+call.
 
 A weight that was formed in the transformed basis (`dequantize`) is multiplied by what `transform` makes of x.
 """
@@ -54,7 +55,7 @@ class InputPlan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProductPlan:
-    """How a workspace is multiplied by a packed weight."""
+    """How x, or a workspace, is multiplied by packed weights that share it."""
 
     kernel: nvrtc.Kernel
     grid: tuple[int]
@@ -234,7 +235,7 @@ def padded(words: Tensor, format: TrellisFormat, in_features: int) -> Tensor:
 
 
 def dequantize(weight: Tensor, parts: Sequence[Tensor], format: TrellisFormat, original: bool) -> None:
-    """Write a packed weight to `weight` [out, in]: in the model's basis if `original`, else in the transformed one."""
+    """Write a packed weight to `weight` [out, in], in the model's basis or the transformed one. parts: see `padded`."""
     words, scales, scale = parts
     out_features, in_features = weight.shape
     kernel = nvrtc.load(sources.dequantize_source(format, original), "dequantize", "PPPPiiiiii", device=weight.device)

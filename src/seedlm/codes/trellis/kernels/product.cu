@@ -31,8 +31,8 @@
 // [segments, steps * 16 * R]. sums: int64 [slots], then [tokens][slots * 256], a slot for each panel, or for each block (a block
 // begins at most one shared panel), whichever are fewer. y: [tokens, out].
 //
-// Compile-time beside RATE, STATE_BITS, MULTIPLIER: WARPS (that decode), FINISHERS (threads), STAGES, TILES (0 is narrow), MEMBERS,
-// NEIGHBOURS (1: the strip's next segment is not always in the same panel, so its first words are fetched too).
+// Compile-time beside decode.cuh's, and with OWN_INPUT quantize.cuh's and hadamard.cuh's: OWN_INPUT, WARPS (that decode), FINISHERS
+// (threads), STAGES, TILES (0 is narrow), MEMBERS, NEIGHBOURS (1: the strip's next segment is not always in the same panel, so its first words are fetched too).
 
 constexpr int STEP = 16;
 constexpr int THREADS = WARPS * 32 + FINISHERS, FINISHED = 256 / FINISHERS;  // rows of a finisher

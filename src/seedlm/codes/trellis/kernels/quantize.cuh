@@ -1,4 +1,4 @@
-// Activations as the kernels want them: in the transformed basis, as integers with one scale a token.
+// Activations as the kernels want them: in the transformed basis (`transformed`), as integers with one scale a token (`Quantizer`).
 //
 // A warp transforms 32 * E neighbours in registers, a piece. The largest magnitude of a token is found on the bits, as integers,
 // so a NaN or Inf is the largest of all and becomes the token's scale: its outputs are not finite, as they should be.

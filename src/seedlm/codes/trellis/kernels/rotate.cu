@@ -4,13 +4,13 @@
 // it still holds (quantize.cuh).
 //
 // x_parts: int8 [steps][tokens * PARTS_EACH][16], zero past `in`. x_scale: float [tokens]. x_sum: int32 [parts], the sum of
-// the part's int8.
+// the part's int8, cleared here.
 //
 // HALVES = 1, for `gemm`: no int8, but halves, x_parts being half [column blocks][padded][64] in that kernel's swizzle; a
 // token's scale is a power of two that takes its largest number to 2^13 .. 2^14. `zero`: int32 [zeros], a multiple of 4, that
 // kernel's counters, cleared by the blocks behind the tokens'.
 //
-// Compile-time: HADAMARD, LANE_NUMBERS, SIGN_WORD, WARPS, CLUSTER, ROUNDS (pieces of a warp), HALVES.
+// Compile-time beside quantize.cuh's and hadamard.cuh's: WARPS, CLUSTER, ROUNDS (pieces of a warp), HALVES.
 
 #if CLUSTER > 1
 // A barrier of all threads of the cluster in two halves: what came before the one is visible after the other.
