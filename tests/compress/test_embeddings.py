@@ -348,7 +348,10 @@ def test_a_size_counts_coded_tables_and_leaves_them_dense_where_there_is_room(vo
     assert (room < most) is (vocabulary == 80)
     report = compress(min(room, most) - 1000, "less")
     assert {tensor.format for tensor in report.outside} == {SIX}
-    assert compress(min(room, most) + 1000, "more").outside == []
+    if most < room:  # dense tables would leave less than 6 bits for the layers
+        more = compress(most + 1000, "not used up")
+        assert ({tensor.format for tensor in more.outside}, more.bytes) == ({SIX}, most)
+    assert compress(room + 1000, "more").outside == []
     with pytest.raises(FormatError, match=f"can have {at('2', 'two'):,} to [\\d,]+ bytes, got 1,000"):
         compress(1000, "none")
     with pytest.raises(FormatError, match=rf"can have [\d,]+ to {at('8', 'eight'):,} bytes, got 900,000,000"):
@@ -402,3 +405,10 @@ def test_a_stopped_run_does_not_go_on_with_what_is_said_of_tables_changed(dense,
     compress_checkpoint(dense / "tied", tmp_path / "default", **arguments)
     compress_checkpoint(dense / "tied", tmp_path / "said", embeddings="6-fast", **arguments)
     assert folder_bytes(tmp_path / "default") == folder_bytes(tmp_path / "said")
+
+
+def test_a_head_that_is_included_and_to_stay_dense_is_refused(tmp_path):
+    tiny_llama(tmp_path / "m", tie_word_embeddings=False)
+    with pytest.raises(SourceError, match=r"lm_head.weight: is included, and --head dense leaves it as it is"):
+        compress_checkpoint(tmp_path / "m", tmp_path / "out", format="3-fast", include="lm_head", head="dense", **BY_WEIGHTS)
+    assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ from seedlm.storage.checkpoint import PackedInfo, stored_name
 from seedlm.storage.metadata import UNKNOWN_DIGEST, reason_like_part, side_endings
 from seedlm.storage.safetensors import SINGLE_NAME, Layout, TensorInfo, layout
 from seedlm.storage.selection import (
+    DENSE,
     Survey,
     Wish,
     dense_linears,
@@ -138,6 +139,9 @@ def choose(
     modules, left = select(source.tensors, source.config, widest, include, exclude, found)
     tables, lacks = tables_by_default(source.tensors, found, wish, modules, exclude)
     tables |= tables_of(source.tensors, found, wish.said, exclude)
+    for option, format in wish.said.items():
+        if format is None and (named := f"{getattr(found.tables, option)}").removesuffix(".weight") in modules:
+            raise SourceError(f"{named}: is included, and --{option} {DENSE} leaves it as it is; leave one of them out")
     left = {name: reason for name, reason in left.items() if name.removesuffix(".weight") not in tables}
     matrices = matrices_of(modules, source.tensors, source.config, found)
     dense = dense_linears(source.tensors, left, found)
@@ -169,11 +173,11 @@ def check_reach(mixture: Mixture, selected: Selected, size_of: SizeOf) -> None:
 
 def by_size(
     mixture: Mixture, tables: Format, coded: Selected, dense: Selected, size_of: Callable[[Selected, Mapping[str, Format]], int]
-) -> Selected:
-    """Which of two selections meets a size: tables in their default format, or dense ones.
+) -> tuple[Selected, Mixture]:
+    """Which of two selections meets a size, tables in their default format or dense ones, and the size for it.
 
-    Dense ones do where layers of as many bits as the default has fit beside them, and where with coded ones the size could
-    not be met.
+    Dense ones do where layers of as many bits as the default has fit beside them. Else more than the most bits beside coded
+    ones is not used up: fewer bits for the layers would cost more than dense tables win.
     """
 
     def nbytes(selected: Selected, format: Format) -> int:
@@ -181,8 +185,13 @@ def by_size(
 
     assert mixture.size is not None
     alike = min(mixture.formats, key=lambda format: abs(format.bits_per_weight - tables.bits_per_weight))
+    if nbytes(dense, alike) <= mixture.size:
+        return dense, mixture
     most = mixture.extremes(coded.modules)[1]
-    return dense if nbytes(dense, alike) <= mixture.size or nbytes(coded, most) < mixture.size else coded
+    if (used := nbytes(coded, most)) >= mixture.size:
+        return coded, mixture
+    note = f"{used:,} of {mixture.size:,} bytes are used: layers in {most.spec}, and dense tables would leave them too few"
+    return replace(coded, notes=[*coded.notes, note]), replace(mixture, size=used)
 
 
 def reach(

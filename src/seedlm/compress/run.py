@@ -80,7 +80,7 @@ def compress_checkpoint(
                         serves both if they are tied. None is the default of the format's family: 6 bits (``"6-fast"``) beside
                         layers of the trellis code in up to 6 bits; dense beside more, beside the block code, and where no code
                         can take their place. In a size they count as they are stored; one that holds layers of 6 bits
-                        beside dense ones, or that no mixture with coded ones fills, leaves them dense
+                        beside dense ones leaves them dense
     max_shard_size      bytes, or a text such as ``"5GB"``
     device              where codes are searched (`device.choose_devices`): ``"auto"`` is every GPU, or the CPU if there is
                         none; ``"cuda:0,cuda:1"`` those two; ``"ray"`` a cluster (`workers_ray`). All find the same codes
@@ -122,21 +122,21 @@ def compress_checkpoint(
     def size_with(chosen: Selected, formats: Mapping[str, Format]) -> int:
         return plans.make(model, chosen, formats, dtype=dtype, shard_bytes=shard_bytes, arguments={}).nbytes
 
-    if isinstance(asked.format, Mixture) and asked.format.size and tables.default and selected.modules:
+    wished = asked.format
+    if isinstance(wished, Mixture) and wished.size and tables.default and selected.modules:
         coded, said = selected, Wish(tables.said)
         left = plans.choose(model, candidates, asked.include, asked.exclude, said, found=coded.survey)
-        selected = plans.by_size(asked.format, tables.default, coded, left, size_with)
+        selected, wished = plans.by_size(wished, tables.default, coded, left, size_with)
     size_of = partial(size_with, selected)
     for note in selected.notes:
         tell(note)
-    if isinstance(asked.format, Mixture) and selected.modules:
-        plans.check_reach(asked.format, selected, size_of)
+    if isinstance(wished, Mixture) and selected.modules:
+        plans.check_reach(wished, selected, size_of)
     with WorkFolder.claim(out) as work, shown(on_progress) as progress:
         if wanted.kind != "none" and any(family_of(each).feedback for each in candidates):
             clock.phase("observe")
         observed = gather(work, wanted, candidates, model, path, selected.layers, devices, progress, tell, trust_remote_code)
         clock.phase("prepare")
-        wished = asked.format
         if isinstance(wished, Mixture) and not wished.sensitivity:
             wished = observed.mixture(wished, selected.modules, model, selected.survey)
         formats = plans.assign(wished, selected, size_of)

@@ -81,7 +81,9 @@ def scan(
             if found.reason:
                 others = sum(other.result().reason is not None for _, other in (*waiting, *started))
                 more = f"; and {others} more tensors like it" if others else ""
-                raise TensorError(f"{found.reason}{more}; --exclude keeps a tensor as it is")
+                raise TensorError(
+                    f"{found.reason}{more}; --exclude MODULE leaves one as it is, --embeddings dense the embeddings"
+                )
             return item, found
 
         try:
