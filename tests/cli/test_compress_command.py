@@ -59,6 +59,17 @@ def test_what_to_do_next_is_what_the_model_can_do(tmp_path, here):
     assert "16 before" not in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_other_sizes_are_of_the_layers_own_code(tmp_path, here):
+    """Beside the block code's layers the embeddings, which come first in the file, have another code, of other bits."""
+    table = ("--embeddings", "trellis-r6-l12-t256-h128", "--feedback", "none", "--device", "cpu")
+    done = here("compress", STORIES, tmp_path / "out", "--code", "block", "--bits", "2", *table)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("other sizes")]
+    assert line.endswith("--bits takes 2 to 5")
+    assert " at 5 bits" in line
+    assert " at 6 bits" not in line
+
+
 def test_tables_in_codes_are_told_from_layers_unless_they_are_dense(tmp_path, here):
     options = ("--bits", "2-fast", "--feedback", "none", "--device", "cpu")
     done = here("compress", STORIES, tmp_path / "out", *options)

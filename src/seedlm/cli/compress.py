@@ -13,7 +13,7 @@ from seedlm.cli.console import NOTHING_KEPT, in_bytes, kept, note, number, show,
 from seedlm.cli.options import TrustRemoteCode
 from seedlm.codes.registry import DEFAULT, family, family_of, parse_format
 from seedlm.errors import FormatError
-from seedlm.storage.selection import DENSE
+from seedlm.storage.selection import DENSE, format_or_dense
 from seedlm.storage.untrusted import printable
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def compress(
         "dtype": dtype,
         "include": include or (),
         "exclude": exclude or (),
-        "embeddings": embeddings if embeddings in (None, DENSE) else parse_format(embeddings, code),
-        "head": head if head in (None, DENSE) else parse_format(head, code),
+        "embeddings": None if embeddings is None else format_or_dense(embeddings, code) or DENSE,
+        "head": None if head is None else format_or_dense(head, code) or DENSE,
         "max_shard_size": max_shard_size,
         "device": device,
         "backend": backend,
@@ -255,7 +255,8 @@ def _print_next(report: "RunReport") -> None:
     from seedlm.integrations.transformers.before import has_chat_template
 
     kept, bits_now, weights = _layers(report)
-    known = family_of(parse_format(report.tensors[0].format)).presets
+    layer = next((tensor for tensor in report.tensors if tensor not in report.outside), report.tensors[0])
+    known = family_of(parse_format(layer.format)).presets
     numbers = [float(name) for name in known if name.replace(".", "").isdigit()]
     others = [bits for bits in (3, 4, 5, 6) if abs(bits - bits_now) > 0.5 and bits in numbers]
     sizes = [f"{in_bytes(kept + bits * weights // 8)} at {bits} bits" for bits in others]

@@ -69,18 +69,18 @@ class Jobs:
     """
 
     def __init__(self, jobs: Sequence[tuple[Kernel, tuple[int | None, ...], int]]) -> None:
-        all: list[int | None] = []
+        laid: list[int | None] = []
         table: list[int] = []
         for kernel, numbers, _ in jobs:
-            table += [kernel.address, 8 * (2 + 2 * len(jobs) + len(all))]
-            all += [0, *numbers]
+            table += [kernel.address, 8 * (2 + 2 * len(jobs) + len(laid))]
+            laid += [0, *numbers]
         self._kernel = jobs[0][0]
         if len(jobs) > 1:
-            self._kernel, all = _chain(), [0, len(jobs), *table, *all]
+            self._kernel, laid = _chain(), [0, len(jobs), *table, *laid]
         self._pieces = sum(pieces for *_, pieces in jobs)
-        self._numbers = [number or 0 for number in all]
-        self._places = [place for place, number in enumerate(all) if number is None]
-        self._pack = struct.Struct(f"{len(all)}q").pack
+        self._numbers = [number or 0 for number in laid]
+        self._places = [place for place, number in enumerate(laid) if number is None]
+        self._pack = struct.Struct(f"{len(laid)}q").pack
 
     def share(self, given: Sequence[int]) -> None:
         """Run them; threads meet once, at the end. given: in the order of the numbers that are None."""

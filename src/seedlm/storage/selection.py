@@ -73,6 +73,11 @@ DENSE: Final = "dense"
 """What is said of embeddings or a head that are to stay as they are, in the place of a format."""
 
 
+def format_or_dense(said: str | float | Format, code: str | None = None) -> Format | None:
+    """What is said of embeddings or a head: a format, None for "dense". Raises FormatError as `parse_format`."""
+    return None if said == DENSE else parse_format(said, code)
+
+
 @dataclass(frozen=True)
 class Wish:
     """What is wanted of the embeddings and the head.
@@ -91,7 +96,7 @@ class Wish:
     ) -> "Wish":
         """From two options, None where nothing is said. Raises FormatError as `parse_format`."""
         given = (("embeddings", embeddings), ("head", head))
-        said = {option: None if each == DENSE else parse_format(each) for option, each in given if each is not None}
+        said = {option: format_or_dense(each) for option, each in given if each is not None}
         return cls(said, default)
 
     @property

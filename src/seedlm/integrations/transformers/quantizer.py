@@ -43,7 +43,7 @@ from seedlm.modeling.quantize import (
 )
 from seedlm.storage.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedInfo, Stack, guarded, metadata, stored_name
 from seedlm.storage.metadata import GUARDS, heading, written_version
-from seedlm.storage.selection import DENSE
+from seedlm.storage.selection import DENSE, Wish
 
 
 class SeedLMConfig(QuantizationConfigMixin):
@@ -89,8 +89,9 @@ class SeedLMConfig(QuantizationConfigMixin):
         check_settings([parsed, *others.values()], settings)
         self.quant_method: Any = quant_method
         self.format_version = written_version(())  # of what is saved, unless what is packed needs another
-        self.embeddings = embeddings if embeddings in (None, DENSE) else parse_format(embeddings).spec
-        self.head = head if head in (None, DENSE) else parse_format(head).spec
+        said = Wish.of(embeddings, head).said
+        texts = {option: DENSE if each is None else each.spec for option, each in said.items()}
+        self.embeddings, self.head = texts.get("embeddings"), texts.get("head")
         self.format = parsed.to_dict()
         self.settings = {**family_of(parsed).defaults, **settings}
         if not isinstance(modules_to_not_convert or [], list | tuple):

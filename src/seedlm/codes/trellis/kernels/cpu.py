@@ -172,7 +172,7 @@ def _few(exact: bool, dtype: torch.dtype) -> int:
 
 
 class _Plan(NamedTuple):
-    """A kernel, what calls of one shape have in common of its job, the bytes of inputs (all tokens', or one's), and signs."""
+    """A kernel, what calls of one shape have in common of its job, the bytes of all tokens' inputs, and signs."""
 
     kernel: Any
     numbers: tuple[int, ...]

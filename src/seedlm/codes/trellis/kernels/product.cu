@@ -32,7 +32,8 @@
 // begins at most one shared panel), whichever are fewer. y: [tokens, out].
 //
 // Compile-time beside decode.cuh's, and with OWN_INPUT quantize.cuh's and hadamard.cuh's: OWN_INPUT, WARPS (that decode), FINISHERS
-// (threads), STAGES, TILES (0 is narrow), MEMBERS, NEIGHBOURS (1: the strip's next segment is not always in the same panel, so its first words are fetched too).
+// (threads), STAGES, TILES (0 is narrow), MEMBERS, NEIGHBOURS (1: the strip's next segment is not always in the same panel, so
+// its first words are fetched too).
 
 constexpr int STEP = 16;
 constexpr int THREADS = WARPS * 32 + FINISHERS, FINISHED = 256 / FINISHERS;  // rows of a finisher
