@@ -1,7 +1,7 @@
 """A whole Llama-shaped model on a CPU, batch 1: dense beside packed, through transformers, and llama.cpp where it is given.
 
     python bench/generate_cpu.py [--shapes smollm2|1b] [--bits 4,3] [--tables 6] [--new 32] [--threads 2] [--repeats 5]
-        [--prompt 512] [--llama-cpp FOLDER --gguf MODEL.gguf]
+        [--prompt 512] [--llama-cpp FOLDER --gguf MODEL.gguf] [--json results/generate_cpu.json]
 
 Speed does not depend on weights: dense ones are all alike, codes random, since any word is a valid trellis code. Before a
 time is taken, every kind of packed layer is held against its dequantized weight. Then all rows take turns. A row's times are
@@ -16,6 +16,9 @@ shares is the only one that is the program's own.
 
 import argparse
 import ctypes
+import json
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -175,6 +178,26 @@ def seconds(run: Callable[[int], None], count: int) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - used
 
 
+def two_busy_processes() -> float:
+    """Cores that two busy processes get: 2 on a host that nobody else uses."""
+    start = time.perf_counter()
+    children = []
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            while time.perf_counter() - start < 2:
+                pass
+            os._exit(0)
+        children.append(child)
+    used = [os.wait4(child, 0)[2] for child in children]
+    return sum(each.ru_utime for each in used) / (time.perf_counter() - start)
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,8 +212,10 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--no-dense", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the times there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    before = two_busy_processes()
     prompt = torch.randint(SHAPES[options.shapes].vocab_size, (1, options.prompt))
     rows: dict[str, Callable[[int], None]] = {}
     for name in options.dtypes.split(","):
@@ -212,12 +237,29 @@ def main() -> None:
     for _ in range(options.repeats):
         for name, count in found:
             found[name, count].append(seconds(rows[name], count))
-    print(f"{options.shapes}, {options.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    facts = {
+        "shapes": options.shapes,
+        "processor": processor(),
+        "threads": options.threads,
+        "cores that two processes get": [round(before, 2), round(two_busy_processes(), 2)],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "prompt": options.prompt,
+        "new": options.new,
+        "repeats": options.repeats,
+    }
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
     print(f"{'ms':34}{'prompt':>10}{'a token':>10}{'median':>10}{'processor':>10}")
+    times = []
     for name in rows:
         (one, used_one), (all, used) = (zip(*found[name, count], strict=True) for count in (1, 1 + options.new))
         shown = min(all) - min(one), statistics.median(all) - statistics.median(one), min(used) - min(used_one)
-        print(f"{name:34}{1e3 * min(one):10.1f}" + "".join(f"{1e3 * each / options.new:10.2f}" for each in shown))
+        of_token = dict(zip(("shortest", "median", "processor"), (1e3 * each / options.new for each in shown), strict=True))
+        times.append({"name": name, "prompt ms": {"shortest": 1e3 * min(one), "median": 1e3 * statistics.median(one)}})
+        times[-1]["token ms"] = of_token
+        print(f"{name:34}{1e3 * min(one):10.1f}" + "".join(f"{each:10.2f}" for each in of_token.values()))
+    if options.json:
+        options.json.write_text(json.dumps(facts | {"rows": times}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
