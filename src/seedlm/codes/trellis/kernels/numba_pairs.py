@@ -75,10 +75,30 @@ def _words(rate: int, register: int) -> range:
     return range(register * _together(rate), (register + 1) * _together(rate))
 
 
-def _rows(rate: int, word: int, pair: int) -> list[int]:
-    """The pair-th two rows whose own bits begin in a word, -1 where there are no more."""
-    first = -(-SEGMENT_ROWS * word // rate) + 2 * pair
-    return [row if rate * row < 32 * (word + 1) else -1 for row in (first, first + 1)]
+@lru_cache(maxsize=64)
+def _pairs(rate: int, word: int) -> list[tuple[int, int]]:
+    """The rows whose own bits begin in a word, two by two, -1 where there is no second.
+
+    Rather two whose windows begin at the same bit of a byte, since one shift aligns both.
+    """
+    apart = 8 // math.gcd(rate, 8)
+    rows = [row for row in range(SEGMENT_ROWS) if 32 * word <= rate * row < 32 * (word + 1)]
+    found, single = [], []
+    while rows:
+        first = rows.pop(0)
+        if first + apart in rows:
+            rows.remove(first + apart)
+            found.append((first, first + apart))
+        else:
+            single.append(first)
+    single += [-1] * (len(single) % 2)
+    return found + list(zip(single[::2], single[1::2], strict=True))
+
+
+def _rows(rate: int, word: int, pair: int) -> tuple[int, int]:
+    """The pair-th two rows of a word, -1 where there are none."""
+    pairs = _pairs(rate, word)
+    return pairs[pair] if pair < len(pairs) else (-1, -1)
 
 
 def _sums(rate: int) -> list[tuple[int, int]]:
@@ -112,8 +132,9 @@ def emit(builder, args: Sequence[ir.Value], integers: int, rate: int, state_bits
             given = [load(builder, builder.add(place, at), ir.VectorType(I32, columns(rate) // 2)) for place in places]
             given = [shuffle(builder, each, [n // (2 * together) for n in range(LANES)]) for each in given]
             for (register, pair), of_sum in zip(some, totals, strict=True):
-                windows = _windows(rate, register, pair)
-                halves = [_byte_sums(builder, each, windows, two_bytes, state_bits) for each in lanes.of(register)]
+                starts = _starts(rate, register, pair)
+                states = [_states(builder, each, starts, two_bytes, state_bits) for each in lanes.of(register)]
+                halves = [_byte_sums(builder, each, state_bits) for each in states]
                 weights = shuffle(builder, halves[0], [n + 2 * LANES * (n % 2) for n in range(2 * LANES)], halves[1])
                 weights = builder.bitcast(weights, INTS)
                 for total, activation in zip(of_sum, given, strict=True):
@@ -172,26 +193,42 @@ class _Lanes:
         return found if others else shuffle(self._builder, found, lanes)
 
 
-def _windows(rate: int, register: int, pair: int) -> ir.Constant:
-    """For each byte of a register the bit of its 64-bit lane that it begins with: two windows, two bytes and two more each."""
-    bits = [
-        (rate * max(row, 0) - 32 * word) % 64 + 8 * byte
-        for word in _words(rate, register)
-        for row in _rows(rate, word, pair)
-        for byte in range(4)
-    ]
-    return constant([bit % 64 for bit in bits * (columns(rate) // 2)], I8)
+def _starts(rate: int, register: int, pair: int) -> list[int]:
+    """For each half of a 64-bit lane the bit of the lane that its window begins with."""
+    rows = [(word, max(row, 0)) for word in _words(rate, register) for row in _rows(rate, word, pair)]
+    return [rate * row - 32 * word if row >= 0 else 0 for word, row in rows] * (columns(rate) // 2)
 
 
-def _byte_sums(builder, lanes: ir.Value, windows: ir.Constant, two_bytes: ir.Value, state_bits: int) -> ir.Value:
-    """Of two windows of each lane the sums of their mixed bytes, each of them twice: int16 [32]."""
+def _states(builder, lanes: ir.Value, starts: Sequence[int], two_bytes: ir.Value, state_bits: int) -> ir.Value:
+    """Two windows of each lane.
+
+    Bytes are shuffled where all windows begin at the same bit of one: `vpmultishiftqb` waits for the units that multiply.
+    """
+    nothing, shifts = constant([0] * 4 * LANES, I8), {start % 8 for start in starts}
+    found, mask = builder.bitcast(lanes, BYTES), constant([(1 << state_bits) - 1] * LANES)
+    if len(shifts) > 1:
+        windows = constant([(start + 8 * byte) % 64 for start in starts for byte in range(4)], I8)
+        found = call(builder, "llvm.x86.avx512.pmultishift.qb.512", BYTES, windows, found)
+        if state_bits == 16:
+            return builder.bitcast(builder.select(two_bytes, found, nothing), INTS)
+        return builder.and_(builder.bitcast(found, INTS), mask)
+    shift = shifts.pop()
+    if shift and state_bits == 16:  # a shift for several pairs, after which a window is two bytes
+        words = builder.bitcast(lanes, ir.VectorType(I64, LANES // 2))
+        found, shift = builder.bitcast(builder.lshr(words, constant([shift] * (LANES // 2), I64)), BYTES), 0
+    size = -(-(shift + state_bits) // 8)
+    firsts = [8 * (lane // 2) + start // 8 for lane, start in enumerate(starts)]
+    places = [first + byte if byte < size else 4 * LANES for first in firsts for byte in range(4)]
+    found = builder.bitcast(shuffle(builder, found, places, nothing), INTS)
+    if shift:
+        found = builder.lshr(found, constant([shift] * LANES))
+    return builder.and_(found, mask) if (shift + state_bits) % 8 else found
+
+
+def _byte_sums(builder, states: ir.Value, state_bits: int) -> ir.Value:
+    """The sums of their mixed bytes, each of them twice: int16 [32]."""
     nothing = constant([0] * 4 * LANES, I8)
-    found = call(builder, "llvm.x86.avx512.pmultishift.qb.512", BYTES, windows, builder.bitcast(lanes, BYTES))
-    if state_bits == 16:
-        found = builder.bitcast(builder.select(two_bytes, found, nothing), INTS)
-    else:
-        found = builder.and_(builder.bitcast(found, INTS), constant([(1 << state_bits) - 1] * LANES))
-    mixed = builder.bitcast(builder.mul(found, constant([MULTIPLIERS[state_bits]] * LANES)), BYTES)
+    mixed = builder.bitcast(builder.mul(states, constant([MULTIPLIERS[state_bits]] * LANES)), BYTES)
     return call(builder, "llvm.x86.avx512.dbpsadbw.512", ir.VectorType(I16, 2 * LANES), mixed, nothing, ir.Constant(I32, 0))
 
 
