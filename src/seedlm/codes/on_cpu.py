@@ -38,7 +38,8 @@ def tiled(x: Tensor, rows: int, step: int, form: Callable[[Tensor, int], None], 
     form      form(tile, first) writes the rows of W from `first` on to a tile [.., in] of x's dtype
     """
     most = max(1, _TILE_BYTES // (x.element_size() * x.shape[-1] * step)) * step
-    weight = _scratch(min(most, rows) * x.shape[-1], x.dtype).view(-1, x.shape[-1])
+    size = min(most, rows) * x.shape[-1] * x.element_size()
+    weight = scratch(size)[0][:size].view(x.dtype).view(-1, x.shape[-1])
     if bias is not None:
         bias = bias.to(x.dtype)
     parts = []
@@ -49,10 +50,14 @@ def tiled(x: Tensor, rows: int, step: int, form: Callable[[Tensor, int], None], 
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _scratch(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory for so many numbers, the same at every call of a thread: new memory costs more than what is written to it."""
-    kept: Tensor | None = getattr(_kept, "tile", None)
-    if kept is None or kept.numel() < count * dtype.itemsize:
+def scratch(size: int) -> tuple[Tensor, int]:
+    """Memory of so many bytes or more and its address, the same at every call of a thread.
+
+    New memory costs more than what is written to it.
+    """
+    kept: tuple[Tensor, int, int] | None = getattr(_kept, "bytes", None)
+    if kept is None or kept[2] < size:
         with torch.inference_mode(False):
-            kept = _kept.tile = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
-    return kept[: count * dtype.itemsize].view(dtype)
+            made = torch.empty(size, dtype=torch.uint8, device="cpu")
+        kept = _kept.bytes = made, made.data_ptr(), size
+    return kept[:2]

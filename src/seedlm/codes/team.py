@@ -42,11 +42,11 @@ def atomic(operation: str) -> Any:
     return run
 
 
-_add, _exchange = atomic("add"), atomic("xchg")
+add, _exchange = atomic("add"), atomic("xchg")
 
 
 @intrinsic
-def _look(typingctx, address):
+def look(typingctx, address):
     def codegen(context, builder, sig, args):
         return builder.load_atomic(pointer(builder, args[0], I64), "seq_cst", 8)
 
@@ -73,7 +73,7 @@ def run_all(job):
 
 
 @intrinsic
-def _pause(typingctx):
+def pause(typingctx):
     """Tell the processor that this is a loop that waits."""
 
     def codegen(context, builder, sig, args):
@@ -104,12 +104,12 @@ def _lead(board, kernel, job):
         call_kernel(kernel, job)
         return
     _exchange(board + _KERNEL, kernel)
-    _add(board + _SERIAL, 1)
+    add(board + _SERIAL, 1)
     _exchange(board + _JOB, job)
     call_kernel(kernel, job)
     _exchange(board + _JOB, 0)
-    while _look(board + _INSIDE):
-        _pause()
+    while look(board + _INSIDE):
+        pause()
     _exchange(board + _TAKEN, 0)
 
 
@@ -119,15 +119,15 @@ def _help(board):
     idle, last = 0, 0
     while idle < _LOOKS:
         idle += 1
-        if _look(board + _JOB) and _look(board + _SERIAL) != last:
-            _add(board + _INSIDE, 1)  # from here on the caller waits
-            job = _look(board + _JOB)
+        if look(board + _JOB) and look(board + _SERIAL) != last:
+            add(board + _INSIDE, 1)  # from here on the caller waits
+            job = look(board + _JOB)
             if job:
-                last, idle = _look(board + _SERIAL), 0
-                call_kernel(_look(board + _KERNEL), job)
-            _add(board + _INSIDE, -1)
+                last, idle = look(board + _SERIAL), 0
+                call_kernel(look(board + _KERNEL), job)
+            add(board + _INSIDE, -1)
         elif idle & 31:
-            _pause()
+            pause()
         else:
             _give_way()
 

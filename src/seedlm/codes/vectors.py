@@ -230,3 +230,23 @@ def put(y, kind, index, value, bias, row):
     if bias:
         value += from_bits(np.int32(carray(as_pointer(bias + 2 * row), (1,), np.uint16)[0]) << np.int32(16))
     carray(as_pointer(y + 2 * index), (1,), np.uint16)[0] = to_bfloat16(value)
+
+
+@inner
+def write(values, y, kind, index, bias, row, count):
+    """`put` float32 [count], from an address, to y[index] and on, with bias[row] and on."""
+    floats = carray(as_pointer(values), (count,), np.float32)
+    if kind == 0:
+        if bias:
+            added = carray(as_pointer(bias + 4 * row), (count,), np.float32)
+            for i in range(count):
+                floats[i] += added[i]
+        target = carray(as_pointer(y + 4 * index), (count,), np.float32)
+        for i in range(count):
+            target[i] = floats[i]
+        return
+    if bias:
+        halves = carray(as_pointer(bias + 2 * row), (count,), np.uint16)
+        for i in range(count):
+            floats[i] += from_bits(np.int32(np.uint32(halves[i]) << np.uint32(16)))
+    write_bfloat16(values, y + 2 * index, count, np.float32(1))

@@ -61,7 +61,7 @@ class NumbaBackend:
             few = tokens <= _few(self.exact, x.dtype)
             plan = _inputs(cast(TrellisFormat, format), in_features, tokens if few else 0, self.exact)
             if few:
-                where: tuple[int, ...] = (y.data_ptr(),)
+                where: tuple[int, ...] = (y.data_ptr(), 0)
             else:
                 pieces = min(tokens, _ROTATING)
                 rows = torch.empty(pieces * in_features, dtype=torch.float32, device=x.device)
@@ -85,8 +85,8 @@ class NumbaBackend:
         tokens = x.numel() // shape[1]
         if tokens == 0:
             return x.new_empty(*x.shape[:-1], shape[0])
-        (inputs,) = transformed or self.transform(x, format, shape[1])
         if tokens > _few(self.exact, x.dtype):
+            (inputs,) = transformed or self.transform(x, format, shape[1])
             return on_cpu.tiled(
                 inputs,
                 shape[0],
@@ -94,7 +94,7 @@ class NumbaBackend:
                 lambda tile, first: _form(tile, first // SEGMENT_ROWS, prepared, trellis, shape, rotated=True),
                 bias,
             )
-        return self._products(x, [prepared], trellis, (shape,), [bias], inputs)[0]
+        return self._products(x, [prepared], trellis, (shape,), [bias], transformed)[0]
 
     def linears(
         self,
@@ -105,9 +105,9 @@ class NumbaBackend:
         biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """`linear` by several weights: x is transformed once, and threads meet once where tokens are few."""
-        tokens, transformed = x.numel() // shapes[0][1], self.transform(x, format, shapes[0][1])
-        if x.dtype in KINDS and 0 < tokens <= _few(self.exact, x.dtype):
-            return self._products(x, prepared, cast(TrellisFormat, format), shapes, biases, transformed[0])
+        if x.dtype in KINDS and 0 < x.numel() // shapes[0][1] <= _few(self.exact, x.dtype):
+            return self._products(x, prepared, cast(TrellisFormat, format), shapes, biases)
+        transformed = self.transform(x, format, shapes[0][1])
         each = zip(prepared, shapes, biases, strict=True)
         return [self.linear(x, weight, format, shape, bias, transformed) for weight, shape, bias in each]
 
@@ -124,14 +124,16 @@ class NumbaBackend:
         format: TrellisFormat,
         shapes: tuple[tuple[int, int], ...],
         biases: Sequence[Tensor | None],
-        inputs: Tensor,
+        transformed: Sequence[Tensor] = (),
     ) -> list[Tensor]:
+        """Products of a few tokens, which the same job transforms if nobody has."""
         tokens, kind, size = x.numel() // shapes[0][1], KINDS[x.dtype], x.element_size()
-        plan = _products(format, shapes, tokens, self.exact)
-        at, lead = inputs.data_ptr(), x.shape[:-1]
+        plan = _products(format, shapes, tokens, self.exact, not transformed, torch.get_num_threads())
+        at = transformed[0].data_ptr() if transformed else on_cpu.scratch(plan.size)[1]
+        x, lead = x.contiguous(), x.shape[:-1]
         ys: list[Tensor] = []
         read: list[Tensor] = []  # what jobs have the addresses of
-        given: list[int] = []
+        given: list[int] = [] if transformed else [x.data_ptr(), kind, at]
         for (words, factors), (out_features, _), bias in zip(prepared, shapes, biases, strict=True):
             y = x.new_empty((*lead, out_features))
             ys.append(y)
@@ -193,28 +195,48 @@ def _inputs(format: TrellisFormat, in_features: int, tokens: int, exact: bool) -
 
 
 class _Products(NamedTuple):
-    """Jobs of some weights and tokens; how many tokens one takes, and the bytes of a token's inputs."""
+    """Jobs of some weights and tokens; how many tokens one takes, the bytes of a token's inputs, and of all that are made."""
 
     jobs: Jobs
     at_once: int
     records: int
+    size: int
+    signs: Tensor | None
 
 
 @lru_cache(maxsize=4096)
-def _products(format: TrellisFormat, shapes: tuple[tuple[int, int], ...], tokens: int, exact: bool) -> _Products:
-    """How a few tokens are multiplied; a call gives each job the addresses of words, factors, bias, inputs, y, and y's kind."""
+def _products(
+    format: TrellisFormat, shapes: tuple[tuple[int, int], ...], tokens: int, exact: bool, transforms: bool, threads: int
+) -> _Products:
+    """How a few tokens are multiplied.
+
+    A call gives the addresses of x, its kind and the address of inputs if the jobs begin with their transform; then for each
+    product the addresses of words, factors, bias, inputs, y, and y's kind.
+    """
     from seedlm.codes.trellis.kernels import numba_product
 
-    at_once, jobs = numba_product.at_once(exact), []
+    at_once, jobs, plan = numba_product.at_once(exact), [], _inputs(format, shapes[0][1], tokens, exact)
+    if transforms:
+        jobs.append((plan.kernel, (tokens, None, None, *plan.numbers, None, 0), tokens))
     for out_features, in_features in shapes:
-        segments = format.segments(out_features)
-        length = max(1, min(PIECE // (SEGMENT_ROWS * in_features), segments // 4))
-        pieces, strip = -(-segments // length), format.sequence_rows // SEGMENT_ROWS
-        numbers = (pieces, length, segments, strip, in_features, out_features, None, None, None, None, None, None)
+        cut = _cut(format.segments(out_features), in_features, threads)
+        strip = format.sequence_rows // SEGMENT_ROWS
+        numbers = (*cut, format.segments(out_features), strip, in_features, out_features, None, None, None, None, None, None)
         for first in range(0, tokens, at_once):
             kernel = numba_product.product(format.rate, format.state_bits, exact, min(at_once, tokens - first))
-            jobs.append((kernel, numbers, pieces))
-    return _Products(Jobs(jobs), at_once, numba_product.records(shapes[0][1]))
+            jobs.append((kernel, numbers, cut[0]))
+    return _Products(Jobs(jobs), at_once, numba_product.records(shapes[0][1]), plan.size, plan.signs)
+
+
+def _cut(segments: int, in_features: int, threads: int) -> tuple[int, int, int, int]:
+    """Pieces, how many of them are large, segments of these, and of the others.
+
+    Nearly all are a large piece for each thread, so that it reads its words one after another; the rest makes up for threads
+    that came late.
+    """
+    larger, length = 15 * segments // (16 * threads), max(1, PIECE // (SEGMENT_ROWS * in_features))
+    large = threads if larger > length else 0
+    return large - (large * larger - segments) // length, large, larger, length
 
 
 @lru_cache(maxsize=16)

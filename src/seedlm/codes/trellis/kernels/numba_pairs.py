@@ -60,11 +60,10 @@ def activations(rate: int) -> list[int]:
     return [step + i + second for step in range(0, LANES, 2 * half) for i in range(half) for second in (0, half)]
 
 
-@lru_cache(maxsize=8)
-def rows(rate: int) -> tuple[int, ...]:
+def rows(rate: int) -> list[int]:
     """The row of a segment that each total of `emit` belongs to, -1 where it is none's."""
     found = [row for register, pair in _sums(rate) for word in _words(rate, register) for row in _rows(rate, word, pair)]
-    return tuple(found + [-1] * (-len(found) % LANES))
+    return found + [-1] * (-len(found) % LANES)
 
 
 def _together(rate: int) -> int:
@@ -194,8 +193,8 @@ class _Lanes:
 
 
 def _starts(rate: int, register: int, pair: int) -> list[int]:
-    """For each half of a 64-bit lane the bit of the lane that its window begins with."""
-    rows = [(word, max(row, 0)) for word in _words(rate, register) for row in _rows(rate, word, pair)]
+    """For each half of a 64-bit lane the bit of the lane that its window begins with, 0 where it is no row's."""
+    rows = [(word, row) for word in _words(rate, register) for row in _rows(rate, word, pair)]
     return [rate * row - 32 * word if row >= 0 else 0 for word, row in rows] * (columns(rate) // 2)
 
 

@@ -23,10 +23,13 @@ from numba.core import cgutils
 
 from seedlm.codes.compiled import KEPT
 from seedlm.codes.hadamard_numba import largest_bits, rotate_row
+from seedlm.codes.team import add, look, pause
 from seedlm.codes.threads import Kernel
+from seedlm.codes.trellis.format import SEGMENT_ROWS
 from seedlm.codes.trellis.kernels import numba_pairs
 from seedlm.codes.trellis.kernels.numba_windows import TAIL, Products, Windows, add_group, copy_end, neighbours, slots
 from seedlm.codes.vectors import (
+    F32,
     FLOATS,
     I8,
     I16,
@@ -41,12 +44,12 @@ from seedlm.codes.vectors import (
     job_address,
     literal,
     load,
-    put,
     scratch,
     shuffle,
     splat,
     store,
     take,
+    write,
 )
 
 GROUP: Final = 256
@@ -61,6 +64,7 @@ RECORD: Final = _INTEGERS + 2 * _PADDED + 32
 """Bytes of a group's activations: its scale, what its sums are too small by, then its integers and zeros behind them."""
 
 _TAIL_BYTES: Final = 8 * TAIL
+_VALUE_BYTES: Final = 4 * SEGMENT_ROWS
 
 HEADER: Final = 64
 """Bytes before a token's records: a power of two that its products are multiplied by."""
@@ -97,10 +101,18 @@ def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, r
     numbers = literal(rate, state_bits, exact, tokens)
 
     def codegen(context, builder, sig, args):
+        # A function of its own: LLVM gives a loop registers that what is around it has no use for.
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 8)
+        function = ir.Function(builder.module, kind, builder.module.get_unique_name("multiply"))
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        inside = ir.IRBuilder(function.append_basic_block())
         if in_pairs(numbers[2]):
-            numba_pairs.emit(builder, args[:8], _INTEGERS, numbers[0], numbers[1], numbers[3])
+            numba_pairs.emit(inside, function.args, _INTEGERS, numbers[0], numbers[1], numbers[3])
         else:
-            _emit(builder, args[:8], *numbers)
+            _emit(inside, function.args, *numbers)
+        inside.ret_void()
+        builder.call(function, args[:8])
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 8, rate, state_bits, exact, tokens), codegen
@@ -116,12 +128,25 @@ def _columns(rate: int, exact: bool) -> int:
     return numba_pairs.columns(rate) if in_pairs(exact) else LANES // rate
 
 
-def _rows(rate: int, state_bits: int, exact: bool) -> np.ndarray:
+def _rows(rate: int, state_bits: int, exact: bool) -> list[int]:
     """The row of a segment that each of a token's sums belongs to, -1 where it is none's."""
     if in_pairs(exact):
-        return np.array(numba_pairs.rows(rate))
+        return numba_pairs.rows(rate)
     bits = [(word, offset) for slot in slots(rate, state_bits) for word, offset in enumerate(slot.offsets)]
-    return np.array([(32 * word + offset) // rate if offset < 32 else -1 for word, offset in bits])
+    return [(32 * word + offset) // rate if offset < 32 else -1 for word, offset in bits]
+
+
+@intrinsic(prefer_literal=True)
+def _in_order(typingctx, sums, target, rate, state_bits, exact):
+    """Write a token's sums to float32 [32] by rows."""
+    rows = _rows(*literal(rate, state_bits, exact))
+
+    def codegen(context, builder, sig, args):
+        some = load(builder, args[0], ir.VectorType(F32, len(rows)))
+        store(builder, shuffle(builder, some, [rows.index(row) for row in range(SEGMENT_ROWS)]), args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, rate, state_bits, exact), codegen
 
 
 def _emit(builder, args, rate: int, state_bits: int, exact: bool, tokens: int) -> None:
@@ -189,7 +214,8 @@ def rotation(rate: int, exact: bool) -> Kernel:
     """Rotates and rounds the activations of one token after another.
 
     Its job: tokens, x, kind of x (`on_cpu.KINDS`), width, block of the transform, signs float32 [block], y (tokens times
-    `workspace` bytes). x, signs and y are addresses.
+    `workspace` bytes), 0. x, signs and y are addresses. A thread returns when all tokens are done, so that a product may follow
+    in the same `Jobs`; the last number counts them.
     """
     levels = LEVELS if exact else 127
 
@@ -219,6 +245,9 @@ def rotation(rate: int, exact: bool) -> Kernel:
                 else:
                     scale[0] = np.float32(0) if finite else np.float32(np.nan)
                 _quantize(row + 1024 * group, inverse, record, rate, exact)
+            add(job_address(job) + 64, 1)
+        while look(job_address(job) + 64) < tokens:
+            pause()
 
     return Kernel(rotate)
 
@@ -227,27 +256,28 @@ def rotation(rate: int, exact: bool) -> Kernel:
 def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
     """Multiplies records of so many tokens by the segments of a weight.
 
-    Its job: pieces, segments of a piece, segments in all, words of a strip's segments, width, rows, addresses of words, factors
-    float32 [rows], bias or 0, records, y, y's kind (`on_cpu.KINDS`).
+    Its job: pieces, how many of them are large, segments of these, of the others, in all, and of a strip, width, rows, addresses
+    of words, factors float32 [rows], bias or 0, records, y, y's kind (`on_cpu.KINDS`).
     """
-    columns, rows_of_sums = _columns(rate, exact), _rows(rate, state_bits, exact)
-    count = len(rows_of_sums)
+    columns, count = _columns(rate, exact), len(_rows(rate, state_bits, exact))
     size, room = tokens * count, 4 * tokens * count
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
     def multiply(job):
-        pieces, length, total, strip, width, rows = job[1], job[2], job[3], job[4], job[5], job[6]
-        words, bias, records, y, kind = job[7], job[9], job[10], job[11], job[12]
-        factors = carray(as_pointer(job[8]), (rows,), np.float32)
+        pieces, large, larger, length = job[1], job[2], job[3], job[4]
+        total, strip, width, rows = job[5], job[6], job[7], job[8]
+        words, bias, records, y, kind = job[9], job[11], job[12], job[13], job[14]
+        factors = carray(as_pointer(job[10]), (rows,), np.float32)
         groups = -(-width // 256)
         stride = 64 + groups * RECORD
-        place, tail = scratch(room), scratch(_TAIL_BYTES)
-        sums = carray(as_pointer(place), (size,), np.float32)
+        place, found, tail = scratch(room), scratch(_VALUE_BYTES), scratch(_TAIL_BYTES)
+        sums, values = carray(as_pointer(place), (size,), np.float32), carray(as_pointer(found), (32,), np.float32)
         while True:
             piece = take(job_address(job))
             if piece >= pieces:
                 break
-            for segment in range(piece * length, min(total, (piece + 1) * length)):
+            first = min(piece, large) * larger + max(piece - large, 0) * length
+            for segment in range(first, min(total, first + (larger if piece < large else length))):
                 own, after = neighbours(words, segment, strip, total, 4 * rate * width)
                 for i in range(size):
                     sums[i] = np.float32(0)
@@ -258,13 +288,12 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
                         end = steps - 1
                         copy_end(own + at, after + at, 4 * rate * columns * end, rate * (used - columns * end), tail)
                     _multiply(own + at, after + at, record, steps, stride, place, end, tail, rate, state_bits, exact, tokens)
+                used = min(32, rows - 32 * segment)
                 for token in range(tokens):
                     lift = np.float64(carray(as_pointer(records + stride * token), (1,), np.float32)[0])
-                    for n in range(count):
-                        row = 32 * segment + rows_of_sums[n]
-                        if rows_of_sums[n] >= 0 and row < rows:
-                            found = np.float64(sums[token * count + n])
-                            value = np.float32(found * np.float64(factors[row]) * lift)
-                            put(y, kind, rows * token + row, value, bias, row)
+                    _in_order(place + 4 * count * token, found, rate, state_bits, exact)
+                    for r in range(used):
+                        values[r] = np.float32(np.float64(values[r]) * np.float64(factors[32 * segment + r]) * lift)
+                    write(found, y, kind, rows * token + 32 * segment, bias, 32 * segment, used)
 
     return Kernel(multiply)
