@@ -256,7 +256,7 @@ def rotation(rate: int, exact: bool) -> Kernel:
 def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
     """Multiplies records of so many tokens by the segments of a weight.
 
-    Its job: pieces, how many of them are large, segments of these, of the others, in all, and of a strip, width, rows, addresses
+    Its job: pieces, how many of them are large, segments of these, of the others, in all, of a strip, width, rows, addresses
     of words, factors float32 [rows], bias or 0, records, y, y's kind (`on_cpu.KINDS`).
     """
     columns, count = _columns(rate, exact), len(_rows(rate, state_bits, exact))
