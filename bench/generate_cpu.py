@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--no-dense", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write the times there")
+    parser.add_argument("--json", type=Path, help="also write the times there, instead of those of these shapes and prompt")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     before = two_busy_processes()
@@ -255,11 +255,14 @@ def main() -> None:
         (one, used_one), (all, used) = (zip(*found[name, count], strict=True) for count in (1, 1 + options.new))
         shown = min(all) - min(one), statistics.median(all) - statistics.median(one), min(used) - min(used_one)
         of_token = dict(zip(("shortest", "median", "processor"), (1e3 * each / options.new for each in shown), strict=True))
-        times.append({"name": name, "prompt ms": {"shortest": 1e3 * min(one), "median": 1e3 * statistics.median(one)}})
-        times[-1]["token ms"] = of_token
+        of_prompt = {"shortest": 1e3 * min(one), "median": 1e3 * statistics.median(one)}
+        rounded = ({key: round(each, 2) for key, each in found.items()} for found in (of_prompt, of_token))
+        times.append({"name": name} | dict(zip(("prompt ms", "token ms"), rounded, strict=True)))
         print(f"{name:34}{1e3 * min(one):10.1f}" + "".join(f"{each:10.2f}" for each in of_token.values()))
     if options.json:
-        options.json.write_text(json.dumps(facts | {"rows": times}, indent=1) + "\n")
+        runs = json.loads(options.json.read_text()) if options.json.exists() else []
+        others = [run for run in runs if (run["shapes"], run["prompt"]) != (options.shapes, options.prompt)]
+        options.json.write_text(json.dumps([*others, facts | {"rows": times}], indent=1) + "\n")
 
 
 if __name__ == "__main__":

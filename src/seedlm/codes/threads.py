@@ -65,7 +65,7 @@ class Kernel:
 class Jobs:
     """What several `Kernel.share` that do not wait for each other have in common, call after call.
 
-    jobs   each (kernel, numbers, pieces); None stands for a number that a call gives
+    jobs   each (kernel, numbers, pieces); None stands for a number that a call gives, and these lie together
     """
 
     def __init__(self, jobs: Sequence[tuple[Kernel, tuple[int | None, ...], int]]) -> None:
@@ -79,14 +79,15 @@ class Jobs:
             self._kernel, laid = _chain(), [0, len(jobs), *table, *laid]
         self._pieces = sum(pieces for *_, pieces in jobs)
         self._numbers = [number or 0 for number in laid]
-        self._places = [place for place, number in enumerate(laid) if number is None]
+        given = [place for place, number in enumerate(laid) if number is None]
+        self._places = [place for place in given if place - 1 not in given]
         self._pack = struct.Struct(f"{len(laid)}q").pack
 
-    def share(self, given: Sequence[int]) -> None:
-        """Run them; threads meet once, at the end. given: in the order of the numbers that are None."""
+    def share(self, given: Sequence[Sequence[int]]) -> None:
+        """Run them; threads meet once, at the end. given: each job's numbers that are None."""
         numbers = self._numbers.copy()
-        for place, number in zip(self._places, given, strict=True):
-            numbers[place] = number
+        for place, some in zip(self._places, given, strict=True):
+            numbers[place : place + len(some)] = some
         self._kernel.run(self._pack(*numbers), self._pieces)
 
 

@@ -346,14 +346,14 @@ class SharedInput:
         if kept is not None and kept[1] == _PRODUCTS:
             self._keep(x, _PRODUCTS, kept[2] ^ mine, kept[3])
             return kept[3][number]
-        plan, prepared = layer.prepare()
         if self._layers[number] is None and not torch.compiler.is_compiling():
             self.know(layer, number)
-        if kept is not None and kept[1] == plan.input_text:
-            waiting, transformed = kept[2], kept[3]
-        elif (products := self._products(x)) is not None:
+        if kept is None and (products := self._products(x)) is not None:
             self._keep(x, _PRODUCTS, self._all ^ mine, products)
             return products[number]
+        plan, prepared = layer.prepare()
+        if kept is not None and kept[1] == plan.input_text:
+            waiting, transformed = kept[2], kept[3]
         else:
             waiting, transformed = self._all, ops.transform(x, plan)
         self._keep(x, plan.input_text, waiting ^ mine, transformed)

@@ -60,13 +60,14 @@ class NumbaBackend:
             y, tokens = made[0], x.numel() // in_features
             few = tokens <= _few(self.exact, x.dtype)
             plan = _inputs(cast(TrellisFormat, format), in_features, tokens if few else 0, self.exact)
+            at, kind = x.data_ptr(), KINDS[x.dtype]
             if few:
-                where: tuple[int, ...] = (y.data_ptr(), 0)
+                plan.kernel.share((tokens, *plan.numbers, at, kind, y.data_ptr(), 0), tokens)
             else:
                 pieces = min(tokens, _ROTATING)
                 rows = torch.empty(pieces * in_features, dtype=torch.float32, device=x.device)
                 where = (rows.data_ptr(), y.data_ptr(), KINDS[y.dtype], pieces)
-            plan.kernel.share((tokens, x.data_ptr(), KINDS[x.dtype], *plan.numbers, *where), tokens)
+                plan.kernel.share((tokens, at, kind, *plan.numbers, *where), tokens)
         return made
 
     def linear(
@@ -133,9 +134,9 @@ class NumbaBackend:
         x, lead = x.contiguous(), x.shape[:-1]
         ys: list[Tensor] = []
         read: list[Tensor] = []  # what jobs have the addresses of
-        given: list[int] = [] if transformed else [x.data_ptr(), kind, at]
+        given: list[tuple[int, ...]] = [] if transformed else [(x.data_ptr(), kind, at)]
         for (words, factors), (out_features, _), bias in zip(prepared, shapes, biases, strict=True):
-            y = x.new_empty((*lead, out_features))
+            y = x.new_empty(*lead, out_features)
             ys.append(y)
             read.append(words := words.contiguous())
             if bias is not None:
@@ -143,7 +144,7 @@ class NumbaBackend:
             where = words.data_ptr(), factors.data_ptr(), 0 if bias is None else bias.data_ptr()
             to = y.data_ptr()
             for first in range(0, tokens, plan.at_once):
-                given += (*where, at + first * plan.records, to + first * out_features * size, kind)
+                given.append((*where, at + first * plan.records, to + first * out_features * size, kind))
         plan.jobs.share(given)
         return ys
 
@@ -210,14 +211,14 @@ def _products(
 ) -> _Products:
     """How a few tokens are multiplied.
 
-    A call gives the addresses of x, its kind and the address of inputs if the jobs begin with their transform; then for each
+    A call gives the address of x, its kind and the address of inputs if the jobs begin with their transform; then for each
     product the addresses of words, factors, bias, inputs, y, and y's kind.
     """
     from seedlm.codes.trellis.kernels import numba_product
 
     at_once, jobs, plan = numba_product.at_once(exact), [], _inputs(format, shapes[0][1], tokens, exact)
     if transforms:
-        jobs.append((plan.kernel, (tokens, None, None, *plan.numbers, None, 0), tokens))
+        jobs.append((plan.kernel, (tokens, *plan.numbers, None, None, None, 0), tokens))
     for out_features, in_features in shapes:
         cut = _cut(format.segments(out_features), in_features, threads)
         strip = format.sequence_rows // SEGMENT_ROWS

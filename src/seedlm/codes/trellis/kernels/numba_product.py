@@ -213,16 +213,16 @@ def _quantize(typingctx, row, inverse, record, rate, exact):
 def rotation(rate: int, exact: bool) -> Kernel:
     """Rotates and rounds the activations of one token after another.
 
-    Its job: tokens, x, kind of x (`on_cpu.KINDS`), width, block of the transform, signs float32 [block], y (tokens times
-    `workspace` bytes), 0. x, signs and y are addresses. A thread returns when all tokens are done, so that a product may follow
+    Its job: tokens, width, block of the transform, signs float32 [block], x, kind of x (`on_cpu.KINDS`), y (tokens times
+    `workspace` bytes), 0. signs, x and y are addresses. A thread returns when all tokens are done, so that a product may follow
     in the same `Jobs`; the last number counts them.
     """
     levels = LEVELS if exact else 127
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
     def rotate(job):
-        tokens, x, kind, width, block = job[1], job[2], job[3], job[4], job[5]
-        signs = carray(as_pointer(job[6]), (block,), np.float32)
+        tokens, width, block, x, kind = job[1], job[2], job[3], job[5], job[6]
+        signs = carray(as_pointer(job[4]), (block,), np.float32)
         count = -(-width // 256)
         stride = 64 + count * RECORD
         while True:
