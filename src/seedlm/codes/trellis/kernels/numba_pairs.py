@@ -41,7 +41,7 @@ from seedlm.codes.vectors import (
 _ROOM: Final = 18
 """Registers for sums: more steps through the words if there are more of them."""
 
-_AHEAD: Final = 2048
+_AHEAD: Final = 4096
 """Bytes from the words that are multiplied to those that are asked for."""
 
 
