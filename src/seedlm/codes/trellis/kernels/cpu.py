@@ -20,9 +20,10 @@ from seedlm.codes.on_cpu import KINDS, PIECE
 from seedlm.codes.threads import Jobs
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 
-_TIMES: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 6, torch.float32: 64}
-"""How often a weight is decoded, each time for as many tokens as share that, rather than formed for torch's product. Torch's
-product of float32 is slower however many tokens there are, but all their integers are in memory at once."""
+_TIMES: Final[Mapping[torch.dtype, tuple[int, int]]] = {torch.bfloat16: (6, 6), torch.float32: (64, 24)}
+"""How often a weight is decoded, each time for as many tokens as share that, rather than formed for torch's product: at rates
+that divide 8, and at others, whose windows take longer. Torch's product of float32 is slower than the former however many
+tokens there are, but all their integers are in memory at once."""
 
 _ROTATING: Final = 32
 """In how many pieces many tokens are rotated."""
@@ -44,7 +45,7 @@ class NumbaBackend:
         tokens = x.numel() // in_features
         if tokens == 0:
             return []
-        if tokens > _few(self.exact, x.dtype):
+        if tokens > _few(self.exact, x.dtype, cast(TrellisFormat, format).rate):
             return [torch.empty(x.shape, dtype=x.dtype if x.dtype in KINDS else torch.float32, device=x.device)]
         return [
             torch.empty(
@@ -58,7 +59,7 @@ class NumbaBackend:
         made = self.empty_transform(x, format, in_features)
         if made:
             y, tokens = made[0], x.numel() // in_features
-            few = tokens <= _few(self.exact, x.dtype)
+            few = tokens <= _few(self.exact, x.dtype, cast(TrellisFormat, format).rate)
             plan = _inputs(cast(TrellisFormat, format), in_features, tokens if few else 0, self.exact)
             at, kind = x.data_ptr(), KINDS[x.dtype]
             if few:
@@ -86,7 +87,7 @@ class NumbaBackend:
         tokens = x.numel() // shape[1]
         if tokens == 0:
             return x.new_empty(*x.shape[:-1], shape[0])
-        if tokens > _few(self.exact, x.dtype):
+        if tokens > _few(self.exact, x.dtype, trellis.rate):
             (inputs,) = transformed or self.transform(x, format, shape[1])
             return on_cpu.tiled(
                 inputs,
@@ -106,7 +107,7 @@ class NumbaBackend:
         biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """`linear` by several weights: x is transformed once, and threads meet once where tokens are few."""
-        if x.dtype in KINDS and 0 < x.numel() // shapes[0][1] <= _few(self.exact, x.dtype):
+        if x.dtype in KINDS and 0 < x.numel() // shapes[0][1] <= _few(self.exact, x.dtype, cast(TrellisFormat, format).rate):
             return self._products(x, prepared, cast(TrellisFormat, format), shapes, biases)
         transformed = self.transform(x, format, shapes[0][1])
         each = zip(prepared, shapes, biases, strict=True)
@@ -165,12 +166,13 @@ class NumbaInt8Backend(NumbaBackend):
         return None
 
 
-@lru_cache(maxsize=8)
-def _few(exact: bool, dtype: torch.dtype) -> int:
+@lru_cache(maxsize=256)
+def _few(exact: bool, dtype: torch.dtype, rate: int) -> int:
     """Up to how many tokens of a dtype weights are decoded in registers."""
     from seedlm.codes.trellis.kernels import numba_product
 
-    times = _TIMES.get(dtype, _TIMES[torch.float32]) if numba_product.in_pairs(exact) else 2
+    aligned, others = _TIMES.get(dtype, _TIMES[torch.float32]) if numba_product.in_pairs(exact) else (2, 2)
+    times = others if 8 % rate else aligned
     return times * numba_product.at_once(exact)
 
 
