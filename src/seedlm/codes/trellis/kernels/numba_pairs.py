@@ -1,13 +1,14 @@
-"""The trellis code's products where a processor has AVX-512 with VBMI and VNNI: windows by one instruction, columns in pairs.
+"""The trellis code's products where a processor has AVX-512 with VBMI and VNNI: windows two at a time, columns in pairs.
 
 A register holds eight lanes of 64 bits: a word of a column, and above it the word that its windows reach over into. One
-instruction (`vpmultishiftqb`) takes two windows out of every lane, which then lie side by side as lanes of 32 bits. They are
-mixed by a product, and another instruction (`vdbpsadbw`) leaves the sum of a lane's four bytes in both of its halves. Half of
-that, and half of what a second column left, are two int16, which `vpdpwssd` multiplies by a pair of activations and adds up. So
-a weight is formed once, and another token costs half an instruction for 16 weights.
+instruction takes two windows out of every lane, which then lie side by side as lanes of 32 bits: a shuffle of bytes, after a
+shift that serves several, or `vpmultishiftqb` where no one shift aligns both. They are mixed by a product, and another instruction
+(`vdbpsadbw`) leaves the sum of a lane's four bytes in both of its halves. Half of that, and half of what a second column left,
+are two int16, which `vpdpwssd` multiplies by a pair of activations and adds up. So a weight is formed once, and another token
+costs half an instruction for 16 weights.
 
 A *step* is 16 / w columns: the first half of them, and those that they are paired with. w words of a column lie in one register
-(`_together`); so many registers as hold all R words follow one another. At 4 bits, 128 weights and a token are 35 instructions.
+(`_together`); so many registers as hold all R words follow one another.
 """
 
 import itertools
