@@ -2,8 +2,8 @@
 
 A register holds eight lanes of 64 bits: a word of a column, and above it the word that its windows reach over into. One
 instruction takes two windows out of every lane, which then lie side by side as lanes of 32 bits: a shuffle of bytes, after a
-shift that serves several, or `vpmultishiftqb` where no one shift aligns both. They are mixed by a product, and another instruction
-(`vdbpsadbw`) leaves the sum of a lane's four bytes in both of its halves. Half of that, and half of what a second column left,
+shift that serves several, or `vpmultishiftqb` where no one shift aligns both. They are mixed by a product, and `vdbpsadbw`
+leaves the sum of a lane's four bytes in both of its halves. Half of that, and half of what a second column left,
 are two int16, which `vpdpwssd` multiplies by a pair of activations and adds up. So a weight is formed once, and another token
 costs half an instruction for 16 weights.
 
