@@ -8,7 +8,8 @@ FP16, in packed rows too unless `--tables` names their format. One token is one 
 static cache, argmax, the next token back into its buffer. Three stacks, each the same for dense and packed:
 
     transformers   the model's own forward, kernel by kernel as transformers launches them
-    fused          the same modules and cache; what lies between the products as four functions for torch.compile
+    fused          the same modules and cache; attention of a token by `inference.attention` in both; norms and gates by
+                   `modeling.fused` in packed rows, as functions for torch.compile in dense ones
     compile        torch.compile(fullgraph=True) of the model's own forward; minutes of compilation, so not by default
 
 Before a time is taken: logits of a 2-layer model of the same widths are held against the same model dequantized (prompt, and
@@ -37,7 +38,9 @@ from seedlm.codes.base import CODES
 from seedlm.codes.registry import parse_format
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.inference import backend
+from seedlm.inference.attention import attend
 from seedlm.modeling.embedding import SeedEmbedding
+from seedlm.modeling.fused import attended_linear, gated_linear, normed_linears
 from seedlm.modeling.linear import SeedLinear
 from seedlm.modeling.quantize import dequantize_model, seed_linears, share_inputs
 
@@ -103,28 +106,6 @@ def add_norm(h: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     return h, weight * x.to(h.dtype)
 
 
-def rotate_store(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
-) -> Tensor:
-    """Rotary embedding of q, k; k, v into the cache [1, kv, length, d] at position [1]. Returns q [kv, heads per kv, d]."""
-    _, heads, _, width = keys.shape
-
-    def rotated(x: Tensor) -> Tensor:
-        x = x.view(heads, -1, width)
-        swapped = torch.cat((-x[..., width // 2 :], x[..., : width // 2]), dim=-1)
-        return x * cos.view(width) + swapped * sin.view(width)
-
-    keys.index_copy_(2, position, rotated(k)[None])
-    values.index_copy_(2, position, v.view(1, heads, 1, width))
-    return rotated(q)
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention of one token, the query heads of a key head side by side: [1, 1, hidden]. mask [1, 1, 1, length] is added."""
-    scores = torch.bmm(q, keys[0].transpose(1, 2)).float() * scaling + mask[0]
-    return torch.bmm(scores.softmax(-1).to(q.dtype), values[0]).view(1, 1, -1)
-
-
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
@@ -139,8 +120,7 @@ class Pieces:
         def ready(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
 
-        self.add_norm, self.rotate_store = ready(add_norm), ready(rotate_store)
-        self.attend, self.gated = ready(attend), ready(gated)
+        self.add_norm, self.gated = ready(add_norm), ready(gated)
 
 
 # ---- One model that writes ----
@@ -189,22 +169,30 @@ class Writer:
 
     def fused(self) -> Tensor:
         """The same."""
-        inner, do, mask = self.model.model, self.pieces, self.mask()
+        inner = self.model.model
         h = inner.embed_tokens(self.token)
         cos, sin = inner.rotary_emb(h, position_ids=self.position[None])
-        delta = torch.zeros_like(h)
+        delta = None
         for layer, store in zip(inner.layers, self.cache.layers, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
             keys, values = store.keys.detach(), store.values.detach()  # without the mark that compiles anew for each address
-            h, x = do.add_norm(h, delta, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)
-            q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
-            q = do.rotate_store(q, k, v, cos, sin, keys, values, self.position)
-            delta = attention.o_proj(do.attend(q, keys, values, mask, attention.scaling))
-            norm = layer.post_attention_layernorm
-            h, x = do.add_norm(h, delta, norm.weight, norm.variance_epsilon)
-            delta = mlp.down_proj(do.gated(mlp.gate_proj(x), mlp.up_proj(x)))
-        _, x = do.add_norm(h, delta, inner.norm.weight, inner.norm.variance_epsilon)
-        return self.model.lm_head(x)[:, -1]
+            of_input = [attention.q_proj, attention.k_proj, attention.v_proj]
+            h, (q, k, v) = self.normed(h, delta, layer.input_layernorm, of_input)
+            read = attend(q, k, v, cos, sin, keys, values, self.position, attention.scaling)
+            delta = attended_linear(read, attention.o_proj)
+            h, (gate, up) = self.normed(h, delta, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
+            packed = isinstance(mlp.down_proj, SeedLinear)
+            delta = gated_linear(gate, up, mlp.down_proj) if packed else mlp.down_proj(self.pieces.gated(gate, up))
+        _, (logits,) = self.normed(h, delta, inner.norm, [self.model.lm_head])
+        return logits[:, -1]
+
+    def normed(self, h: Tensor, delta: Tensor | None, norm: Any, layers: list[Any]) -> tuple[Tensor, list[Tensor]]:
+        """The residual stream with a layer's part added, and products of its norm."""
+        if isinstance(layers[0], SeedLinear):
+            return h, normed_linears(h, delta, norm.weight, norm.variance_epsilon, layers)
+        delta = torch.zeros_like(h) if delta is None else delta
+        h, x = self.pieces.add_norm(h, delta, norm.weight, norm.variance_epsilon)
+        return h, [layer(x) for layer in layers]
 
     def forward(self, stack: str) -> Tensor:
         """Logits [1, vocabulary] of the token after `self.token`."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from seedlm.codes.base import Format, JoiningBackend, LinearBackend
+from seedlm.codes.base import Format, FusingBackend, Gated, JoiningBackend, LinearBackend, Normed
 from seedlm.codes.registry import family_of, parse_format
 from seedlm.errors import BackendError, TensorError
 from seedlm.inference import backend as backends
@@ -128,6 +128,31 @@ def linears(
         return _joining(plans[0]).linears(x, prepared, plans[0].format, tuple(plan.shape for plan in plans), biases)
     together = [tensor for each in prepared for tensor in each]
     return _OPS.linears.default(x, together, "; ".join(plan.text for plan in plans), biases)
+
+
+def fuses(x: Tensor, plans: Sequence[Plan]) -> bool:
+    """Whether `fused` takes a source of x's dtype by these weights: without a gradient, a cast, a compiler or whoever looks on."""
+    first = plans[0]
+    return (
+        hasattr(first.backend, "fused")
+        and all(plan.input_text == first.input_text for plan in plans)
+        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not _autocast()
+        and _unobserved(x)
+    )
+
+
+def fused(
+    source: Tensor | Normed | Gated,
+    prepared: Sequence[Sequence[Tensor]],
+    plans: Sequence[Plan],
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Products of what a source stands for by several weights that `fuses` allows, in their order: [1, 1, out_features] each."""
+    backend = cast(FusingBackend, plans[0].backend)
+    return backend.fused(source, prepared, plans[0].format, tuple(plan.shape for plan in plans), biases)
 
 
 def _joining(plan: Plan) -> JoiningBackend:
