@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from test_trellis_kernels_gpu import COMPILER, EXACT, GPU, INT8, exact_weight, poisoned, random_parts, relative_error
 from torch.nn import functional
 
 from seedlm import nvrtc
 from seedlm.codes import hadamard
 from seedlm.codes.base import Gated, Normed
 from seedlm.codes.trellis.format import TrellisFormat
-from test_trellis_kernels_gpu import COMPILER, EXACT, GPU, INT8, exact_weight, poisoned, random_parts, relative_error
 
 FORMATS = [TrellisFormat(rate=4), TrellisFormat(rate=3, transform=512), TrellisFormat(rate=6, state_bits=12, transform=128)]
 TYPES = [torch.float16, torch.bfloat16, torch.float32]
