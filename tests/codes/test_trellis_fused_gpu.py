@@ -1,4 +1,4 @@
-"""One token's norm or gate in the kernel that rotates: products against float64 of the definition, and the sum that is left in h."""
+"""One token's norm or gate in the kernel that rotates: products against float64, and the sum that is left in h."""
 
 import pytest
 import torch

@@ -131,7 +131,7 @@ def linears(
 
 
 def fuses(x: Tensor, plans: Sequence[Plan]) -> bool:
-    """Whether `fused` takes a source of x's dtype by these weights: without a gradient, a cast, a compiler or whoever looks on."""
+    """Whether `fused` takes a source of x's dtype by these weights. Not where a gradient, a cast or a compiler has a say."""
     first = plans[0]
     return (
         hasattr(first.backend, "fused")
@@ -150,7 +150,7 @@ def fused(
     plans: Sequence[Plan],
     biases: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """Products of what a source stands for by several weights that `fuses` allows, in their order: [1, 1, out_features] each."""
+    """Products, [1, 1, out_features] each, of what a source stands for by weights that `fuses` allows, in their order."""
     backend = cast(FusingBackend, plans[0].backend)
     return backend.fused(source, prepared, plans[0].format, tuple(plan.shape for plan in plans), biases)
 

@@ -1,8 +1,7 @@
 """What lies between the products of a decoder layer, for one token: joined with them where a backend can, else by torch.
 
-normed_linears(h, delta, weight, eps, layers)    h += delta, and the layers' products of its RMS norm
-gated_linear(gate, up, layer)                    a layer's product of silu(gate) * up
-attended_linear(x, layer)                        a layer's product of what attention read
+`normed_linears`: a residual stream takes a layer's part, and layers read its RMS norm. `gated_linear`: a layer reads
+silu(gate) * up. `attended_linear`: a layer reads what attention read.
 """
 
 from collections.abc import Sequence
@@ -54,5 +53,5 @@ def _fused(source: Tensor | Normed | Gated, x: Tensor, layers: Sequence[nn.Modul
         plan, prepared = layer.prepare()
         plans.append(plan)
         weights.append(prepared)
-        biases.append(layer.bias)
+        biases.append(layer._bias())
     return ops.fused(source, weights, plans, biases) if ops.fuses(x, plans) else None
