@@ -1,6 +1,6 @@
 """A whole Llama-shaped model on one CUDA GPU, batch 1: dense FP16 beside the trellis code, through the same stack.
 
-    python bench/generate_gpu.py [--bits 4,3,2] [--shapes 8b] [--new 128] [--prompt 512] [--stacks fused,transformers]
+    python bench/generate_gpu.py [--bits 4,3,2] [--shapes 8b] [--new 128] [--prompt 512] [--stacks decoder,transformers]
         [--tables trellis-r6-l12-t256-h128] [--json]
 
 Weights are random and made on the GPU: speed does not depend on them, and any word is a valid code. Embedding and head are
@@ -8,8 +8,8 @@ FP16, in packed rows too unless `--tables` names their format. One token is one 
 static cache, argmax, the next token back into its buffer. Three stacks, each the same for dense and packed:
 
     transformers   the model's own forward, kernel by kernel as transformers launches them
-    fused          the same modules and cache; attention of a token by `inference.attention` in both; norms and gates by
-                   `modeling.fused` in packed rows, as functions for torch.compile in dense ones
+    decoder        `decoder.step`, by which packed models decode on a GPU; in dense rows with norms and gates that torch.compile
+                   makes one kernel each, where packed layers make their input themselves
     compile        torch.compile(fullgraph=True) of the model's own forward; minutes of compilation, so not by default
 
 Before a time is taken: logits of a 2-layer model of the same widths are held against the same model dequantized (prompt, and
@@ -24,9 +24,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -38,9 +39,8 @@ from seedlm.codes.base import CODES
 from seedlm.codes.registry import parse_format
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.inference import backend
-from seedlm.inference.attention import attend
+from seedlm.integrations.transformers import decoder
 from seedlm.modeling.embedding import SeedEmbedding
-from seedlm.modeling.fused import attended_linear, gated_linear, normed_linears
 from seedlm.modeling.linear import SeedLinear
 from seedlm.modeling.quantize import dequantize_model, seed_linears, share_inputs
 
@@ -95,32 +95,35 @@ def build(config: LlamaConfig, format: TrellisFormat | None, options: argparse.N
     return model
 
 
-# ---- The fused stack: what lies between products, for one token ----
+# ---- Norms and gates of dense rows ----
 
 
-def add_norm(h: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual stream with a layer's part added, and its RMS norm. All but weight [hidden] are [1, 1, hidden]."""
-    h = h + delta
+@torch.compile(dynamic=False, fullgraph=True)
+def add_norm(h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """The RMS norm of h + delta, which is left in h [1, 1, hidden]."""
+    if delta is not None:
+        h.add_(delta)
     x = h.float()
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return h, weight * x.to(h.dtype)
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(h.dtype)
 
 
+@torch.compile(dynamic=False, fullgraph=True)
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-@dataclass
-class Pieces:
-    """The functions between products, compiled or as they are."""
+def normed_linears(h: Tensor, delta: Tensor | None, weight: Tensor, eps: float, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """As `modeling.fused` has it, for dense layers."""
+    x = add_norm(h, delta, weight, eps)
+    return [layer(x) for layer in layers]
 
-    compiled: bool
 
-    def __post_init__(self) -> None:
-        def ready(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
-
-        self.add_norm, self.gated = ready(add_norm), ready(gated)
+def compiled_pieces() -> ExitStack:
+    """Inside of it `decoder.step` takes the functions above."""
+    pieces = ExitStack()
+    pieces.enter_context(mock.patch.object(decoder, "normed_linears", normed_linears))
+    pieces.enter_context(mock.patch.object(decoder, "gated_linear", lambda gate, up, layer: layer(gated(gate, up))))
+    return pieces
 
 
 # ---- One model that writes ----
@@ -129,8 +132,8 @@ class Pieces:
 class Writer:
     """A model, its static cache, and buffers that stay where they are: the next token, its position, all tokens written."""
 
-    def __init__(self, model: Any, room: int, pieces: Pieces) -> None:
-        self.model, self.pieces = model, pieces
+    def __init__(self, model: Any, room: int) -> None:
+        self.model = model
         self.compiled: Callable[[Writer], Tensor] | None = None
         device = model.lm_head.weight.device
         self.length = -(-room // 64) * 64
@@ -167,39 +170,12 @@ class Writer:
         more: dict[str, Any] = {"attention_mask": self.mask(), "position_ids": self.position[None], self.keyword: self.cache}
         return self.model(input_ids=self.token, use_cache=True, **more).logits[:, -1]
 
-    def fused(self) -> Tensor:
-        """The same."""
-        inner = self.model.model
-        h = inner.embed_tokens(self.token)
-        cos, sin = inner.rotary_emb(h, position_ids=self.position[None])
-        delta = None
-        for layer, store in zip(inner.layers, self.cache.layers, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
-            keys, values = store.keys.detach(), store.values.detach()  # without the mark that compiles anew for each address
-            of_input = [attention.q_proj, attention.k_proj, attention.v_proj]
-            h, (q, k, v) = self.normed(h, delta, layer.input_layernorm, of_input)
-            read = attend(q, k, v, cos, sin, keys, values, self.position, attention.scaling)
-            delta = attended_linear(read, attention.o_proj)
-            h, (gate, up) = self.normed(h, delta, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
-            packed = isinstance(mlp.down_proj, SeedLinear)
-            delta = gated_linear(gate, up, mlp.down_proj) if packed else mlp.down_proj(self.pieces.gated(gate, up))
-        _, (logits,) = self.normed(h, delta, inner.norm, [self.model.lm_head])
-        return logits[:, -1]
-
-    def normed(self, h: Tensor, delta: Tensor | None, norm: Any, layers: list[Any]) -> tuple[Tensor, list[Tensor]]:
-        """The residual stream with a layer's part added, and products of its norm."""
-        if isinstance(layers[0], SeedLinear):
-            return h, normed_linears(h, delta, norm.weight, norm.variance_epsilon, layers)
-        delta = torch.zeros_like(h) if delta is None else delta
-        h, x = self.pieces.add_norm(h, delta, norm.weight, norm.variance_epsilon)
-        return h, [layer(x) for layer in layers]
-
     def forward(self, stack: str) -> Tensor:
         """Logits [1, vocabulary] of the token after `self.token`."""
         if stack == "compile":
             self.compiled = self.compiled or torch.compile(Writer.as_it_is, fullgraph=True)
             return self.compiled(self)
-        return self.fused() if stack == "fused" else self.as_it_is()
+        return decoder.step(self.model, self.token, self.cache)[:, -1] if stack == "decoder" else self.as_it_is()
 
     def step(self, stack: str) -> None:
         """Write one token."""
@@ -262,10 +238,10 @@ def teacher_forced(writer: Writer, ids: Tensor, prompt: int, stack: str) -> Tens
     return torch.cat(rows).double()
 
 
-def check(options: argparse.Namespace, shapes: str, format: TrellisFormat, pieces: Pieces) -> dict[str, float]:
+def check(options: argparse.Namespace, shapes: str, format: TrellisFormat) -> dict[str, float]:
     """Relative errors of a packed 2-layer model's logits, by stack; exits if one is too large."""
     model = build(config_of(shapes, 2), format, options)
-    writer = Writer(model, 64, pieces)
+    writer = Writer(model, 64)
     ids = torch.randint(0, model.config.vocab_size, (1, 32), device=options.device)
     found = {stack: teacher_forced(writer, ids, 24, stack) for stack in options.stacks if stack != "compile"}
     dequantize_model(model, options.dtype)
@@ -285,7 +261,7 @@ def weight_bytes(model: Any) -> int:
     return sum(tensor.nbytes for name, tensor in tensors if "embed_tokens" not in name and "rotary" not in name)
 
 
-def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | None, pieces: Pieces) -> dict[str, Any]:
+def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | None) -> dict[str, Any]:
     """One model: the time to its first token, tokens per second in each stack, and its memory."""
     device, cuda = options.device, options.device.type == "cuda"
     gc.collect()
@@ -293,7 +269,7 @@ def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | No
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
     model = build(config_of(shapes), format, options)
-    writer = Writer(model, options.prompt + options.new + 8, pieces)
+    writer = Writer(model, options.prompt + options.new + 8)
     ids = torch.randint(0, model.config.vocab_size, (1, options.prompt), device=device)
     row: dict[str, Any] = {"shapes": shapes, "what": format.spec if format else str(options.dtype).removeprefix("torch.")}
     row |= {"bits": format.rate if format else 8 * options.dtype.itemsize, "bytes a token": weight_bytes(model)}
@@ -312,7 +288,8 @@ def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | No
     first = writer.prompt(ids)[0].argmax(-1, keepdim=True)
     for stack in options.stacks:
         try:
-            row[stack] = generation(options, writer, stack, first, row)
+            with compiled_pieces() if format is None and cuda else ExitStack():
+                row[stack] = generation(options, writer, stack, first, row)
         except RuntimeError as reason:  # a capture that is refused; the other stacks can still run
             row[stack] = {"failed": " ".join(str(reason).split())[:300], "graph as eager": False}
     if cuda:
@@ -393,18 +370,6 @@ def describe(row: dict[str, Any], dense: dict[str, Any] | None, copy: float, sta
         )
 
 
-def choose_pieces(options: argparse.Namespace, shapes: str, format: TrellisFormat) -> Pieces:
-    """Compiled functions, if they compile here: that is tried with the first check."""
-    if not options.plain_pieces and "fused" in options.stacks:
-        try:
-            pieces = Pieces(compiled=True)
-            check(options, shapes, format, pieces)
-            return pieces
-        except Exception as reason:  # whatever a compiler or its absence raises
-            print(f"torch.compile failed, the fused stack runs uncompiled: {' '.join(str(reason).split())[:300]}", flush=True)
-    return Pieces(compiled=False)
-
-
 def run(options: argparse.Namespace, copy: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All rows, and the errors found by the checks."""
     rows: list[dict[str, Any]] = []
@@ -412,19 +377,18 @@ def run(options: argparse.Namespace, copy: float) -> tuple[list[dict[str, Any]],
     began = time.perf_counter()
     for shapes in options.shapes:
         formats = [TrellisFormat(rate=bits) for bits in options.bits]
-        pieces = choose_pieces(options, shapes, formats[0]) if formats else Pieces(compiled=not options.plain_pieces)
         for format in formats:
-            errors[f"{shapes} {format.spec}"] = found = check(options, shapes, format, pieces)
+            errors[f"{shapes} {format.spec}"] = found = check(options, shapes, format)
             shown = ", ".join(f"{stack} {error:.1e}" for stack, error in found.items())
             print(f"checked 2 layers of {shapes}, {format.spec}: logits off by {shown}", flush=True)
         dense = None
         for format in [*([] if shapes == "70b" else [None]), *formats]:
             try:
-                row = measure(options, shapes, format, pieces)
+                row = measure(options, shapes, format)
             except torch.OutOfMemoryError as reason:
                 print(f"{shapes} {format.spec if format else 'dense'}: does not fit ({str(reason).split('.')[0]})", flush=True)
                 continue
-            rows.append(row | {"fused compiled": pieces.compiled})
+            rows.append(row)
             dense = rows[-1] if format is None else dense
             describe(rows[-1], dense, copy, options.stacks)
             print(f"  ({time.perf_counter() - began:.0f} s so far)", flush=True)
@@ -437,11 +401,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", default="8b", help="8b, 70b (packed alone), or both with a comma between")
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--stacks", default="fused,transformers")
+    parser.add_argument("--stacks", default="decoder,transformers")
     parser.add_argument("--tables", help="format of embedding and head in packed rows; default: dense")
     parser.add_argument("--backend", default="auto", help="cuda, cuda-int8, ...")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--plain-pieces", action="store_true", help="the fused stack without torch.compile")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy's shapes, to try this script")
     parser.add_argument("--json", action="store_true", help="nothing but the last line on stdout, the rest on stderr")
