@@ -140,7 +140,7 @@ def fuses(x: Tensor, plans: Sequence[Plan]) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not _autocast()
-        and _unobserved(x)
+        and unobserved(x)
     )
 
 
