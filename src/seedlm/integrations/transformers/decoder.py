@@ -374,8 +374,7 @@ def _fused(kind: Any) -> Any:
             return kind.get_compiled_call(self, compile_config)
 
         def call(**inputs: Any) -> Any:
-            fits = _is_step(self, inputs) and _steps(self, _cache_in(inputs)).reason is None
-            return self(**inputs) if fits else kind.get_compiled_call(self, None)(**inputs)
+            return self(**inputs) if _is_step(self, inputs) else kind.get_compiled_call(self, None)(**inputs)
 
         return call
 
