@@ -20,6 +20,7 @@ from tiny_models import SMALL, tiny_model
 
 IDS = torch.arange(1, 13)[None]
 KINDS = ["llama", "mistral", "qwen2"]
+HALF = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 FORMATS = [None, SMALL, "3-fast"]
 TOLERANCE = {"cpu": 1e-5, "cuda": 2e-2}
@@ -147,11 +148,27 @@ class TestReasons:
                 {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
                 "is dynamic, and none of",
             ),
+            ("llama", {"rope_parameters": HALF}, "turns a part of each head"),
             ("llama", {"output_hidden_states": True}, "other outputs than logits"),
         ],
     )
     def test_architectures_and_configurations(self, kind, changes, reason):
         assert reason in reason_unfused(tiny_model(kind, **changes))
+
+    @pytest.mark.parametrize(
+        ("name", "value", "reason"),
+        [
+            ("num_hidden_layers", 1, "it has 2 layers, of which 1 are in use"),
+            ("num_attention_heads", 8, "32 outputs of q_proj are not 8 heads"),
+            ("layer_types", ["full_attention", "sliding_attention"], "its attention has a sliding window"),
+            ("_attn_implementation", "paged|sdpa", "its attention is paged|sdpa"),
+            ("output_attentions", True, "its configuration asks for other outputs than logits"),
+        ],
+    )
+    def test_a_configuration_that_was_changed(self, name, value, reason):
+        model = model_of(attn_implementation="eager")
+        setattr(model.config, name, value)
+        assert reason_unfused(model) == reason
 
     def test_a_base_model_and_no_model(self):
         assert "which is not known there" in reason_unfused(model_of().model)
@@ -167,6 +184,13 @@ class TestReasons:
         assert reason_unfused(model) is None
         module.register_forward_pre_hook(lambda *_: None)
         assert reason_unfused(model) == f"{name} has a hook or a forward of its own"
+
+    def test_a_hook_of_the_model_itself_is_called(self, counted):
+        model, called = fused(), []
+        model.register_forward_hook(lambda *_: called.append(1))
+        written(model)
+        assert counted == [7]
+        assert len(called) == 8
 
     def test_a_hook_for_all_modules(self):
         handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
@@ -192,8 +216,10 @@ class TestReasons:
         model = model_of()
         model.model.layers[0].train()
         assert reason_unfused(model) == "model.layers.0 is in training mode"
-        model.eval().model.norm.double()
-        assert "several dtypes or devices" in reason_unfused(model)
+        model.eval().model.norm.half()
+        reason = "its weights have several dtypes or devices: torch.float16 on cpu, torch.float32 on cpu"
+        assert reason_unfused(model) == reason
+        assert reason_unfused(model.double()) == "its weights are of torch.float64"
 
     def test_hidden_states_that_were_asked_for_once_leave_no_reason(self):
         model = model_of()
@@ -306,6 +332,8 @@ class TestGenerate:
         assert found.keys() == expected.keys()
         assert torch.equal(found["input_ids"], tokens()[0])
         assert found["position_ids"].tolist() == [[12]]
+        asked |= {CACHE: cache_of(model, torch.cat([IDS, IDS])), "position_ids": torch.arange(13).expand(2, 13)}
+        assert "attention_mask" in model.prepare_inputs_for_generation(torch.cat([ids, ids]), **asked)
 
     @pytest.mark.parametrize(
         ("ids", "options"),
@@ -435,9 +463,9 @@ class TestCalls:
         call = {"input_ids": tokens()[0], "use_cache": True}
         with torch.enable_grad():
             assert model(**call, **{CACHE: cache_of(model)}).logits.requires_grad
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(**call, **{CACHE: cache_of(model)})
         cache = cache_of(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not decoder._is_step(model, {**call, CACHE: cache})
         with FlopCounterMode(display=False) as counter:
             model(**call, **{CACHE: cache})
         assert counter.get_total_flops()
@@ -545,6 +573,8 @@ class TestTheModelStaysWhatItWas:
             del cache
             assert keys() is None
             assert steps() is None
+            cache = cache_of(model)
+            model(input_ids=tokens()[0], use_cache=True, **{CACHE: cache})
             left = [weakref.ref(model), weakref.ref(model.model.layers[0].mlp.up_proj.weight)]
             del model
             assert [each() for each in left] == [None, None]
@@ -581,7 +611,7 @@ class TestCompilation:
         model = fused()
         model.model.norm.register_forward_hook(lambda *_: None)
         written(model)
-        assert (compiled, counted) == ([None], [0])
+        assert (compiled, counted) == ([None] * 7, [0])
 
     def test_who_asks_for_it_gets_it(self, compiled):
         config = CompileConfig()
@@ -645,13 +675,14 @@ class TestGraphs:
             lambda model: model.to(torch.float64),
             lambda model: model.model.layers[0].mlp.set_submodule("up_proj", nn.Linear(32, 44, bias=False).eval()),
             lambda model: setattr(model.model.norm, "weight", nn.Parameter(torch.ones(32))),
+            lambda model: setattr(model.model.norm.weight, "data", torch.ones(32)),
             lambda model: setattr(model.model.layers[1].mlp.up_proj, "backend", "torch"),
             lambda model: model.model.layers[1].mlp.up_proj.parts["words"].add_(0),
             lambda model: model.model.layers[1].mlp.up_proj.register_buffer("weight_words", torch.zeros(44, 9).int()),
             dequantize_model,
             lambda model: model.load_state_dict(model.state_dict()),
         ],
-        ids=["dtype", "module", "parameter", "backend", "codes", "parts", "dequantized", "loaded"],
+        ids=["dtype", "module", "parameter", "data", "backend", "codes", "parts", "dequantized", "loaded"],
     )
     def test_a_change_of_the_model_is_seen(self, graphs, change):
         model = fused(format=SMALL)
@@ -712,11 +743,11 @@ class TestGraphs:
         assert decoder._steps(model, cache)._graph is not None
         monkeypatch.setattr(decoder, "_can_capture", lambda device: False)
         expected = self.call(model, other, 6)
-        assert all(map(torch.equal, found, expected))
+        assert all(off(*each) < 1e-3 for each in zip(found, expected, strict=True))
         assert len({each.data_ptr() for each in found}) == 6
-        for mine, theirs in zip(cache.layers, other.layers, strict=True):
-            assert torch.equal(mine.keys, theirs.keys)
-            assert mine.cumulative_length == theirs.cumulative_length == 18
+        for mine, its in zip(cache.layers, other.layers, strict=True):
+            assert off(mine.keys, its.keys) < 1e-3
+            assert mine.cumulative_length == its.cumulative_length == 18
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -47,6 +47,7 @@ _LINEAR: Final = (nn.Linear, SeedLinear)
 _ROPES: Final = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on how long a text is."""
 _ATTENTIONS: Final = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_DTYPES: Final = ("torch.float16", "torch.bfloat16", "torch.float32")
 _KNOWN: Final = frozenset(
     {"input_ids", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache", "return_dict"}
 )
@@ -69,8 +70,8 @@ def _reason_modules(model: nn.Module, kind: str) -> str | None:
         leaf = name.rpartition(".")[2]
         if _original(type(module)) not in known.get("layer" if leaf.isdecimal() else leaf, ()):
             return f"{name or 'the model'} is a {type(module).__name__}, which is not known there"
-        if "forward" in vars(module) or any(_hooks(module)):
-            return f"{name or 'the model'} has a hook or a forward of its own"
+        if name and ("forward" in vars(module) or any(_hooks(module))):  # the model's own are called
+            return f"{name} has a hook or a forward of its own"
         if module.training:
             return f"{name or 'the model'} is in training mode"
         if any(type(each) is not nn.Parameter for each in module._parameters.values() if each is not None):
@@ -79,7 +80,11 @@ def _reason_modules(model: nn.Module, kind: str) -> str | None:
             placed.add((str(weight.dtype), str(weight.device)))
     if _has_any_global_hook():
         return "there are hooks for all modules"
-    return None if len(placed) == 1 else f"its weights have several dtypes or devices: {sorted(placed)}"
+    if len(placed) > 1:
+        found = ", ".join(f"{dtype} on {device}" for dtype, device in sorted(placed))
+        return f"its weights have several dtypes or devices: {found}"
+    dtype = min(placed)[0]
+    return None if dtype in _DTYPES else f"its weights are of {dtype}"
 
 
 def _classes(kind: str) -> dict[str, tuple[type, ...]]:
@@ -122,9 +127,8 @@ def _reason_config(model: Any, config: Any) -> str | None:
     attention, rotary = inner.layers[0].self_attn, inner.rotary_emb
     if config.num_hidden_layers != len(inner.layers):
         return f"it has {len(inner.layers)} layers, of which {config.num_hidden_layers} are in use"
-    if getattr(config, "sliding_window", None) is not None or {*(getattr(config, "layer_types", None) or ())} - {
-        "full_attention"
-    }:
+    kinds = getattr(config, "layer_types", None) or ()
+    if getattr(config, "sliding_window", None) is not None or any(each != "full_attention" for each in kinds):
         return "its attention has a sliding window"
     if rotary.rope_type not in _ROPES:
         return f"its rotary embedding is {rotary.rope_type}, and none of {', '.join(_ROPES)}"
@@ -366,7 +370,7 @@ def _fused(kind: Any) -> Any:
 
     @wraps(kind.get_compiled_call)
     def get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
-        if compile_config is not None or reason_unfused(self):
+        if compile_config is not None:
             return kind.get_compiled_call(self, compile_config)
 
         def call(**inputs: Any) -> Any:
@@ -377,7 +381,7 @@ def _fused(kind: Any) -> Any:
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         return _new, (kind,), *kind.__reduce_ex__(self, max(2, protocol))[2:]
 
-    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    same = {name: getattr(kind, name) for name in ("__module__", "__doc__")}
     own = {"forward": forward, "get_compiled_call": get_compiled_call, "__reduce_ex__": reduce, "_unfused": kind}
     own["prepare_inputs_for_generation"] = prepare_inputs_for_generation
     return type(kind)(kind.__name__, (kind,), {**same, **own})
