@@ -5,12 +5,14 @@
 
 Weights are random and made on the GPU: speed does not depend on them, and any word is a valid code. Embedding and head are
 FP16, in packed rows too unless `--tables` names their format. One token is one CUDA graph, captured by hand: the model with a
-static cache, argmax, the next token back into its buffer. Three stacks, each the same for dense and packed:
+static cache, argmax, the next token back into its buffer. Stacks, the first three the same for dense and packed:
 
     transformers   the model's own forward, kernel by kernel as transformers launches them
     decoder        `decoder.step`, by which packed models decode on a GPU; in dense rows with norms and gates that torch.compile
                    makes one kernel each, where packed layers make their input themselves
     compile        torch.compile(fullgraph=True) of the model's own forward; minutes of compilation, so not by default
+    generate       plain `model.generate(cache_implementation="static")` of packed rows, its own loop included; beside the
+                   dense row's `decoder`, since a dense model's generate compiles for minutes
 
 Before a time is taken: logits of a 2-layer model of the same widths are held against the same model dequantized (prompt, and
 token by token in each stack), and the graph's tokens of the whole model against the eager loop's. The prompt runs eagerly,
@@ -92,7 +94,7 @@ def build(config: LlamaConfig, format: TrellisFormat | None, options: argparse.N
             module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=dtype, device=device), requires_grad=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     share_inputs(model)
-    return model
+    return model.eval()
 
 
 # ---- Norms and gates of dense rows ----
@@ -243,7 +245,7 @@ def check(options: argparse.Namespace, shapes: str, format: TrellisFormat) -> di
     model = build(config_of(shapes, 2), format, options)
     writer = Writer(model, 64)
     ids = torch.randint(0, model.config.vocab_size, (1, 32), device=options.device)
-    found = {stack: teacher_forced(writer, ids, 24, stack) for stack in options.stacks if stack != "compile"}
+    found = {stack: teacher_forced(writer, ids, 24, stack) for stack in options.stacks if stack in ("decoder", "transformers")}
     dequantize_model(model, options.dtype)
     reference = teacher_forced(writer, ids, 24, "transformers")
     errors = {}
@@ -287,14 +289,49 @@ def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | No
     row["prompt tokens/s"] = 1e3 * options.prompt / row["first token ms"]
     first = writer.prompt(ids)[0].argmax(-1, keepdim=True)
     for stack in options.stacks:
+        if stack == "generate" and format is None:
+            continue
         try:
             with compiled_pieces() if format is None and cuda else ExitStack():
-                row[stack] = generation(options, writer, stack, first, row)
+                if stack == "generate":
+                    row[stack] = by_generate(options, model, ids, row)
+                else:
+                    row[stack] = generation(options, writer, stack, first, row)
         except RuntimeError as reason:  # a capture that is refused; the other stacks can still run
             row[stack] = {"failed": " ".join(str(reason).split())[:300], "graph as eager": False}
     if cuda:
         row["peak GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
     return row
+
+
+def by_generate(options: argparse.Namespace, model: Any, ids: Tensor, row: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per second of `model.generate`, from the difference between some new tokens and one."""
+
+    def write(count: int) -> list[int]:
+        asked = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **asked)
+        return list(whole[0, ids.shape[1] :].tolist())
+
+    decoder.fuse_decoding(model)
+    found = write(1 + options.new)
+    times = {
+        count: statistics.median(seconds(options.device, lambda c=count: write(c)) for _ in range(options.repeats))
+        for count in (1, 1 + options.new)
+    }
+    each = (times[1 + options.new] - times[1]) / options.new
+    decoder_off = mock.patch.object(decoder, "DEVICES", ())
+    with decoder_off:
+        asked = {"min_new_tokens": COMPARED, "max_new_tokens": COMPARED, "do_sample": False, "pad_token_id": 0}
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)[0, ids.shape[1] :].tolist()
+    return {
+        "tokens/s": 1 / each,
+        "ms a token": 1e3 * each,
+        "with the prompt tokens/s": options.new / times[1 + options.new],
+        "TB/s": row["bytes a token"] / each / 1e12,
+        "graph as eager": found[:COMPARED] == expected[:COMPARED],
+        "compared tokens": COMPARED,
+        "distinct tokens": len(set(found)),
+    }
 
 
 def generation(options: argparse.Namespace, writer: Writer, stack: str, first: Tensor, row: dict[str, Any]) -> dict[str, Any]:
@@ -351,16 +388,17 @@ def describe(row: dict[str, Any], dense: dict[str, Any] | None, copy: float, sta
         f"{row['shapes']} {row['what']}: {row['bytes a token'] / 1e9:.3f} GB a token, at most {bound:.0f} tokens/s by copy "
         f"bandwidth; {memory}; first token {row['first token ms']:.1f} ms, {row['prompt tokens/s']:.0f} prompt tokens/s"
     )
-    for stack in stacks:
+    for stack in filter(row.get, stacks):
         found = row[stack]
         if "failed" in found:
             print(f"  {stack:12} failed: {found['failed']}", flush=True)
             continue
         found["share of copy"] = found["TB/s"] / copy
         ratio = ""
-        if dense is not None and dense is not row and "failed" not in dense[stack]:
-            found["ratio"] = found["tokens/s"] / dense[stack]["tokens/s"]
-            found["ratio with the prompt"] = found["with the prompt tokens/s"] / dense[stack]["with the prompt tokens/s"]
+        beside = (dense or {}).get("decoder" if stack == "generate" else stack, {"failed": ""})
+        if dense is not row and "failed" not in beside:
+            found["ratio"] = found["tokens/s"] / beside["tokens/s"]
+            found["ratio with the prompt"] = found["with the prompt tokens/s"] / beside["with the prompt tokens/s"]
             ratio = f"{found['ratio']:5.2f}x FP16, "
         print(
             f"  {stack:12} {found['tokens/s']:7.1f} tokens/s, {ratio}{found['ms a token']:.3f} ms, {found['TB/s']:.2f} TB/s = "
@@ -432,7 +470,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, copy {copy:.2f} TB/s", flush=True)
     rows, errors = run(options, copy)
     print(json.dumps(facts | {"checks": errors, "rows": rows}), file=out, flush=True)
-    if not all(row[stack]["graph as eager"] for row in rows for stack in options.stacks):
+    if not all(row[stack]["graph as eager"] for row in rows for stack in options.stacks if stack in row):
         sys.exit("a graph failed or wrote other tokens than its eager loop")
 
 

@@ -261,13 +261,19 @@ def _can_capture(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
+@once
+def _capturing(device: torch.device) -> torch.cuda.Stream:
+    """The stream for captures. cuBLAS keeps 32 MiB for each stream it has seen, so there is one."""
+    return torch.cuda.Stream(device)
+
+
 class _Graph:
     """One step over one cache as a CUDA graph. It holds what it reads of the model, and of the cache only addresses."""
 
     def __init__(self, model: Any, token: Tensor, cache: Any, positions: Tensor) -> None:
         self._token, self._positions, self._graph = token.clone(), positions.clone(), torch.cuda.CUDAGraph()
         self.read = _Read(model)
-        stream = torch.cuda.Stream(token.device)
+        stream = _capturing(token.device)
         stream.wait_stream(torch.cuda.current_stream(token.device))
         with torch.cuda.stream(stream):
             self._graph.capture_begin(capture_error_mode="thread_local")
