@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache as once
 from functools import wraps
 from operator import attrgetter, eq, is_
+from threading import Lock
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -261,9 +262,12 @@ def _can_capture(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
+_CAPTURE: Final = Lock()
+
+
 @once
-def _capturing(device: torch.device) -> torch.cuda.Stream:
-    """The stream for captures. cuBLAS keeps 32 MiB for each stream it has seen, so there is one."""
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures, one after another: cuBLAS keeps 32 MiB for each stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
@@ -272,16 +276,16 @@ class _Graph:
 
     def __init__(self, model: Any, token: Tensor, cache: Any, positions: Tensor) -> None:
         self._token, self._positions, self._graph = token.clone(), positions.clone(), torch.cuda.CUDAGraph()
-        self.read = _Read(model)
-        stream = _capturing(token.device)
-        stream.wait_stream(torch.cuda.current_stream(token.device))
-        with torch.cuda.stream(stream):
+        self.read, before = _Read(model), torch.cuda.current_stream(token.device)
+        stream = _capture_stream(token.device)
+        with _CAPTURE, torch.cuda.stream(stream):
+            stream.wait_stream(before)
             self._graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self._logits = step(model, self._token, cache, self._positions)
             finally:
                 self._graph.capture_end()
-        torch.cuda.current_stream(token.device).wait_stream(stream)
+        before.wait_stream(stream)
 
     def replay(self, token: Tensor, positions: Tensor) -> Tensor:
         """The logits, which are the caller's to keep."""
