@@ -278,7 +278,7 @@ class _Graph:
         self._token, self._positions, self._graph = token.clone(), positions.clone(), torch.cuda.CUDAGraph()
         self.read, before = _Read(model), torch.cuda.current_stream(token.device)
         stream = _capture_stream(token.device)
-        with _CAPTURE, torch.cuda.stream(stream):
+        with _CAPTURE, torch.cuda.stream(stream):  # and on its device
             stream.wait_stream(before)
             self._graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -289,10 +289,11 @@ class _Graph:
 
     def replay(self, token: Tensor, positions: Tensor) -> Tensor:
         """The logits, which are the caller's to keep."""
-        self._token.copy_(token)
-        self._positions.copy_(positions)
-        self._graph.replay()
-        return self._logits.clone()
+        with torch.cuda.device(token.device):  # a graph goes to the stream of the device that is current
+            self._token.copy_(token)
+            self._positions.copy_(positions)
+            self._graph.replay()
+            return self._logits.clone()
 
 
 class _Read:
