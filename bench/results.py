@@ -277,7 +277,10 @@ def render(folder: Path, out: Path) -> None:
     parts = []
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
-        parts.append(weight_table(found) if path.stem == "weight_space" else model_table(found))
+        if path.stem == "weight_space":
+            parts.append(weight_table(found))
+        elif "protocol" in found:  # others are of speed
+            parts.append(model_table(found))
     before, _, rest = out.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     out.write_text("\n\n".join([before + MARKS[0], *parts, MARKS[1] + after]))

@@ -27,6 +27,7 @@ class TestTable:
         for row in found["rows"]:
             assert all(row[name] > 0 for name in NUMBERS)
             assert row["peak_bytes"] is None
+            assert row["unfused"] == "on a cpu transformers' own forward is as fast"
 
     def test_codes_take_less_memory(self, found):
         packed, dense = (row["weight_bytes"] for row in found["rows"])

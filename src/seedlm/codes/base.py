@@ -236,6 +236,43 @@ class JoiningBackend(LinearBackend, Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Normed:
+    """The RMS norm of h + delta; the sum is left in h.
+
+    h, delta   [1, 1, in_features], contiguous, of one dtype; without delta h is left as it is
+    weight     [in_features] of that dtype
+    """
+
+    h: "Tensor"
+    delta: "Tensor | None"
+    weight: "Tensor"
+    epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gated:
+    """silu(gate) * up: [1, 1, in_features], contiguous, of one dtype."""
+
+    gate: "Tensor"
+    up: "Tensor"
+
+
+class FusingBackend(JoiningBackend, Protocol):
+    """A backend that makes one token's input itself from what comes before it in a decoder layer, kernel after kernel."""
+
+    def fused(
+        self,
+        source: "Tensor | Normed | Gated",
+        prepared: "Sequence[Sequence[Tensor]]",
+        format: Format,
+        shapes: tuple[tuple[int, int], ...],
+        biases: "Sequence[Tensor | None]",
+    ) -> "list[Tensor]":
+        """The products of that input, in float16, bfloat16 or float32, by weights of one format and `in_features`."""
+        ...
+
+
 class Family(Protocol):
     """All formats of one kind. One object each, made known to `registry`.
 

@@ -1,8 +1,9 @@
 """How fast a model writes on a user's own device: packed as it is, dequantized, and in bitsandbytes' NF4.
 
-Every row goes through `model.generate`, batch 1, greedy, from the same random prompt. The time to the first token is a run of
-one new token; tokens per second are those of the others, from the difference to a whole run. Memory is that of all weights,
-and on CUDA the most that torch had allocated while generating.
+Every row goes through `model.generate`, batch 1, greedy, from the same random prompt, as `seedlm generate` asks for
+it: with a static cache where tokens then go through `decoder.step` ("unfused" says why not). The time to the first token is a
+run of one new token; tokens per second are those of the others, from the difference to a whole run. Memory is that of all
+weights, and on CUDA the most that torch had allocated while generating.
 """
 
 import gc
@@ -24,6 +25,7 @@ from seedlm.evaluation.settings import SpeedSettings as Settings
 from seedlm.evaluation.settings import check_room, no_compiler
 from seedlm.inference import backend
 from seedlm.integrations.transformers import models
+from seedlm.integrations.transformers.decoder import fuse_decoding, reason_unfused, static_cache
 from seedlm.modeling.quantize import choose_modules, dequantize_model, seed_linears
 from seedlm.progress import Progress
 from seedlm.storage.checkpoint import Checkpoint
@@ -46,6 +48,7 @@ def measure_speed(model: str, settings: Settings | None = None, on_progress: Pro
     progress("load", 0, 0)
     network = models.load_model(path, device=device, dtype=settings.dtype, packed=True, trust_remote_code=trust)
     check_room(models.longest_text(network), settings)
+    fuse_decoding(network)
     rows, left_out = [], {}
     layers = [layer for _, layer in seed_linears(network)]
     if layers:
@@ -118,6 +121,7 @@ def _time(network: Any, settings: Settings, row: str, progress: Progress) -> dic
     scales = [scale for state in states if state for scale in (state.absmax, state.state2.absmax, state.state2.code)]
     weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*network.parameters(), *network.buffers(), *scales)}
     return {
+        "unfused": reason_unfused(network),
         "tokens_per_second": (settings.tokens - 1) / max(whole - first, 1e-9),
         "first_token_seconds": first,
         "prompt_tokens_per_second": settings.prompt_tokens / first,
@@ -128,7 +132,9 @@ def _time(network: Any, settings: Settings, row: str, progress: Progress) -> dic
 
 def _generate(network: Any, prompt: Tensor, count: int, compiled: bool) -> float:
     """Seconds of a run."""
-    options: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
+    options: dict[str, Any] = static_cache(network, prompt.shape[1] + count)
+    if compiled:
+        options = {"cache_implementation": "static", "compile_config": transformers.CompileConfig()}
     options |= {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
     start = time.perf_counter()
     output = network.generate(prompt, attention_mask=torch.ones_like(prompt), **options)

@@ -2,15 +2,35 @@
 
     attend(q, k, v, cos, sin, keys, values, position, scaling)
 
-By one kernel where there is one (`reason_unavailable`), else by torch.
+By one kernel where there is one, else by torch.
 """
+
+from functools import cache
+from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from seedlm import nvrtc
+
+_WIDTHS: Final = (64, 128, 256)
+"""Of heads that the kernel knows."""
+_WARPS: Final = 8
+_LANE_NUMBERS: Final = 32
+"""Numbers of queries that a lane holds, at most."""
+
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, scaling: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scaling: float,
 ) -> Tensor:
     """What one token's heads read from the cache, which holds its own key and value afterwards.
 
@@ -21,6 +41,8 @@ def attend(
     position          int64 [1]: how many tokens came before; it is less than length
     returns           [1, 1, heads * d]
     """
+    if _by_kernel(q, keys, values):
+        return _launch(q, k, v, cos, sin, keys, values, position, scaling)
     _, heads, length, width = keys.shape
 
     def rotated(x: Tensor) -> Tensor:
@@ -34,3 +56,61 @@ def attend(
     scores = torch.bmm(rotated(q), keys[0].transpose(1, 2)).float() * scaling
     weights = scores.masked_fill(later, -torch.inf).softmax(-1).to(q.dtype)
     return torch.bmm(weights, values[0]).view(1, 1, -1)
+
+
+def _by_kernel(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    return (
+        q.is_cuda
+        and q.dtype in nvrtc.TYPES
+        and keys.shape[3] in _WIDTHS
+        and torch.version.cuda is not None
+        and keys.is_contiguous()
+        and values.is_contiguous()
+        and nvrtc.reason_unavailable() is None
+        and nvrtc.architecture(nvrtc.index_of(q.device)) >= 80
+    )
+
+
+def source(type: int, width: int, heads: int, arch: int) -> str:
+    """The text of the kernel for numbers of a type of `nvrtc.TYPES`, heads of `width`, `heads` of which share a key."""
+    most = _LANE_NUMBERS * 8 // width
+    group = -(-heads // -(-heads // most))
+    defines = {"TYPE": type, "WIDTH": width, "HEADS": heads, "GROUP": group, "CLUSTER": _cluster(arch), "WARPS": _WARPS}
+    return "".join(f"#define {key} {value}\n" for key, value in defines.items()) + _text()
+
+
+def _cluster(arch: int) -> int:
+    """Blocks of a key head and its group."""
+    return 4 if arch >= 90 else 1
+
+
+@cache
+def _text() -> str:
+    return (Path(__file__).parent / "attend.cu").read_text(encoding="utf-8")
+
+
+@cache
+def _kernel(dtype: torch.dtype, width: int, heads: int, index: int) -> tuple[nvrtc.Kernel, int]:
+    """The kernel, and its blocks for a key head."""
+    arch, most = nvrtc.architecture(index), _LANE_NUMBERS * 8 // width
+    text = source(nvrtc.TYPES[dtype], width, heads, arch)
+    kernel = nvrtc.load(text, "attend", "PPPPPPPPPif", device=torch.device("cuda", index), overlap=True)
+    return kernel, -(-heads // most) * _cluster(arch)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scaling: float,
+) -> Tensor:
+    _, heads, length, width = keys.shape
+    kernel, blocks = _kernel(q.dtype, width, q.shape[-1] // (heads * width), nvrtc.index_of(q.device))
+    out = torch.empty_like(q)
+    kernel((heads * blocks,), 32 * _WARPS, q, k, v, cos, sin, keys, values, position, out, length, scaling)
+    return out

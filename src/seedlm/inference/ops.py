@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from seedlm.codes.base import Format, JoiningBackend, LinearBackend
+from seedlm.codes.base import Format, FusingBackend, Gated, JoiningBackend, LinearBackend, Normed
 from seedlm.codes.registry import family_of, parse_format
 from seedlm.errors import BackendError, TensorError
 from seedlm.inference import backend as backends
@@ -123,11 +123,36 @@ def linears(
     x: Tensor, prepared: Sequence[Sequence[Tensor]], plans: Sequence[Plan], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """`linear` by several weights that `joins` allows, in their order."""
-    if not torch.compiler.is_compiling() and _unobserved(x):
+    if not torch.compiler.is_compiling() and unobserved(x):
         _check_input(x, plans[0])
         return _joining(plans[0]).linears(x, prepared, plans[0].format, tuple(plan.shape for plan in plans), biases)
     together = [tensor for each in prepared for tensor in each]
     return _OPS.linears.default(x, together, "; ".join(plan.text for plan in plans), biases)
+
+
+def fuses(x: Tensor, plans: Sequence[Plan]) -> bool:
+    """Whether `fused` takes a source of x's dtype by these weights. Not where a gradient, a cast or a compiler has a say."""
+    first = plans[0]
+    return (
+        hasattr(first.backend, "fused")
+        and all(plan.input_text == first.input_text for plan in plans)
+        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not _autocast()
+        and unobserved(x)
+    )
+
+
+def fused(
+    source: Tensor | Normed | Gated,
+    prepared: Sequence[Sequence[Tensor]],
+    plans: Sequence[Plan],
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Products, [1, 1, out_features] each, of what a source stands for by weights that `fuses` allows, in their order."""
+    backend = cast(FusingBackend, plans[0].backend)
+    return backend.fused(source, prepared, plans[0].format, tuple(plan.shape for plan in plans), biases)
 
 
 def _joining(plan: Plan) -> JoiningBackend:
@@ -168,13 +193,13 @@ _autocast: Final = torch._C._is_any_autocast_enabled
 def _plain(x: Tensor, bias: Tensor | None) -> bool:
     """Whether a product is nothing but its kernel."""
     return (
-        _unobserved(x)
+        unobserved(x)
         and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         and not _autocast()
     )
 
 
-def _unobserved(x: Tensor) -> bool:
+def unobserved(x: Tensor) -> bool:
     """Whether no mode (fakes, tracers, counters), no transform (vmap) and no forward gradient looks at operators."""
     return type(x) is Tensor and not _modes() and _transforms() is None and forward_ad._current_level < 0
 
@@ -301,7 +326,7 @@ def _with_gradient(x: Tensor, transformed: list[Tensor], prepared: list[Tensor],
     """What the dispatcher calls first; by hand, since `torch.library.register_autograd` takes 12 us more on an H100's host."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Product.apply(x, bias, text, len(transformed), *transformed, *prepared)
-    if _unobserved(x) and not x.is_meta:
+    if unobserved(x) and not x.is_meta:
         return _linear(x, transformed, prepared, text, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return _OPS.linear.default(x, transformed, prepared, text, bias)

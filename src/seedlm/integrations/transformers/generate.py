@@ -66,6 +66,8 @@ class Writer:
         dequantize: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
+        from seedlm.integrations.transformers.decoder import fuse_decoding
+
         start = time.perf_counter()
         where = choose_device(device)
         if not is_repository(model):
@@ -80,6 +82,7 @@ class Writer:
         self._network = open_language_model(model, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
         if dequantize and hasattr(self._network, "hf_quantizer"):
             self._network = self._network.dequantize()
+        fuse_decoding(self._network)
         self.timing = Timing(load_seconds=time.perf_counter() - start)
 
     def go_on(self, prompt: str, drawing: Drawing) -> Generator[str, None, None]:
@@ -110,10 +113,13 @@ class Writer:
         """
         from transformers import TextIteratorStreamer
 
+        from seedlm.integrations.transformers.decoder import static_cache
+
         options: dict[str, Any] = {"max_new_tokens": drawing.max_new_tokens, "do_sample": drawing.temperature > 0}
         if drawing.temperature > 0:
             torch.manual_seed(drawing.seed)
             options |= {"temperature": drawing.temperature, "top_p": drawing.top_p}
+        options |= static_cache(self._network, inputs["input_ids"].shape[1] + drawing.max_new_tokens)
         inputs, left = inputs.to(self._network.device), Event()
 
         def enough(input_ids: Any, scores: Any, **_: Any) -> Any:

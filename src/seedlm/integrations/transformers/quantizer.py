@@ -137,6 +137,7 @@ class SeedLMQuantizer(HfQuantizer):
             del self._places  # it has files and locks, which a model's copies have no use for
             self.quantization_config.format_version = written_version(_described(model).values())
             _set_guard(model.config, True)
+            _fuse_decoding(model)
         else:
             config = self.quantization_config
             tables: dict[str, Any] = {"embeddings": config.embeddings, "head": config.head}
@@ -204,9 +205,16 @@ def _keep_books(model: nn.Module, settings: Mapping[str, Any]) -> None:
             _keep_books(child, settings)
     elif any(packed_modules(model)):
         _say_packed(model, settings)
+        _fuse_decoding(model)
     elif isinstance(quantizer := getattr(model, "hf_quantizer", None), SeedLMQuantizer):
         quantizer.remove_quantization_config(model)
         _set_guard(model.config, False)
+
+
+def _fuse_decoding(model: nn.Module) -> None:
+    from seedlm.integrations.transformers.decoder import fuse_decoding  # imports what is being imported while this module is
+
+    fuse_decoding(model)
 
 
 def _say_packed(model: Any, settings: Mapping[str, Any]) -> None:

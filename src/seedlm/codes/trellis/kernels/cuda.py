@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from seedlm import nvrtc
-from seedlm.codes.base import CODES, Format
+from seedlm.codes.base import CODES, Format, Gated, Normed
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.codes.trellis.kernels import launch, sources
 from seedlm.codes.trellis.kernels.launch import Kind
@@ -109,6 +109,33 @@ class CudaBackend:
         each = zip(prepared, shapes, biases, strict=True)
         return [self.linear(x, weight, format, shape, bias, transformed) for weight, shape, bias in each]
 
+    def fused(
+        self,
+        source: Tensor | Normed | Gated,
+        prepared: Sequence[Sequence[Tensor]],
+        format: Format,
+        shapes: tuple[tuple[int, int], ...],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """The norm, or the gate, in the kernel that rotates."""
+        in_features, block = shapes[0][1], cast(TrellisFormat, format).transform
+        origin: sources.Origin
+        more: tuple[Tensor | None, Tensor | None, float]
+        if isinstance(source, Normed):
+            x, origin, more = source.h, "norm", (source.delta, source.weight, source.epsilon)
+        elif isinstance(source, Gated):
+            x, origin, more = source.gate, "gate", (source.up, None, 0.0)
+        else:
+            x, origin, more = source, "x", (None, None, 0.0)
+        plan = launch.input_plan(block, in_features, 1, x.dtype, self.few, nvrtc.index_of(x.device), origin=origin)
+        work = torch.empty(plan.size, dtype=torch.int32, device=x.device)
+        launch.rotate(x, plan, work, *more)
+        ys: list[Tensor] = []
+        for at in range(0, len(shapes), sources.MOST_MEMBERS):
+            some = slice(at, at + sources.MOST_MEMBERS)
+            ys += self._products(x, prepared[some], format, shapes[some], biases[some], self.few, [work], own_input=False)
+        return ys
+
     def _products(
         self,
         x: Tensor,
@@ -118,10 +145,11 @@ class CudaBackend:
         biases: Sequence[Tensor | None],
         kind: Kind,
         transformed: Sequence[Tensor],
+        own_input: bool | None = None,
     ) -> list[Tensor]:
         trellis, index, in_features = cast(TrellisFormat, format), nvrtc.index_of(x.device), shapes[0][1]
         tokens = x.numel() // in_features
-        plan = launch.product_plan(trellis, shapes, tokens, x.dtype, kind, index)
+        plan = launch.product_plan(trellis, shapes, tokens, x.dtype, kind, index, own_input=own_input)
         ys = [torch.empty((*x.shape[:-1], out), dtype=x.dtype, device=x.device) for out, _ in shapes]
         if plan.own_input:
             launch.product(ys, prepared, plan, x.contiguous(), biases)

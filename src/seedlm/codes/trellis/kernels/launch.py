@@ -91,9 +91,19 @@ def workspace(in_features: int, tokens: int, kind: Kind, index: int) -> tuple[in
 
 @lru_cache(maxsize=4096)
 def input_plan(
-    transform: int, in_features: int, tokens: int, dtype: torch.dtype, kind: Kind, index: int, overlap: bool = True
+    transform: int,
+    in_features: int,
+    tokens: int,
+    dtype: torch.dtype,
+    kind: Kind,
+    index: int,
+    overlap: bool = True,
+    origin: sources.Origin = "x",
 ) -> InputPlan:
-    """The plan to rotate x [tokens, in_features] of `dtype` on device `index`. Raises BackendError if it cannot be compiled."""
+    """The plan to rotate x [tokens, in_features] of `dtype`, or what comes of it, on device `index`.
+
+    Raises BackendError if it cannot be compiled.
+    """
     halves = kind == "halves"
     x_scale, x_sum, counters, size = workspace(in_features, tokens, kind, index)
     width = sources.gemm_tokens(tokens)
@@ -101,13 +111,13 @@ def input_plan(
     few = tokens <= sources.MOST_PARTS
     cluster, warps, _ = sources.rotate_blocks(transform, in_features, nvrtc.architecture(index), few)
     text = sources.rotate_source(
-        transform, in_features, nvrtc.TYPES[dtype], parts_of_token(kind), nvrtc.architecture(index), halves, few
+        transform, in_features, nvrtc.TYPES[dtype], parts_of_token(kind), nvrtc.architecture(index), halves, few, origin
     )
     return InputPlan(
         tokens=tokens,
         in_features=in_features,
         kind=kind,
-        kernel=nvrtc.load(text, "rotate", "PPPPPiii", device=torch.device("cuda", index), overlap=overlap),
+        kernel=nvrtc.load(text, "rotate", "PPPPPPPiiif", device=torch.device("cuda", index), overlap=overlap),
         grid=(tokens * cluster + sources.clearing_blocks(zeros, warps * 32, cluster),),
         block=warps * 32,
         numbers=(zeros, tokens, -(-tokens // width) * width),
@@ -195,10 +205,21 @@ def product_plan(
     )
 
 
-def rotate(x: Tensor, plan: InputPlan, work: Tensor) -> None:
-    """Fill the workspace of x [tokens, in], contiguous."""
+def rotate(
+    x: Tensor,
+    plan: InputPlan,
+    work: Tensor,
+    also: Tensor | None = None,
+    weight: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> None:
+    """Fill the workspace of x [tokens, in], contiguous, or of what the plan's origin makes of it.
+
+    also, weight, epsilon: see rotate.cu. A norm adds `also` to x.
+    """
     at = work.data_ptr()
-    plan.kernel(plan.grid, plan.block, x, at, at + plan.x_scale, at + plan.x_sum, at + plan.counters, *plan.numbers)
+    places = at, at + plan.x_scale, at + plan.x_sum, at + plan.counters
+    plan.kernel(plan.grid, plan.block, x, also, weight, *places, *plan.numbers, epsilon)
 
 
 def product(

@@ -32,8 +32,8 @@
 // begins at most one shared panel), whichever are fewer. y: [tokens, out].
 //
 // Compile-time beside decode.cuh's, and with OWN_INPUT quantize.cuh's and hadamard.cuh's: OWN_INPUT, WARPS (that decode), FINISHERS
-// (threads), STAGES, TILES (0 is narrow), MEMBERS, NEIGHBOURS (1: the strip's next segment is not always in the same panel, so
-// its first words are fetched too).
+// (threads), STAGES, UNROLL (steps of a turn of the loop), TILES (0 is narrow), MEMBERS, NEIGHBOURS (1: the strip's next segment is
+// not always in the same panel, so its first words are fetched too).
 
 constexpr int STEP = 16;
 constexpr int THREADS = WARPS * 32 + FINISHERS, FINISHED = 256 / FINISHERS;  // rows of a finisher
@@ -440,7 +440,7 @@ DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int*
       x_next[n] = used[n] && rounds ? read_x(x_at[n]) : 0u;
     }
     int acc[COLUMN_TILES][FRAGMENTS][4] = {};
-#pragma unroll 1
+#pragma unroll UNROLL
     for (int round = 1; round <= rounds; round++) {
       u32 x[COLUMN_TILES];
 #pragma unroll

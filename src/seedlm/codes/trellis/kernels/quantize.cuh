@@ -11,11 +11,10 @@
 
 constexpr int PARTS_EACH = HALF_BASE ? 2 : 1;
 
-// A lane's numbers of a piece, from column `first` on; returns their largest magnitude. Every lane of the warp takes part.
-DEVICE u32 transformed(float (&v)[E], const void* x, int token, int first, int lane) {
-  if (IN % (32 * E) == 0) __builtin_assume(first < IN);
+// Transform a piece, of which a lane has the numbers from column `first` on; returns the largest magnitude of what they become.
+// Every lane of the warp takes part.
+DEVICE u32 transform(float (&v)[E], int first, int lane) {
   const Place place(first, IN);
-  load_numbers(v, x, (u64)token * IN, first, IN, TYPE);
 #pragma unroll
   for (int e = 0; e < E; e++) v[e] = signed_by(v[e], place.signs, e);
   butterflies(v, place, lane);
@@ -27,6 +26,13 @@ DEVICE u32 transformed(float (&v)[E], const void* x, int token, int first, int l
     top = max(top, __float_as_uint(v[e]) & 0x7fffffffu);
   }
   return top;
+}
+
+// The same, read from x.
+DEVICE u32 transformed(float (&v)[E], const void* x, int token, int first, int lane) {
+  if (IN % (32 * E) == 0) __builtin_assume(first < IN);
+  load_numbers(v, x, (u64)token * IN, first, IN, TYPE);
+  return transform(v, first, lane);
 }
 
 // How a token whose largest magnitude is `top` becomes integers.

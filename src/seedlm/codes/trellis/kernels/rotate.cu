@@ -3,6 +3,12 @@
 // A token is the work of CLUSTER blocks. The largest magnitude goes round (warp, block, cluster); then each lane quantises what
 // it still holds (quantize.cuh).
 //
+// What is transformed, by SOURCE:
+//   0   x
+//   1   the RMS norm of x + also, with weight [in] and epsilon; the sum, rounded to its type, replaces x unless there is no `also`.
+//       A token's root mean square is one factor, so it goes into x_scale: nobody waits for it before the transform.
+//   2   silu(x) * also
+//
 // x_parts: int8 [steps][tokens * PARTS_EACH][16], zero past `in`. x_scale: float [tokens]. x_sum: int32 [parts], the sum of
 // the part's int8, cleared here.
 //
@@ -10,41 +16,81 @@
 // token's scale is a power of two that takes its largest number to 2^13 .. 2^14. `zero`: int32 [zeros], a multiple of 4, that
 // kernel's counters, cleared by the blocks behind the tokens'.
 //
-// Compile-time beside quantize.cuh's and hadamard.cuh's: WARPS, CLUSTER, ROUNDS (pieces of a warp), HALVES.
+// Compile-time beside quantize.cuh's and hadamard.cuh's: WARPS, CLUSTER, ROUNDS (pieces of a warp), HALVES (with
+// SOURCE 0 alone), SOURCE.
+
+// What a block, and then the cluster, knows of a token: the largest magnitude, as bits, and the sum of squares (SOURCE 1).
+struct Known {
+  u32 top;
+  float squares;
+
+  DEVICE void add(const Known& other) { top = max(top, other.top), squares += other.squares; }
+};
 
 #if CLUSTER > 1
 // A barrier of all threads of the cluster in two halves: what came before the one is visible after the other.
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// The largest of one value a block, over the cluster.
-DEVICE u32 cluster_max(u32 value, u32 (&slots)[CLUSTER], int rank) {
+// All that the cluster's blocks know, added up in their order.
+DEVICE Known of_cluster(Known known, Known (&slots)[CLUSTER], int rank) {
   cluster_wait();  // for all blocks to have started
   if (threadIdx.x < CLUSTER) {
     u32 remote;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(&slots[rank])), "r"(threadIdx.x));
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(value) : "memory");
+    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(remote), "r"(known.top), "r"(__float_as_uint(known.squares))
+                 : "memory");
   }
   cluster_arrive();
   cluster_wait();
-  for (int i = 0; i < CLUSTER; i++) value = max(value, slots[i]);
-  return value;
+  known = slots[0];
+  for (int i = 1; i < CLUSTER; i++) known.add(slots[i]);
+  return known;
 }
 #else
 DEVICE void cluster_arrive() {}
 DEVICE void cluster_wait() {}
-DEVICE u32 cluster_max(u32 value, u32 (&)[CLUSTER], int) { return value; }
+DEVICE Known of_cluster(Known known, Known (&)[CLUSTER], int) { return known; }
 #endif
+
+DEVICE float as_stored(float value) {
+  return TYPE == FLOAT32 ? value : TYPE == FLOAT16 ? from_half(to_half(value)) : from_bfloat(to_bfloat(value));
+}
+
+// A lane's numbers of a piece before the transform; the sum of what is squared for a norm.
+DEVICE float read_source(float (&v)[E], void* x, const void* also, const void* weight, int token, int first) {
+  if (IN % (32 * E) == 0) __builtin_assume(first < IN);
+  const u64 row = (u64)token * IN;
+  load_numbers(v, x, row, first, IN, TYPE);
+  float squares = 0.0f, other[E];
+  if (SOURCE == 1) {
+    if (also) {
+      load_numbers(other, also, row, first, IN, TYPE);
+#pragma unroll
+      for (int e = 0; e < E; e++) v[e] = as_stored(v[e] + other[e]);
+      store_numbers(x, row + first, v, IN - first, TYPE);
+    }
+    load_numbers(other, weight, 0, first, IN, TYPE);
+#pragma unroll
+    for (int e = 0; e < E; e++) squares += v[e] * v[e], v[e] *= other[e];
+  }
+  if (SOURCE == 2) {
+    load_numbers(other, also, row, first, IN, TYPE);
+#pragma unroll
+    for (int e = 0; e < E; e++) v[e] = v[e] / (1.0f + __expf(-v[e])) * other[e];
+  }
+  return squares;
+}
 
 extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
 __launch_bounds__(WARPS * 32)
-rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int4* zero,
-       int zeros, int tokens, int padded_tokens) {
-  __shared__ u32 largest[WARPS];
-  __shared__ u32 slots[CLUSTER];
+rotate(void* x, const void* also, const void* weight, signed char* x_parts, float* x_scale, int* x_sum, int4* zero,
+       int zeros, int tokens, int padded_tokens, float epsilon) {
+  __shared__ Known of_warps[WARPS];
+  __shared__ __align__(8) Known slots[CLUSTER];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rank = blockIdx.x % CLUSTER;
   const int token = blockIdx.x / CLUSTER;
   constexpr int UNIT = HALVES ? 64 : 16, PADDED = (IN + UNIT - 1) / UNIT * UNIT;
@@ -59,19 +105,24 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int4* ze
   }
 
   float v[ROUNDS][E];
-  u32 top = 0;
+  Known known = {0, 0.0f};
 #pragma unroll
   for (int k = 0; k < ROUNDS; k++) {
     const int first = (((k * WARPS + warp) * CLUSTER + rank) * 32 + lane) * E;
     if (first - lane * E >= IN) continue;
-    top = max(top, transformed(v[k], x, token, first, lane));
+    known.squares += read_source(v[k], x, also, weight, token, first);
+    known.top = max(known.top, transform(v[k], first, lane));
   }
-  top = __reduce_max_sync(~0u, top);
-  if (lane == 0) largest[warp] = top;
+  known.top = __reduce_max_sync(~0u, known.top);
+  if (SOURCE == 1)
+    for (int lanes = 16; lanes; lanes /= 2) known.squares += __shfl_xor_sync(~0u, known.squares, lanes);
+  if (lane == 0) of_warps[warp] = known;
   if (!HALVES && rank == 0 && threadIdx.x < PARTS_EACH) x_sum[token * PARTS_EACH + threadIdx.x] = 0;
   __syncthreads();
-  for (int i = 0; i < WARPS; i++) top = max(top, largest[i]);
-  top = cluster_max(top, slots, rank);
+  known = of_warps[0];
+  for (int i = 1; i < WARPS; i++) known.add(of_warps[i]);
+  known = of_cluster(known, slots, rank);
+  const u32 top = known.top;
 
 #if HALVES
   const int exponent = min(max((int)(top >> 23), 14), 254);
@@ -94,7 +145,8 @@ rotate(const void* x, signed char* x_parts, float* x_scale, int* x_sum, int4* ze
   }
 #else
   const Quantizer quantizer(top);
-  if (rank == 0 && threadIdx.x == 0) x_scale[token] = quantizer.scale;
+  if (rank == 0 && threadIdx.x == 0)
+    x_scale[token] = SOURCE == 1 ? quantizer.scale / sqrtf(known.squares / IN + epsilon) : quantizer.scale;
   int high_sum = 0, low_sum = 0;
 #pragma unroll
   for (int k = 0; k < ROUNDS; k++) {

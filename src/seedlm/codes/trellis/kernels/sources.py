@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import isqrt
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from seedlm.codes import hadamard
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
@@ -45,10 +45,15 @@ _LARGEST_VALUE: Final = 510
 _WHOLE_VALUE_RATES: Final = (1, 2, 4, 8)
 
 _LONG: Final = 12
-"""Steps of a warp from which on a third stage pays."""
+"""Steps of a warp from which on a third stage pays, and two steps a turn where states are masked."""
 
 _OWN_NUMBERS: Final = 1 << 11
 """Activations up to which each block of `product` transforms them all."""
+
+Origin = Literal["x", "norm", "gate"]
+"""What `rotate` rotates: x; the RMS norm of a sum; silu(gate) * up."""
+
+_ORIGINS: Final[dict[Origin, int]] = {"x": 0, "norm": 1, "gate": 2}
 
 Defines = tuple[tuple[str, str | int], ...]
 
@@ -61,6 +66,7 @@ class Variant:
     warps          that decode, in a block; a block has a multiprocessor for itself
     finishers      threads beside them that finish rows
     stages         steps of a warp in flight or at work
+    unroll         steps of a turn of the loop
     masks_by_dot   every how many rows a state is masked by the multiplying pipe; 0: none
     """
 
@@ -69,6 +75,7 @@ class Variant:
     stages: int
     finishers: int = 128
     masks_by_dot: int = 0
+    unroll: int = 1
 
 
 def levels(in_features: int) -> int:
@@ -119,9 +126,10 @@ def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30, o
     """
     tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
     warps = 4 if tiles == 2 else 16 if tiles == 0 and format.rate <= 2 else 12
-    stages = 2 if tiles == 0 and (format.rate < 4 or steps < _LONG * warps) else 3
-    masks = 0 if format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16 else 2
-    variant = Variant(tiles=tiles, warps=warps, stages=stages, masks_by_dot=masks)
+    long, even = steps >= _LONG * warps, format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16
+    stages = 2 if tiles == 0 and (not long or (even and format.rate < 4)) else 3
+    unroll = 2 if tiles == 0 and long and not even else 1
+    variant = Variant(tiles=tiles, warps=warps, stages=stages, unroll=unroll, masks_by_dot=0 if even else 2)
     most = most_shared(arch) - own_steps * parts * STEP
     while shared_bytes(format, variant, 4 if tiles == 0 else parts) > most and variant.warps > 1:
         if variant.stages > 2:
@@ -224,23 +232,43 @@ def _quantizing(transform: int, in_features: int, type: int, parts_each: int) ->
 
 
 def rotate_source(
-    transform: int, in_features: int, type: int, parts_each: int, arch: int, halves: bool, few: bool = True
+    transform: int,
+    in_features: int,
+    type: int,
+    parts_each: int,
+    arch: int,
+    halves: bool,
+    few: bool = True,
+    origin: Origin = "x",
 ) -> str:
-    """The text of `rotate` for x of `in_features` and a type of `nvrtc.TYPES`. halves: for `gemm`; few: see `rotate_blocks`."""
+    """The text of `rotate` for x of `in_features` and a type of `nvrtc.TYPES`.
+
+    halves: for `gemm`, which takes x as it is; few: see `rotate_blocks`; origin: what is rotated.
+    """
     cluster, warps, rounds = rotate_blocks(transform, in_features, arch, few)
-    dividing = (("WARPS", warps), ("CLUSTER", cluster), ("ROUNDS", rounds), ("HALVES", int(halves)))
+    dividing = (
+        ("WARPS", warps),
+        ("CLUSTER", cluster),
+        ("ROUNDS", rounds),
+        ("HALVES", int(halves)),
+        ("SOURCE", _ORIGINS[origin]),
+    )
     defines = (*_decoding(TrellisFormat(rate=1)), *_quantizing(transform, in_features, type, parts_each), *dividing)
     return _text("rotate", ("decode.cuh", "hadamard.cuh", "quantize.cuh"), defines)
 
 
 def product_source(
-    format: TrellisFormat, variant: Variant, members: int = 1, own_input: tuple[int, int, int] | None = None
+    format: TrellisFormat,
+    variant: Variant,
+    members: int = 1,
+    own_input: tuple[int, int, int] | None = None,
 ) -> str:
     """The text of `product`; own_input: in_features, type and parts of a token of the x that it takes as it is."""
     choices = (
         ("WARPS", variant.warps),
         ("FINISHERS", variant.finishers),
         ("STAGES", variant.stages),
+        ("UNROLL", variant.unroll),
         ("TILES", variant.tiles),
         ("MEMBERS", members),
         ("NEIGHBOURS", int(needs_neighbours(format))),

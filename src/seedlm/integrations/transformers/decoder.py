@@ -1,0 +1,427 @@
+"""One token by `modeling.fused` and `inference.attention`, where transformers' own forward would launch every small step.
+
+For models whose decoder layers are Llama's (`reason_unfused`). `step` is the whole forward of one token over a static cache.
+`fuse_decoding` gives a model a subclass of its class, of the same name, so that copies, files and signatures stay what they
+were. Its forward takes this way where a call asks for no more than `_is_step` allows, and transformers' for every other call:
+
+    one token, batch 1, a `StaticCache` on a GPU, no mask, no output but logits, in evaluation and without gradients
+
+To see whether a mask hides anything would be to wait for the GPU, so a call with a mask is transformers'. `generate` drops a
+mask of ones; for a static cache it makes one anew at each token, which is left out here. It compiles no step that goes this
+way, unless it is given a `compile_config`.
+
+On a GPU the first step over a cache runs as it is, the second is captured as a CUDA graph, and all others replay it. Graphs
+belong to a cache and are let go with it. What cannot change unseen is checked once for each cache: classes, hooks, dtypes.
+Where the cache lies is looked at before each replay, which modules and tensors the model has while the GPU is at work on it.
+On a CPU a step takes as long as transformers' forward (SmolLM2-135M's shapes, 4 bits: 33 ms both), so nothing changes there.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache as once
+from functools import wraps
+from operator import attrgetter, eq, is_
+from threading import Lock
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import ACT2FN
+from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from seedlm.inference import ops
+from seedlm.inference.attention import attend
+from seedlm.modeling.embedding import SeedEmbedding, TiedLinear
+from seedlm.modeling.fused import attended_linear, gated_linear, normed_linears
+from seedlm.modeling.linear import PackedModule, SeedLinear
+
+DEVICES: tuple[str, ...] = ("cuda",)
+"""Kinds of devices on which models decode this way."""
+CACHE: Final = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this transformers calls a cache, among arguments and in outputs."""
+
+_PREFIXES: Final = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+_LINEAR: Final = (nn.Linear, SeedLinear)
+_ROPES: Final = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on how long a text is."""
+_ATTENTIONS: Final = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_DTYPES: Final = ("torch.float16", "torch.bfloat16", "torch.float32")
+_KNOWN: Final = frozenset(
+    {"input_ids", "position_ids", "cache", "past_key_values", "logits_to_keep", "use_cache", "return_dict"}
+)
+
+
+def reason_unfused(model: nn.Module) -> str | None:
+    """Why no token of a model goes through `step`; None if tokens do."""
+    config: Any = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind not in _PREFIXES:
+        return f"model type {kind} is none of {', '.join(_PREFIXES)}"
+    return _reason_modules(model, kind) or _reason_config(model, config) or _reason_device(model)
+
+
+def _reason_modules(model: nn.Module, kind: str) -> str | None:
+    """The part of the reason that lies in the model's modules."""
+    known = _classes(kind)
+    placed = set()
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if _original(type(module)) not in known.get("layer" if leaf.isdecimal() else leaf, ()):
+            return f"{name or 'the model'} is a {type(module).__name__}, which is not known there"
+        if name and ("forward" in vars(module) or any(_hooks(module))):  # the model's own are called
+            return f"{name} has a hook or a forward of its own"
+        if module.training:
+            return f"{name or 'the model'} is in training mode"
+        if any(type(each) is not nn.Parameter for each in module._parameters.values() if each is not None):
+            return f"{name} has parameters of a class of their own"
+        if isinstance(weight := getattr(module, "weight", None), Tensor):
+            placed.add((str(weight.dtype), str(weight.device)))
+    if _has_any_global_hook():
+        return "there are hooks for all modules"
+    if len(placed) > 1:
+        found = ", ".join(f"{dtype} on {device}" for dtype, device in sorted(placed))
+        return f"its weights have several dtypes or devices: {found}"
+    dtype = min(placed)[0]
+    return None if dtype in _DTYPES else f"its weights are of {dtype}"
+
+
+def _classes(kind: str) -> dict[str, tuple[type, ...]]:
+    """The classes of modules, by the last part of their names."""
+    home = sys.modules.get(f"transformers.models.{kind}.modeling_{kind}")
+
+    def own(name: str) -> tuple[type, ...]:
+        found = getattr(home, _PREFIXES[kind] + name, None)
+        return () if found is None else (found,)
+
+    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm", "norm"), own("RMSNorm"))
+    products = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return {
+        "": own("ForCausalLM"),
+        "model": own("Model"),
+        "embed_tokens": (nn.Embedding, SeedEmbedding),
+        "rotary_emb": own("RotaryEmbedding"),
+        "layers": (nn.ModuleList,),
+        "layer": own("DecoderLayer"),
+        "self_attn": own("Attention"),
+        "mlp": own("MLP"),
+        "act_fn": (nn.SiLU, type(ACT2FN["silu"])),
+        "lm_head": (*_LINEAR, TiedLinear),
+        **norms,
+        **dict.fromkeys(products, _LINEAR),
+    }
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    """The hooks of a module but for those by which transformers collects hidden states, which do nothing unless it is asked."""
+    yield from module._forward_pre_hooks.values()
+    for hook in module._forward_hooks.values():
+        if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+            yield hook
+
+
+def _reason_config(model: Any, config: Any) -> str | None:
+    """The part of the reason that lies in the configuration and in sizes."""
+    inner = model.model
+    attention, rotary = inner.layers[0].self_attn, inner.rotary_emb
+    if config.num_hidden_layers != len(inner.layers):
+        return f"it has {len(inner.layers)} layers, of which {config.num_hidden_layers} are in use"
+    kinds = getattr(config, "layer_types", None) or ()
+    if getattr(config, "sliding_window", None) is not None or any(each != "full_attention" for each in kinds):
+        return "its attention has a sliding window"
+    if rotary.rope_type not in _ROPES:
+        return f"its rotary embedding is {rotary.rope_type}, and none of {', '.join(_ROPES)}"
+    if 2 * rotary.inv_freq.numel() != attention.head_dim:
+        return "its rotary embedding turns a part of each head"
+    if attention.q_proj.out_features != config.num_attention_heads * attention.head_dim:
+        return f"{attention.q_proj.out_features} outputs of q_proj are not {config.num_attention_heads} heads"
+    if config._attn_implementation not in _ATTENTIONS:
+        return f"its attention is {config._attn_implementation}"
+    if config.output_attentions or config.output_hidden_states or not config.return_dict:
+        return "its configuration asks for other outputs than logits"
+    return None
+
+
+def _reason_device(model: Any) -> str | None:
+    kind = model.model.norm.weight.device.type
+    return None if kind in DEVICES else f"on a {kind} transformers' own forward is as fast"
+
+
+def _reason(model: Any, cache: Any) -> str | None:
+    """Why no token of a model goes through `step` over a cache; None if tokens do."""
+    if reason := reason_unfused(model):
+        return reason
+    attention, weight = model.model.layers[0].self_attn, model.model.norm.weight
+    if cache.offloading or len(cache.layers) != len(model.model.layers):
+        return "the cache is offloaded, or another model's"
+    for layer in cache.layers:
+        if type(layer) is not StaticLayer or not isinstance(layer.cumulative_length, Tensor):
+            return f"a layer of the cache is a {type(layer).__name__} that is not known there"
+        if not layer.is_initialized:
+            return "the cache is empty"
+        shape = (1, attention.k_proj.out_features // attention.head_dim, layer.max_cache_len, attention.head_dim)
+        tensors: Any = layer.keys, layer.values
+        for each in tensors:
+            if each.shape != shape or (each.dtype, each.device) != (weight.dtype, weight.device) or not each.is_contiguous():
+                return f"the cache holds {each.dtype} {[*each.shape]} on {each.device}, not {weight.dtype} {[*shape]}"
+    return None
+
+
+def step(model: Any, token: Tensor, cache: Any, positions: Tensor | None = None) -> Tensor:
+    """The forward of one token, for a model and a cache that fit; the cache is one longer afterwards.
+
+    token       int64 [1, 1]
+    positions   int64 [1, 1], of the rotary embedding; the length of the cache if None
+    returns     logits [1, 1, vocabulary] of the model's dtype
+    """
+    inner, lengths = model.model, [layer.cumulative_length for layer in cache.layers]
+    h, delta = inner.embed_tokens(token), None
+    cos, sin = inner.rotary_emb(h, position_ids=lengths[0].view(1, 1) if positions is None else positions)
+    for layer, store, length in zip(inner.layers, cache.layers, lengths, strict=True):
+        attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        q, k, v = normed_linears(h, delta, norm.weight, norm.variance_epsilon, projections)
+        read = attend(q, k, v, cos, sin, store.keys, store.values, length.view(1), attention.scaling)
+        delta, norm = attended_linear(read, attention.o_proj), layer.post_attention_layernorm
+        gate, up = normed_linears(h, delta, norm.weight, norm.variance_epsilon, [mlp.gate_proj, mlp.up_proj])
+        delta = gated_linear(gate, up, mlp.down_proj)
+    (logits,) = normed_linears(h, delta, inner.norm.weight, inner.norm.variance_epsilon, [model.lm_head])
+    torch._foreach_add_(lengths, 1)
+    return logits
+
+
+# ---- Steps over a cache ----
+
+
+def decode(model: Any, token: Tensor, cache: Any, positions: Tensor | None = None) -> Tensor | None:
+    """`step`, as the replay of a graph where there is one; None, with nothing done, for a model or a cache that do not fit."""
+    while (steps := _steps(model, cache)).reason is None:
+        if (logits := steps.step(model, token, cache, positions)) is not None:
+            return logits
+    return None
+
+
+class _Steps:
+    """Those of one model over one cache.
+
+    reason   why there are none
+    where    the cache lay when this was found
+    """
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        self.reason = _reason(model, cache)
+        self.where = _where(cache)
+        self._graph: _Graph | None = None
+        self._warm = False
+
+    def step(self, model: Any, token: Tensor, cache: Any, positions: Tensor | None) -> Tensor | None:
+        """Logits; None, with nothing done, if there is a `reason` now, or the model has changed and is to be asked again."""
+        if not (self._warm and _can_capture(token.device)):
+            self._warm = True
+            return step(model, token, cache, positions)
+        if positions is None:
+            positions = cache.layers[0].cumulative_length.view(1, 1)
+        if self._graph is None:
+            try:
+                self._graph = _Graph(model, token, cache, positions)
+            except RuntimeError as reason:  # whatever a kernel does that no graph holds
+                self.reason = f"its step cannot be captured: {' '.join(str(reason).split()):.300}"
+                return None
+        logits = self._graph.replay(token, positions)
+        if not self._graph.read.unchanged():
+            torch._foreach_sub_([layer.cumulative_length for layer in cache.layers], 1)
+            self.reason, self._graph, self._warm = _reason(model, cache), None, False
+            return None
+        return logits
+
+
+_STEPS: Final[WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, _Steps]]] = WeakKeyDictionary()
+
+
+def _steps(model: Any, cache: Any) -> _Steps:
+    """The steps over a cache as it is now, which are kept as long as it."""
+    known = _STEPS.get(model)
+    if known is None:
+        known = _STEPS.setdefault(model, WeakKeyDictionary())
+    steps = known.get(cache)
+    if steps is None or steps.where != _where(cache):
+        steps = known[cache] = _Steps(model, cache)
+    return steps
+
+
+def _where(cache: Any) -> list[int]:
+    """The addresses of a cache's tensors, 0 for one that is not there."""
+    tensors = [each for layer in cache.layers for each in (layer.keys, layer.values, layer.cumulative_length)]
+    return [each.data_ptr() if isinstance(each, Tensor) else 0 for each in tensors]
+
+
+def _can_capture(device: torch.device) -> bool:
+    """Whether there are graphs on a device, and nobody captures one of which this step becomes a part."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+_CAPTURE: Final = Lock()
+
+
+@once
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures, one after another: cuBLAS keeps 32 MiB for each stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+class _Graph:
+    """One step over one cache as a CUDA graph. It holds what it reads of the model, and of the cache only addresses."""
+
+    def __init__(self, model: Any, token: Tensor, cache: Any, positions: Tensor) -> None:
+        self._token, self._positions, self._graph = token.clone(), positions.clone(), torch.cuda.CUDAGraph()
+        self.read, before = _Read(model), torch.cuda.current_stream(token.device)
+        stream = _capture_stream(token.device)
+        with _CAPTURE, torch.cuda.stream(stream):  # and on its device
+            stream.wait_stream(before)
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._logits = step(model, self._token, cache, self._positions)
+            finally:
+                self._graph.capture_end()
+        before.wait_stream(stream)
+
+    def replay(self, token: Tensor, positions: Tensor) -> Tensor:
+        """The logits, which are the caller's to keep."""
+        with torch.cuda.device(token.device):  # a graph goes to the stream of the device that is current
+            self._token.copy_(token)
+            self._positions.copy_(positions)
+            self._graph.replay()
+            return self._logits.clone()
+
+
+class _Read:
+    """The modules and tensors of a model, held as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._homes: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        parameters, parts = [], []
+        for module in model.modules():
+            homes: list[Any] = [module._modules, module._parameters, module._buffers]
+            for home in homes:
+                self._homes += len(home) * [home]
+                self._names += home
+            parameters += [each for each in module._parameters.values() if each is not None]
+            if isinstance(module, PackedModule):
+                self._homes.append(vars(module))
+                self._names.append("_prepared")
+                parts += [each for each in module.parts.values() if not each.is_inference()]
+        self._found = [*map(dict.get, self._homes, self._names)]
+        self._parameters, self._parts = parameters, parts
+        self._storages = [each.detach() for each in parameters]  # `.to` gives a parameter another one
+        self._addresses = [each.data_ptr() for each in parameters]
+        self._versions = [each._version for each in parts]
+
+    def unchanged(self) -> bool:
+        """Whether they still are what the model has, and codes hold what they held."""
+        return (
+            all(map(is_, map(dict.get, self._homes, self._names), self._found))
+            and all(map(eq, map(Tensor.data_ptr, self._parameters), self._addresses))
+            and all(map(eq, map(attrgetter("_version"), self._parts), self._versions))
+        )
+
+
+# ---- The way in ----
+
+
+def fuse_decoding(model: nn.Module) -> None:
+    """Let a model decode by `step` where it can: give it a subclass of its class, if that is one that is known here."""
+    kind: Any = type(model)
+    if _original(kind) is kind and kind in {each for name in _PREFIXES for each in _classes(name)[""]}:
+        model.__class__ = _fused(kind)
+
+
+def static_cache(model: Any, tokens: int) -> dict[str, Any]:
+    """What to ask `generate` for so that a model decodes by `step`: nothing where it cannot, or has a cache of its own wish.
+
+    tokens   that the cache is to hold at most; not by this way if that takes more than half of the memory that is free
+    """
+    if reason_unfused(model) or model.generation_config.cache_implementation is not None:
+        return {}
+    if model.device.type == "cuda":
+        features = 2 * sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
+        if tokens * features * model.dtype.itemsize > torch.cuda.mem_get_info(model.device)[0] // 2:
+            return {}
+    return {"cache_implementation": "static"}
+
+
+def _original(kind: type) -> type:
+    """The class that a class of `_fused` stands for; another one itself."""
+    return getattr(kind, "_unfused", kind)
+
+
+@once
+def _fused(kind: Any) -> Any:
+    """A class of models that decode by `step` where they can."""
+
+    @wraps(kind.forward)
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        if not args and _is_step(self, inputs):
+            cache = _cache_in(inputs)
+            logits = decode(self, inputs["input_ids"], cache, inputs.get("position_ids"))
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+        return kind.forward(self, *args, **inputs)
+
+    @wraps(kind.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self: Any, *args: Any, **inputs: Any) -> Any:
+        if isinstance(cache := inputs.get(CACHE), StaticCache) and inputs.get("attention_mask") is None:
+            found = kind.prepare_inputs_for_generation(self, *args, **{**inputs, CACHE: None})  # which makes no mask without
+            found[CACHE] = cache
+            if _is_step(self, found) and _steps(self, cache).reason is None:
+                return found
+        return kind.prepare_inputs_for_generation(self, *args, **inputs)
+
+    @wraps(kind.get_compiled_call)
+    def get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
+        if compile_config is not None:
+            return kind.get_compiled_call(self, compile_config)
+
+        def call(**inputs: Any) -> Any:
+            return self(**inputs) if _is_step(self, inputs) else kind.get_compiled_call(self, None)(**inputs)
+
+        return call
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _new, (kind,), *kind.__reduce_ex__(self, max(2, protocol))[2:]
+
+    same = {name: getattr(kind, name) for name in ("__module__", "__doc__")}
+    own = {"forward": forward, "get_compiled_call": get_compiled_call, "__reduce_ex__": reduce, "_unfused": kind}
+    own["prepare_inputs_for_generation"] = prepare_inputs_for_generation
+    return type(kind)(kind.__name__, (kind,), {**same, **own})
+
+
+def _new(kind: Any) -> Any:
+    """An empty model, of which `pickle` and `copy` make one."""
+    return _fused(kind).__new__(_fused(kind))
+
+
+def _cache_in(inputs: Mapping[str, Any]) -> Any:
+    found = inputs.get("cache")
+    return inputs.get("past_key_values") if found is None else found
+
+
+def _is_step(model: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether a call's arguments ask for one token over a static cache, and nothing looks on while it is computed."""
+    if torch.compiler.is_compiling() or type(_cache_in(inputs)) is not StaticCache:
+        return False
+    token, positions = inputs.get("input_ids"), inputs.get("position_ids")
+    return (
+        type(token) is Tensor
+        and token.shape == (1, 1)
+        and token.device.type in DEVICES
+        and (positions is None or (positions.shape == (1, 1) and positions.device == token.device))
+        and all(value is None or value is False or name in _KNOWN for name, value in inputs.items())
+        and inputs.get("use_cache") is not False
+        and inputs.get("return_dict") is not False
+        and isinstance(inputs.get("logits_to_keep", 0), int)
+        and not (model.training or torch.is_grad_enabled() or torch.is_autocast_enabled(token.device.type))
+        and ops.unobserved(token)
+    )
