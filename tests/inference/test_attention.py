@@ -64,6 +64,17 @@ def test_by_torch(position, share):
     check(2, share, 16, 40, position, torch.float32, "cpu", 1e-5)
 
 
+def test_scores_that_float16_holds_only_when_scaled():
+    kv, share, width = 1, 1, 96
+    q, k, v, cos, sin, keys, values = case(kv, share, width, 8, torch.float16, "cpu")
+    q[:], k[:], cos[:], sin[:] = 10.0, 1.0, 1.0, 0.0
+    keys[:] = 100.0
+    place = torch.tensor([5])
+    expected = straightforward(q, k, v, cos, sin, keys.clone(), values.clone(), place, width**-0.5)
+    found = attention.attend(q, k, v, cos, sin, keys, values, place, width**-0.5)
+    assert (found.view(-1).double() - expected).abs().max() < 4e-3
+
+
 @COMPILER
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_the_kernel_compiles_for_every_architecture_without_a_gpu(arch):

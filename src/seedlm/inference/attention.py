@@ -53,7 +53,7 @@ def attend(
     keys.index_copy_(2, position, rotated(k)[None])
     values.index_copy_(2, position, v.view(1, heads, 1, width))
     later = torch.arange(length, device=q.device) > position
-    scores = torch.bmm(rotated(q), keys[0].transpose(1, 2)).float() * scaling
+    scores = torch.bmm(rotated(q) * scaling, keys[0].transpose(1, 2)).float()  # scaled first: float16 ends at 65504
     weights = scores.masked_fill(later, -torch.inf).softmax(-1).to(q.dtype)
     return torch.bmm(weights, values[0]).view(1, 1, -1)
 
