@@ -274,6 +274,17 @@ class TestReasons:
             monkeypatch.setitem(AttentionInterface._global_mapping, attention, lambda *_: None)
         assert reason_unfused(model) == "functions of its attention were replaced"
 
+    def test_a_function_that_the_package_kernels_made_a_module_of_is_not_replaced_until_it_gets_another_forward(
+        self, monkeypatch
+    ):
+        names = {"__name__": "kernels.layer.layer", "nn": nn}
+        exec("class Func(nn.Module):\n    def forward(self, *args): ...", names)
+        model, function = model_of(), names["Func"]()
+        monkeypatch.setattr(modeling(model), "apply_rotary_pos_emb", function)
+        assert reason_unfused(model) is None
+        function.forward = lambda *_: None
+        assert reason_unfused(model) == "functions of its attention were replaced"
+
     def test_layers_in_another_order(self):
         model = model_of()
         model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]

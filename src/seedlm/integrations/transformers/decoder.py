@@ -13,7 +13,7 @@ way, unless it is given a `compile_config`.
 On a GPU the first step over a cache runs as it is, the second is captured as a CUDA graph, and all others replay it. Graphs
 belong to a cache and are let go with it, and so is what they read: weights of a model that was moved away stay until then.
 A model and a cache are checked once, and again when one of them has changed. Where the cache lies is looked at before each
-step, what the model has (`_Read`) as well, but for a replay, while the GPU is at work on it.
+step. So is what the model has (`_Read`), but at a replay while the GPU is at work on it.
 
 One text at a time is meant. While a thread captures, another that draws random numbers on that GPU fails, by a torch whose
 captures share the state of a generator (2.11 does). A device on which a capture fails is left to transformers from then on.
@@ -77,7 +77,7 @@ def _reason_modules(model: nn.Module, kind: str) -> str | None:
         original: Any = _original(type(module))
         if original not in known.get("layer" if leaf.isdecimal() else leaf, ()):
             return f"{name or 'the model'} is a {type(module).__name__}, which is not known there"
-        changed = original is not nn.ModuleList and not _is_of(original.__module__, original.forward)
+        changed = original is not nn.ModuleList and not _is_of(original.forward, original.__module__)
         if changed or (name and ("forward" in vars(module) or any(_hooks(module)))):  # the model's own are called
             return f"{name or 'the model'} has a hook or a forward of its own"
         if module.training:
@@ -99,7 +99,7 @@ def _classes(kind: str) -> dict[str, tuple[type, ...]]:
 
     def own(name: str) -> tuple[type, ...]:
         found = getattr(home, _PREFIXES[kind] + name, None)
-        return () if home is None or found is None or found.__module__ != home.__name__ else (found,)
+        return (found,) if home and getattr(found, "__module__", None) == home.__name__ else ()
 
     norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm", "norm"), own("RMSNorm"))
     products = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -119,13 +119,11 @@ def _classes(kind: str) -> dict[str, tuple[type, ...]]:
     }
 
 
-def _is_of(home: str, *functions: Any) -> bool:
-    """Whether functions come from a module or its submodules. Others that were given their names by `wraps` do not."""
-    return all(
-        f"{getattr(each, '__module__', None)}.".startswith(f"{home}.")
-        and getattr(each, "__globals__", {}).get("__name__", "").partition(".")[0] in ("torch", home.partition(".")[0])
-        for each in functions
-    )
+def _is_of(function: Any, *homes: str) -> bool:
+    """Whether a function comes from one of some modules or their submodules. One that `wraps` gave its name does not."""
+    found, scope = getattr(function, "__module__", None), getattr(function, "__globals__", {}).get("__name__", "")
+    packages = {"torch", *(home.partition(".")[0] for home in homes)}  # torch has the likes of `no_grad`
+    return any(f"{found}.".startswith(f"{home}.") for home in homes) and scope.partition(".")[0] in packages
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -161,7 +159,8 @@ def _reason_config(model: Any, config: Any) -> str | None:
     if config._attn_implementation not in _ATTENTIONS:
         return f"its attention is {config._attn_implementation}"
     attends = home.ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, home.eager_attention_forward)
-    if not _is_of("transformers", attends, home.apply_rotary_pos_emb):
+    rotates = getattr(home.apply_rotary_pos_emb, "forward", home.apply_rotary_pos_emb)  # `kernels` makes a module of it
+    if not (_is_of(attends, "transformers") and _is_of(rotates, home.__name__, "kernels")):
         return "functions of its attention were replaced"
     return None
 
