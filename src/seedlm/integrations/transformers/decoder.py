@@ -98,7 +98,7 @@ def _classes(kind: str) -> dict[str, tuple[type, ...]]:
     home = sys.modules.get(f"transformers.models.{kind}.modeling_{kind}")
 
     def own(name: str) -> tuple[type, ...]:
-        found = getattr(home, _PREFIXES[kind] + name, None)
+        found: Any = getattr(home, _PREFIXES[kind] + name, None)
         return (found,) if home and getattr(found, "__module__", None) == home.__name__ else ()
 
     norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm", "norm"), own("RMSNorm"))
@@ -403,11 +403,8 @@ def static_cache(model: Any, tokens: int) -> dict[str, Any]:
     if reason_unfused(model) or model.generation_config.cache_implementation is not None:
         return {}
     if model.device.type == "cuda":
-        before, configured = (
-            getattr(model, "_previous_max_cache_length", 0),
-            getattr(model.generation_config, "max_cache_len", 0),
-        )
-        tokens = max(tokens, before, configured or 0)
+        before = getattr(model, "_previous_max_cache_length", 0)
+        tokens = max(tokens, before, getattr(model.generation_config, "max_cache_len", None) or 0)
         features = 2 * sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
         if tokens * features * model.dtype.itemsize > torch.cuda.mem_get_info(model.device)[0] // 2:
             return {}
