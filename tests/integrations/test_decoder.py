@@ -251,6 +251,14 @@ class TestReasons:
         monkeypatch.setattr(changed, "forward", functools.wraps(changed.forward)(forward) if named_alike else forward)
         assert reason_unfused(model).endswith("has a hook or a forward of its own")
 
+    def test_a_forward_of_another_class_of_transformers_and_one_that_torch_wraps(self, monkeypatch):
+        model, other = model_of(), model_of("mistral")
+        norm = type(model.model.norm)
+        monkeypatch.setattr(norm, "forward", torch.no_grad()(norm.forward))  # as some versions have it
+        assert reason_unfused(model) is None
+        monkeypatch.setattr(norm, "forward", type(other.model.norm).forward)
+        assert reason_unfused(model).endswith("has a hook or a forward of its own")
+
     @pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding, SeedLinear])
     def test_a_forward_that_was_replaced_in_a_layer_of_any_model(self, monkeypatch, kind):
         model = model_of(format=SMALL)
