@@ -9,6 +9,7 @@ from seedlm import nvrtc
 from seedlm.codes import hadamard
 from seedlm.codes.base import Gated, Normed
 from seedlm.codes.trellis.format import TrellisFormat
+from seedlm.inference import attention
 
 FORMATS = [TrellisFormat(rate=4), TrellisFormat(rate=3, transform=512), TrellisFormat(rate=6, state_bits=12, transform=128)]
 TYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -118,6 +119,58 @@ class TestOnAGpu:
         for _ in range(20):
             for found, reference in zip(run(False), expected, strict=True):
                 assert torch.equal(found, reference)
+
+    def test_a_chain_through_attention(self):
+        """A product reads what attention read of products, at one position after the other: the same bits as one at a time."""
+        torch.manual_seed(6)
+        heads, kv, head, width, count, format = 8, 2, 128, 2048, 30, FORMATS[0]
+        outs = (heads * head, kv * head, kv * head)
+        projections, _, _ = self.weights(format, outs, width, torch.float16)
+        back, _, _ = self.weights(format, (width,), heads * head, torch.float16)
+        weight, start = torch.ones(width, device="cuda").half(), torch.randn(1, 1, width, device="cuda").half()
+        angle = torch.rand(1, 1, head // 2, device="cuda").repeat(1, 1, 2)
+        cos, sin, places = angle.cos().half(), angle.sin().half(), torch.arange(count, device="cuda")
+
+        def run(wait):
+            keys, values = (torch.zeros(1, kv, count, head, device="cuda", dtype=torch.float16) for _ in range(2))
+            h, delta = start.clone(), start.clone()
+            for place in places.split(1):
+                source = Normed(h=h, delta=delta, weight=weight, epsilon=EPSILON)
+                q, k, v = EXACT.fused(source, projections, format, tuple((out, width) for out in outs), [None] * 3)
+                wait()
+                read = attention.attend(q, k, v, cos, sin, keys, values, place, head**-0.5)
+                wait()
+                (delta,) = EXACT.fused(read, back, format, ((width, heads * head),), [None])
+                wait()
+            return h, delta, keys, values
+
+        expected = run(torch.cuda.synchronize)
+        assert all(each.isfinite().all() and each.any() for each in expected)
+        for _ in range(20):
+            assert all(map(torch.equal, run(lambda: None), expected))
+
+    def test_a_chain_through_gates(self):
+        """A product reads the gate of two products, over and over: the same bits as one at a time."""
+        torch.manual_seed(7)
+        width, inner, format = 2048, 4096, FORMATS[0]
+        both, _, _ = self.weights(format, (inner, inner), width, torch.float16)
+        down, _, _ = self.weights(format, (width,), inner, torch.float16)
+        weight, start = torch.ones(width, device="cuda").half(), torch.randn(1, 1, width, device="cuda").half()
+
+        def run(wait):
+            h, delta = start.clone(), start.clone()
+            for _ in range(30):
+                source = Normed(h=h, delta=delta, weight=weight, epsilon=EPSILON)
+                gate, up = EXACT.fused(source, both, format, ((inner, width), (inner, width)), [None] * 2)
+                wait()
+                (delta,) = EXACT.fused(Gated(gate=gate, up=up), down, format, ((width, inner),), [None])
+                wait()
+            return h, delta
+
+        expected = run(torch.cuda.synchronize)
+        assert all(each.isfinite().all() and each.any() for each in expected)
+        for _ in range(20):
+            assert all(map(torch.equal, run(lambda: None), expected))
 
     def test_int8_is_as_near_as_its_products(self):
         torch.manual_seed(3)

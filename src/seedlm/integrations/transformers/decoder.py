@@ -11,8 +11,13 @@ mask of ones; for a static cache it makes one anew at each token, which is left 
 way, unless it is given a `compile_config`.
 
 On a GPU the first step over a cache runs as it is, the second is captured as a CUDA graph, and all others replay it. Graphs
-belong to a cache and are let go with it. What cannot change unseen is checked once for each cache: classes, hooks, dtypes.
-Where the cache lies is looked at before each replay, which modules and tensors the model has while the GPU is at work on it.
+belong to a cache and are let go with it, and so is what they read: weights of a model that was moved away stay until then.
+A model and a cache are checked once, and again when one of them has changed. Where the cache lies is looked at before each
+step. So is what the model has (`_Read`), but at a replay while the GPU is at work on it.
+
+One text at a time is meant. While a thread captures, another that draws random numbers on that GPU fails, by a torch whose
+captures share the state of a generator (2.11 does). A device on which a capture fails is left to transformers from then on.
+
 On a CPU a step takes as long as transformers' forward (SmolLM2-135M's shapes, 4 bits: 33 ms both), so nothing changes there.
 """
 
@@ -28,7 +33,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import ACT2FN
+from transformers import activations
 from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -36,7 +41,7 @@ from seedlm.inference import ops
 from seedlm.inference.attention import attend
 from seedlm.modeling.embedding import SeedEmbedding, TiedLinear
 from seedlm.modeling.fused import attended_linear, gated_linear, normed_linears
-from seedlm.modeling.linear import PackedModule, SeedLinear
+from seedlm.modeling.linear import SeedLinear
 
 DEVICES: tuple[str, ...] = ("cuda",)
 """Kinds of devices on which models decode this way."""
@@ -60,7 +65,7 @@ def reason_unfused(model: nn.Module) -> str | None:
     kind = getattr(config, "model_type", None)
     if kind not in _PREFIXES:
         return f"model type {kind} is none of {', '.join(_PREFIXES)}"
-    return _reason_modules(model, kind) or _reason_config(model, config) or _reason_device(model)
+    return _reason_modules(model, kind) or _reason_config(model, config) or _reason_now(config) or _reason_device(model)
 
 
 def _reason_modules(model: nn.Module, kind: str) -> str | None:
@@ -69,18 +74,18 @@ def _reason_modules(model: nn.Module, kind: str) -> str | None:
     placed = set()
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        if _original(type(module)) not in known.get("layer" if leaf.isdecimal() else leaf, ()):
+        original: Any = _original(type(module))
+        if original not in known.get("layer" if leaf.isdecimal() else leaf, ()):
             return f"{name or 'the model'} is a {type(module).__name__}, which is not known there"
-        if name and ("forward" in vars(module) or any(_hooks(module))):  # the model's own are called
-            return f"{name} has a hook or a forward of its own"
+        changed = original is not nn.ModuleList and not _is_of(original.forward, original.__module__)
+        if changed or (name and ("forward" in vars(module) or any(_hooks(module)))):  # the model's own are called
+            return f"{name or 'the model'} has a hook or a forward of its own"
         if module.training:
             return f"{name or 'the model'} is in training mode"
-        if any(type(each) is not nn.Parameter for each in module._parameters.values() if each is not None):
-            return f"{name} has parameters of a class of their own"
+        if any(type(each) not in (nn.Parameter, Tensor) for each in _tensors(module)):
+            return f"{name} has tensors of a class of their own"
         if isinstance(weight := getattr(module, "weight", None), Tensor):
             placed.add((str(weight.dtype), str(weight.device)))
-    if _has_any_global_hook():
-        return "there are hooks for all modules"
     if len(placed) > 1:
         found = ", ".join(f"{dtype} on {device}" for dtype, device in sorted(placed))
         return f"its weights have several dtypes or devices: {found}"
@@ -93,8 +98,8 @@ def _classes(kind: str) -> dict[str, tuple[type, ...]]:
     home = sys.modules.get(f"transformers.models.{kind}.modeling_{kind}")
 
     def own(name: str) -> tuple[type, ...]:
-        found = getattr(home, _PREFIXES[kind] + name, None)
-        return () if found is None else (found,)
+        found: Any = getattr(home, _PREFIXES[kind] + name, None)
+        return (found,) if home and getattr(found, "__module__", None) == home.__name__ else ()
 
     norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm", "norm"), own("RMSNorm"))
     products = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -107,11 +112,23 @@ def _classes(kind: str) -> dict[str, tuple[type, ...]]:
         "layer": own("DecoderLayer"),
         "self_attn": own("Attention"),
         "mlp": own("MLP"),
-        "act_fn": (nn.SiLU, type(ACT2FN["silu"])),
+        "act_fn": (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU)),
         "lm_head": (*_LINEAR, TiedLinear),
         **norms,
         **dict.fromkeys(products, _LINEAR),
     }
+
+
+def _is_of(function: Any, *homes: str) -> bool:
+    """Whether a function comes from one of some modules or their submodules. One that `wraps` gave its name does not."""
+    found, scope = getattr(function, "__module__", None), getattr(function, "__globals__", {}).get("__name__", "")
+    packages = {"torch", *(home.partition(".")[0] for home in homes)}  # torch has the likes of `no_grad`
+    return any(f"{found}.".startswith(f"{home}.") for home in homes) and scope.partition(".")[0] in packages
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module itself."""
+    return [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
 
 
 def _hooks(module: nn.Module) -> Iterator[object]:
@@ -125,9 +142,11 @@ def _hooks(module: nn.Module) -> Iterator[object]:
 def _reason_config(model: Any, config: Any) -> str | None:
     """The part of the reason that lies in the configuration and in sizes."""
     inner = model.model
-    attention, rotary = inner.layers[0].self_attn, inner.rotary_emb
-    if config.num_hidden_layers != len(inner.layers):
+    if not 0 < len(inner.layers) == config.num_hidden_layers:
         return f"it has {len(inner.layers)} layers, of which {config.num_hidden_layers} are in use"
+    if any(layer.self_attn.layer_idx != place for place, layer in enumerate(inner.layers)):
+        return "its layers are not in their own order"
+    attention, rotary, home = inner.layers[0].self_attn, inner.rotary_emb, sys.modules[type(inner).__module__]
     kinds = getattr(config, "layer_types", None) or ()
     if getattr(config, "sliding_window", None) is not None or any(each != "full_attention" for each in kinds):
         return "its attention has a sliding window"
@@ -139,14 +158,28 @@ def _reason_config(model: Any, config: Any) -> str | None:
         return f"{attention.q_proj.out_features} outputs of q_proj are not {config.num_attention_heads} heads"
     if config._attn_implementation not in _ATTENTIONS:
         return f"its attention is {config._attn_implementation}"
+    attends = home.ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, home.eager_attention_forward)
+    rotates = getattr(home.apply_rotary_pos_emb, "forward", home.apply_rotary_pos_emb)  # `kernels` makes a module of it
+    if not (_is_of(attends, "transformers") and _is_of(rotates, home.__name__, "kernels")):
+        return "functions of its attention were replaced"
+    return None
+
+
+def _reason_now(config: Any) -> str | None:
+    """The part of the reason that may come with any call."""
+    if _has_any_global_hook():
+        return "there are hooks for all modules"
     if config.output_attentions or config.output_hidden_states or not config.return_dict:
         return "its configuration asks for other outputs than logits"
     return None
 
 
 def _reason_device(model: Any) -> str | None:
-    kind = model.model.norm.weight.device.type
-    return None if kind in DEVICES else f"on a {kind} transformers' own forward is as fast"
+    """The part of the reason that lies in the device."""
+    device = model.model.norm.weight.device
+    if device.type not in DEVICES:
+        return f"on a {device.type} transformers' own forward is as fast"
+    return next((reason for failed, reason, _ in _FAILED if failed == device), None)
 
 
 def _reason(model: Any, cache: Any) -> str | None:
@@ -207,32 +240,40 @@ class _Steps:
     """Those of one model over one cache.
 
     reason   why there are none
-    where    the cache lay when this was found
+    where    the cache lay when this was found; empty if it is to be found again
     """
 
     def __init__(self, model: Any, cache: Any) -> None:
         self.reason = _reason(model, cache)
         self.where = _where(cache)
+        self._read: Any = None if self.reason else _Read(model)
         self._graph: _Graph | None = None
         self._warm = False
 
     def step(self, model: Any, token: Tensor, cache: Any, positions: Tensor | None) -> Tensor | None:
-        """Logits; None, with nothing done, if there is a `reason` now, or the model has changed and is to be asked again."""
-        if not (self._warm and _can_capture(token.device)):
-            self._warm = True
+        """Logits; None, with nothing done, if the reason is to be found again."""
+        by_graph, self._warm = self._warm and _can_capture(token.device), True
+        if not (by_graph and self._graph) and not self._read.unchanged():
+            self.where = []
+            return None
+        if not by_graph:
             return step(model, token, cache, positions)
         if positions is None:
             positions = cache.layers[0].cumulative_length.view(1, 1)
         if self._graph is None:
+            graph = _Graph(token, positions)
             try:
-                self._graph = _Graph(model, token, cache, positions)
+                graph.capture(model, cache)
             except RuntimeError as reason:  # whatever a kernel does that no graph holds
-                self.reason = f"its step cannot be captured: {' '.join(str(reason).split()):.300}"
+                text = f"steps on {token.device} cannot be captured: {' '.join(str(reason).split()):.300}"
+                _FAILED.append((token.device, text, graph))
+                self.where = []
                 return None
+            self._graph = graph
         logits = self._graph.replay(token, positions)
-        if not self._graph.read.unchanged():
+        if not self._read.unchanged():
             torch._foreach_sub_([layer.cumulative_length for layer in cache.layers], 1)
-            self.reason, self._graph, self._warm = _reason(model, cache), None, False
+            self.where = []
             return None
         return logits
 
@@ -271,13 +312,22 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class _Graph:
-    """One step over one cache as a CUDA graph. It holds what it reads of the model, and of the cache only addresses."""
+_FAILED: Final[list[tuple[torch.device, str, "_Graph"]]] = []
+"""Devices on which a capture failed, and why. The graphs are kept for ever, since torch may go on to use one that failed."""
 
-    def __init__(self, model: Any, token: Tensor, cache: Any, positions: Tensor) -> None:
-        self._token, self._positions, self._graph = token.clone(), positions.clone(), torch.cuda.CUDAGraph()
-        self.read, before = _Read(model), torch.cuda.current_stream(token.device)
-        stream = _capture_stream(token.device)
+
+class _Graph:
+    """One step over one cache as a CUDA graph. Of the model and of the cache it has only addresses."""
+
+    def __init__(self, token: Tensor, positions: Tensor) -> None:
+        with torch.inference_mode(False):  # else they could only be written to in inference mode
+            self._token, self._positions = token.clone(), positions.clone()
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, model: Any, cache: Any) -> None:
+        """Raises RuntimeError for a step that no graph holds."""
+        device = self._token.device
+        before, stream = torch.cuda.current_stream(device), _capture_stream(device)
         with _CAPTURE, torch.cuda.stream(stream):  # and on its device
             stream.wait_stream(before)
             self._graph.capture_begin(capture_error_mode="thread_local")
@@ -296,35 +346,41 @@ class _Graph:
             return self._logits.clone()
 
 
+_ATTRIBUTES: Final = ("training", "variance_epsilon", "scaling", "attention_scaling", "_prepared")
+"""What a step depends on of a module itself."""
+
+
 class _Read:
-    """The modules and tensors of a model, held as they are now."""
+    """What a step reads of a model, held as it is now: modules, tensors, attributes. Hooks are only counted."""
 
     def __init__(self, model: nn.Module) -> None:
         self._homes: list[dict[str, Any]] = []
         self._names: list[str] = []
-        parameters, parts = [], []
+        self._sized: list[Any] = []
+        tensors, buffers = [], []
         for module in model.modules():
-            homes: list[Any] = [module._modules, module._parameters, module._buffers]
+            homes: list[Any] = [module._modules, module._parameters, module._buffers, vars(module)]
             for home in homes:
-                self._homes += len(home) * [home]
-                self._names += home
-            parameters += [each for each in module._parameters.values() if each is not None]
-            if isinstance(module, PackedModule):
-                self._homes.append(vars(module))
-                self._names.append("_prepared")
-                parts += [each for each in module.parts.values() if not each.is_inference()]
+                names = [name for name in _ATTRIBUTES if name in home] if home is vars(module) else home
+                self._homes += len(names) * [home]
+                self._names += names
+            self._sized += [module._forward_hooks, module._forward_pre_hooks, vars(module)]
+            tensors += _tensors(module)
+            buffers += [each for each in module._buffers.values() if each is not None and not each.is_inference()]
         self._found = [*map(dict.get, self._homes, self._names)]
-        self._parameters, self._parts = parameters, parts
-        self._storages = [each.detach() for each in parameters]  # `.to` gives a parameter another one
-        self._addresses = [each.data_ptr() for each in parameters]
-        self._versions = [each._version for each in parts]
+        self._sizes = [*map(len, self._sized)]
+        self._tensors, self._buffers = tensors, buffers
+        self._storages = [each.detach() for each in tensors]  # `.to` and `.data` give a tensor another one
+        self._addresses = [each.data_ptr() for each in tensors]
+        self._versions = [each._version for each in buffers]  # codes are prepared, which no parameter is
 
     def unchanged(self) -> bool:
-        """Whether they still are what the model has, and codes hold what they held."""
+        """Whether they still are what the model has, and buffers hold what they held."""
         return (
             all(map(is_, map(dict.get, self._homes, self._names), self._found))
-            and all(map(eq, map(Tensor.data_ptr, self._parameters), self._addresses))
-            and all(map(eq, map(attrgetter("_version"), self._parts), self._versions))
+            and all(map(eq, map(len, self._sized), self._sizes))
+            and all(map(eq, map(Tensor.data_ptr, self._tensors), self._addresses))
+            and all(map(eq, map(attrgetter("_version"), self._buffers), self._versions))
         )
 
 
@@ -341,11 +397,14 @@ def fuse_decoding(model: nn.Module) -> None:
 def static_cache(model: Any, tokens: int) -> dict[str, Any]:
     """What to ask `generate` for so that a model decodes by `step`: nothing where it cannot, or has a cache of its own wish.
 
-    tokens   that the cache is to hold at most; not by this way if that takes more than half of the memory that is free
+    tokens   that the cache is to hold; `generate` makes it no shorter than it is configured and than one before. Not by this
+             way if it takes more than half of the memory that is free
     """
     if reason_unfused(model) or model.generation_config.cache_implementation is not None:
         return {}
     if model.device.type == "cuda":
+        before = getattr(model, "_previous_max_cache_length", 0)
+        tokens = max(tokens, before, getattr(model.generation_config, "max_cache_len", None) or 0)
         features = 2 * sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
         if tokens * features * model.dtype.itemsize > torch.cuda.mem_get_info(model.device)[0] // 2:
             return {}
@@ -354,7 +413,8 @@ def static_cache(model: Any, tokens: int) -> dict[str, Any]:
 
 def _original(kind: type) -> type:
     """The class that a class of `_fused` stands for; another one itself."""
-    return getattr(kind, "_unfused", kind)
+    found: type = vars(kind).get("_unfused", kind)
+    return found
 
 
 @once
@@ -389,8 +449,9 @@ def _fused(kind: Any) -> Any:
 
         return call
 
-    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        return _new, (kind,), *kind.__reduce_ex__(self, max(2, protocol))[2:]
+    def reduce(self: Any, protocol: Any) -> Any:
+        found = kind.__reduce_ex__(self, max(2, protocol))
+        return (_new, (kind,), *found[2:]) if type(self) is _fused(kind) else found
 
     same = {name: getattr(kind, name) for name in ("__module__", "__doc__")}
     own = {"forward": forward, "get_compiled_call": get_compiled_call, "__reduce_ex__": reduce, "_unfused": kind}
@@ -410,9 +471,9 @@ def _cache_in(inputs: Mapping[str, Any]) -> Any:
 
 def _is_step(model: Any, inputs: Mapping[str, Any]) -> bool:
     """Whether a call's arguments ask for one token over a static cache, and nothing looks on while it is computed."""
-    if torch.compiler.is_compiling() or type(_cache_in(inputs)) is not StaticCache:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(_cache_in(inputs)) is not StaticCache:
         return False
-    token, positions = inputs.get("input_ids"), inputs.get("position_ids")
+    token, positions, kept = inputs.get("input_ids"), inputs.get("position_ids"), inputs.get("logits_to_keep", 0)
     return (
         type(token) is Tensor
         and token.shape == (1, 1)
@@ -421,7 +482,9 @@ def _is_step(model: Any, inputs: Mapping[str, Any]) -> bool:
         and all(value is None or value is False or name in _KNOWN for name, value in inputs.items())
         and inputs.get("use_cache") is not False
         and inputs.get("return_dict") is not False
-        and isinstance(inputs.get("logits_to_keep", 0), int)
-        and not (model.training or torch.is_grad_enabled() or torch.is_autocast_enabled(token.device.type))
+        and isinstance(kept, int)
+        and kept >= 0
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled(token.device.type))
         and ops.unobserved(token)
+        and _reason_now(model.config) is None
     )
