@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from seedlm.codes.trellis import codec
+from seedlm.codes.trellis.family import FAMILY
 from seedlm.codes.trellis.format import Trellis, TrellisFormat
+from seedlm.errors import TensorError
 
 
 def plain_value(words: list[int], row: int, rate: int, state_bits: int, multiplier: int) -> int:
@@ -79,3 +81,14 @@ def test_scales_multiply_in_float32():
     half = 2**-0.5
     expected = torch.stack([(rotated[:, 0] + rotated[:, 1]) * half, (rotated[:, 0] - rotated[:, 1]) * half, rotated[:, 2]], 1)
     torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_scales_whose_weights_would_not_be_finite_are_refused():
+    format, shape = TrellisFormat(rate=4), (40, 300)
+    parts = {"words": random_words(format.segments(40), 300 * 4), "scales": torch.ones(40).half(), "scale": torch.ones(1)}
+    parts["scale"][0] = torch.finfo(torch.float32).max / (510 * 256) * 0.99
+    FAMILY.check(parts, format, shape)
+    assert FAMILY.dequantize(parts, format, shape).isfinite().all()
+    parts["scale"] *= 1.02
+    with pytest.raises(TensorError, match=r"scales times scale must be at most 2\.61e\+33, got 2\.63e\+33"):
+        FAMILY.check(parts, format, shape)

@@ -77,6 +77,22 @@ def test_a_run_goes_on_with_the_statistics_that_it_made(dense, format, stopped, 
     assert folder_bytes(stopped) == folder_bytes(whole)
 
 
+@pytest.mark.parametrize("damage", ["statistics", "note cut", "note empty", "note deep", "note gone"])
+def test_statistics_that_are_damaged_are_made_again(dense, format, stopped, whole, damage):
+    work = stopped.with_name("out.partial")
+    statistics, note = work / "statistics.safetensors", work / "statistics.json"
+    if damage == "statistics":  # a bit of a number, which no reader can miss
+        data = bytearray(statistics.read_bytes())
+        data[-100] ^= 1
+        statistics.write_bytes(data)
+    elif damage == "note gone":
+        note.unlink()
+    else:
+        note.write_text({"note cut": note.read_text()[:40], "note empty": "", "note deep": "[" * 100_000}[damage])
+    compress(dense, stopped, format=format)
+    assert folder_bytes(stopped) == folder_bytes(whole)
+
+
 def test_a_run_that_died_while_observing_goes_on_with_its_text(dense, format, whole, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise StoppedError

@@ -1,5 +1,6 @@
 """The operators: products, gradients, compilers, and what is asked of a backend."""
 
+import copy
 from typing import ClassVar
 
 import pytest
@@ -11,6 +12,7 @@ from seedlm.codes.block.format import parse_spec
 from seedlm.codes.dequantizing import DequantizingBackend
 from seedlm.errors import BackendError, FormatError, TensorError
 from seedlm.inference import ops
+from seedlm.modeling.linear import compress_module, share_input
 
 CPU = torch.device("cpu")
 SMALL = parse_spec("block-k8-c8-p3-q4-e4")
@@ -137,14 +139,14 @@ def test_the_operators_pass_torchs_own_checks(packed, with_bias):
 def test_a_transform_passes_torchs_own_checks(doubling):
     packed, x = Packed(backend="doubling"), torch.randn(3, 20)
     torch.library.opcheck(torch.ops.seedlm.transform.default, (x, packed.plan.input_text))
-    arguments = (x.requires_grad_(), ops.transform(x, packed.plan), packed.prepared, packed.plan.text, None)
+    arguments = (x.requires_grad_(), ops.transform(x, packed.plan, packed.prepared), packed.prepared, packed.plan.text, None)
     torch.library.opcheck(torch.ops.seedlm.linear.default, arguments)
 
 
 def test_layers_of_other_heights_have_one_transform(doubling):
     high, low = Packed(shape=(6, 20), backend="doubling"), Packed(shape=(2, 20), backend="doubling")
     x = torch.randn(3, 20)
-    transformed = ops.transform(x, high.plan)
+    transformed = ops.transform(x, high.plan, high.prepared)
     assert high.plan.input_text == low.plan.input_text == f"{SMALL.spec} *x20 doubling"
     for packed in (high, low):
         found = ops.linear(x, transformed, packed.prepared, packed.plan, None)
@@ -234,3 +236,48 @@ def test_modes_that_look_at_operators_see_the_operator(packed):
     with Names():
         packed.linear(torch.randn(2, 20))
     assert Names.seen == ["aten::randn", "seedlm::linear"]
+
+
+class TestWhatKernelsMustNotSee:
+    """Kernels take addresses: what is elsewhere, or no numbers, is refused before."""
+
+    SHAPE = (64, 48)
+
+    @pytest.fixture(params=["trellis-r4-l12-t32-h32", "block-k8-c8-p3-q4-e4"])
+    def layer(self, request):
+        torch.manual_seed(1)
+        return compress_module(torch.nn.Linear(48, 64), request.param)[0].requires_grad_(False)
+
+    @pytest.mark.parametrize("tokens", [1, 70])
+    def test_an_x_elsewhere(self, layer, tokens):
+        with pytest.raises(TensorError, match="x is on meta, the codes are on cpu"):
+            layer(torch.empty(tokens, 48, device="meta"))
+        share_input(layer, other := copy.deepcopy(layer))
+        for each in (layer, other):
+            with pytest.raises(TensorError, match="x is on meta, the codes are on cpu"):
+                each(torch.empty(tokens, 48, device="meta"))
+
+    @pytest.mark.parametrize(
+        ("bias", "found"),
+        [
+            (torch.ones(3), r"float32 \[3\] on cpu"),
+            (torch.ones(1, 64), r"float32 \[1, 64\] on cpu"),
+            (torch.ones(64).half(), r"float16 \[64\] on cpu"),
+            (torch.empty(64, device="meta"), r"float32 \[64\] on meta"),
+        ],
+    )
+    def test_a_bias_that_does_not_fit(self, layer, bias, found):
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+        for more in ([layer], [layer, copy.deepcopy(layer)]):
+            if len(more) > 1:
+                share_input(*more)
+            with pytest.raises(TensorError, match=rf"bias must be float32 \[64\] on cpu.*, got {found}"):
+                layer(torch.randn(1, 48))
+
+    def test_a_view_whose_numbers_are_stored_with_the_other_sign(self, layer):
+        x = torch.randn(2, 48)
+        negative = torch._neg_view(x)
+        assert torch.equal(layer(negative), layer(-x))
+
+    def test_a_model_on_meta(self, layer):
+        assert layer.to("meta")(torch.empty(2, 48, device="meta")).shape == (2, 64)

@@ -257,6 +257,20 @@ def test_the_last_layer_lets_go_of_a_shared_input(repacking):
     assert shared._kept is None
 
 
+def test_an_input_that_was_changed_is_not_the_one_that_was_kept():
+    layers = [compress_module(torch.nn.Linear(48, 64, bias=False), "trellis-r4-l12-t32-h32")[0] for _ in range(2)]
+    share_input(*layers)
+    q, k = layers
+    x = torch.randn(1, 48)
+    with torch.no_grad():
+        q(x)
+        x.mul_(2)
+        torch.testing.assert_close(k(x), k.to_dense()(x), rtol=1e-3, atol=1e-3)
+        q(x)
+    x.requires_grad_()
+    assert k(x).requires_grad  # what was kept has no gradient
+
+
 def test_threads_that_run_one_model_never_take_each_others_input(repacking):
     q, k, v = packed(), packed(out=2), packed(out=3)
     share_input(q, k, v)

@@ -9,9 +9,9 @@ each token of a sequence. From a disk that is not tried unless it is asked for: 
 model's own compressed version.
 """
 
+import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +32,7 @@ from seedlm.progress import Progress
 from seedlm.storage.selection import NO_SURVEY, Survey
 from seedlm.storage.source import Source
 from seedlm.storage.untrusted import read_config, read_text
-from seedlm.storage.written import write_tensors
+from seedlm.storage.written import replacing, write_tensors
 
 if TYPE_CHECKING:
     from seedlm.calibration.own_text import OwnText
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 STATISTICS_NAME: Final = "statistics.safetensors"
 _NOTE: Final = "statistics.json"
+_DIGEST: Final = "sha256"
+"""In the note, of the statistics."""
 _TEXT: Final = "text.safetensors"
 _SPOOL: Final = "spool"
 _SEQUENCES: Final = {"cuda": 256, "cpu": 64}
@@ -115,11 +117,13 @@ def gather(
     device = devices[0] if devices else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     file, note = work.path / STATISTICS_NAME, work.path / _NOTE
     known = _known(wanted, source, device)
-    if file.exists() and note.exists():
-        before = json.loads(note.read_text())
-        if before == known:
-            return Observed.of(Statistics.load(file), file)
+    if file.exists() and (before := _read_note(note)) is not None:
+        digest = before.pop(_DIGEST, None)
         work.hold_against(before, known, "statistics")
+        if before == known and digest == _digest(file):
+            return Observed.of(Statistics.load(file), file)
+        if before == known:
+            tell(f"{file}: is damaged, and made again")
     if work.abandoned and wanted.file is None and _kept_text(work.path / _TEXT, known) is None:
         tell("an earlier run was stopped before its text was whole; none of it was kept, and it is written again")
     try:
@@ -137,12 +141,25 @@ def gather(
         shutil.rmtree(work.path / _SPOOL, ignore_errors=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    new = note.with_name(note.name + ".new")
-    new.write_text(json.dumps(known))
-    os.replace(new, note)
+    with replacing(note) as out:
+        out.write(json.dumps({**known, _DIGEST: _digest(file)}).encode())
     found = Statistics.load(file)
     _say_what_lacks(found, shapes, tell)
     return Observed.of(found, file)
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    """What statistics were made from, with their digest; None for a note that is not there or not whole."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_writer(writer: Path, source: Source) -> None:

@@ -206,7 +206,7 @@ class WorkFolder:
     def _compare(self, plan: Mapping[str, Any]) -> None:
         try:
             old = json.loads((self.path / _PLAN).read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             raise OutputError(f"{self.path / _PLAN}: is damaged; delete {self.path} to start over") from None
         self._refuse(list(differences(old, plan)))
 

@@ -103,7 +103,7 @@ def linear(x: Tensor, transformed: Sequence[Tensor], prepared: Sequence[Tensor],
     Raises TensorError for an x that does not fit.
     """
     if not torch.compiler.is_compiling() and _plain(x, bias):
-        _check_input(x, plan)
+        _check(x, plan, prepared, bias)
         return plan.backend.linear(x, prepared, plan.format, plan.shape, bias, transformed)
     return _OPS.linear.default(x, transformed, prepared, plan.text, bias)
 
@@ -124,7 +124,8 @@ def linears(
 ) -> list[Tensor]:
     """`linear` by several weights that `joins` allows, in their order."""
     if not torch.compiler.is_compiling() and unobserved(x):
-        _check_input(x, plans[0])
+        for plan, weight, bias in zip(plans, prepared, biases, strict=True):
+            _check(x, plan, weight, bias)
         return _joining(plans[0]).linears(x, prepared, plans[0].format, tuple(plan.shape for plan in plans), biases)
     together = [tensor for each in prepared for tensor in each]
     return _OPS.linears.default(x, together, "; ".join(plan.text for plan in plans), biases)
@@ -151,6 +152,9 @@ def fused(
     biases: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """Products, [1, 1, out_features] each, of what a source stands for by weights that `fuses` allows, in their order."""
+    x = source.h if isinstance(source, Normed) else source.gate if isinstance(source, Gated) else source
+    for plan, weight, bias in zip(plans, prepared, biases, strict=True):
+        _check(x, plan, weight, bias)
     backend = cast(FusingBackend, plans[0].backend)
     return backend.fused(source, prepared, plans[0].format, tuple(plan.shape for plan in plans), biases)
 
@@ -164,9 +168,13 @@ def dequantize(prepared: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Te
     return _OPS.dequantize.default(prepared, plan.text, dtype)
 
 
-def transform(x: Tensor, plan: Plan) -> list[Tensor]:
-    """What `linear` takes as `transformed`, for every layer whose plan has this `input_text`. It has no gradient."""
+def transform(x: Tensor, plan: Plan, prepared: Sequence[Tensor]) -> list[Tensor]:
+    """What `linear` takes as `transformed`, for every layer whose plan has this `input_text`. It has no gradient.
+
+    prepared   of one of these layers, for the device. Raises TensorError for an x that does not fit.
+    """
     x = x.detach() if x.requires_grad else x
+    _check(x, plan, prepared, None)
     if torch.compiler.is_compiling() or not _plain(x, None):
         return _OPS.transform.default(x, plan.input_text)
     return _transform(x, plan.input_text)
@@ -200,8 +208,24 @@ def _plain(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def unobserved(x: Tensor) -> bool:
-    """Whether no mode (fakes, tracers, counters), no transform (vmap) and no forward gradient looks at operators."""
-    return type(x) is Tensor and not _modes() and _transforms() is None and forward_ad._current_level < 0
+    """Whether x is numbers in memory, and no mode (fakes, tracers, counters), transform or forward gradient looks on."""
+    plain = type(x) is Tensor and not x.is_meta and not x.is_neg()
+    return plain and not _modes() and _transforms() is None and forward_ad._current_level < 0
+
+
+def _check(x: Tensor, plan: Plan, prepared: Sequence[Tensor], bias: Tensor | None) -> None:
+    """Raise TensorError for tensors that kernels, which take addresses, must not see."""
+    _check_input(x, plan)
+    if x.device != prepared[0].device:
+        raise TensorError(f"x is on {x.device}, the codes are on {prepared[0].device}; move one of them")
+    if bias is not None and (
+        bias.dim() != 1 or bias.shape[0] != plan.shape[0] or (bias.dtype, bias.device) != (x.dtype, x.device)
+    ):
+        found, wanted = (
+            f"{str(dtype)[6:]} {shape} on {device}"
+            for dtype, shape, device in ((bias.dtype, [*bias.shape], bias.device), (x.dtype, [plan.shape[0]], x.device))
+        )
+        raise TensorError(f"bias must be {wanted}, as x and the outputs are, got {found}")
 
 
 def _check_input(x: Tensor, plan: Plan) -> None:
@@ -213,27 +237,33 @@ def _check_input(x: Tensor, plan: Plan) -> None:
 
 def _linear(x: Tensor, transformed: list[Tensor], prepared: list[Tensor], text: str, bias: Tensor | None) -> Tensor:
     plan = find_plan(text)
-    _check_input(x, plan)
+    _check(x, plan, prepared, bias)
     return plan.backend.linear(x, prepared, plan.format, plan.shape, bias, transformed).contiguous()
 
 
 def _linear_fake(x: Tensor, transformed: list[Tensor], prepared: list[Tensor], text: str, bias: Tensor | None) -> Tensor:
     plan = find_plan(text)
-    _check_input(x, plan)
+    _check(x, plan, prepared, bias)
     return x.new_empty(*x.shape[:-1], plan.shape[0])
 
 
 def _linears(x: Tensor, prepared: list[Tensor], texts: str, biases: list[Tensor | None]) -> list[Tensor]:
-    plans = [find_plan(text) for text in texts.split("; ")]
-    _check_input(x, plans[0])
-    count = len(prepared) // len(plans)
-    weights = [prepared[at : at + count] for at in range(0, len(prepared), count)]
+    plans, weights = _apart(x, prepared, texts, biases)
     return _joining(plans[0]).linears(x, weights, plans[0].format, tuple(plan.shape for plan in plans), biases)
 
 
-def _linears_fake(x: Tensor, prepared: list[Tensor], texts: str, biases: list[Tensor | None]) -> list[Tensor]:
+def _apart(x: Tensor, prepared: list[Tensor], texts: str, biases: list[Tensor | None]) -> tuple[list[Plan], list[list[Tensor]]]:
+    """The plans and the tensors of each weight."""
     plans = [find_plan(text) for text in texts.split("; ")]
-    _check_input(x, plans[0])
+    count = len(prepared) // len(plans)
+    weights = [prepared[at : at + count] for at in range(0, len(prepared), count)]
+    for plan, weight, bias in zip(plans, weights, biases, strict=True):
+        _check(x, plan, weight, bias)
+    return plans, weights
+
+
+def _linears_fake(x: Tensor, prepared: list[Tensor], texts: str, biases: list[Tensor | None]) -> list[Tensor]:
+    plans, _ = _apart(x, prepared, texts, biases)
     return [x.new_empty(*x.shape[:-1], plan.shape[0]) for plan in plans]
 
 
@@ -326,7 +356,7 @@ def _with_gradient(x: Tensor, transformed: list[Tensor], prepared: list[Tensor],
     """What the dispatcher calls first; by hand, since `torch.library.register_autograd` takes 12 us more on an H100's host."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Product.apply(x, bias, text, len(transformed), *transformed, *prepared)
-    if unobserved(x) and not x.is_meta:
+    if unobserved(x):
         return _linear(x, transformed, prepared, text, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return _OPS.linear.default(x, transformed, prepared, text, bias)

@@ -324,7 +324,8 @@ class SharedInput:
 
     The first of them that is called does it: all the products, where a backend joins them (`ops.joins`), else what comes
     before each. Each of the others takes its part once, if it is given that very tensor, and the last lets go of it. A layer
-    that comes again starts anew: a CUDA graph may have written to the tensor unseen.
+    that comes again starts anew: a CUDA graph may have written to the tensor unseen. So does one after a change of the tensor
+    or of whether gradients are wanted.
 
     What is kept is one tuple, read once and replaced whole: threads that run one model at a time each with its own tensor do
     each other's work anew, and never take another's result. Copies of a model know their layers from the first call on.
@@ -333,7 +334,7 @@ class SharedInput:
     def __init__(self, count: int) -> None:
         self._all = (1 << count) - 1
         self._layers: list[weakref.ref[SeedLinear] | None] = [None] * count
-        self._kept: tuple[Tensor, str, int, list[Tensor]] | None = None
+        self._kept: tuple[Tensor, str, int, list[Tensor], tuple[int, bool] | None] | None = None
 
     def know(self, layer: SeedLinear, number: int) -> None:
         self._layers[number] = weakref.ref(layer)
@@ -341,26 +342,27 @@ class SharedInput:
     def linear(self, x: Tensor, layer: SeedLinear, number: int) -> Tensor:
         """The product of layer `number`."""
         kept, mine = self._kept, 1 << number
-        if kept is not None and not (kept[0] is x and kept[2] & mine):
+        now = None if torch.compiler.is_compiling() else (_version(x), torch.is_grad_enabled())
+        if kept is not None and not (kept[0] is x and kept[2] & mine and kept[4] == now):
             kept = None
         if kept is not None and kept[1] == _PRODUCTS:
-            self._keep(x, _PRODUCTS, kept[2] ^ mine, kept[3])
+            self._keep(x, _PRODUCTS, kept[2] ^ mine, kept[3], now)
             return kept[3][number]
         if self._layers[number] is None and not torch.compiler.is_compiling():
             self.know(layer, number)
         if kept is None and (products := self._products(x)) is not None:
-            self._keep(x, _PRODUCTS, self._all ^ mine, products)
+            self._keep(x, _PRODUCTS, self._all ^ mine, products, now)
             return products[number]
         plan, prepared = layer.prepare()
         if kept is not None and kept[1] == plan.input_text:
             waiting, transformed = kept[2], kept[3]
         else:
-            waiting, transformed = self._all, ops.transform(x, plan)
-        self._keep(x, plan.input_text, waiting ^ mine, transformed)
+            waiting, transformed = self._all, ops.transform(x, plan, prepared)
+        self._keep(x, plan.input_text, waiting ^ mine, transformed, now)
         return ops.linear(x, transformed, prepared, plan, layer._bias())
 
-    def _keep(self, x: Tensor, what: str, waiting: int, tensors: list[Tensor]) -> None:
-        self._kept = (x, what, waiting, tensors) if waiting else None
+    def _keep(self, x: Tensor, what: str, waiting: int, tensors: list[Tensor], now: tuple[int, bool] | None) -> None:
+        self._kept = (x, what, waiting, tensors, now) if waiting else None
 
     def _products(self, x: Tensor) -> list[Tensor] | None:
         """All layers' products, or None if they are not to be had at once."""

@@ -44,14 +44,21 @@ class TrellisFamily:
         """Nothing but the record of feedback, which `registry.check_settings` looks at."""
 
     def check(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int]) -> None:
-        """Raise TensorError for scales that are not finite or negative. Every word is a valid code."""
+        """Raise TensorError for scales that are negative or not finite, or make weights that are not. Every word is valid."""
         import torch
 
+        from seedlm.codes.trellis.codec import VALUE_CENTER
+
+        assert isinstance(format, TrellisFormat)
         for name in ("scales", "scale"):
             bad = (~torch.isfinite(parts[name]) | (parts[name] < 0)).nonzero()
             if len(bad):
                 value = float(parts[name][int(bad[0])])
                 raise TensorError(f"{name} must be finite and not negative, got {value:g} at {int(bad[0])}")
+        most = float(parts["scales"].double().max() * parts["scale"].double().max()) if len(parts["scales"]) else 0.0
+        limit = torch.finfo(torch.float32).max / (VALUE_CENTER * format.transform)  # sums of the transform included
+        if most > limit:
+            raise TensorError(f"scales times scale must be at most {limit:.3g}, got {most:.3g}")
 
     def dequantize(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int]) -> "Tensor":
         from seedlm.codes.trellis import codec
