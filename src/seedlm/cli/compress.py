@@ -27,7 +27,7 @@ def compress(
     out: Annotated[Path, typer.Argument(help="Folder to create. OUT.partial beside it holds the unfinished run.")],
     bits: Annotated[
         str | None,
-        typer.Option(help="Bits per weight: any number from 2 to 8; 3-fast and the like take a tenth of the time. Default: 4."),
+        typer.Option(help="Bits per weight: any number from 2 to 8; 3-fast and the like search a tenth as long. Default: 4."),
     ] = None,
     size: Annotated[
         str | None,
@@ -154,8 +154,9 @@ def compress(
 def _bits(wanted: "Format | Mixture") -> str:
     from seedlm.compress.allocate import Mixture
 
-    bits = wanted.bits if isinstance(wanted, Mixture) else wanted.bits_per_weight
-    return f"{bits:.3g} bits a weight"
+    if isinstance(wanted, Mixture):
+        return f"at most {wanted.bits:.3g} bits a weight, all that is stored counted"
+    return f"{wanted.bits_per_weight:.3g} bits a weight"
 
 
 def _format(

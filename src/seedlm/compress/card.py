@@ -35,7 +35,7 @@ model = {opens}.from_pretrained("PATH_OR_REPOSITORY")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY")
 ```
 
-The package `seedlm` has to be installed. At the command line: `seedlm chat PATH`, `seedlm serve PATH` for OpenAI clients, and
+The package `seedlm` has to be installed. At the command line: `seedlm generate PATH TEXT`, `seedlm serve PATH` for OpenAI clients, and
 `seedlm run lm_eval ...` for other programs.
 
 ## What was measured
