@@ -35,8 +35,8 @@ model = {opens}.from_pretrained("PATH_OR_REPOSITORY")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY")
 ```
 
-The package `seedlm` has to be installed. At the command line: `seedlm generate PATH TEXT`, `seedlm serve PATH` for OpenAI clients, and
-`seedlm run lm_eval ...` for other programs.
+The package `seedlm` has to be installed. At the command line: `seedlm generate PATH TEXT`, `seedlm serve PATH` for OpenAI
+clients, and `seedlm run lm_eval ...` for other programs.
 
 ## What was measured
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from seedlm.codes.base import CODES, Format
-from seedlm.codes.registry import FEEDBACK, check_settings, family_of, format_from_dict, parse_format
+from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
 from seedlm.errors import CheckpointError, FormatError
 from seedlm.storage.safetensors import CONTROL, TensorInfo
 from seedlm.storage.untrusted import parse_json
@@ -234,6 +234,10 @@ def metadata(packed: Mapping[str, PackedInfo], digests: Mapping[str, str]) -> di
     return {"format": "pt", METADATA_KEY: text}
 
 
+_KEYS: Final = ("quant_method", "format_version", "format", "modules_to_not_convert", "overrides")
+"""Of quantization_config, beside settings of encoding."""
+
+
 def read_quantization_config(config: Mapping[str, Any], where: str) -> tuple[Format, dict[str, Format]]:
     """The format and its overrides from a config.json, CheckpointError unless it is as `quantization_config` writes it."""
     section = config.get("quantization_config")
@@ -259,8 +263,7 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> tuple[For
         formats = list({format, *others.values()})
         family = family_of(format)  # version 1 had to have them
         known = {name: section.get(name) for name in family.defaults if name in section or family.since_version == 1}
-        if FEEDBACK in section and family.feedback:
-            known[FEEDBACK] = section[FEEDBACK]
+        known |= {name: value for name, value in section.items() if name not in (*known, *_KEYS)}
         check_settings(formats, known)
     except FormatError as reason:
         raise CheckpointError(f"{where}: {reason}") from None

@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from seedlm.codes.base import Format
 from seedlm.codes.registry import check_settings, family_of, format_from_dict, parse_format
-from seedlm.errors import CheckpointError, FormatError, OutputError
+from seedlm.errors import CheckpointError, FormatError, OutputError, SeedLMError
 from seedlm.integrations.transformers.files import check_folder, open_files
 from seedlm.integrations.transformers.loading import CodeNames, ExpertNames, Places, saved_names
 from seedlm.modeling.embedding import SeedEmbedding
@@ -98,6 +98,14 @@ class SeedLMConfig(QuantizationConfigMixin):
             raise FormatError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r:.80}")
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.overrides = {name: format.to_dict() for name, format in others.items()}
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """What a config.json holds; errors say so."""
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        except SeedLMError as reason:
+            raise type(reason)(f"config.json, quantization_config: {reason}") from None
 
     def format_of(self, module: str) -> Format:
         """The format of one compressed module."""
