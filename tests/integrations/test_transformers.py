@@ -183,7 +183,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj"
         (lambda c, t: t.update({"model.layers.7.up.weight_exponent_bias": torch.zeros(1)}), "layers.7.up.* looks like"),
         (lambda c, t: [t.pop(n) for n in list(t) if "exponent" in n], "_exponent_bias is missing"),
         (lambda c, t: c["quantization_config"].update(format_version=5), "format_version must be 1 .. 4, got 5"),
-        (lambda c, t: c["quantization_config"].update(surprise=1), "no option 'surprise'"),
+        (lambda c, t: c["quantization_config"].update(surprise=1), "config.json, quantization_config: .*no option 'surprise'"),
         (lambda c, t: c["quantization_config"]["format"].update(seed_bits=99), "seed_bits must be"),
     ],
     ids=["seed", "bias", "missing", "width", "dtype", "stranger", "nothing", "version", "option", "format"],

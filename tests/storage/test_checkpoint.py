@@ -216,6 +216,7 @@ CONFIG = {
     "format-keys": (config(lambda q: q["format"].update(extra=1)), "a block format has the keys"),
     "format-type": (config(lambda q: q.update(format=7)), "a format must be a JSON object, got int"),
     "rounding": (config(lambda q: q.update(rounding="up")), "rounding must be one of best, nearest, got 'up'"),
+    "setting": (config(lambda q: q.update(surprise=1)), "quantization_config: block codes have no option 'surprise'"),
     "dense-list": (config(lambda q: q.update(modules_to_not_convert=[1])), "modules_to_not_convert must be a list of names"),
     "overrides": (config(lambda q: q.update(overrides=[])), "overrides must map modules to formats"),
     "stray-override": (config(lambda q: q.update(overrides={"nix": q["format"]})), "gives nix a format, but it is not"),
