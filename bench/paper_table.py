@@ -5,14 +5,16 @@
     python bench/paper_table.py llama-3-70b --wikitext wiki.test.raw --packed
     python bench/paper_table.py my-model --wikitext wiki.test.raw --model /models/my-model    # the paper has no row of it
 
-Compresses at 4 and 3 bits, then measures perplexity (WikiText-2 raw test, windows of 2048 tokens; 166 with Llama-2's tokenizer)
-and the paper's five zero-shot sets (acc_norm where a set has it) for the original and both, in float16. Stopped at any moment,
-the same command goes on where it was. A 70B model in float16 takes 141 GB: --packed leaves the compressed ones packed (36 GB at
-4 bits), --no-original skips the dense one. The paper rounds coefficients to the nearest, as --rounding nearest does; the
-default finds a lower error.
+Compresses at 4 and 3 bits by the paper's block code and by the trellis code, this package's default. Then measures perplexity
+(WikiText-2 raw test, windows of 2048 tokens; 166 with Llama-2's tokenizer) and the paper's five zero-shot sets (acc_norm where
+a set has it) for the original and all of them, in float16. Stopped at any moment, the same command goes on where it was. A 70B
+model in float16 takes 141 GB: --packed leaves the compressed ones packed (36 GB at 4 bits), --no-original skips the dense one.
+The paper rounds coefficients to the nearest, as --rounding nearest does; the default finds a lower error. Embeddings and head
+are left as they are, as in the paper.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -61,6 +63,7 @@ def main() -> None:
     parser.add_argument("--no-tasks", action="store_true", help="perplexity only")
     parser.add_argument("--no-original", action="store_true", help="leave the dense model out")
     parser.add_argument("--packed", action="store_true", help="leave the compressed models packed while they are measured")
+    parser.add_argument("--codes", default="block,trellis", help="which to compress by")
     parser.add_argument("--rounding", default="best", choices=["best", "nearest"])
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--work", type=Path, default=Path("build/paper"))
@@ -71,35 +74,25 @@ def main() -> None:
         parser.error(f"the paper has {', '.join(PAPER)}; any other model takes --model FOLDER, got {options.name!r} alone")
     options.work.mkdir(parents=True, exist_ok=True)
     source = options.model or PAPER[options.name].repository
-    results = {} if options.no_original else {"16": evaluate(source, "16", options)}
-    for bits in ("4", "3"):
-        folder = options.work / f"{options.name}-{bits}bit-{options.rounding}"
+    results = {} if options.no_original else {"16": evaluate(source, "16-dense", options)}
+    for code, bits in itertools.product(options.codes.split(","), ("4", "3")):
+        kind = options.rounding if code == "block" else code
+        folder = options.work / f"{options.name}-{bits}bit-{kind}"
         if not folder.exists():
-            seedlm(
-                "compress",
-                source,
-                str(folder),
-                "--code",
-                "block",
-                "--bits",
-                bits,
-                "--rounding",
-                options.rounding,
-                "--dtype",
-                options.dtype,
-            )
-        results[bits] = evaluate(str(folder), bits, options)
+            how = ["--code", code, "--bits", bits, "--embeddings", "dense", "--head", "dense", "--dtype", options.dtype]
+            seedlm("compress", source, str(folder), *how, *(["--rounding", options.rounding] if code == "block" else []))
+        results[f"{bits} {code}"] = evaluate(str(folder), f"{bits}-{kind}", options)
     print(table(options.name, results))
 
 
-def evaluate(model: str, bits: str, options: argparse.Namespace) -> dict[str, Any]:
+def evaluate(model: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One model's results, measured or found from an earlier run."""
-    out = options.work / f"{options.name}-{bits}-{options.rounding if bits != '16' else 'dense'}.json"
+    out = options.work / f"{options.name}-{name}.json"
     if not out.exists():
         arguments = ["--wikitext", options.wikitext, "--dtype", options.dtype, "--context", str(options.context)]
         arguments += [] if options.no_tasks else ["--tasks", "paper"]
         arguments += ["--task-data", options.task_data] if options.task_data else []
-        arguments += ["--packed"] if options.packed and bits != "16" else []
+        arguments += ["--packed"] if options.packed and name != "16-dense" else []
         arguments += ["--limit", str(options.limit), "--task-limit", str(options.limit)] if options.limit else []
         seedlm("evaluate", model, *arguments, "--out", str(out))
     return dict(json.loads(out.read_text()))
@@ -111,14 +104,15 @@ def seedlm(*arguments: str) -> None:
 
 
 def table(name: str, results: dict[str, dict[str, Any]]) -> str:
-    """Measured and published figures, a row for each number of bits."""
+    """Measured and published figures, a row for each code and number of bits."""
     paper = PAPER.get(name, Paper("", {}, {}, ""))
     windows = next(iter(results.values()))["text"]["windows"]
     lines = [
         f"{name}, WikiText-2, {windows} windows; zero-shot: mean of {', '.join(TASKS)}",
-        f"{'bits':>5}{'perplexity':>20}{'paper':>8}{'zero-shot':>20}{'paper':>8}",
+        f"{'bits':>10}{'perplexity':>20}{'paper':>8}{'zero-shot':>20}{'paper':>8}",
     ]
-    for bits, found in results.items():
+    for what, found in results.items():
+        bits = "-" if what.endswith("trellis") else what.partition(" ")[0]  # of the block code the paper has figures
         mean, error = found["metrics"]["perplexity"].values()
         cells = [f"{mean:.3f} +- {error:.3f}" if error is not None else f"{mean:.3f}", _published(paper.perplexity, bits, 1)]
         if found["tasks"]:
@@ -126,7 +120,7 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str:
             mean = sum(score["mean"] for score in scores) / len(scores)
             error = sum(score["standard_error"] ** 2 for score in scores) ** 0.5 / len(scores)
             cells += [f"{100 * mean:.2f} +- {100 * error:.2f}", _published(paper.zero_shot, bits, 2)]
-        lines.append(f"{bits:>5}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (20, 8, 20, 8), strict=False)))
+        lines.append(f"{what:>10}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (20, 8, 20, 8), strict=False)))
     return "\n".join([*lines, *([f"paper, {paper.others}"] if paper.others else [])])
 
 
