@@ -260,10 +260,10 @@ class TestWhatKernelsMustNotSee:
     @pytest.mark.parametrize(
         ("bias", "found"),
         [
-            (torch.ones(3), r"float32 \[3\] on cpu"),
-            (torch.ones(1, 64), r"float32 \[1, 64\] on cpu"),
-            (torch.ones(64).half(), r"float16 \[64\] on cpu"),
-            (torch.empty(64, device="meta"), r"float32 \[64\] on meta"),
+            (torch.ones(3), r"torch.float32 \[3\] on cpu"),
+            (torch.ones(1, 64), r"torch.float32 \[1, 64\] on cpu"),
+            (torch.ones(64).half(), r"torch.float16 \[64\] on cpu"),
+            (torch.empty(64, device="meta"), r"torch.float32 \[64\] on meta"),
         ],
     )
     def test_a_bias_that_does_not_fit(self, layer, bias, found):
@@ -271,7 +271,7 @@ class TestWhatKernelsMustNotSee:
         for more in ([layer], [layer, copy.deepcopy(layer)]):
             if len(more) > 1:
                 share_input(*more)
-            with pytest.raises(TensorError, match=rf"bias must be float32 \[64\] on cpu.*, got {found}"):
+            with pytest.raises(TensorError, match=rf"bias must be torch.float32 \[64\] on cpu.*, got {found}"):
                 layer(torch.randn(1, 48))
 
     def test_a_view_whose_numbers_are_stored_with_the_other_sign(self, layer):

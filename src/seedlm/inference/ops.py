@@ -218,14 +218,11 @@ def _check(x: Tensor, plan: Plan, prepared: Sequence[Tensor], bias: Tensor | Non
     _check_input(x, plan)
     if x.device != prepared[0].device:
         raise TensorError(f"x is on {x.device}, the codes are on {prepared[0].device}; move one of them")
-    if bias is not None and (
-        bias.dim() != 1 or bias.shape[0] != plan.shape[0] or (bias.dtype, bias.device) != (x.dtype, x.device)
-    ):
-        found, wanted = (
-            f"{str(dtype)[6:]} {shape} on {device}"
-            for dtype, shape, device in ((bias.dtype, [*bias.shape], bias.device), (x.dtype, [plan.shape[0]], x.device))
-        )
-        raise TensorError(f"bias must be {wanted}, as x and the outputs are, got {found}")
+    if bias is None:
+        return
+    if bias.shape != (plan.shape[0],) or bias.dtype != x.dtype or bias.device != x.device:
+        found = f"{bias.dtype} {[*bias.shape]} on {bias.device}"
+        raise TensorError(f"bias must be {x.dtype} [{plan.shape[0]}] on {x.device}, as x and the outputs are, got {found}")
 
 
 def _check_input(x: Tensor, plan: Plan) -> None:
