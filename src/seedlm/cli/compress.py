@@ -290,3 +290,5 @@ def _print_totals(report: "Report") -> None:
     if report.relative_error is not None and report.tensors:
         worst = max(report.tensors, key=lambda tensor: tensor.relative_error or 0.0)
         show(f"relative error    {report.relative_error:.4f}, largest {number(worst.relative_error)} in {worst.module}")
+        if report.feedback not in (None, "none"):
+            show("                  of the weights: feedback makes it larger, and what the model loses smaller")
