@@ -219,12 +219,22 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, measured, change, m
         Statistics.load(path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), -1.0])
+@pytest.mark.parametrize("value", [float("nan"), -1.0, 3e38])
 def test_scales_that_are_none_are_refused(tmp_path, measured, value):
     path, name = tmp_path / "statistics.safetensors", next(iter(measured.inputs))
     broken = InputStatistics(torch.full_like(measured.inputs[name].scale, value), measured.inputs[name].correlation, 1)
     Statistics(measured.facts, {**measured.inputs, name: broken}, measured.reads, measured.rows).save(path)
     with pytest.raises(SourceError, match="scale"):
+        Statistics.load(path)
+
+
+def test_correlations_that_no_input_has_are_refused(tmp_path, measured):
+    path, name = tmp_path / "statistics.safetensors", next(iter(measured.inputs))
+    correlation = measured.inputs[name].correlation.clone()
+    correlation[2] = -1  # of the second feature with itself
+    broken = InputStatistics(measured.inputs[name].scale.clamp_min(1e-3), correlation, 1)
+    Statistics(measured.facts, {**measured.inputs, name: broken}, measured.reads, measured.rows).save(path)
+    with pytest.raises(SourceError, match=rf"inputs.{name}.correlation must be 1 of a feature with itself, got -1 of 1"):
         Statistics.load(path)
 
 

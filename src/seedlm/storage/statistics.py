@@ -210,11 +210,17 @@ def _input(name: str, tokens: int, tensors: dict[str, Tensor], path: Path) -> In
     scale, correlation = (tensors.pop(f"inputs.{name}.{part}", None) for part in ("scale", "correlation"))
     if scale is None or scale.dtype != torch.float32 or scale.dim() != 1 or not _is_size(scale):
         raise SourceError(f"{path}: inputs.{name}.scale must be finite float32 [in], 0 or more")
+    if len(scale) and not (largest := scale.max()).square().isfinite():
+        raise SourceError(f"{path}: inputs.{name}.scale must be of numbers whose squares are finite, got {largest:.3g}")
     size = len(scale) * (len(scale) + 1) // 2
     if correlation is None or correlation.dtype != torch.float16 or correlation.shape != (size,):
         raise SourceError(f"{path}: inputs.{name}.correlation must be float16 [{size}]")
     if not (correlation.abs() <= 1).all():
         raise SourceError(f"{path}: inputs.{name}.correlation must be between -1 and 1")
+    own = correlation[torch.arange(1, len(scale) + 1).cumsum(0) - 1]
+    if len(bad := ((own != 1) & (scale > 0)).nonzero()):
+        at = int(bad[0])
+        raise SourceError(f"{path}: inputs.{name}.correlation must be 1 of a feature with itself, got {own[at]:g} of {at}")
     return InputStatistics(scale, correlation, tokens)
 
 
