@@ -9,7 +9,6 @@ each token of a sequence. From a disk that is not tried unless it is asked for: 
 model's own compressed version.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -31,7 +30,7 @@ from seedlm.errors import FormatError, OutputError, SeedLMError, SourceError
 from seedlm.progress import Progress
 from seedlm.storage.selection import NO_SURVEY, Survey
 from seedlm.storage.source import Source
-from seedlm.storage.untrusted import read_config, read_text
+from seedlm.storage.untrusted import file_digest, parse_json, read_config, read_text
 from seedlm.storage.written import replacing, write_tensors
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def gather(
     if file.exists() and (before := _read_note(note)) is not None:
         digest = before.pop(_DIGEST, None)
         work.hold_against(before, known, "statistics")
-        if before == known and digest == _digest(file):
+        if before == known and digest == file_digest(file, OutputError):
             return Observed.of(Statistics.load(file), file)
         if before == known:
             tell(f"{file}: is damaged, and made again")
@@ -142,7 +141,7 @@ def gather(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     with replacing(note) as out:
-        out.write(json.dumps({**known, _DIGEST: _digest(file)}).encode())
+        out.write(json.dumps({**known, _DIGEST: file_digest(file, OutputError)}).encode())
     found = Statistics.load(file)
     _say_what_lacks(found, shapes, tell)
     return Observed.of(found, file)
@@ -151,15 +150,10 @@ def gather(
 def _read_note(path: Path) -> dict[str, Any] | None:
     """What statistics were made from, with their digest; None for a note that is not there or not whole."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = parse_json(path.read_bytes(), str(path), OutputError)
+    except (OSError, OutputError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_writer(writer: Path, source: Source) -> None:

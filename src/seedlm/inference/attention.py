@@ -41,9 +41,12 @@ def attend(
     position          int64 [1]: how many tokens came before; it is less than length
     returns           [1, 1, heads * d]
     """
-    if _by_kernel(q, keys, values):
-        return _launch(q, k, v, cos, sin, keys, values, position, scaling)
     _, heads, length, width = keys.shape
+    if _by_kernel(q, keys, values):
+        kernel, blocks = _kernel(q.dtype, width, q.shape[-1] // (heads * width), nvrtc.index_of(q.device))
+        out = torch.empty_like(q)
+        kernel((heads * blocks,), 32 * _WARPS, q, k, v, cos, sin, keys, values, position, out, length, scaling)
+        return out
 
     def rotated(x: Tensor) -> Tensor:
         x = x.view(heads, -1, width)
@@ -73,10 +76,14 @@ def _by_kernel(q: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 def source(type: int, width: int, heads: int, arch: int) -> str:
     """The text of the kernel for numbers of a type of `nvrtc.TYPES`, heads of `width`, `heads` of which share a key."""
-    most = _LANE_NUMBERS * 8 // width
-    group = -(-heads // -(-heads // most))
+    group = -(-heads // _groups(width, heads))
     defines = {"TYPE": type, "WIDTH": width, "HEADS": heads, "GROUP": group, "CLUSTER": _cluster(arch), "WARPS": _WARPS}
     return "".join(f"#define {key} {value}\n" for key, value in defines.items()) + _text()
+
+
+def _groups(width: int, heads: int) -> int:
+    """Into how many groups the query heads of a key head are divided."""
+    return -(-heads // (_LANE_NUMBERS * 8 // width))
 
 
 def _cluster(arch: int) -> int:
@@ -92,25 +99,7 @@ def _text() -> str:
 @cache
 def _kernel(dtype: torch.dtype, width: int, heads: int, index: int) -> tuple[nvrtc.Kernel, int]:
     """The kernel, and its blocks for a key head."""
-    arch, most = nvrtc.architecture(index), _LANE_NUMBERS * 8 // width
+    arch = nvrtc.architecture(index)
     text = source(nvrtc.TYPES[dtype], width, heads, arch)
     kernel = nvrtc.load(text, "attend", "PPPPPPPPPif", device=torch.device("cuda", index), overlap=True)
-    return kernel, -(-heads // most) * _cluster(arch)
-
-
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    scaling: float,
-) -> Tensor:
-    _, heads, length, width = keys.shape
-    kernel, blocks = _kernel(q.dtype, width, q.shape[-1] // (heads * width), nvrtc.index_of(q.device))
-    out = torch.empty_like(q)
-    kernel((heads * blocks,), 32 * _WARPS, q, k, v, cos, sin, keys, values, position, out, length, scaling)
-    return out
+    return kernel, _groups(width, heads) * _cluster(arch)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from seedlm.codes.base import Gated, Normed
 from seedlm.inference import ops
-from seedlm.modeling.linear import SeedLinear
+from seedlm.modeling.linear import SeedLinear, prepared_of
 
 
 def normed_linears(h: Tensor, delta: Tensor | None, weight: Tensor, eps: float, layers: Sequence[nn.Module]) -> list[Tensor]:
@@ -46,12 +46,8 @@ def attended_linear(x: Tensor, layer: nn.Module) -> Tensor:
 
 def _fused(source: Tensor | Normed | Gated, x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
     """The products by the layers' backend, or None if it cannot make their input itself."""
-    plans, weights, biases = [], [], []
-    for layer in layers:
-        if type(layer) is not SeedLinear:
-            return None
-        plan, prepared = layer.prepare()
-        plans.append(plan)
-        weights.append(prepared)
-        biases.append(layer._bias())
+    packed = [layer for layer in layers if type(layer) is SeedLinear]
+    if len(packed) < len(layers):
+        return None
+    plans, weights, biases = prepared_of(packed)
     return ops.fused(source, weights, plans, biases) if ops.fuses(x, plans) else None

@@ -18,7 +18,7 @@ so every call looks whether they are still the same.
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeGuard
 
 import torch
@@ -319,6 +319,17 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def prepared_of(layers: Sequence[SeedLinear]) -> tuple[list[ops.Plan], list[list[Tensor]], list[Tensor | None]]:
+    """What `ops.linears` and `ops.fused` want of layers: their plans, prepared tensors and biases."""
+    plans, weights, biases = [], [], []
+    for layer in layers:
+        plan, prepared = layer.prepare()
+        plans.append(plan)
+        weights.append(prepared)
+        biases.append(layer._bias())
+    return plans, weights, biases
+
+
 class SharedInput:
     """Layers whose parent gives them the same tensor, unchanged: what can be done for all of them is done once.
 
@@ -366,15 +377,13 @@ class SharedInput:
 
     def _products(self, x: Tensor) -> list[Tensor] | None:
         """All layers' products, or None if they are not to be had at once."""
-        layers = [known() if known is not None else None for known in self._layers]
-        plans, weights, biases = [], [], []
-        for each in layers:
+        layers = []
+        for known in self._layers:
+            each = known() if known is not None else None
             if each is None or each.device != x.device:
                 return None
-            plan, prepared = each.prepare()
-            plans.append(plan)
-            weights.append(prepared)
-            biases.append(each._bias())
+            layers.append(each)
+        plans, weights, biases = prepared_of(layers)
         return ops.linears(x, weights, plans, biases) if ops.joins(x, plans, biases) else None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ made of, folders with weights of their own included, and an adapter that loading
 What describes weights that are no longer there does not: indexes, settings of another quantisation.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from seedlm.errors import SourceError
-from seedlm.storage.untrusted import MAX_JSON_BYTES, opened, parse_json, read_bytes, stays_inside
+from seedlm.storage.untrusted import MAX_JSON_BYTES, file_digest, opened, parse_json, read_bytes, stays_inside
 
 SIDE_SUFFIXES: Final = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".py"})
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -45,7 +44,7 @@ class SideFiles:
 
     def digests(self) -> dict[str, str]:
         """Name -> SHA-256 of the content."""
-        return {str(path.relative_to(self._folder)): _digest(path) for path in self.paths}
+        return {str(path.relative_to(self._folder)): file_digest(path, SourceError) for path in self.paths}
 
     def copy(self, target: Path) -> None:
         for path in self.paths:
@@ -95,8 +94,3 @@ class SideFiles:
 def _is_pickle(path: Path) -> bool:
     with opened(path, SourceError) as file:
         return file.read(2).startswith(_PICKLE_STARTS)
-
-
-def _digest(path: Path) -> str:
-    with opened(path, SourceError) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,6 +5,7 @@ never end; a link is followed only to a place inside the model's folder, or to t
 cache. Work and memory are bounded by the size of the file, never by a number that stands in it.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -76,6 +77,12 @@ def check_text(text: str, tokens: int, error: type[SeedLMError], path: str | Pat
     """Raise `error` for a text that cannot have so many tokens: one is a byte at least, but for some that are added."""
     if (size := len(text.encode())) + _ADDED < tokens:
         raise error(f"{path}: the text has {size} bytes, and so fewer tokens than the {tokens} that are needed: {remedy}")
+
+
+def file_digest(path: Path, error: type[SeedLMError]) -> str:
+    """The SHA-256 of a whole file. Raises `error` for one that cannot be read."""
+    with opened(path, error) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_json(text: bytes | str, where: str, error: type[SeedLMError], *, infinite: bool = False) -> Any:

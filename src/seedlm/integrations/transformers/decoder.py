@@ -18,7 +18,7 @@ step. So is what the model has (`_Read`), but at a replay while the GPU is at wo
 One text at a time is meant. While a thread captures, another that draws random numbers on that GPU fails, by a torch whose
 captures share the state of a generator (2.11 does). A device on which a capture fails is left to transformers from then on.
 
-On a CPU a step takes as long as transformers' forward (SmolLM2-135M's shapes, 4 bits: 33 ms both), so nothing changes there.
+On a CPU a step takes about as long as transformers' forward, so nothing changes there.
 """
 
 import sys
