@@ -44,6 +44,12 @@ _PLAIN_SHARED = 48 * 1024
 """Bytes of dynamic shared memory that any kernel may ask for; more has to be announced to the driver."""
 
 
+@cache
+def common() -> str:
+    """The text of kernel.cuh, to be put before a kernel's own."""
+    return (Path(__file__).parent / "kernel.cuh").read_text(encoding="utf-8")
+
+
 def reason_unavailable() -> str | None:
     """Why nothing can be compiled here, in one line with the remedy, or None. Needs no GPU."""
     try:

@@ -155,7 +155,7 @@ class TestOnAGpu:
         width, inner, format = 2048, 4096, FORMATS[0]
         both, _, _ = self.weights(format, (inner, inner), width, torch.float16)
         down, _, _ = self.weights(format, (width,), inner, torch.float16)
-        weight, start = torch.ones(width, device="cuda").half(), torch.randn(1, 1, width, device="cuda").half()
+        weight, start = torch.full((width,), 0.1, device="cuda").half(), torch.randn(1, 1, width, device="cuda").half()
 
         def run(wait):
             h, delta = start.clone(), start.clone()

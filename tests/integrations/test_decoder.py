@@ -83,8 +83,8 @@ def on_the_cpu_as_on_a_gpu(monkeypatch):
 
 def launches(monkeypatch):
     """A list that becomes longer with each launch of attention's kernel."""
-    launched, launch = [], attention._launch
-    monkeypatch.setattr(attention, "_launch", lambda *args: launched.append(1) or launch(*args))
+    launched, kernel = [], attention._kernel
+    monkeypatch.setattr(attention, "_kernel", lambda *args: launched.append(1) or kernel(*args))
     return launched
 
 

@@ -6,21 +6,19 @@
 // the warp, the block, and through shared memory in the cluster. All sums have a fixed order: the same inputs give the same bits.
 //
 // The token's own key and value go from k and v into the sums, and into the cache, of which only earlier positions are read: so the
-// first reads need not wait for them. A position outside of the cache gives NaN and writes nothing. A kernel that runs once takes
-// as long as its instructions take to arrive, so what all lanes need is made once and goes through shared memory.
+// first reads wait for nothing. They, and that of the position, come before the kernel before this one has ended, so what wrote
+// them must have: any kernel between that does not start early, as torch's own, sees to it. A position outside of the cache
+// gives NaN and writes nothing. A kernel that runs once takes as long as its instructions take to arrive, so what all lanes need
+// is made once and goes through shared memory.
 //
 // q: [kv heads * HEADS * WIDTH]. k, v: [kv heads * WIDTH]. cosine, sine: [WIDTH]. keys, values: [kv heads, length, WIDTH].
 // out: as q. All of TYPE (0 float16, 1 bfloat16, 2 float32), computed in float32.
 //
 // Compile-time: TYPE, WIDTH (a multiple of 64), HEADS (query heads of a key head), GROUP, CLUSTER, WARPS.
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-
-#define DEVICE __device__ __forceinline__
 
 constexpr int BYTES = TYPE == 2 ? 4 : 2, PER = WIDTH / 8, PER_16 = 16 / BYTES, GROUPS = (HEADS + GROUP - 1) / GROUP;
 constexpr int AHEAD = 2, TAKEN = 4 * AHEAD;  // positions of eight lanes, and of a warp, that are under way together
+constexpr int PART = GROUP * WIDTH / CLUSTER;    // numbers that a block finishes
 constexpr float LEAST = -1e30f;
 
 DEVICE float from_bits(u32 bits) {
@@ -79,22 +77,14 @@ DEVICE float over_position(float value) {
   return value;
 }
 
-#if CLUSTER > 1
-DEVICE void cluster_meet() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// A number in the shared memory of another block of the cluster.
-DEVICE float of_block(const float* mine, int rank) {
-  u32 remote;
-  float value;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-  return value;
-}
-#else
-DEVICE void cluster_meet() { __syncthreads(); }
-DEVICE float of_block(const float* mine, int) { return *mine; }
-#endif
+// What a block knows of one number: its sum, relative to the maximum `top` of its scores, and their weight.
+struct Share {
+  float sum, top, weight, unused;
+
+  DEVICE void tell_block(int block, Share* slot, u64* inbox) const {
+    tell(slot, inbox, block, __float_as_uint(sum), __float_as_uint(top), __float_as_uint(weight), 0);
+  }
+};
 
 extern "C" __global__ void
 #if CLUSTER > 1
@@ -105,14 +95,13 @@ attend(const void* q, const void* k, const void* v, const void* cosine, const vo
        const long long* position, void* out, int length, float scaling) {
   __shared__ __align__(16) float sums[WARPS][GROUP][WIDTH], queries[GROUP][WIDTH], own_key[WIDTH], own_value[WIDTH];
   __shared__ float tops[WARPS][GROUP], weights[WARPS][GROUP];
-  __shared__ float block_sums[GROUP][WIDTH], block_top[GROUP], block_weight[GROUP];
+  __shared__ __align__(16) Share shares[CLUSTER][PART];
+  __shared__ u64 inbox;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, place = lane >> 3, first = (lane & 7) * PER;
   const int rank = blockIdx.x % CLUSTER, group = blockIdx.x / CLUSTER % GROUPS, kv = blockIdx.x / CLUSTER / GROUPS;
   const int head = kv * HEADS + group * GROUP, heads = min(GROUP, HEADS - group * GROUP);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  open_inbox(&inbox, sizeof(shares));
+  let_next_kernel_start();
   const long long now = *position;
   const bool inside = now >= 0 && now < length;
   const int before = inside ? (int)now : 0;
@@ -127,6 +116,7 @@ attend(const void* q, const void* k, const void* v, const void* cosine, const vo
       load_line(raw[a], of, cache + (u64)max(min(from + a * 4 + place, before - 1), 0) * WIDTH + first);
   };
   fetch(raw_keys, keys, start), fetch(raw_values, values, start);
+  wait_for_previous_kernel();
   for (int i = threadIdx.x; i < GROUP * WIDTH; i += WARPS * 32)
     queries[0][i] = turned(q, head + min(i / WIDTH, heads - 1), i % WIDTH, cosine, sine) * (scaling * 1.44269504f);
   if (owns)
@@ -219,42 +209,34 @@ attend(const void* q, const void* k, const void* v, const void* cosine, const vo
     }
     if (lane == 0) tops[warp][g] = highest, weights[warp][g] = weight[g];
   }
+  inboxes_open();
   __syncthreads();
 
-  // The warps of a block become one: their shares first, then the sums.
-  if (threadIdx.x < GROUP) {
-    float highest = LEAST, all = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, tops[w][threadIdx.x]);
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      const float share = exp_2(tops[w][threadIdx.x] - highest);
-      tops[w][threadIdx.x] = share, all += weights[w][threadIdx.x] * share;
-    }
-    block_top[threadIdx.x] = highest, block_weight[threadIdx.x] = all;
-  }
-  __syncthreads();
+  // The warps of a block become one, and each block of the cluster hears of the numbers that it is to finish.
 #pragma unroll 1
   for (int i = threadIdx.x; i < GROUP * WIDTH; i += WARPS * 32) {
-    float total = 0.0f;
+    const int g = i / WIDTH;
+    float highest = LEAST, total = 0.0f, all = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) total += sums[w][0][i] * tops[w][i / WIDTH];
-    block_sums[0][i] = total;
+    for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, tops[w][g]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float share = exp_2(tops[w][g] - highest);
+      total += sums[w][0][i] * share, all += weights[w][g] * share;
+    }
+    Share{total, highest, all}.tell_block(i / PART, &shares[rank][i % PART], &inbox);
   }
-
-  // So do the blocks of a cluster, of which each finishes a part of the numbers.
-  cluster_meet();
+  await_inbox(&inbox);
 #pragma unroll 1
-  for (int i = threadIdx.x * CLUSTER + rank; i < heads * WIDTH; i += CLUSTER * WARPS * 32) {
-    float highest = LEAST, total = 0.0f, all = 0.0f, top_of[CLUSTER];
+  for (int i = threadIdx.x; i < min(PART, heads * WIDTH - rank * PART); i += WARPS * 32) {
+    float highest = LEAST, total = 0.0f, all = 0.0f;
 #pragma unroll
-    for (int b = 0; b < CLUSTER; b++) top_of[b] = of_block(&block_top[i / WIDTH], b), highest = fmaxf(highest, top_of[b]);
+    for (int b = 0; b < CLUSTER; b++) highest = fmaxf(highest, shares[b][i].top);
 #pragma unroll
     for (int b = 0; b < CLUSTER; b++) {
-      const float share = exp_2(top_of[b] - highest);
-      total += of_block(&block_sums[0][i], b) * share, all += of_block(&block_weight[i / WIDTH], b) * share;
+      const float share = exp_2(shares[b][i].top - highest);
+      total += shares[b][i].sum * share, all += shares[b][i].weight * share;
     }
-    store(out, (u64)head * WIDTH + i, inside ? total / all : __int_as_float(0x7fc00000));
+    store(out, (u64)head * WIDTH + rank * PART + i, inside ? total / all : __int_as_float(0x7fc00000));
   }
-  cluster_meet();  // nobody leaves while its numbers are read
 }

@@ -78,7 +78,7 @@ def source(type: int, width: int, heads: int, arch: int) -> str:
     """The text of the kernel for numbers of a type of `nvrtc.TYPES`, heads of `width`, `heads` of which share a key."""
     group = -(-heads // _groups(width, heads))
     defines = {"TYPE": type, "WIDTH": width, "HEADS": heads, "GROUP": group, "CLUSTER": _cluster(arch), "WARPS": _WARPS}
-    return "".join(f"#define {key} {value}\n" for key, value in defines.items()) + _text()
+    return "".join(f"#define {key} {value}\n" for key, value in defines.items()) + nvrtc.common() + _text()
 
 
 def _groups(width: int, heads: int) -> int:

@@ -3,17 +3,9 @@
 // Compile-time: RATE (R, bits a weight), STATE_BITS (L), MULTIPLIER, MASKS_BY_DOT (every how many rows; 0: none). One
 // column of one segment is R words = 32 rows; the state of row t is the L bits from bit R*t on, and the last rows run into
 // the first word of the strip's next segment.
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-
-#define DEVICE __device__ __forceinline__
-
 constexpr int R = RATE;
 constexpr int L = STATE_BITS;
 constexpr u32 STATE_MASK = (1u << L) - 1u;
-
-DEVICE u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 DEVICE void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -23,19 +15,6 @@ DEVICE void copy4(u32 to, const void* from) {
 }
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
-// The kernel before this one in the stream has finished and its results are visible (nothing to wait for in a plain launch).
-DEVICE void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// The next kernel may be started: what it does before its own wait overlaps with us.
-DEVICE void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // 32 bits of the column's stream from bit `start` on. q holds its R words and the next segment's first.
 DEVICE u32 stream_bits(const u32 (&q)[R + 1], int start) {

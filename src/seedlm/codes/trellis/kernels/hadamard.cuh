@@ -74,24 +74,44 @@ DEVICE void butterflies(float (&v)[E], const Place& place, int lane) {
   }
 }
 
+// Whether E neighbours of a line of n numbers that begins at `row` are whole 16 bytes of 16-bit numbers.
+DEVICE bool in_words(const void* x, u64 row, int first, int n, int type) {
+  return type != FLOAT32 && first + E <= n && ((u64)((const u16*)x + row + first) & 15) == 0;
+}
+DEVICE void load_words(uint4 (&words)[E / 8], const void* x, u64 at) {
+#pragma unroll
+  for (int i = 0; i < E / 8; i++) words[i] = ((const uint4*)((const u16*)x + at))[i];
+}
+DEVICE void from_words(float (&v)[E], const uint4 (&words)[E / 8], int type) {
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    const uint4& q = words[e / 8];
+    const u32 pair = e % 8 / 2 == 0 ? q.x : e % 8 / 2 == 1 ? q.y : e % 8 / 2 == 2 ? q.z : q.w;
+    const u16 bits = (u16)(pair >> (e % 2 * 16));
+    v[e] = type == FLOAT16 ? from_half(bits) : from_bfloat(bits);
+  }
+}
+
 // E neighbours of a line of n numbers, zero past its end.
 DEVICE void load_numbers(float (&v)[E], const void* x, u64 row, int first, int n, int type) {
-  const u16* from = (const u16*)x + row + first;
-  if (type != FLOAT32 && first + E <= n && ((u64)from & 15) == 0) {
-#pragma unroll
-    for (int e = 0; e < E; e += 8) {
-      const uint4 q = *(const uint4*)(from + e);
-      const u32 pairs[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const u16 bits = (u16)(pairs[i / 2] >> (i % 2 * 16));
-        v[e + i] = type == FLOAT16 ? from_half(bits) : from_bfloat(bits);
-      }
-    }
+  if (in_words(x, row, first, n, type)) {
+    uint4 words[E / 8];
+    load_words(words, x, row + first), from_words(v, words, type);
     return;
   }
 #pragma unroll
   for (int e = 0; e < E; e++) v[e] = first + e < n ? load_number(x, row + first + e, type) : 0.0f;
+}
+
+// Those of two lines, both under way together.
+DEVICE void load_both(float (&v)[E], float (&w)[E], const void* x, const void* y, u64 row, int first, int n, int type) {
+  if (in_words(x, row, first, n, type) && in_words(y, row, first, n, type)) {
+    uint4 of_x[E / 8], of_y[E / 8];
+    load_words(of_x, x, row + first), load_words(of_y, y, row + first);
+    from_words(v, of_x, type), from_words(w, of_y, type);
+    return;
+  }
+  load_numbers(v, x, row, first, n, type), load_numbers(w, y, row, first, n, type);
 }
 
 // The first `count` of E neighbours, to place `at`; what is not read again soon.

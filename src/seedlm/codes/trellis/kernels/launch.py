@@ -84,8 +84,8 @@ def workspace(in_features: int, tokens: int, kind: Kind, index: int) -> tuple[in
         return x_scale, 0, counters, counters // 4 + -(-nvrtc.processors(index) // 2) * 4
     parts = tokens * parts_of_token(kind)
     x_scale = sources.steps(in_features) * parts * STEP
-    x_sum = x_scale + 4 * tokens
-    end = -(-(x_sum + 4 * parts) // 16) * 16
+    x_sum = x_scale + -(-4 * tokens // 16) * 16
+    end = x_sum + 32 * parts
     return x_scale, x_sum, end, end // 4
 
 

@@ -27,7 +27,7 @@
 //
 // Weights that read the same x (q, k, v; gate, up) are one line of panels: MEMBERS of them, each with its own y.
 //
-// x: [tokens, in], or int8 [steps][parts][16] with x_scale: float [tokens] and x_sum: int32 [parts]. words: int32
+// x: [tokens, in], or int8 [steps][parts][16] with x_scale: float [tokens] and x_sum: int32 [parts][8]. words: int32
 // [segments, steps * 16 * R]. sums: int64 [slots], then [tokens][slots * 256], a slot for each panel, or for each block (a block
 // begins at most one shared panel), whichever are fewer. y: [tokens, out].
 //
@@ -47,6 +47,7 @@ constexpr int RING = WARPS * STAGES * STAGE;
 constexpr int ROW_PAD = 36, WIDE_PITCH = 65;  // against bank conflicts
 constexpr int TOGETHER = NARROW ? 1 : 4;      // tokens that are finished at once
 constexpr int MOST_PARTS = NARROW ? 4 : 8 * TILES;
+constexpr int SUMS = OWN_INPUT ? 1 : 8;       // numbers whose sum is that of a part's int8
 constexpr u64 CLEARED = 0x9E3779B97F4A7C15ull;
 
 // With R = 4 and 8 a padding cannot do it: the chunks of a segment are exchanged among each other instead.
@@ -113,6 +114,11 @@ struct Problem {
   DEVICE u32 panel_of(u32 position) const {
     const u32 panel = __umulhi(position, inverse);
     return panel + ((panel + 1) * steps <= position);
+  }
+  DEVICE int sum_of(int part) const {
+    int sum = 0;
+    for (int i = 0; i < SUMS; i++) sum += x_sum[part * SUMS + i];
+    return sum;
   }
   DEVICE int panels() const { return members.each[MEMBERS - 1].first + members.each[MEMBERS - 1].panels; }
   DEVICE int slots() const { return min(panels(), (int)gridDim.x); }
@@ -217,27 +223,9 @@ DEVICE int wide_slot(int row, int part) {
   return ((part >> 3) * 32 + row % 32) * WIDE_PITCH + (part & 1) * 32 + (row / 32) * 4 + (part >> 1 & 3);
 }
 
-// Barriers in shared memory: `full` counts the warps that have left a panel's sums, `drained` the finishers that have read.
-DEVICE void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
 // All of the block, each thread where it stands.
 DEVICE void meet() { asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 DEVICE void finishers_meet() { asm volatile("barrier.sync 2, %0;" ::"n"(FINISHERS) : "memory"); }
-DEVICE void barrier_arrive(u32 barrier) {
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
-}
-DEVICE void barrier_wait(u32 barrier, u32 parity) {
-  u32 done;
-  do
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-#else
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-#endif
-                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-  while (!done);
-}
 
 // Put the warp's accumulators where the block adds them up: side by side (narrow), or by atomics (wide).
 DEVICE void deposit(const int (&acc)[COLUMN_TILES][FRAGMENTS][4], int* totals, int parts, int warp, int lane) {
@@ -304,8 +292,8 @@ struct Tokens {
     for (int i = 0; i < TOGETHER; i++) {
       const int token = min(first + i, p.tokens - 1), part = token * p.parts_each;
       scales[i] = p.x_scale[token];
-      middles[i] = p.x_sum[part];
-      if (p.parts_each == 2) middles[i] = middles[i] * p.half_base + p.x_sum[part + 1];
+      middles[i] = p.sum_of(part);
+      if (p.parts_each == 2) middles[i] = middles[i] * p.half_base + p.sum_of(part + 1);
     }
   }
 };
@@ -397,7 +385,8 @@ DEVICE void clear(const Problem& p, const Share& share, int thread) {
   if (thread == 0) asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p.sums + slot), "l"(CLEARED) : "memory");
 }
 
-// The last warps: they wait for a panel's sums, of which there are two places, and finish its rows.
+// The last warps: they wait for a panel's sums, of which there are two places, and finish its rows. The barrier `full` counts the
+// warps that have left a panel's sums, `drained` the finishers that have read them.
 DEVICE void finish(const Problem& p, int* totals, int totals_size, u32 full, u32 drained) {
   const Share share(p.run, p.longer);
   const int thread = threadIdx.x - WARPS * 32;

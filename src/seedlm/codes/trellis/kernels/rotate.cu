@@ -9,8 +9,8 @@
 //       A token's root mean square is one factor, so it goes into x_scale: nobody waits for it before the transform.
 //   2   silu(x) * also
 //
-// x_parts: int8 [steps][tokens * PARTS_EACH][16], zero past `in`. x_scale: float [tokens]. x_sum: int32 [parts], the sum of
-// the part's int8, cleared here.
+// x_parts: int8 [steps][tokens * PARTS_EACH][16], zero past `in`. x_scale: float [tokens]. x_sum: int32 [parts][8], of which each
+// block of a token's cluster writes one: the sum of its int8.
 //
 // HALVES = 1, for `gemm`: no int8, but halves, x_parts being half [column blocks][padded][64] in that kernel's swizzle; a
 // token's scale is a power of two that takes its largest number to 2^13 .. 2^14. `zero`: int32 [zeros], a multiple of 4, that
@@ -27,60 +27,34 @@ struct Known {
   DEVICE void add(const Known& other) { top = max(top, other.top), squares += other.squares; }
 };
 
-#if CLUSTER > 1
-// A barrier of all threads of the cluster in two halves: what came before the one is visible after the other.
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// All that the cluster's blocks know, added up in their order.
-DEVICE Known of_cluster(Known known, Known (&slots)[CLUSTER], int rank) {
-  cluster_wait();  // for all blocks to have started
-  if (threadIdx.x < CLUSTER) {
-    u32 remote;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(&slots[rank])), "r"(threadIdx.x));
-    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(remote), "r"(known.top), "r"(__float_as_uint(known.squares))
-                 : "memory");
-  }
-  cluster_arrive();
-  cluster_wait();
-  known = slots[0];
-  for (int i = 1; i < CLUSTER; i++) known.add(slots[i]);
-  return known;
-}
-#else
-DEVICE void cluster_arrive() {}
-DEVICE void cluster_wait() {}
-DEVICE Known of_cluster(Known known, Known (&)[CLUSTER], int) { return known; }
-#endif
-
 DEVICE float as_stored(float value) {
   return TYPE == FLOAT32 ? value : TYPE == FLOAT16 ? from_half(to_half(value)) : from_bfloat(to_bfloat(value));
 }
 
-// A lane's numbers of a piece before the transform; the sum of what is squared for a norm.
-DEVICE float read_source(float (&v)[E], void* x, const void* also, const void* weight, int token, int first) {
+// A lane's numbers of a piece before the transform; the sum of what is squared for a norm, of whose weight the lane has its part.
+DEVICE float read_source(float (&v)[E], void* x, const void* also, const float (&weight)[E], int token, int first) {
   if (IN % (32 * E) == 0) __builtin_assume(first < IN);
   const u64 row = (u64)token * IN;
-  load_numbers(v, x, row, first, IN, TYPE);
   float squares = 0.0f, other[E];
+  if (SOURCE && also) load_both(v, other, x, also, row, first, IN, TYPE);
+  else load_numbers(v, x, row, first, IN, TYPE);
   if (SOURCE == 1) {
     if (also) {
-      load_numbers(other, also, row, first, IN, TYPE);
 #pragma unroll
       for (int e = 0; e < E; e++) v[e] = as_stored(v[e] + other[e]);
       store_numbers(x, row + first, v, IN - first, TYPE);
     }
-    load_numbers(other, weight, 0, first, IN, TYPE);
 #pragma unroll
-    for (int e = 0; e < E; e++) squares += v[e] * v[e], v[e] *= other[e];
+    for (int e = 0; e < E; e++) squares += v[e] * v[e], v[e] *= weight[e];
   }
-  if (SOURCE == 2) {
-    load_numbers(other, also, row, first, IN, TYPE);
+  if (SOURCE == 2)
 #pragma unroll
-    for (int e = 0; e < E; e++) v[e] = v[e] / (1.0f + __expf(-v[e])) * other[e];
-  }
+    for (int e = 0; e < E; e++) v[e] = __fdividef(v[e], 1.0f + __expf(-v[e])) * other[e];
   return squares;
 }
+
+// The first column of a lane's piece in a round.
+DEVICE int column(int round, int warp, int rank, int lane) { return (((round * WARPS + warp) * CLUSTER + rank) * 32 + lane) * E; }
 
 extern "C" __global__ void
 #if CLUSTER > 1
@@ -90,38 +64,49 @@ __launch_bounds__(WARPS * 32)
 rotate(void* x, const void* also, const void* weight, signed char* x_parts, float* x_scale, int* x_sum, int4* zero,
        int zeros, int tokens, int padded_tokens, float epsilon) {
   __shared__ Known of_warps[WARPS];
-  __shared__ __align__(8) Known slots[CLUSTER];
+  __shared__ __align__(8) Known of_blocks[CLUSTER];
+  __shared__ u64 inbox;
+  __shared__ int sums[PARTS_EACH];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rank = blockIdx.x % CLUSTER;
   const int token = blockIdx.x / CLUSTER;
   constexpr int UNIT = HALVES ? 64 : 16, PADDED = (IN + UNIT - 1) / UNIT * UNIT;
-  cluster_arrive();
+  open_inbox(&inbox, sizeof(of_blocks));
+  if (threadIdx.x < PARTS_EACH) sums[threadIdx.x] = 0;
   let_next_kernel_start();
+  float v[ROUNDS][E], weights[ROUNDS][E];
+  if (SOURCE == 1 && token < tokens)  // while the kernel before this one is at work, which does not write it
+#pragma unroll
+    for (int k = 0; k < ROUNDS; k++) load_numbers(weights[k], weight, 0, column(k, warp, rank, lane), IN, TYPE);
   wait_for_previous_kernel();
   if (token >= tokens) {
     const int clearing = blockIdx.x - tokens * CLUSTER, apart = (gridDim.x - tokens * CLUSTER) * blockDim.x;
     for (int i = clearing * blockDim.x + threadIdx.x; i < zeros / 4; i += apart) zero[i] = make_int4(0, 0, 0, 0);
-    cluster_wait();  // a block that leaves hears what it has said
+    inboxes_open();
     return;
   }
 
-  float v[ROUNDS][E];
   Known known = {0, 0.0f};
 #pragma unroll
   for (int k = 0; k < ROUNDS; k++) {
-    const int first = (((k * WARPS + warp) * CLUSTER + rank) * 32 + lane) * E;
+    const int first = column(k, warp, rank, lane);
     if (first - lane * E >= IN) continue;
-    known.squares += read_source(v[k], x, also, weight, token, first);
+    known.squares += read_source(v[k], x, also, weights[k], token, first);
     known.top = max(known.top, transform(v[k], first, lane));
   }
   known.top = __reduce_max_sync(~0u, known.top);
   if (SOURCE == 1)
     for (int lanes = 16; lanes; lanes /= 2) known.squares += __shfl_xor_sync(~0u, known.squares, lanes);
   if (lane == 0) of_warps[warp] = known;
-  if (!HALVES && rank == 0 && threadIdx.x < PARTS_EACH) x_sum[token * PARTS_EACH + threadIdx.x] = 0;
+  inboxes_open();
   __syncthreads();
-  known = of_warps[0];
-  for (int i = 1; i < WARPS; i++) known.add(of_warps[i]);
-  known = of_cluster(known, slots, rank);
+  if (threadIdx.x < CLUSTER) {
+    known = of_warps[0];
+    for (int i = 1; i < WARPS; i++) known.add(of_warps[i]);
+    tell(&of_blocks[rank], &inbox, threadIdx.x, known.top, __float_as_uint(known.squares));
+  }
+  await_inbox(&inbox);
+  known = of_blocks[0];
+  for (int i = 1; i < CLUSTER; i++) known.add(of_blocks[i]);  // in their order, so that all find the same
   const u32 top = known.top;
 
 #if HALVES
@@ -131,7 +116,7 @@ rotate(void* x, const void* also, const void* weight, signed char* x_parts, floa
     x_scale[token] = top < 0x7f800000u ? __uint_as_float(exponent - 13 << 23) : __uint_as_float(top);
 #pragma unroll
   for (int k = 0; k < ROUNDS; k++) {
-    const int first = (((k * WARPS + warp) * CLUSTER + rank) * 32 + lane) * E;
+    const int first = column(k, warp, rank, lane);
     if (first >= PADDED) continue;
     u16* to = (u16*)x_parts + ((u64)(first / 64) * padded_tokens + token) * 64;
 #pragma unroll
@@ -145,17 +130,22 @@ rotate(void* x, const void* also, const void* weight, signed char* x_parts, floa
   }
 #else
   const Quantizer quantizer(top);
-  if (rank == 0 && threadIdx.x == 0)
-    x_scale[token] = SOURCE == 1 ? quantizer.scale / sqrtf(known.squares / IN + epsilon) : quantizer.scale;
   int high_sum = 0, low_sum = 0;
 #pragma unroll
   for (int k = 0; k < ROUNDS; k++) {
-    const int first = (((k * WARPS + warp) * CLUSTER + rank) * 32 + lane) * E;
+    const int first = column(k, warp, rank, lane);
     if (first >= PADDED) continue;
     quantizer.store(x_parts + ((u64)(first / 16) * (tokens * PARTS_EACH) + token * PARTS_EACH) * 16 + first % 16, v[k], high_sum, low_sum);
   }
   high_sum = __reduce_add_sync(~0u, high_sum);
   low_sum = __reduce_add_sync(~0u, low_sum);
-  if (lane < PARTS_EACH) atomicAdd(x_sum + token * PARTS_EACH + lane, lane ? low_sum : high_sum);
+  if (lane < PARTS_EACH) atomicAdd(&sums[lane], lane ? low_sum : high_sum);
+  if (rank == 0 && threadIdx.x == 0)
+    x_scale[token] = SOURCE == 1 ? quantizer.scale / sqrtf(known.squares / IN + epsilon) : quantizer.scale;
+  __syncthreads();
+  for (int i = threadIdx.x; i < PARTS_EACH * 8 / CLUSTER; i += WARPS * 32) {
+    const int part = i % PARTS_EACH, slot = i / PARTS_EACH * CLUSTER + rank;
+    x_sum[(token * PARTS_EACH + part) * 8 + slot] = slot == rank ? sums[part] : 0;
+  }
 #endif
 }

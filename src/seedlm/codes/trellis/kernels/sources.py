@@ -18,6 +18,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Final, Literal
 
+from seedlm import nvrtc
 from seedlm.codes import hadamard
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 
@@ -194,7 +195,7 @@ def clearing_blocks(zeros: int, threads: int, cluster: int) -> int:
 def _text(name: str, headers: tuple[str, ...], defines: Defines) -> str:
     folder = Path(__file__).parent
     constants = "".join(f"#define {key} {value}\n" for key, value in defines)
-    return constants + "".join((folder / file).read_text(encoding="utf-8") for file in (*headers, f"{name}.cu"))
+    return constants + nvrtc.common() + "".join((folder / file).read_text(encoding="utf-8") for file in (*headers, f"{name}.cu"))
 
 
 def _decoding(format: TrellisFormat, masks_by_dot: int = 0) -> Defines:
