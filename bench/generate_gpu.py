@@ -15,8 +15,9 @@ static cache, argmax, the next token back into its buffer. Stacks, the first thr
                    dense row's `decoder`, since a dense model's generate compiles for minutes
 
 Before a time is taken: logits of a 2-layer model of the same widths are held against the same model dequantized (prompt, and
-token by token in each stack), and the graph's tokens of the whole model against the eager loop's. The prompt runs eagerly,
-without a graph. Memory is what torch has allocated. The last line is JSON. `--device cpu --tiny` runs everything but the graph.
+token by token in each stack), and the graph's tokens of the whole model against the eager loop's; after it what `generate`
+wrote against transformers' own forward of the whole text. The prompt runs eagerly, without a graph. Memory is what torch has
+allocated. The last line is JSON. `--device cpu --tiny` runs everything but the graph.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from seedlm.codes.registry import parse_format
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.inference import backend
 from seedlm.integrations.transformers import decoder
+from seedlm.integrations.transformers.sampling import most_likely
 from seedlm.modeling.embedding import SeedEmbedding
 from seedlm.modeling.linear import SeedLinear
 from seedlm.modeling.quantize import dequantize_model, seed_linears, share_inputs
@@ -55,6 +57,9 @@ WEIGHT = 0.02
 CODE = 148.0
 """Standard deviation of the trellis code's values before scaling."""
 TOLERANCE = 2e-2
+BELOW = 0.1
+"""By how many standard deviations of the logits a token's may be below the largest, as another forward of 32 layers in FP16 finds
+it. The logit of any token is about 4 below."""
 COMPARED = 16
 """Tokens of the whole model that the graph and the eager loop write."""
 
@@ -181,7 +186,7 @@ class Writer:
 
     def step(self, stack: str) -> None:
         """Write one token."""
-        self.token.copy_(self.forward(stack).argmax(-1, keepdim=True))
+        self.token.copy_(most_likely(self.forward(stack)))
         self.position.add_(1)
         self.written.index_copy_(0, self.position, self.token[0])
 
@@ -298,7 +303,7 @@ def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | No
                 else:
                     row[stack] = generation(options, writer, stack, first, row)
         except RuntimeError as reason:  # a capture that is refused; the other stacks can still run
-            row[stack] = {"failed": " ".join(str(reason).split())[:300], "graph as eager": False}
+            row[stack] = {"failed": " ".join(str(reason).split())[:300], "right": False}
     if cuda:
         row["peak GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
     return row
@@ -307,9 +312,9 @@ def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | No
 def by_generate(options: argparse.Namespace, model: Any, ids: Tensor, row: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second of `model.generate`, from the difference between some new tokens and one."""
 
-    def write(count: int, cache: str | None = "static") -> list[int]:
+    def write(count: int) -> list[int]:
         asked = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        whole = model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation=cache, **asked)
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **asked)
         return list(whole[0, ids.shape[1] :].tolist())
 
     decoder.fuse_decoding(model)
@@ -319,15 +324,18 @@ def by_generate(options: argparse.Namespace, model: Any, ids: Tensor, row: dict[
         for count in (1, 1 + options.new)
     }
     each = (times[1 + options.new] - times[1]) / options.new
-    with mock.patch.object(decoder, "DEVICES", ()):
-        expected = write(COMPARED, cache=None)
+    # By transformers' forward of the whole text: how far each token's logit is below the largest, in standard deviations.
+    whole = torch.cat((ids, torch.tensor([found], device=options.device)), dim=1)
+    logits = model(whole, logits_to_keep=len(found) + 1).logits[0, :-1].float()
+    below = (logits.amax(-1) - logits[range(len(found)), found]) / logits.std(-1)
     return {
         "tokens/s": 1 / each,
         "ms a token": 1e3 * each,
         "with the prompt tokens/s": options.new / times[1 + options.new],
         "TB/s": row["bytes a token"] / each / 1e12,
-        "graph as eager": found[:COMPARED] == expected,
-        "compared tokens": COMPARED,
+        "below the largest logit": below.max().item(),
+        "right": below.max().item() < BELOW,
+        "compared tokens": len(found),
         "distinct tokens": len(set(found)),
     }
 
@@ -358,7 +366,7 @@ def generation(options: argparse.Namespace, writer: Writer, stack: str, first: T
         "ms a token": 1e3 * each,
         "with the prompt tokens/s": options.new / everything,
         "TB/s": row["bytes a token"] / each / 1e12,
-        "graph as eager": same,
+        "right": same,
         "compared tokens": count,
         "distinct tokens": len(set(eager)),
     }
@@ -401,7 +409,7 @@ def describe(row: dict[str, Any], dense: dict[str, Any] | None, copy: float, sta
         print(
             f"  {stack:12} {found['tokens/s']:7.1f} tokens/s, {ratio}{found['ms a token']:.3f} ms, {found['TB/s']:.2f} TB/s = "
             f"{found['share of copy']:.0%} of copy; with the prompt {found['with the prompt tokens/s']:.1f} tokens/s; "
-            f"graph as eager: {found['graph as eager']}",
+            f"right: {found['right']}",
             flush=True,
         )
 
@@ -468,7 +476,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, copy {copy:.2f} TB/s", flush=True)
     rows, errors = run(options, copy)
     print(json.dumps(facts | {"checks": errors, "rows": rows}), file=out, flush=True)
-    if not all(row[stack]["graph as eager"] for row in rows for stack in options.stacks if stack in row):
+    if not all(row[stack]["right"] for row in rows for stack in options.stacks if stack in row):
         sys.exit("a graph failed or wrote other tokens than its eager loop")
 
 

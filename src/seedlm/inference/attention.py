@@ -17,8 +17,8 @@ from seedlm import nvrtc
 _WIDTHS: Final = (64, 128, 256)
 """Of heads that the kernel knows."""
 _WARPS: Final = 8
-_LANE_NUMBERS: Final = 32
-"""Numbers of queries that a lane holds, at most."""
+_BLOCK_NUMBERS: Final = 128
+"""Numbers of queries that a block holds, but at least one head's."""
 
 
 def attend(
@@ -83,7 +83,7 @@ def source(type: int, width: int, heads: int, arch: int) -> str:
 
 def _groups(width: int, heads: int) -> int:
     """Into how many groups the query heads of a key head are divided."""
-    return -(-heads // (_LANE_NUMBERS * 8 // width))
+    return -(-heads // max(1, _BLOCK_NUMBERS // width))
 
 
 def _cluster(arch: int) -> int:

@@ -24,7 +24,7 @@ On a CPU a step takes about as long as transformers' forward, so nothing changes
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache as once
-from functools import wraps
+from functools import partial, wraps
 from operator import attrgetter, eq, is_
 from threading import Lock
 from typing import Any, Final
@@ -39,6 +39,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from seedlm.inference import ops
 from seedlm.inference.attention import attend
+from seedlm.integrations.transformers import sampling as ahead
 from seedlm.modeling.embedding import SeedEmbedding, TiedLinear
 from seedlm.modeling.fused import attended_linear, gated_linear, normed_linears
 from seedlm.modeling.linear import SeedLinear
@@ -236,31 +237,38 @@ def decode(model: Any, token: Tensor, cache: Any, positions: Tensor | None = Non
     return None
 
 
+def _replay(model: Any, token: Tensor, cache: Any, positions: Tensor) -> Tensor | None:
+    """`decode` for a model and a cache that are as they were at the last step. None, with nothing done, without a graph."""
+    graph = getattr(_STEPS.get(model, {}).get(cache), "graph", None)
+    return None if graph is None or not _is_called_alone(model) else graph.replay(token, positions)
+
+
 class _Steps:
     """Those of one model over one cache.
 
     reason   why there are none
     where    the cache lay when this was found; empty if it is to be found again
+    graph    of one step, once it is captured
     """
 
     def __init__(self, model: Any, cache: Any) -> None:
         self.reason = _reason(model, cache)
         self.where = _where(cache)
         self._read: Any = None if self.reason else _Read(model)
-        self._graph: _Graph | None = None
+        self.graph: _Graph | None = None
         self._warm = False
 
     def step(self, model: Any, token: Tensor, cache: Any, positions: Tensor | None) -> Tensor | None:
         """Logits; None, with nothing done, if the reason is to be found again."""
         by_graph, self._warm = self._warm and _can_capture(token.device), True
-        if not (by_graph and self._graph) and not self._read.unchanged():
+        if not (by_graph and self.graph) and not self._read.unchanged():
             self.where = []
             return None
         if not by_graph:
             return step(model, token, cache, positions)
         if positions is None:
             positions = cache.layers[0].cumulative_length.view(1, 1)
-        if self._graph is None:
+        if self.graph is None:
             graph = _Graph(token, positions)
             try:
                 graph.capture(model, cache)
@@ -269,8 +277,8 @@ class _Steps:
                 _FAILED.append((token.device, text, graph))
                 self.where = []
                 return None
-            self._graph = graph
-        logits = self._graph.replay(token, positions)
+            self.graph = graph
+        logits = self.graph.replay(token, positions)
         if not self._read.unchanged():
             torch._foreach_sub_([layer.cumulative_length for layer in cache.layers], 1)
             self.where = []
@@ -449,19 +457,43 @@ def _fused(kind: Any) -> Any:
 
         return call
 
+    theirs = kind._sample
+
+    @wraps(theirs)
+    def sample(
+        self: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **arguments: Any,
+    ) -> Any:
+        whole = logits_processor, stopping_criteria, generation_config
+        understood = ahead.is_understood(input_ids, generation_config, _cache_in(arguments), arguments, DEVICES)
+        if understood and not synced_gpus and reason_unfused(self) is None:
+            return ahead.sample(theirs, self, input_ids, *whole, streamer, CACHE, arguments, partial(_replay, self))
+        return theirs(self, input_ids, *whole, synced_gpus=synced_gpus, streamer=streamer, **arguments)
+
     def reduce(self: Any, protocol: Any) -> Any:
         found = kind.__reduce_ex__(self, max(2, protocol))
         return (_new, (kind,), *found[2:]) if type(self) is _fused(kind) else found
 
     same = {name: getattr(kind, name) for name in ("__module__", "__doc__")}
     own = {"forward": forward, "get_compiled_call": get_compiled_call, "__reduce_ex__": reduce, "_unfused": kind}
-    own["prepare_inputs_for_generation"] = prepare_inputs_for_generation
+    own |= {"prepare_inputs_for_generation": prepare_inputs_for_generation, "_sample": sample}
     return type(kind)(kind.__name__, (kind,), {**same, **own})
 
 
 def _new(kind: Any) -> Any:
     """An empty model, of which `pickle` and `copy` make one."""
     return _fused(kind).__new__(_fused(kind))
+
+
+def _is_called_alone(model: Any) -> bool:
+    """Whether calling a model is no more than its forward."""
+    return not (model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))
 
 
 def _cache_in(inputs: Mapping[str, Any]) -> Any:

@@ -300,22 +300,22 @@ struct Tokens {
 
 // What it knows of a panel before its sums are there. Its rows lie FINISHERS apart.
 struct Rows {
-  const Member& weight;
+  const Member* weight;
   int first, shares, slot, slots;  // first: the thread's first row
   bool begun;                      // by this block
   float factors[FINISHED], biases[FINISHED];
 
-  DEVICE Rows(const Problem& p, const Share& share, int panel, int thread) : weight(p.member_of(panel)) {
+  DEVICE Rows(const Problem& p, const Share& share, int panel, int thread) : weight(&p.member_of(panel)) {
     const int beginner = share.block_of(panel * p.steps);
     shares = share.block_of(panel * p.steps + p.steps - 1) - beginner + 1, begun = beginner == blockIdx.x;
     slots = p.slots(), slot = p.panels() <= (int)gridDim.x ? panel : beginner;
-    first = (panel - weight.first) * 256 + thread;
-    const float scale = *weight.scale;
+    first = (panel - weight->first) * 256 + thread;
+    const float scale = *weight->scale;
 #pragma unroll
     for (int k = 0; k < FINISHED; k++) {
       const int row = first + k * FINISHERS;
-      factors[k] = row < weight.out ? from_half(weight.row_scales[row]) * scale : 0.0f;
-      biases[k] = row < weight.out && weight.bias ? load_number(weight.bias, row, p.type) : 0.0f;
+      factors[k] = row < weight->out ? from_half(weight->row_scales[row]) * scale : 0.0f;
+      biases[k] = row < weight->out && weight->bias ? load_number(weight->bias, row, p.type) : 0.0f;
     }
   }
 
@@ -365,9 +365,9 @@ struct Rows {
           if (token == 0 && k == 0 && thread == 0) p.sums[slot] = 0;
           sum -= arrived << 48;
         }
-        if (row >= weight.out) continue;
+        if (row >= weight->out) continue;
         const float value = (float)((long long)sum - 510 * tokens.middles[i]) * factors[k] * tokens.scales[i];
-        store_number(weight.y, (u64)token * weight.out + row, p.type, weight.bias ? value + biases[k] : value);
+        store_number(weight->y, (u64)token * weight->out + row, p.type, weight->bias ? value + biases[k] : value);
       }
     }
   }
@@ -392,16 +392,20 @@ DEVICE void finish(const Problem& p, int* totals, int totals_size, u32 full, u32
   const int thread = threadIdx.x - WARPS * 32;
   const Tokens first(p, 0);
   clear(p, share, thread);
-  int turn = 0;
-  for (u32 panel = p.panel_of(share.begin); panel * p.steps < share.end; panel++, turn++) {
+  u32 panel = p.panel_of(share.begin);
+  Rows rows(p, share, panel, thread);
+  for (int turn = 0;; turn++, panel++) {
     const int place = turn & 1;
-    const Rows rows(p, share, panel, thread);
+    const bool more = (panel + 1) * p.steps < share.end;
+    const Rows next = more ? Rows(p, share, panel + 1, thread) : rows;  // asked for while the blocks of this panel are at work
     rows.await_cleared(p, thread);
     barrier_wait(full + 8 * place, turn >> 1 & 1);
     rows.finish(p, first, totals + place * totals_size, thread);
     for (int token = TOGETHER; token < p.tokens; token += TOGETHER)
       rows.finish(p, Tokens(p, token), totals + place * totals_size, thread);
     barrier_arrive(drained + 8 * place);
+    if (!more) break;
+    rows = next;
   }
 }
 

@@ -130,7 +130,10 @@ def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30, o
     long, even = steps >= _LONG * warps, format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16
     stages = 2 if tiles == 0 and (not long or (even and format.rate < 4)) else 3
     unroll = 2 if tiles == 0 and long and not even else 1
-    variant = Variant(tiles=tiles, warps=warps, stages=stages, unroll=unroll, masks_by_dot=0 if even else 2)
+    finishers = 256 if tiles == 0 and warps == 12 and unroll == 1 else 128
+    variant = Variant(
+        tiles=tiles, warps=warps, stages=stages, finishers=finishers, unroll=unroll, masks_by_dot=0 if even else 2
+    )
     most = most_shared(arch) - own_steps * parts * STEP
     while shared_bytes(format, variant, 4 if tiles == 0 else parts) > most and variant.warps > 1:
         if variant.stages > 2:
@@ -195,7 +198,9 @@ def clearing_blocks(zeros: int, threads: int, cluster: int) -> int:
 def _text(name: str, headers: tuple[str, ...], defines: Defines) -> str:
     folder = Path(__file__).parent
     constants = "".join(f"#define {key} {value}\n" for key, value in defines)
-    return constants + nvrtc.common() + "".join((folder / file).read_text(encoding="utf-8") for file in (*headers, f"{name}.cu"))
+    return (
+        constants + nvrtc.common() + "".join((folder / file).read_text(encoding="utf-8") for file in (*headers, f"{name}.cu"))
+    )
 
 
 def _decoding(format: TrellisFormat, masks_by_dot: int = 0) -> Defines:
