@@ -136,6 +136,7 @@ DEVICE u32 fetch_slot(int lane) { return pinned((lane / CHUNKS * PITCH + swizzle
 // The warp's next step to fetch. The lane copies R chunks of 16 bytes: `at` is the first, the others lie `apart` from it.
 struct Fetcher {
   const char* at;
+  const u64 policy = read_once();
   int apart[R];
   int panel, step, here, left;  // here: steps of the warp in this panel; left: in all that are behind it
 
@@ -166,7 +167,7 @@ struct Fetcher {
   DEVICE void fetch(const Problem& p, u32 to, u32 slot, int lane) {
     if (here) {
 #pragma unroll
-      for (int i = 0; i < R; i++) copy16(to + write_slot(slot, i, lane), i ? at + apart[i] : at);
+      for (int i = 0; i < R; i++) copy16(to + write_slot(slot, i, lane), i ? at + apart[i] : at, policy);
       if (NEIGHBOURS) fetch_neighbours(p, to, lane);
       at += WARPS * STEP * R * 4;
       if (NEIGHBOURS) step += WARPS;
