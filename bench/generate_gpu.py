@@ -58,8 +58,8 @@ CODE = 148.0
 """Standard deviation of the trellis code's values before scaling."""
 TOLERANCE = 2e-2
 BELOW = 0.1
-"""By how many standard deviations of the logits a token's may be below the largest, by another forward of 32 layers in FP16. That
-of any token is about 4 below."""
+"""By how many standard deviations of the logits a token's may be below the largest, by another forward in FP16. Any token's is
+about 4 below."""
 COMPARED = 16
 """Tokens of the whole model that the graph and the eager loop write."""
 

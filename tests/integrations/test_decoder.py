@@ -1013,7 +1013,7 @@ class TestGraphs:
         model = on("cuda", fused(kind, format, head_dim=width))
         cache, other = (cache_of(model, IDS.cuda()) for _ in range(2))
         found = self.call(model, cache, 6)
-        assert decoder._steps(model, cache)._graph is not None
+        assert decoder._steps(model, cache).graph is not None
         assert len(launched) == (2 * 2 if width == 64 else 0)  # the first step, and the capture
         monkeypatch.setattr(decoder, "_can_capture", lambda device: False)
         expected = self.call(model, other, 6)

@@ -40,6 +40,9 @@ def attend(
     keys, values      [1, kv heads, length, d], contiguous
     position          int64 [1]: how many tokens came before; it is less than length
     returns           [1, 1, heads * d]
+
+    On a GPU the position and what the cache holds of earlier ones are read before the kernel before this one has ended, if
+    that lets its successor begin: an ordinary kernel, as torch's are, has to lie between what wrote them and this.
     """
     _, heads, length, width = keys.shape
     if _by_kernel(q, keys, values):

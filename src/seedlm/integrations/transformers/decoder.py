@@ -10,10 +10,11 @@ To see whether a mask hides anything would be to wait for the GPU, so a call wit
 mask of ones; for a static cache it makes one anew at each token, which is left out here. It compiles no step that goes this
 way, unless it is given a `compile_config`.
 
-On a GPU the first step over a cache runs as it is, the second is captured as a CUDA graph, and all others replay it. Graphs
-belong to a cache and are let go with it, and so is what they read: weights of a model that was moved away stay until then.
-A model and a cache are checked once, and again when one of them has changed. Where the cache lies is looked at before each
-step. So is what the model has (`_Read`), but at a replay while the GPU is at work on it.
+On a GPU the first step over a cache runs as it is, the second is captured as a CUDA graph, and all others replay it. `generate`
+has each step under way before it asks whether the one before was the last (`sampling`). Graphs belong to a cache and are let go
+with it, and so is what they read: weights of a model that was moved away stay until then. A model and a cache are checked once,
+and again when one of them has changed. Where the cache lies is looked at before each step. So is what the model has (`_Read`),
+but at a replay while the GPU is at work on it.
 
 One text at a time is meant. While a thread captures, another that draws random numbers on that GPU fails, by a torch whose
 captures share the state of a generator (2.11 does). A device on which a capture fails is left to transformers from then on.
@@ -237,10 +238,18 @@ def decode(model: Any, token: Tensor, cache: Any, positions: Tensor | None = Non
     return None
 
 
-def _replay(model: Any, token: Tensor, cache: Any, positions: Tensor) -> Tensor | None:
+def _replay(model: Any, token: Tensor, cache: Any, positions: Tensor | None) -> Tensor | None:
     """`decode` for a model and a cache that are as they were at the last step. None, with nothing done, without a graph."""
     graph = getattr(_STEPS.get(model, {}).get(cache), "graph", None)
-    return None if graph is None or not _is_called_alone(model) else graph.replay(token, positions)
+    if graph is None or not _is_called_alone(model):
+        return None
+    replayed: Tensor = graph.replay(token, _next_position(cache) if positions is None else positions)
+    return replayed
+
+
+def _next_position(cache: Any) -> Tensor:
+    length: Tensor = cache.layers[0].cumulative_length
+    return length.view(1, 1)
 
 
 class _Steps:
@@ -267,7 +276,7 @@ class _Steps:
         if not by_graph:
             return step(model, token, cache, positions)
         if positions is None:
-            positions = cache.layers[0].cumulative_length.view(1, 1)
+            positions = _next_position(cache)
         if self.graph is None:
             graph = _Graph(token, positions)
             try:

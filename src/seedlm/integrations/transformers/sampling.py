@@ -50,14 +50,14 @@ def sample(
     streamer: Any,
     cache_name: str,
     arguments: Mapping[str, Any],
-    replay: Callable[[Tensor, Any, Tensor], Tensor | None],
+    replay: Callable[[Tensor, Any, Tensor | None], Tensor | None],
 ) -> Tensor:
     """Tokens [1, length] that begin with `input_ids`.
 
     theirs       `_sample` of the model's own class
     cache_name   what this transformers calls a cache
-    replay       logits of a token [1, 1], the cache and its position [1, 1], for a model that is as it was at the last step;
-                 None if that is not known
+    replay       logits of a token [1, 1], the cache, and the token's position [1, 1] or None for the next one, by a model that
+                 is as it was at the last step; None if there is no graph of it
     """
     static, longest = arguments[cache_name], stopping_criteria.max_length
     one = StoppingCriteriaList([_AtOnce()])
@@ -65,9 +65,10 @@ def sample(
     input_ids = theirs(model, input_ids, **with_prompt, **arguments)
     answer, positions = _Answer(input_ids.device), arguments.get("position_ids")
     more = {cache_name: static, "use_cache": True, "return_dict": True}
-    alone = positions is not None and all(map(_is_known, (streamer, *logits_processor, *stopping_criteria)))
+    alone = all(map(_is_known, (streamer, *logits_processor, *stopping_criteria)))
     while True:
         answer.ask(stopping_criteria(input_ids, None), input_ids[:, -1])
+        logits: Any = None
         ahead = longest is None or input_ids.shape[1] < longest
         if ahead:
             positions = None if positions is None else positions[:, -1:] + 1
