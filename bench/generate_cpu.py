@@ -11,6 +11,8 @@ shares is the only one that is the program's own.
 
     + tables     embeddings and head, which are tied, in codes too (`--tables`, bits)
     products     the packed layers of a token alone, one call for those that share an input, as the model calls them
+    int4         torch's own product, which torchao calls, for the same layers: round to nearest, a scale for each 128
+                 weights (SmolLM2: 64), bfloat16
     llama.cpp    its own whole token, from the libraries in FOLDER (libllama, libggml), which no Python package is needed for
 """
 
@@ -32,6 +34,7 @@ import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from products_cpu import int4
 from seedlm.codes.registry import parse_format
 from seedlm.inference import ops
 from seedlm.modeling.embedding import SeedEmbedding, replace_embedding
@@ -123,6 +126,46 @@ def products(model: LlamaForCausalLM) -> Callable[[int], None]:
                     ops.linears(x, prepared, plans, biases)
                 else:
                     ops.linear(x, (), prepared[0], plans[0], None)
+
+    return run
+
+
+class Int4(nn.Module):
+    """Torch's own product by weights of 4 bits."""
+
+    def __init__(self, weight: torch.Tensor, group: int, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.group, self.scales = nn.Parameter(weight, requires_grad=False), group, scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, -2), self.weight, self.group, self.scales)
+        return y.unflatten(0, x.shape[:-1])
+
+
+def int4_model(shapes: str) -> LlamaForCausalLM | None:
+    """It in all linear layers but the head; None where torch has no such product."""
+    model, made = dense(shapes, torch.bfloat16), {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            shape = module.out_features, module.in_features
+            if shape not in made:
+                made[shape] = int4(*shape)
+            if made[shape] is None:
+                return None
+            weight, group, scales = made[shape]
+            model.set_submodule(name, Int4(weight.clone(), group, 0.01 * scales))
+    return model
+
+
+def int4_products(model: LlamaForCausalLM) -> Callable[[int], None]:
+    """Its layers of so many tokens, as `products`."""
+    layers = [module for module in model.modules() if isinstance(module, Int4)]
+    inputs = [torch.randn(1, 1, layer.scales.shape[0] * layer.group).bfloat16() for layer in layers]
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            for layer, x in zip(layers, inputs, strict=True):
+                layer(x)
 
     return run
 
@@ -229,6 +272,9 @@ def main() -> None:
                 with_tables = packed(options.shapes, dtype, bits, options.tables)
                 rows[f"{bits} bits {name} + tables {options.tables}"] = partial(generate, with_tables, prompt)
             rows[f"{bits} bits {name}, products"] = products(model)
+        if dtype == torch.bfloat16 and (model := int4_model(options.shapes)) is not None:
+            rows["int4 of torch"] = partial(generate, model, prompt)
+            rows["int4 of torch, products"] = int4_products(model)
     if options.llama_cpp:
         rows["llama.cpp"] = LlamaCpp(options.llama_cpp, options.gguf, options.threads, options.prompt).generate
     for run in rows.values():

@@ -39,19 +39,17 @@ def layer(spec: str, size: int, backend: str) -> SeedLinear:
     return made
 
 
-GROUP = 128
-
-
-def int4(size: int) -> tuple[Tensor, int, Tensor] | None:
-    """Arguments of torch's product by weights of 4 bits with a scale for each 128, checked; None where torch has none."""
-    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") or size % GROUP:
+def int4(out_features: int, in_features: int) -> tuple[Tensor, int, Tensor] | None:
+    """Arguments of torch's product by weights of 4 bits with a scale for each 128 or 64, checked; None where torch has none."""
+    group = next((group for group in (128, 64) if in_features % group == 0), 0)
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") or not group:
         return None
     torch.manual_seed(0)
-    integers = torch.randint(0, 16, (size, size), dtype=torch.int32)
-    scales = torch.zeros(size // GROUP, size, 2, dtype=torch.bfloat16)
+    integers = torch.randint(0, 16, (out_features, in_features), dtype=torch.int32)
+    scales = torch.zeros(in_features // group, out_features, 2, dtype=torch.bfloat16)
     scales[..., 0] = 0.25
-    found = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 8), GROUP, scales
-    x = torch.randn(1, size).bfloat16()
+    found = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 8), group, scales
+    x = torch.randn(1, in_features).bfloat16()
     expected = x.double() @ (0.25 * (integers - 8).double()).T
     error = (torch.ops.aten._weight_int4pack_mm_for_cpu(x, *found).double() - expected).norm() / expected.norm()
     assert float(error) < 2e-2, error
@@ -79,7 +77,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    peer = int4(options.size)
+    peer = int4(options.size, options.size)
     for spec in options.formats.split(","):
         exact = layer(spec, options.size, "numba")
         weight = exact.dequantize()

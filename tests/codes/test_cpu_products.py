@@ -308,39 +308,6 @@ def test_where_numba_must_not_compile_another_backend_is_chosen(monkeypatch):
     assert not backend.choose("auto", CPU, parse_format("4"), (64, 256)).name.startswith("numba")
 
 
-ARM = "aarch64-unknown-linux-gnu"
-
-
-@pytest.mark.parametrize("rate", [3, 4])
-@pytest.mark.parametrize("found", [frozenset({"neon", "dotprod"}), frozenset({"neon"})], ids=lambda found: str(len(found)))
-def test_code_for_arm(monkeypatch, rate, found):
-    """The trellis' loop, as it is emitted for ARM; run in an emulator where that is installed."""
-    from llvmlite import binding, ir
-
-    from seedlm.codes import vectors
-    from seedlm.codes.trellis.kernels import numba_product, numba_windows
-
-    monkeypatch.setattr(vectors, "features", lambda: found)
-    monkeypatch.setattr(numba_windows, "features", lambda: found)
-    monkeypatch.setattr(vectors, "get_default_triple", lambda: ARM)
-    assert vectors.byte_products() == ("dot" if "dotprod" in found else "plain")
-    module = ir.Module()
-    module.triple = ARM
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [vectors.I64] * 8), "run")
-    builder = ir.IRBuilder(function.append_basic_block())
-    numba_product._emit(builder, function.args, rate, 16, True, 1)
-    builder.ret_void()
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
-    target = binding.Target.from_triple(ARM)
-    machine = target.create_target_machine(cpu="generic", features=",".join(f"+{name}" for name in found), opt=3)
-    parsed = binding.parse_assembly(str(module))
-    parsed.verify()
-    assembly = machine.emit_assembly(parsed)
-    assert ("sdot" in assembly) == ("dotprod" in found)
-    assert len(machine.emit_object(parsed)) > 1000
-
-
 @pytest.fixture
 def job():
     """A kernel's address and a job of eight pieces, each of which adds 1 to one number."""

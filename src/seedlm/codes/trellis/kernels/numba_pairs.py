@@ -8,19 +8,20 @@ are two int16, which `vpdpwssd` multiplies by a pair of activations and adds up.
 costs half an instruction for 16 weights.
 
 A *step* is 16 / w columns: the first half of them, and those that they are paired with. w words of a column lie in one register
-(`_together`); so many registers as hold all R words follow one another.
+(`_together`); so many registers as hold all R words follow one another. Of two words with an odd number of rows each one row is
+taken out of lanes that begin between them (`_registers`).
 """
 
 import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from llvmlite import ir
 from numba.core import cgutils
 
-from seedlm.codes.trellis.format import MULTIPLIERS, SEGMENT_ROWS
+from seedlm.codes.trellis.format import MULTIPLIERS, SEGMENT_ROWS, STATE_BITS
 from seedlm.codes.trellis.kernels.numba_windows import TAIL, add_group
 from seedlm.codes.vectors import (
     BYTES,
@@ -37,10 +38,16 @@ from seedlm.codes.vectors import (
     load,
     pointer,
     shuffle,
+    splat,
 )
 
 _ROOM: Final = 18
 """Registers for sums: more steps through the words if there are more of them."""
+
+_MANY_CONSTANTS: Final = 3, 5, 6
+"""Rates whose constants have no room in registers (`_Constants`). At 7 bits the words have none either: that is slower so."""
+
+_CONSTANT_BYTES: Final = 4096
 
 _AHEAD: Final = 4096
 """Bytes from the words that are multiplied to those that are asked for."""
@@ -63,7 +70,7 @@ def activations(rate: int) -> list[int]:
 
 def rows(rate: int) -> list[int]:
     """The row of a segment that each total of `emit` belongs to, -1 where it is none's."""
-    found = [row for register, pair in _sums(rate) for word in _words(rate, register) for row in _rows(rate, word, pair)]
+    found = [row for register, pair in _sums(rate) for lane in _registers(rate)[register] for row in lane.rows(pair)]
     return found + [-1] * (-len(found) % LANES)
 
 
@@ -71,19 +78,49 @@ def _together(rate: int) -> int:
     return math.gcd(rate, 8)
 
 
-def _words(rate: int, register: int) -> range:
-    return range(register * _together(rate), (register + 1) * _together(rate))
+class _Lane(NamedTuple):
+    """64 bits of a column, from a byte of its segment on, and the rows whose windows are taken out of them two by two."""
+
+    first: int
+    pairs: list[tuple[int, int]]
+
+    def rows(self, pair: int) -> tuple[int, int]:
+        """The pair-th two rows, -1 where there are none."""
+        return self.pairs[pair] if pair < len(self.pairs) else (-1, -1)
 
 
-@lru_cache(maxsize=64)
-def _pairs(rate: int, word: int) -> list[tuple[int, int]]:
-    """The rows whose own bits begin in a word, two by two, -1 where there is no second.
+@lru_cache(maxsize=8)
+def _registers(rate: int) -> list[list[_Lane]]:
+    """The lanes that each register has of a column.
+
+    They begin where words do. Of two words that have an odd number of rows each one row goes to a lane that begins between
+    them, so that no half of a register is idle.
+    """
+    words = [[row for row in range(SEGMENT_ROWS) if 32 * word <= rate * row < 32 * (word + 1)] for word in range(rate)]
+    odd, between = [word for word in words if len(word) % 2] if _together(rate) == 1 else [], []
+    for some, others in zip(odd[::2], odd[1::2], strict=False):
+        near = [(a, b) for a in some for b in others if rate * b + max(STATE_BITS) <= rate * a // 8 * 8 + 64]
+        if near:
+
+            def apart(pair: tuple[int, int], some: list[int] = some, others: list[int] = others) -> int:
+                left = [_pairs(rate, [row for row in rows if row not in pair]) for rows in (some, others)]
+                return sum(rate * (second - first) % 8 > 0 for first, second in (pair, *itertools.chain(*left)))
+
+            a, b = min(near, key=apart)
+            some.remove(a)
+            others.remove(b)
+            between.append([_Lane(rate * a // 8, [(a, b)])])
+    lanes = [_Lane(4 * word, _pairs(rate, rows)) for word, rows in enumerate(words)]
+    return [lanes[first : first + _together(rate)] for first in range(0, rate, _together(rate))] + between
+
+
+def _pairs(rate: int, rows: list[int]) -> list[tuple[int, int]]:
+    """Rows two by two, -1 where there is no second.
 
     Rather two whose windows begin at the same bit of a byte, since one shift aligns both.
     """
     apart = 8 // math.gcd(rate, 8)
-    rows = [row for row in range(SEGMENT_ROWS) if 32 * word <= rate * row < 32 * (word + 1)]
-    found, single = [], []
+    rows, found, single = rows.copy(), [], []
     while rows:
         first = rows.pop(0)
         if first + apart in rows:
@@ -95,19 +132,12 @@ def _pairs(rate: int, word: int) -> list[tuple[int, int]]:
     return found + list(zip(single[::2], single[1::2], strict=True))
 
 
-def _rows(rate: int, word: int, pair: int) -> tuple[int, int]:
-    """The pair-th two rows of a word, -1 where there are none."""
-    pairs = _pairs(rate, word)
-    return pairs[pair] if pair < len(pairs) else (-1, -1)
-
-
 def _sums(rate: int) -> list[tuple[int, int]]:
-    """All that there is to sum up, (register, pair): two rows of each word in a register."""
+    """All that there is to sum up, (register, pair): two rows of each lane in a register."""
     return [
         (register, pair)
-        for register in range(rate // _together(rate))
-        for pair in range(SEGMENT_ROWS)
-        if any(_rows(rate, word, pair)[0] >= 0 for word in _words(rate, register))
+        for register, lanes in enumerate(_registers(rate))
+        for pair in range(max(len(lane.pairs) for lane in lanes))
     ]
 
 
@@ -119,13 +149,16 @@ def emit(builder, args: Sequence[ir.Value], integers: int, rate: int, state_bits
     # As a constant, LLVM would make an instruction of its own of it.
     opaque = builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [ir.Constant(I64, 0x3333333333333333)], False)
     two_bytes = builder.bitcast(opaque, ir.VectorType(ir.IntType(1), 4 * LANES))
+    constants = _Constants(builder) if rate in _MANY_CONSTANTS else None
     room, whole = max(1, _ROOM // tokens), []
     for some in (every[first : first + room] for first in range(0, len(every), room)):
         totals = [[cgutils.alloca_once(builder, INTS) for _ in places] for _ in some]
         for total in itertools.chain(*totals):
             builder.store(constant([0] * LANES), total)
         with cgutils.for_range(builder, steps) as loop:
-            lanes = _Lanes(builder, words, after, loop.index, end, tail, rate)
+            if constants:
+                constants.read_here()
+            lanes = _Lanes(builder, words, after, loop.index, end, tail, rate, constants)
             if some[0] == every[0]:
                 lanes.ask_ahead()
             at = builder.add(builder.mul(loop.index, ir.Constant(I64, 2 * columns(rate))), ir.Constant(I64, integers))
@@ -133,7 +166,7 @@ def emit(builder, args: Sequence[ir.Value], integers: int, rate: int, state_bits
             given = [shuffle(builder, each, [n // (2 * together) for n in range(LANES)]) for each in given]
             for (register, pair), of_sum in zip(some, totals, strict=True):
                 starts = _starts(rate, register, pair)
-                states = [_states(builder, each, starts, two_bytes, state_bits) for each in lanes.of(register)]
+                states = [_states(builder, each, starts, two_bytes, state_bits, constants) for each in lanes.of(register)]
                 halves = [_byte_sums(builder, each, state_bits) for each in states]
                 weights = shuffle(builder, halves[0], [n + 2 * LANES * (n % 2) for n in range(2 * LANES)], halves[1])
                 weights = builder.bitcast(weights, INTS)
@@ -146,6 +179,46 @@ def emit(builder, args: Sequence[ir.Value], integers: int, rate: int, state_bits
         add_group(builder, found, place, sums, len(found) * token)
 
 
+class _Constants:
+    """Vectors that are read from memory where they are used.
+
+    Some rates have more of them than there are registers. LLVM would read all of them once a group, write them to the stack and
+    read them there: a hundred clocks a group, of 1,800.
+    """
+
+    def __init__(self, builder) -> None:
+        self._builder, self._bytes = builder, b""
+        kind, name = ir.ArrayType(I8, _CONSTANT_BYTES), builder.module.get_unique_name("constants")
+        self._place = ir.GlobalVariable(builder.module, kind, name)
+        self._place.linkage, self._place.global_constant, self._place.align = "internal", True, 64
+
+    def read_here(self) -> None:
+        """Read all vectors anew from here on: LLVM is not told that these are the same bytes as before."""
+        address = self._builder.ptrtoint(self._place, I64)
+        self._address = self._builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [address], True)
+
+    def vector(self, lanes: Sequence[int]) -> ir.Value:
+        """Int32 [16]."""
+        return load(self._builder, self._address, INTS, self._at(b"".join(lane.to_bytes(4, "little") for lane in lanes)))
+
+    def repeated(self, eight: Sequence[int]) -> ir.Value:
+        """Eight bytes, eight times."""
+        value = load(self._builder, self._address, I64, self._at(bytes(eight)))
+        return self._builder.bitcast(splat(self._builder, value, LANES // 2), BYTES)
+
+    def _at(self, wanted: bytes) -> int:
+        places = range(0, len(self._bytes), len(wanted))
+        place = next((place for place in places if self._bytes[place:].startswith(wanted)), None)
+        if place is None:
+            place = places[-1] + len(wanted) if places else 0
+            self._bytes = self._bytes.ljust(place, b"\0") + wanted
+            assert len(self._bytes) <= _CONSTANT_BYTES
+            self._place.initializer = ir.Constant(
+                self._place.type.pointee, bytearray(self._bytes.ljust(_CONSTANT_BYTES, b"\0"))
+            )
+        return place
+
+
 class _Lanes:
     """The words of a step.
 
@@ -154,8 +227,17 @@ class _Lanes:
     """
 
     def __init__(
-        self, builder, words: ir.Value, after: ir.Value, step: ir.Value, end: ir.Value, tail: ir.Value, rate: int
+        self,
+        builder,
+        words: ir.Value,
+        after: ir.Value,
+        step: ir.Value,
+        end: ir.Value,
+        tail: ir.Value,
+        rate: int,
+        constants: _Constants | None,
     ) -> None:
+        self._constants = constants
         self._builder, self._rate, self._count = builder, rate, rate // _together(rate)
         at = builder.mul(step, ir.Constant(I64, 4 * LANES * self._count))
         ends = builder.icmp_signed("==", step, end)
@@ -170,36 +252,48 @@ class _Lanes:
             call(self._builder, "llvm.prefetch.p0", ir.VoidType(), place, *(ir.Constant(I32, each) for each in (0, 3, 1)))
 
     def of(self, register: int) -> list[ir.Value]:
-        """Of the first half of the columns and of the second: words, each with the one that follows it."""
-        half, found = columns(self._rate) // 2, []
+        """A register's lanes of the first half of the columns, and of the second."""
+        half, found, size = columns(self._rate) // 2, [], 4 * self._rate
         for first in (0, half):
             places = []
             for column in range(first, first + half):
-                for word in _words(self._rate, register):
-                    place = column * self._rate + word
-                    places += [place, place + 1 if word + 1 < self._rate else column * self._rate + LANES * self._count]
+                for lane in _registers(self._rate)[register]:
+                    bytes = range(lane.first, lane.first + 8)
+                    places += [size * column + (at if at < size else at - size + 4 * LANES * self._count) for at in bytes]
             found.append(self._pick(places))
         return found
 
     def _pick(self, places: list[int]) -> ir.Value:
-        """The int32 that lie at these places of all that was loaded."""
-        first, *others = sorted({place // LANES for place in places})
-        found, lanes = self._loaded[first], [place % LANES for place in places]
+        """The bytes that lie at these places of all that was loaded, by int32 where possible."""
+        if all(place % 4 == n % 4 for n, place in enumerate(places)):
+            loaded, lanes, places = self._loaded, LANES, [place // 4 for place in places[::4]]
+        else:
+            loaded, lanes = [self._builder.bitcast(each, BYTES) for each in self._loaded], 4 * LANES
+        first, *others = sorted({place // lanes for place in places})
+        found, at = loaded[first], [place % lanes for place in places]
         for number in others:
             taken = [
-                LANES + place % LANES if place // LANES == number else lane for place, lane in zip(places, lanes, strict=True)
+                lanes + place % lanes if place // lanes == number else lane for place, lane in zip(places, at, strict=True)
             ]
-            found, lanes = shuffle(self._builder, found, taken, self._loaded[number]), [*range(LANES)]
-        return found if others else shuffle(self._builder, found, lanes)
+            found, at = self._shuffle(found, taken, loaded[number]), [*range(lanes)]
+        return self._builder.bitcast(found if others else shuffle(self._builder, found, at), INTS)
+
+    def _shuffle(self, value: ir.Value, lanes: list[int], other: ir.Value) -> ir.Value:
+        if self._constants is None or value.type != INTS:
+            return shuffle(self._builder, value, lanes, other)
+        name, places = "llvm.x86.avx512.vpermi2var.d.512", self._constants.vector(lanes)
+        return call(self._builder, name, INTS, value, places, other)
 
 
 def _starts(rate: int, register: int, pair: int) -> list[int]:
     """For each half of a 64-bit lane the bit of the lane that its window begins with, 0 where it is no row's."""
-    rows = [(word, row) for word in _words(rate, register) for row in _rows(rate, word, pair)]
-    return [rate * row - 32 * word if row >= 0 else 0 for word, row in rows] * (columns(rate) // 2)
+    rows = [(lane.first, row) for lane in _registers(rate)[register] for row in lane.rows(pair)]
+    return [rate * row - 8 * first if row >= 0 else 0 for first, row in rows] * (columns(rate) // 2)
 
 
-def _states(builder, lanes: ir.Value, starts: Sequence[int], two_bytes: ir.Value, state_bits: int) -> ir.Value:
+def _states(
+    builder, lanes: ir.Value, starts: list[int], two_bytes: ir.Value, state_bits: int, constants: _Constants | None
+) -> ir.Value:
     """Two windows of each lane.
 
     Bytes are shuffled where all windows begin at the same bit of one: `vpmultishiftqb` waits for the units that multiply.
@@ -207,7 +301,8 @@ def _states(builder, lanes: ir.Value, starts: Sequence[int], two_bytes: ir.Value
     nothing, shifts = constant([0] * 4 * LANES, I8), {start % 8 for start in starts}
     found, mask = builder.bitcast(lanes, BYTES), constant([(1 << state_bits) - 1] * LANES)
     if len(shifts) > 1:
-        windows = constant([(start + 8 * byte) % 64 for start in starts for byte in range(4)], I8)
+        bits = [(start + 8 * byte) % 64 for start in starts for byte in range(4)]
+        windows = constants.repeated(bits[:8]) if constants and bits[:8] * 8 == bits else constant(bits, I8)
         found = call(builder, "llvm.x86.avx512.pmultishift.qb.512", BYTES, windows, found)
         if state_bits == 16:
             return builder.bitcast(builder.select(two_bytes, found, nothing), INTS)

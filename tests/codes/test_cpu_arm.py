@@ -1,0 +1,295 @@
+"""The CPU kernels' code for ARM: compiled everywhere, and run where an emulator is installed.
+
+    apt-get install qemu-user-static binutils-aarch64-linux-gnu
+    python -m pytest -rs tests/codes/test_cpu_arm.py
+
+Without these it is compiled, and the tests are skipped with that reason. Everything that is emitted by hand is run: what
+numba makes of Python's own statements around it is the same on every processor.
+"""
+
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_cpu_products import BLOCK, parts_of
+
+from seedlm.codes.block import codec as block_codec
+from seedlm.codes.registry import parse_format
+from seedlm.codes.trellis import codec as trellis_codec
+
+pytest.importorskip("numba")
+
+from llvmlite import binding, ir
+from numba import types
+
+from seedlm.codes import hadamard_numba, simd, vectors
+from seedlm.codes.block.kernels import numba_dequantize
+from seedlm.codes.block.kernels import numba_product as block_product
+from seedlm.codes.trellis.kernels import numba_product, numba_weights, numba_windows
+
+ARM = "aarch64-unknown-linux-gnu"
+PROCESSORS = {"dot": ("neon", "dotprod"), "plain": ("neon",)}
+MODELS = {"dot": "max", "plain": "cortex-a53"}
+"""What is emulated: the latter has no product of bytes, and would stop at one."""
+
+EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+LINKER = shutil.which("aarch64-linux-gnu-ld") or shutil.which("ld.lld")
+RATES = [(rate, 16) for rate in range(1, 9)] + [(3, 12), (6, 12)]
+
+
+_READ, _WRITE, _EXIT = 63, 64, 93
+_SYSTEM = 0xAA0303E8, 0xD4000001, 0xD65F03C0
+"""A function of three arguments and the number of a call to Linux: mov x8, x3; svc #0; ret. llvmlite has no ARM assembler."""
+
+
+class Program:
+    """Code for ARM that works on some memory: `main` is where to emit it, `run` returns the memory afterwards."""
+
+    def __init__(self, monkeypatch, way):
+        self.way, self._functions = way, {}
+        found = frozenset(PROCESSORS[way])
+        for module in (vectors, numba_windows, hadamard_numba, block_product):
+            monkeypatch.setattr(module, "features", lambda: found)
+        monkeypatch.setattr(vectors, "get_default_triple", lambda: ARM)
+        monkeypatch.setattr(simd, "get_host_cpu_features", lambda: dict.fromkeys(found, True))
+        assert vectors.byte_products() == way
+        self._module = ir.Module()
+        self._module.triple = ARM
+        function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), []), "_start")
+        self.main = ir.IRBuilder(function.append_basic_block())
+        self._memory, self._places = bytearray(), []
+        self._global = ir.GlobalVariable(self._module, ir.ArrayType(vectors.I8, 1 << 20), "memory")
+        self._global.initializer, self._global.align = ir.Constant(self._global.type.pointee, None), 64
+        self._start = self.main.ptrtoint(self._global, vectors.I64)
+        system = ir.GlobalVariable(self._module, ir.ArrayType(vectors.I32, len(_SYSTEM)), "system")
+        system.initializer, system.section, system.global_constant = (
+            ir.Constant(system.type.pointee, _SYSTEM),
+            ".text.system",
+            True,
+        )
+        kind = ir.FunctionType(vectors.I64, [vectors.I64] * 4)
+        self._call = self.main.bitcast(system, kind.as_pointer())
+        self._system(_READ, 0, self._start, self._global.type.pointee.count)
+
+    def _system(self, call, *numbers):
+        self.main.call(self._call, [each if isinstance(each, ir.Value) else self.number(each) for each in (*numbers, call)])
+
+    def place(self, array):
+        """The address of an array's copy. Beside it lie bytes that are no numbers: nobody may have a use for them."""
+        self._memory += b"\xff" * (-len(self._memory) % 64 + 256)
+        self._places.append((len(self._memory), array))
+        self._memory += np.ascontiguousarray(array).tobytes()
+        return self.number(self._places[-1][0], self._start)
+
+    def number(self, value, more=None):
+        value = ir.Constant(vectors.I64, value)
+        return value if more is None else self.main.add(more, value)
+
+    def call(self, intrinsic, *arguments):
+        """Call what an intrinsic emits, a function of its own; arguments that are no values are its constants."""
+        values = [each for each in arguments if isinstance(each, ir.Value)]
+        constants = [types.literal(each) for each in arguments if not isinstance(each, ir.Value)]
+        if (key := (intrinsic, *constants)) not in self._functions:
+            kind = ir.FunctionType(ir.VoidType(), [each.type for each in values])
+            function = self._functions[key] = ir.Function(self._module, kind, f"called{len(self._functions)}")
+            function.attributes.add("noinline")
+            builder = ir.IRBuilder(function.append_basic_block())
+            kinds = [types.float32 if each.type == vectors.F32 else types.intp for each in values]
+            signature, codegen = intrinsic._defn(None, *kinds, *constants)
+            codegen(SimpleNamespace(get_dummy_value=lambda: None), builder, signature, function.args)
+            builder.ret_void()
+        self.main.call(self._functions[key], values)
+
+    def run(self, folder, instruction=None):
+        """The arrays that were placed, as they are afterwards."""
+        self._memory += b"\xff" * 256
+        assert len(self._memory) <= self._global.type.pointee.count
+        self._system(_WRITE, 1, self._start, len(self._memory))
+        self._system(_EXIT, 0, 0, 0)
+        self.main.unreachable()
+        binding.initialize_all_targets()
+        binding.initialize_all_asmprinters()
+        features = ",".join(f"+{name}" for name in PROCESSORS[self.way])
+        target = binding.Target.from_triple(ARM)
+        machine = target.create_target_machine(cpu="generic", features=features, opt=3, reloc="static", codemodel="small")
+        parsed = binding.parse_assembly(str(self._module))
+        parsed.verify()
+        if instruction:
+            assert (instruction in machine.emit_assembly(parsed)) == (self.way == "dot")
+        (folder / "code.o").write_bytes(machine.emit_object(parsed))
+        if not EMULATOR or not LINKER:
+            pytest.skip(
+                "compiled, not run: needs qemu-aarch64 and aarch64-linux-gnu-ld (qemu-user-static, binutils-aarch64-linux-gnu)"
+            )
+        subprocess.run([LINKER, "-N", "-o", folder / "code", folder / "code.o"], check=True)
+        (folder / "input").write_bytes(self._memory)
+        with (folder / "input").open("rb") as given, (folder / "output").open("wb") as output:  # files: all in one call
+            command = [EMULATOR, "-cpu", MODELS[self.way], folder / "code"]
+            subprocess.run(command, stdin=given, stdout=output, check=True, timeout=60)
+        memory = (folder / "output").read_bytes()
+        assert len(memory) == len(self._memory)
+        return [np.frombuffer(memory, array.dtype, array.size, at).reshape(array.shape) for at, array in self._places]
+
+
+@pytest.fixture(params=PROCESSORS)
+def program(monkeypatch, request):
+    return Program(monkeypatch, request.param)
+
+
+@pytest.mark.parametrize(("rate", "state_bits", "exact"), [(*each, True) for each in RATES] + [(3, 16, False), (4, 16, False)])
+def test_the_trellis_products(program, tmp_path, rate, state_bits, exact):
+    """A segment of a strip of two with three tokens, of which two share a decoding: quantized, multiplied, put in order."""
+    width, tokens, levels = 389, 3, numba_product.LEVELS if exact else 127
+    draw = np.random.default_rng(rate)
+    words = draw.integers(-(2**31), 2**31, (2, width * rate)).astype(np.int32)
+    format = parse_format(f"trellis-r{rate}-l{state_bits}-t64-h128")
+    weights = trellis_codec.decode_values(torch.from_numpy(words), format, (64, width)).numpy().astype(np.int64)
+    rows = np.zeros((tokens, 512), np.float32)
+    rows[:, :width] = draw.standard_normal((tokens, width))
+    largest = np.abs(rows).reshape(tokens, 2, 256).max(-1)
+    inverses, scales = np.float32(levels) / largest, largest / np.float32(levels)
+    stride = numba_product.records(width)
+    records = np.full((tokens, stride), 255, np.uint8)
+    for token in range(tokens):
+        for group in range(2):
+            at = numba_product.HEADER + numba_product.RECORD * group
+            records[token, at : at + 4].view(np.float32)[0] = scales[token, group]
+    columns, count = vectors.LANES // rate, len(numba_product._rows(rate, state_bits, exact))
+
+    at_rows, at_records = program.place(rows), program.place(records)
+    for token in range(tokens):
+        for group in range(2):
+            record = program.number(token * stride + numba_product.HEADER + numba_product.RECORD * group, at_records)
+            row = program.number(4 * (512 * token + 256 * group), at_rows)
+            inverse = ir.Constant(vectors.F32, float(inverses[token, group]))
+            program.call(numba_product._quantize, row, inverse, record, rate, exact)
+    for segment in range(2):
+        own, after = program.place(words[segment]), program.place(words[1 - segment])
+        sums = program.place(np.zeros((tokens, count), np.float32))
+        found = program.place(np.full((tokens, 32), np.nan, np.float32))
+        for group, used in enumerate((256, width - 256)):
+            steps, at = -(-used // columns), 256 * rate * group
+            end, left = steps - 1, rate * (used - columns * (steps - 1))
+            tail = np.full((2, numba_windows.TAIL), -1, np.int32)
+            for part, which in enumerate((segment, 1 - segment)):
+                first = at + rate * columns * end
+                tail[part, :left] = words[which, first : first + left]
+            tail = program.place(tail)
+            for first, some in ((0, 2), (2, 1)):
+                record = numba_product.HEADER + numba_product.RECORD * group + stride * first
+                numbers = [program.number(4 * at, own), program.number(4 * at, after), program.number(record, at_records)]
+                numbers += [program.number(steps), program.number(stride), program.number(4 * count * first, sums)]
+                numbers += [program.number(end), tail]
+                program.call(numba_product._multiply, *numbers, rate, state_bits, exact, some)
+        for token in range(tokens):
+            places = program.number(4 * count * token, sums), program.number(128 * token, found)
+            program.call(numba_product._in_order, *places, rate, state_bits, exact)
+    found = program.run(tmp_path, "sdot")[5::6]
+
+    integers = np.rint(rows.reshape(tokens, 2, 256) * inverses[..., None]).reshape(tokens, 512)[:, :width].astype(np.int64)
+    for segment in range(2):
+        expected = np.zeros((tokens, 32), np.float32)
+        for group in range(2):
+            part = slice(256 * group, min(width, 256 * group + 256))
+            exact_sums = integers[:, part] @ weights[32 * segment : 32 * segment + 32, part].T
+            assert np.abs(exact_sums).max() < 2**31
+            expected = expected + exact_sums.astype(np.float32) * scales[:, group, None]
+        assert np.array_equal(found[segment], expected)
+
+
+@pytest.mark.parametrize(("rate", "state_bits"), RATES)
+def test_the_trellis_weights(program, tmp_path, rate, state_bits):
+    columns, tile = vectors.LANES // rate, numba_weights._TILE
+    steps = 7
+    width = steps * columns - (columns > 1)
+    words = np.random.default_rng(rate).integers(-(2**31), 2**31, (1, width * rate)).astype(np.int32)
+    tail = np.full((2, numba_windows.TAIL), -1, np.int32)
+    left = words[0, rate * columns * (steps - 1) :]
+    tail[:, : len(left)] = left
+    own, found, tail = program.place(words), program.place(np.zeros((32, tile), np.float32)), program.place(tail)
+    numbers = own, own, program.number(steps), found, program.number(steps - 1), tail
+    program.call(numba_weights._values, *numbers, rate, state_bits)
+    _, found, _ = program.run(tmp_path, "sdot")
+    format = parse_format(f"trellis-r{rate}-l{state_bits}-t32-h128")
+    expected = trellis_codec.decode_values(torch.from_numpy(words), format, (32, width)).float()
+    assert np.array_equal(found[:, :width], expected.numpy())
+
+
+@pytest.mark.parametrize("spec", [spec for spec in BLOCK if block_product.serves(parse_format(spec))])
+def test_the_block_code(program, tmp_path, spec):
+    """Weights to the bit; products of three tokens, whose sums are floats."""
+    format, rows, width, tokens = parse_format(spec), 3, 389, 3
+    parts = parts_of(format, (rows, width))
+    words, bias = parts["words"].numpy(), int(parts["exponent_bias"])
+    c, count, numbers = format.block_size, block_product.groups(format, width), format.block_bits // 2
+    constants = (format.seed_bits, c, format.num_coefficients, format.coefficient_bits, format.exponent_bits)
+    scales = numba_dequantize.scales(bias, format).numpy()
+    scales = np.pad(scales, (0, 16 - len(scales)))
+    draw = np.random.default_rng(0)
+    x = np.zeros((tokens, count * 16 * c), np.float32)
+    x[:, :width] = draw.standard_normal((tokens, width))
+    arranged = np.ascontiguousarray(x.reshape(tokens, count, 16, c).swapaxes(2, 3))
+    loaded = 16 if numbers <= 16 else 32
+    length = words.shape[1]
+    end = max(0, min(count, (length - loaded) // numbers + 1)) if length >= loaded else 0
+
+    x_at, scales, tables = program.place(arranged), program.place(scales), program.place(block_product.tables(format))
+    for row in range(rows):
+        ends = np.zeros(256, np.int32)
+        ends[: length - numbers * end] = words[row, numbers * end :]
+        place, ends = program.place(words[row]), program.place(ends)
+        sums, made = program.place(np.zeros(tokens, np.float32)), program.place(np.zeros((count, c, 16), np.float32))
+        group = place, program.number(count), program.number(end), ends
+        stride = program.number(64 * c * count)
+        program.call(block_product._multiply, *group, x_at, stride, scales, tables, sums, *constants, tokens)
+        program.call(block_product._form, *group, scales, tables, made, *constants)
+    found = program.run(tmp_path)
+    weights = block_codec.dequantize_rows(parts["words"], bias, width, format).numpy()
+    for row in range(rows):
+        *_, sums, made = found[3 + 4 * row : 7 + 4 * row]
+        assert np.array_equal(made.swapaxes(1, 2).ravel()[:width], weights[row])
+        expected = x[:, :width].astype(np.float64) @ weights[row].astype(np.float64)
+        assert np.abs(sums - expected).max() < 1e-6 * np.linalg.norm(x, axis=1).max() * np.linalg.norm(weights[row])
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+def test_the_transform(program, tmp_path, size):
+    x = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    program.call(hadamard_numba._chunk, program.place(x), size)
+    a, b = x[:16] + np.float32(1), x[:16] + np.float32(2)
+    low, high = program.place(a), program.place(b)
+    program.call(hadamard_numba._between, low, high)
+    found, *pair = program.run(tmp_path)
+    assert np.array_equal(pair, [a + b, a - b])
+    expected, stride = x.copy(), 1
+    while stride < size:
+        pairs = expected.reshape(-1, 2, stride)
+        expected = np.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), 1).ravel()
+        stride *= 2
+    assert np.array_equal(found, expected)
+
+
+def test_bfloat16(program, tmp_path):
+    x = np.random.default_rng(0).standard_normal(16).astype(np.float32)
+    x[:4] = np.nan, np.inf, 1e-40, 3.4e38
+    halves = torch.from_numpy(x).bfloat16()
+    source, narrow, wide = program.place(x), program.place(np.zeros(16, np.int16)), program.place(x)
+    program.call(vectors._narrow, source, narrow, ir.Constant(vectors.F32, 1.0))
+    program.call(vectors._widen, narrow, wide)
+    _, narrow, wide = program.run(tmp_path)
+    assert np.array_equal(narrow[1:], halves.view(torch.int16).numpy()[1:])  # there are many NaN
+    assert np.array_equal(wide, halves.float().numpy(), equal_nan=True)
+
+
+def test_rounded_products_of_the_search(program, tmp_path):
+    a, b = np.random.default_rng(0).integers(-(2**15) + 1, 2**15, (2, 32)).astype(np.int16)
+    left, right, to = program.place(a), program.place(b), program.place(a)
+    of = ir.VectorType(vectors.I16, 32)
+    values = [vectors.load(program.main, each, of) for each in (left, right)]
+    _, multiply = simd.mul_q15._defn(None, *[simd.int16x32] * 2)
+    vectors.store(program.main, multiply(None, program.main, None, values), to)
+    *_, found = program.run(tmp_path)
+    assert np.array_equal(found, (a.astype(np.int64) * b + (1 << 14)) >> 15)
