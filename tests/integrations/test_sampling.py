@@ -1,9 +1,13 @@
 """`generate`'s loop ahead of its answer: the tokens, the random numbers and the cache of transformers' own loop."""
 
+import copy
+import weakref
+from types import FunctionType
+
 import pytest
 import torch
 from test_decoder import DEVICES, IDS, KINDS, SMALL, model_of, on
-from transformers import StaticCache
+from transformers import StaticCache, StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from seedlm.integrations.transformers import decoder, sampling
@@ -65,6 +69,15 @@ def test_the_same_tokens_and_random_numbers(monkeypatch, ahead, kind, asked, dev
     assert len(ahead) == 1
     assert torch.equal(mine, theirs)
     assert torch.equal(after, then)
+
+
+def test_positions_go_on_where_the_prompt_ended(monkeypatch, ahead):
+    model, given, step = model_of("llama"), [], decoder.step
+    fuse_decoding(model)
+    monkeypatch.setattr(decoder, "step", lambda *args: given.append(args[3].item()) or step(*args))
+    model.generate(IDS, do_sample=False, max_new_tokens=5, pad_token_id=0, cache_implementation="static")
+    assert given == [12, 13, 14, 15]
+    assert len(ahead) == 1
 
 
 def test_an_end_in_the_middle_is_found(monkeypatch, ahead):
@@ -131,6 +144,164 @@ def test_what_it_does_not_understand_is_left_to_transformers(monkeypatch, ahead)
     assert not ahead
     monkeypatch.setattr(decoder, "DEVICES", ("cuda",))
     model.eval().generate(IDS, **asked)
+    assert not ahead
+
+
+class Own(StoppingCriteria):
+    """Stops at a length. Not transformers', and not ours."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **more):
+        return torch.full((1,), input_ids.shape[1] >= self.length, device=input_ids.device)
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Graphs that compute, as real ones do, by the weights that were there at their capture; how often they were replayed."""
+    replayed = []
+
+    class Graph:
+        def __init__(self, token, positions):
+            pass
+
+        def capture(self, model, cache):
+            self.model, self.cache = copy.deepcopy(model), weakref.ref(cache)
+
+        def replay(self, token, positions):
+            replayed.append(1)
+            return decoder.step(self.model, token, self.cache(), positions)
+
+    monkeypatch.setattr(decoder, "_can_capture", lambda device: True)
+    monkeypatch.setattr(decoder, "_Graph", Graph)
+    return replayed
+
+
+@pytest.mark.parametrize("change", ["weight", "scaling", "none"])
+def test_a_model_that_changed_between_two_texts_of_a_cache(monkeypatch, ahead, copies, change):
+    model = model_of("llama")
+    fuse_decoding(model)
+    cache = StaticCache(config=model.config, max_cache_len=60)
+    asked = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+    text = model.generate(IDS, **asked, **{CACHE: cache})
+    if change == "weight":
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight), requires_grad=False)
+    elif change == "scaling":
+        for layer in model.model.layers:
+            layer.self_attn.scaling *= 30
+    more = torch.cat((text, IDS[:, :3]), dim=1)
+    found = model.generate(more, **asked, **{CACHE: cache})
+    monkeypatch.setattr(decoder, "DEVICES", ())
+    assert len(ahead) == 2
+    assert len(copies) >= 10
+    assert torch.equal(found, model.generate(more, **asked))
+
+
+def test_a_graph_is_replayed_without_looking_where_only_known_are_called(monkeypatch, ahead, copies):
+    model = model_of("llama")
+    fuse_decoding(model)
+    looks, unchanged = [], decoder._Read.unchanged
+    monkeypatch.setattr(decoder._Read, "unchanged", lambda self: looks.append(1) or unchanged(self))
+    asked = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, "cache_implementation": "static"}
+
+    def theirs(input_ids, scores, **more):
+        return torch.zeros(1, dtype=torch.bool)
+
+    theirs.__module__ = "seedlm.integrations"  # as `functools.wraps` would have it
+    ours = FunctionType(theirs.__code__, {**globals(), "__name__": "seedlm.integrations"})
+    prefix = {"prefix_allowed_tokens_fn": lambda batch, ids: [*range(64)]}
+    for more, known in (
+        ({}, True),
+        ({"repetition_penalty": 1.1}, True),
+        ({"stopping_criteria": [ours]}, True),
+        ({"stopping_criteria": [theirs]}, False),
+        ({"stopping_criteria": [Own(40)]}, False),
+        ({"streamer": Streamer()}, False),
+        (prefix, False),
+    ):
+        looks.clear()
+        model.generate(IDS, **asked, **more)
+        assert (len(looks) <= 4) == known, more
+    assert len(ahead) == 7
+
+
+@pytest.mark.parametrize("streamer", [None, Streamer()])
+@pytest.mark.parametrize("length", [15, 16, 40])
+def test_a_full_cache_is_asked_for_no_more_than_by_transformers(monkeypatch, ahead, length, streamer):
+    """A text that ends where the cache is full; with 15 places none is left for the 16th of 40 tokens."""
+    model = model_of("llama")
+    fuse_decoding(model)
+    found = []
+    for understood in (sampling.is_understood, lambda *args: False):
+        with monkeypatch.context() as context:
+            context.setattr(sampling, "is_understood", understood)
+            cache, heard = StaticCache(config=model.config, max_cache_len=15), copy.deepcopy(streamer)
+            asked = {"do_sample": False, "max_new_tokens": 28, "pad_token_id": 0, "stopping_criteria": [Own(length)]}
+            try:
+                text = model.generate(IDS, streamer=heard, **asked, **{CACHE: cache}).tolist()
+            except IndexError:
+                text = None
+            found.append(
+                (text, heard and heard.heard, [int(layer.cumulative_length) for layer in cache.layers][: text is not None])
+            )
+    assert found[0] == found[1]
+    assert (found[0][0] is None) == (length == 40)
+    assert len(ahead) == 1
+
+
+def test_an_exception_of_a_streamer_leaves_the_cache_as_it_would_be(monkeypatch, ahead):
+    class Full(TextStreamer):
+        def put(self, value):
+            self.heard = [*getattr(self, "heard", []), value]
+            if len(self.heard) == 4:
+                raise KeyboardInterrupt
+
+    Full.__module__ = "transformers.generation.streamers"
+    model = model_of("llama")
+    fuse_decoding(model)
+    lengths = []
+    for understood in (sampling.is_understood, lambda *args: False):
+        with monkeypatch.context() as context:
+            context.setattr(sampling, "is_understood", understood)
+            cache = StaticCache(config=model.config, max_cache_len=40)
+            asked = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(IDS, streamer=Full(None), **asked, **{CACHE: cache})
+            lengths.append([int(layer.cumulative_length) for layer in cache.layers])
+    assert lengths[0] == lengths[1]
+    assert len(ahead) == 1
+
+
+def test_a_streamer_that_is_not_known_hears_of_a_token_before_the_next_step(monkeypatch, ahead):
+    """So what it does to the model counts from the next token on."""
+    weight, texts = torch.randn(64, 32), []
+    for understood in (sampling.is_understood, lambda *args: False):
+        model = model_of("llama")
+        fuse_decoding(model)
+
+        class Changes(Streamer):
+            def put(self, value, model=model):
+                super().put(value)
+                if len(self.heard) == 4:
+                    model.lm_head.weight.copy_(weight[: model.config.vocab_size, : model.config.hidden_size])
+
+        with monkeypatch.context() as context:
+            context.setattr(sampling, "is_understood", understood)
+            asked = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, "cache_implementation": "static"}
+            texts.append(model.generate(IDS, streamer=Changes(), **asked))
+    assert torch.equal(*texts)
+    assert len(ahead) == 1
+
+
+@pytest.mark.parametrize("name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation"])
+def test_what_was_replaced_in_a_model_is_called(ahead, name):
+    model = model_of("llama")
+    fuse_decoding(model)
+    called, original = [], getattr(model, name)
+    setattr(model, name, lambda *args, **more: called.append(1) or original(*args, **more))
+    model.generate(IDS, do_sample=False, max_new_tokens=6, pad_token_id=0, cache_implementation="static")
+    assert len(called) >= 5
     assert not ahead
 
 

@@ -241,7 +241,7 @@ class Normed:
     """The RMS norm of h + delta; the sum is left in h.
 
     h, delta   [1, 1, in_features], contiguous, of one dtype; without delta h is left as it is
-    weight     [in_features] of that dtype
+    weight     [in_features] of that dtype; not written by a kernel that lets its successor begin, since it is read before
     """
 
     h: "Tensor"

@@ -238,13 +238,32 @@ def decode(model: Any, token: Tensor, cache: Any, positions: Tensor | None = Non
     return None
 
 
-def _replay(model: Any, token: Tensor, cache: Any, positions: Tensor | None) -> Tensor | None:
-    """`decode` for a model and a cache that are as they were at the last step. None, with nothing done, without a graph."""
-    graph = getattr(_STEPS.get(model, {}).get(cache), "graph", None)
-    if graph is None or not _is_called_alone(model):
-        return None
-    replayed: Tensor = graph.replay(token, _next_position(cache) if positions is None else positions)
-    return replayed
+def _stepper(model: Any, cache: Any, alone: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The steps of one text. alone: nobody else is called between two of them, who could change the model or the cache.
+
+    Then a step that came about by a graph says that the next may replay it without looking.
+    """
+    graph: Any = None
+
+    def of(token: Tensor, positions: Tensor | None) -> Tensor:
+        nonlocal graph
+        if graph is not None:
+            logits: Tensor = graph.replay(token, _next_position(cache) if positions is None else positions)
+            return logits
+        before = _replays(model, cache)
+        inputs = {"input_ids": token, "position_ids": positions, "use_cache": True, "return_dict": True, CACHE: cache}
+        logits = model(**inputs).logits
+        if alone and _replays(model, cache) == before + 1:
+            graph = _STEPS[model][cache].graph
+        return logits
+
+    return of
+
+
+def _replays(model: Any, cache: Any) -> int:
+    """How many steps of a model over a cache were replays."""
+    steps = _STEPS.get(model, {}).get(cache)
+    return steps.replays if steps else 0
 
 
 def _next_position(cache: Any) -> Tensor:
@@ -258,6 +277,7 @@ class _Steps:
     reason   why there are none
     where    the cache lay when this was found; empty if it is to be found again
     graph    of one step, once it is captured
+    replays  of it that were found right
     """
 
     def __init__(self, model: Any, cache: Any) -> None:
@@ -265,6 +285,7 @@ class _Steps:
         self.where = _where(cache)
         self._read: Any = None if self.reason else _Read(model)
         self.graph: _Graph | None = None
+        self.replays = 0
         self._warm = False
 
     def step(self, model: Any, token: Tensor, cache: Any, positions: Tensor | None) -> Tensor | None:
@@ -292,6 +313,7 @@ class _Steps:
             torch._foreach_sub_([layer.cumulative_length for layer in cache.layers], 1)
             self.where = []
             return None
+        self.replays += 1
         return logits
 
 
@@ -479,10 +501,10 @@ def _fused(kind: Any) -> Any:
         streamer: Any = None,
         **arguments: Any,
     ) -> Any:
-        whole = logits_processor, stopping_criteria, generation_config
-        understood = ahead.is_understood(input_ids, generation_config, _cache_in(arguments), arguments, DEVICES)
-        if understood and not synced_gpus and reason_unfused(self) is None:
-            return ahead.sample(theirs, self, input_ids, *whole, streamer, CACHE, arguments, partial(_replay, self))
+        whole, cache = (logits_processor, stopping_criteria, generation_config), _cache_in(arguments)
+        understood = ahead.is_understood(input_ids, generation_config, cache, arguments, DEVICES) and not synced_gpus
+        if understood and _is_called_alone(self) and reason_unfused(self) is None:
+            return ahead.sample(theirs, self, input_ids, *whole, streamer, cache, arguments, partial(_stepper, self, cache))
         return theirs(self, input_ids, *whole, synced_gpus=synced_gpus, streamer=streamer, **arguments)
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -501,8 +523,9 @@ def _new(kind: Any) -> Any:
 
 
 def _is_called_alone(model: Any) -> bool:
-    """Whether calling a model is no more than its forward."""
-    return not (model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))
+    """Whether calling a model is no more than its forward, and nobody replaced what prepares its inputs."""
+    own = {"forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
+    return not (model._forward_hooks or model._forward_pre_hooks or own & vars(model).keys())
 
 
 def _cache_in(inputs: Mapping[str, Any]) -> Any:

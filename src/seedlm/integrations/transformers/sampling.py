@@ -5,29 +5,30 @@ prepared, and the GPU waits for that. Here the next step is under way when the q
 is one too many, and taken back. Tokens are transformers' to the bit, random ones too, since none is drawn before the answer.
 
 One text, batch 1, over a static cache, whose result is its tokens; the prompt and the first token are left to transformers.
-The rest is the loop that is documented there: processors, the choice, criteria, a streamer, in this order. Where all of
-these are transformers' or ours nobody can change the model between two tokens, and whether somebody has is not asked.
+The rest is the loop that is documented there: processors, the choice, criteria, a streamer, in this order. A streamer that is
+not transformers' or ours hears of a token before the next step, as it would there.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache as once
+from types import FunctionType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import PrefixConstrainedLogitsProcessor, StaticCache
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 _UNDERSTOOD: Final = frozenset({"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep"})
 
 
 def is_understood(
-    input_ids: Tensor, generation_config: Any, static: Any, arguments: Mapping[str, Any], devices: tuple[str, ...]
+    input_ids: Tensor, generation_config: Any, cache: Any, arguments: Mapping[str, Any], devices: tuple[str, ...]
 ) -> bool:
     """Whether `sample` does what transformers' `_sample` does with these arguments."""
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     return (
-        type(static) is StaticCache
+        type(cache) is StaticCache
         and input_ids.shape[0] == 1
         and input_ids.device.type in devices
         and not generation_config.return_dict_in_generate
@@ -48,50 +49,60 @@ def sample(
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any,
-    cache_name: str,
+    cache: Any,
     arguments: Mapping[str, Any],
-    replay: Callable[[Tensor, Any, Tensor | None], Tensor | None],
+    stepper: Callable[[bool], Callable[[Tensor, Tensor | None], Tensor]],
 ) -> Tensor:
     """Tokens [1, length] that begin with `input_ids`.
 
-    theirs       `_sample` of the model's own class
-    cache_name   what this transformers calls a cache
-    replay       logits of a token [1, 1], the cache, and the token's position [1, 1] or None for the next one, by a model that
-                 is as it was at the last step; None if there is no graph of it
+    theirs      `_sample` of the model's own class
+    cache       of `arguments`, a StaticCache
+    stepper     a function of the next token [1, 1] and its position [1, 1], or None, to logits [1, 1, vocabulary]; asked with
+                whether nobody but transformers and us is called between two tokens, who could change the model
     """
-    static, longest = arguments[cache_name], stopping_criteria.max_length
     one = StoppingCriteriaList([_AtOnce()])
     with_prompt = {"logits_processor": logits_processor, "stopping_criteria": one, "generation_config": generation_config}
     input_ids = theirs(model, input_ids, **with_prompt, **arguments)
-    answer, positions = _Answer(input_ids.device), arguments.get("position_ids")
-    more = {cache_name: static, "use_cache": True, "return_dict": True}
-    alone = all(map(_is_known, (streamer, *logits_processor, *stopping_criteria)))
+    answer, positions, longest = _Answer(input_ids.device), arguments.get("position_ids"), stopping_criteria.max_length
+    room = cache.layers[0].max_cache_len - int(cache.layers[0].cumulative_length)
+    step = stepper(all(map(_is_known, (streamer, *logits_processor, *stopping_criteria))))
     while True:
+        positions = None if positions is None else positions[:, -1:] + 1
         answer.ask(stopping_criteria(input_ids, None), input_ids[:, -1])
-        logits: Any = None
-        ahead = longest is None or input_ids.shape[1] < longest
-        if ahead:
-            positions = None if positions is None else positions[:, -1:] + 1
-            logits = replay(input_ids[:, -1:], static, positions) if alone else None
-            if logits is None:
-                logits = model(input_ids=input_ids[:, -1:], position_ids=positions, **more).logits
-        last, token = answer.wait()
-        if streamer is not None:
-            streamer.put(token)
-        if last or not ahead:
+        more = longest is None or input_ids.shape[1] < longest
+        ahead = more and room > 0 and _is_known(streamer)
+        logits = step(input_ids[:, -1:], positions) if ahead else None
+        try:
+            last, token = answer.wait()
+            if streamer is not None:
+                streamer.put(token)
+        except BaseException:
+            _take_back(cache, int(ahead))
+            raise
+        _take_back(cache, int(last and ahead))
+        if last or not more:
             break
+        if logits is None:
+            logits = step(input_ids[:, -1:], positions)
+        room -= 1
         scores = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
         input_ids = torch.cat((input_ids, _choice(scores, generation_config.do_sample)), dim=-1)
-    if ahead:
-        torch._foreach_sub_([layer.cumulative_length for layer in static.layers], 1)
     if streamer is not None:
         streamer.end()
     return input_ids
 
 
+def _take_back(cache: Any, steps: int) -> None:
+    """What a cache holds of the last steps is no more part of the text."""
+    if steps:
+        torch._foreach_sub_([layer.cumulative_length for layer in cache.layers], steps)
+
+
 def _is_known(each: Any) -> bool:
-    """Whether something that is called between two tokens is transformers' or ours."""
-    return each is None or type(each).__module__.partition(".")[0] in ("transformers", "seedlm")
+    """Whether something that is called between two tokens is transformers' or ours, and calls nobody else."""
+    home = each.__globals__["__name__"] if isinstance(each, FunctionType) else type(each).__module__
+    ours = home.partition(".")[0] in ("transformers", "seedlm")
+    return each is None or (ours and not isinstance(each, PrefixConstrainedLogitsProcessor))
 
 
 def _choice(scores: Tensor, random: bool) -> Tensor:
@@ -107,7 +118,7 @@ def most_likely(scores: Tensor) -> Tensor:
     return (row * width + places[row])[None]
 
 
-@cache
+@once
 def _divisor(number: int) -> int:
     """The largest divisor up to 1024; the number itself where that is none worth a second step."""
     return next((each for each in range(1024, 31, -1) if number % each == 0), number)

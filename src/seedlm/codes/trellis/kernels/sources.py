@@ -130,7 +130,7 @@ def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30, o
     long, even = steps >= _LONG * warps, format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16
     stages = 2 if tiles == 0 and (not long or (even and format.rate < 4)) else 3
     unroll = 2 if tiles == 0 and long and not even else 1
-    finishers = 256 if tiles == 0 and warps == 12 and unroll == 1 else 128
+    finishers = 256 if tiles == 0 and warps == 12 and unroll == 1 and format.rate <= 4 else 128  # 6 and 8 bits would spill
     variant = Variant(
         tiles=tiles, warps=warps, stages=stages, finishers=finishers, unroll=unroll, masks_by_dot=0 if even else 2
     )
