@@ -1,4 +1,4 @@
-"""Attention of one token: against float64 written out, on a CPU by torch and on a GPU by the kernel."""
+"""Attention of one token: against float64 written out, on a CPU by numba and by torch, on a GPU by the kernel."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def check(kv, share, width, length, position, dtype, device, tolerance, loud=1.0
     torch.manual_seed(position)
     q, k, v, cos, sin, keys, values = case(kv, share, width, length, dtype, device, loud)
     keys[:, :, position + 1 :] = torch.nan  # what lies behind is never looked at
-    if attention._by_kernel(q, keys, values):  # torch multiplies it by zero
+    if attention._by_kernel(q, keys, values) or attention._by_numba(q, keys, values):  # torch multiplies it by zero
         values[:, :, position + 1 :] = torch.nan
     place = torch.tensor([position], device=device)
     expected_keys, expected_values = keys.clone(), values.clone()
@@ -62,8 +62,50 @@ def check(kv, share, width, length, position, dtype, device, tolerance, loud=1.0
 
 @pytest.mark.parametrize("share", [1, 3, 4])
 @pytest.mark.parametrize("position", [0, 1, 30, 39])
-def test_by_torch(position, share):
+def test_by_torch(monkeypatch, position, share):
+    monkeypatch.setattr(attention, "_by_numba", lambda *args: False)
     check(2, share, 16, 40, position, torch.float32, "cpu", 1e-5)
+
+
+class TestByNumba:
+    @pytest.mark.parametrize("threads", [1, 2])
+    @pytest.mark.parametrize("position", [0, 1, 15, 16, 100, 255])
+    @pytest.mark.parametrize(("kv", "share", "width"), [(3, 3, 64), (2, 4, 128), (1, 1, 16), (5, 2, 6)])
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.6e-2)])
+    def test_every_position_type_and_shape(self, dtype, tolerance, kv, share, width, position, threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            check(kv, share, width, 256, position, dtype, "cpu", tolerance)
+        finally:
+            torch.set_num_threads(before)
+
+    def test_scores_that_differ_by_hundreds(self):
+        check(3, 3, 64, 64, 60, torch.float32, "cpu", 1e-4, loud=40.0)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_what_is_not_finite_stays_so(self, bad):
+        for place in (0, 3, 7):
+            q, k, v, cos, sin, keys, values = case(2, 2, 16, 16, torch.float32, "cpu")
+            (k if place == 7 else keys[0, 1, place])[..., -1] = bad
+            found = attention.attend(q, k, v, cos, sin, keys, values, torch.tensor([7]), 0.25).view(2, -1)
+            assert not found[1].isfinite().all()
+            assert found[0].isfinite().all()
+
+    @pytest.mark.parametrize("position", [-1, 16, 1 << 40])
+    def test_a_position_outside_of_the_cache_is_refused_and_nothing_written(self, position):
+        q, k, v, cos, sin, keys, values = case(2, 2, 16, 16, torch.float32, "cpu")
+        before = keys.clone(), values.clone()
+        with pytest.raises(IndexError, match=rf"position {position} is none of a cache of 16"):
+            attention.attend(q, k, v, cos, sin, keys, values, torch.tensor([position]), 0.25)
+        assert torch.equal(keys, before[0])
+        assert torch.equal(values, before[1])
+
+    def test_views_and_what_it_does_not_know_go_their_way(self):
+        q, *_, keys, values = case(2, 2, 16, 16, torch.float32, "cpu")
+        assert attention._by_numba(q, keys, values)
+        assert not attention._by_numba(q.half(), keys.half(), values.half())
+        assert not attention._by_numba(q, keys.transpose(2, 3), values)
 
 
 def test_scores_that_float16_holds_only_when_scaled():

@@ -31,7 +31,8 @@ class Streamer(BaseStreamer):
 def ahead(monkeypatch):
     """Lets a CPU's models decode so, and counts texts."""
     texts, sample = [], sampling.sample
-    monkeypatch.setattr(decoder, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(decoder, "PACKED", ())
+    monkeypatch.setattr(sampling, "AHEAD", ("cpu", "cuda"))
     monkeypatch.setattr(sampling, "sample", lambda *args: texts.append(1) or sample(*args))
     return texts
 
@@ -242,9 +243,8 @@ def test_a_full_cache_is_asked_for_no_more_than_by_transformers(monkeypatch, ahe
                 text = model.generate(IDS, streamer=heard, **asked, **{CACHE: cache}).tolist()
             except IndexError:
                 text = None
-            found.append(
-                (text, heard and heard.heard, [int(layer.cumulative_length) for layer in cache.layers][: text is not None])
-            )
+            lengths = [int(layer.cumulative_length) for layer in cache.layers]
+            found.append((text, heard and heard.heard, text and lengths))
     assert found[0] == found[1]
     assert (found[0][0] is None) == (length == 40)
     assert len(ahead) == 1

@@ -259,7 +259,12 @@ class Gated:
 
 
 class FusingBackend(JoiningBackend, Protocol):
-    """A backend that makes one token's input itself from what comes before it in a decoder layer, kernel after kernel."""
+    """A backend that makes one token's input itself from what comes before it in a decoder layer, kernel after kernel.
+
+    fuses   the dtypes in which it does
+    """
+
+    fuses: "ClassVar[tuple[torch.dtype, ...]]"
 
     def fused(
         self,
@@ -269,7 +274,7 @@ class FusingBackend(JoiningBackend, Protocol):
         shapes: tuple[tuple[int, int], ...],
         biases: "Sequence[Tensor | None]",
     ) -> "list[Tensor]":
-        """The products of that input, in float16, bfloat16 or float32, by weights of one format and `in_features`."""
+        """The products of that input by weights of one format and `in_features`."""
         ...
 
 

@@ -161,6 +161,26 @@ def to_bits(typingctx, value):
 
 
 @inner
+def exponential(x):
+    """The exponential of a float32, to 3e-7 of itself; between exp(-87) and exp(88), however far x is beyond. NaN is not kept.
+
+    2^n times a polynomial, so that LLVM makes vectors of loops, which libm's function would not let it.
+    """
+    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    n = np.rint(x * np.float32(1.44269504))
+    f = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.0 / 5040)
+    p = p * f + np.float32(1.0 / 720)
+    p = p * f + np.float32(1.0 / 120)
+    p = p * f + np.float32(1.0 / 24)
+    p = p * f + np.float32(1.0 / 6)
+    p = p * f + np.float32(0.5)
+    p = p * f + np.float32(1.0)
+    p = p * f + np.float32(1.0)
+    return p * from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@inner
 def to_bfloat16(value):
     """The uint16 bits of a float32 rounded to bfloat16, halves to even."""
     bits = np.uint32(to_bits(value))

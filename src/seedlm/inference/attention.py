@@ -2,9 +2,10 @@
 
     attend(q, k, v, cos, sin, keys, values, position, scaling)
 
-By one kernel where there is one, else by torch.
+By one kernel where there is one (CUDA, numba), else by torch.
 """
 
+import struct
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seedlm import nvrtc
+from seedlm.codes import on_cpu
 
 _WIDTHS: Final = (64, 128, 256)
 """Of heads that the kernel knows."""
@@ -38,7 +40,7 @@ def attend(
     k, v              [1, 1, kv heads * d], of its dtype as all that follow; heads / kv heads neighbours share a key
     cos, sin          [1, 1, d]: of halves that are rotated into each other, as Llama's
     keys, values      [1, kv heads, length, d], contiguous
-    position          int64 [1]: how many tokens came before; it is less than length
+    position          int64 [1]: how many tokens came before; it is less than length, which on a GPU nobody looks at
     returns           [1, 1, heads * d]
 
     On a GPU the position and what the cache holds of earlier ones are read before the kernel before this one has ended, if
@@ -50,6 +52,9 @@ def attend(
         out = torch.empty_like(q)
         kernel((heads * blocks,), 32 * _WARPS, q, k, v, cos, sin, keys, values, position, out, length, scaling)
         return out
+
+    if _by_numba(q, keys, values):
+        return _on_cpu(q, k, v, cos, sin, keys, values, position, scaling)
 
     def rotated(x: Tensor) -> Tensor:
         x = x.view(heads, -1, width)
@@ -75,6 +80,38 @@ def _by_kernel(q: Tensor, keys: Tensor, values: Tensor) -> bool:
         and nvrtc.reason_unavailable() is None
         and nvrtc.architecture(nvrtc.index_of(q.device)) >= 80
     )
+
+
+def _by_numba(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    return (
+        q.device.type == "cpu"
+        and q.dtype in on_cpu.KINDS
+        and keys.is_contiguous()
+        and values.is_contiguous()
+        and _reason_no_numba() is None
+    )
+
+
+@cache
+def _reason_no_numba() -> str | None:
+    return on_cpu.reason_unavailable("numba", torch.device("cpu"))
+
+
+def _on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, scaling: float
+) -> Tensor:
+    from seedlm.inference import attend_numba
+
+    _, heads, length, width = keys.shape
+    if not 0 <= (place := int(position)) < length:
+        raise IndexError(f"position {place} is none of a cache of {length}")
+    group, out = q.shape[-1] // (heads * width), torch.empty_like(q)
+    work = on_cpu.scratch(4 * heads * attend_numba.floats(group, width, length))[1]
+    bits = struct.unpack("i", struct.pack("f", scaling))[0]
+    tensors = [each.contiguous() for each in (q, k, v, cos, sin, keys, values, out)]
+    sizes = heads, group, width, length, bits, on_cpu.KINDS[q.dtype], place
+    attend_numba.attend().share((*sizes, *(each.data_ptr() for each in tensors), work), heads)
+    return out
 
 
 def source(type: int, width: int, heads: int, arch: int) -> str:

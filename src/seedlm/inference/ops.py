@@ -135,9 +135,8 @@ def fuses(x: Tensor, plans: Sequence[Plan]) -> bool:
     """Whether `fused` takes a source of x's dtype by these weights. Not where a gradient, a cast or a compiler has a say."""
     first = plans[0]
     return (
-        hasattr(first.backend, "fused")
+        x.dtype in getattr(first.backend, "fuses", ())
         and all(plan.input_text == first.input_text for plan in plans)
-        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not _autocast()

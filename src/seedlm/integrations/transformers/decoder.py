@@ -4,7 +4,7 @@ For models whose decoder layers are Llama's (`reason_unfused`). `step` is the wh
 `fuse_decoding` gives a model a subclass of its class, of the same name, so that copies, files and signatures stay what they
 were. Its forward takes this way where a call asks for no more than `_is_step` allows, and transformers' for every other call:
 
-    one token, batch 1, a `StaticCache` on a GPU, no mask, no output but logits, in evaluation and without gradients
+    one token, batch 1, a `StaticCache`, no mask, no output but logits, in evaluation and without gradients
 
 To see whether a mask hides anything would be to wait for the GPU, so a call with a mask is transformers'. `generate` drops a
 mask of ones; for a static cache it makes one anew at each token, which is left out here. It compiles no step that goes this
@@ -19,7 +19,7 @@ but at a replay while the GPU is at work on it.
 One text at a time is meant. While a thread captures, another that draws random numbers on that GPU fails, by a torch whose
 captures share the state of a generator (2.11 does). A device on which a capture fails is left to transformers from then on.
 
-On a CPU a step takes about as long as transformers' forward, so nothing changes there.
+On a CPU that is for packed models alone, whose backend makes the layers' input itself; dense ones take as long either way.
 """
 
 import sys
@@ -38,6 +38,7 @@ from transformers import activations
 from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from seedlm.errors import BackendError
 from seedlm.inference import ops
 from seedlm.inference.attention import attend
 from seedlm.integrations.transformers import sampling as ahead
@@ -45,8 +46,10 @@ from seedlm.modeling.embedding import SeedEmbedding, TiedLinear
 from seedlm.modeling.fused import attended_linear, gated_linear, normed_linears
 from seedlm.modeling.linear import SeedLinear
 
-DEVICES: tuple[str, ...] = ("cuda",)
+DEVICES: tuple[str, ...] = ("cuda", "cpu")
 """Kinds of devices on which models decode this way."""
+PACKED: tuple[str, ...] = ("cpu",)
+"""Those of them where only models do whose layers' backend makes their input itself: else it takes as long as transformers."""
 CACHE: Final = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this transformers calls a cache, among arguments and in outputs."""
 
@@ -178,10 +181,25 @@ def _reason_now(config: Any) -> str | None:
 
 def _reason_device(model: Any) -> str | None:
     """The part of the reason that lies in the device."""
-    device = model.model.norm.weight.device
-    if device.type not in DEVICES:
+    device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
+    if device.type not in DEVICES or (device.type in PACKED and not _fuses(model.model.layers, dtype)):
         return f"on a {device.type} transformers' own forward is as fast"
     return next((reason for failed, reason, _ in _FAILED if failed == device), None)
+
+
+def _fuses(layers: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether all linear layers are packed, and their backend makes a token's input of `dtype` itself."""
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            return False
+        if isinstance(module, SeedLinear):
+            try:
+                backend = ops.plan_for(module.format, module.shape, module.device, module.backend).backend
+            except BackendError:
+                return False
+            if dtype not in getattr(backend, "fuses", ()):
+                return False
+    return True
 
 
 def _reason(model: Any, cache: Any) -> str | None:

@@ -6,7 +6,7 @@ is one too many, and taken back. Tokens are transformers' to the bit, random one
 
 One text, batch 1, over a static cache, whose result is its tokens; the prompt and the first token are left to transformers.
 The rest is the loop that is documented there: processors, the choice, criteria, a streamer, in this order. A streamer that is
-not transformers' or ours hears of a token before the next step, as it would there.
+not transformers' or ours hears of a token before the next step, as it would there. On a CPU no step is ahead.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PrefixConstrainedLogitsProcessor, StaticCache
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+AHEAD: tuple[str, ...] = ("cuda",)
+"""Kinds of devices that work while Python goes on."""
 
 _UNDERSTOOD: Final = frozenset({"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep"})
 
@@ -70,7 +73,7 @@ def sample(
         positions = None if positions is None else positions[:, -1:] + 1
         answer.ask(stopping_criteria(input_ids, None), input_ids[:, -1])
         more = longest is None or input_ids.shape[1] < longest
-        ahead = more and room > 0 and _is_known(streamer)
+        ahead = more and room > 0 and input_ids.device.type in AHEAD and _is_known(streamer)
         logits = step(input_ids[:, -1:], positions) if ahead else None
         try:
             last, token = answer.wait()

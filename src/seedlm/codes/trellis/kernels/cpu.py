@@ -7,15 +7,16 @@ By the number of tokens:
     more       `numba_weights`: a tile of rows at a time is formed in the transformed basis, in x's dtype, for torch's product
 """
 
+import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Final, NamedTuple, cast
+from typing import Any, ClassVar, Final, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from seedlm.codes import hadamard, on_cpu
-from seedlm.codes.base import CODES, Format
+from seedlm.codes.base import CODES, Format, Gated, Normed
 from seedlm.codes.on_cpu import KINDS, PIECE
 from seedlm.codes.threads import Jobs
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
@@ -24,6 +25,10 @@ _TIMES: Final[Mapping[torch.dtype, tuple[int, int]]] = {torch.bfloat16: (6, 6), 
 """How often a weight is decoded, each time for as many tokens as share that, rather than formed for torch's product: at rates
 that divide 8, and at others, whose windows take longer. Torch's product of float32 is slower than the former however many
 tokens there are, but all their integers are in memory at once."""
+
+_Origin = Literal["x", "norm", "gate"]
+_Begin = Literal["nothing", "x", "norm", "gate"]
+"""What the jobs of a product begin with: nothing where its inputs are there."""
 
 _ROTATING: Final = 32
 """In how many pieces many tokens are rotated."""
@@ -34,6 +39,7 @@ class NumbaBackend:
 
     name: ClassVar[str] = "numba"
     exact: ClassVar[bool] = True
+    fuses: ClassVar[tuple[torch.dtype, ...]] = tuple(KINDS)
 
     def reason_unavailable(self, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
         return on_cpu.reason_unavailable(self.name, device)
@@ -113,6 +119,25 @@ class NumbaBackend:
         each = zip(prepared, shapes, biases, strict=True)
         return [self.linear(x, weight, format, shape, bias, transformed) for weight, shape, bias in each]
 
+    def fused(
+        self,
+        source: Tensor | Normed | Gated,
+        prepared: Sequence[Sequence[Tensor]],
+        format: Format,
+        shapes: tuple[tuple[int, int], ...],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """The norm, or the gate, before the transform, where the threads meet once for all of it."""
+        trellis = cast(TrellisFormat, format)
+        if isinstance(source, Tensor):
+            return self._products(source, prepared, trellis, shapes, biases)
+        if isinstance(source, Gated):
+            x, given = source.gate, (source.gate.data_ptr(), source.up.data_ptr())
+            return self._products(x, prepared, trellis, shapes, biases, origin="gate", given=given)
+        delta = 0 if source.delta is None else source.delta.data_ptr()
+        given = (_bits(source.epsilon), source.h.data_ptr(), delta, source.weight.data_ptr())
+        return self._products(source.h, prepared, trellis, shapes, biases, origin="norm", given=given)
+
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         assert isinstance(format, TrellisFormat)
         weight = torch.empty(shape, dtype=torch.float32, device=prepared[0].device)
@@ -127,15 +152,25 @@ class NumbaBackend:
         shapes: tuple[tuple[int, int], ...],
         biases: Sequence[Tensor | None],
         transformed: Sequence[Tensor] = (),
+        origin: _Origin = "x",
+        given: tuple[int, ...] = (),
     ) -> list[Tensor]:
-        """Products of a few tokens, which the same job transforms if nobody has."""
+        """Products of a few tokens, which the same job transforms if nobody has.
+
+        origin   what else it makes x of: then x is one token, contiguous, and `given` are the numbers of `numba_source`
+        """
         tokens, kind, size = x.numel() // shapes[0][1], KINDS[x.dtype], x.element_size()
-        plan = _products(format, shapes, tokens, self.exact, not transformed, torch.get_num_threads())
-        at = transformed[0].data_ptr() if transformed else on_cpu.scratch(plan.size)[1]
+        begins: _Begin = "nothing" if transformed else origin
+        plan = _products(format, shapes, tokens, self.exact, begins, torch.get_num_threads())
+        at = transformed[0].data_ptr() if transformed else on_cpu.scratch(plan.size + plan.floats)[1]
         x, lead = x.contiguous(), x.shape[:-1]
         ys: list[Tensor] = []
         read: list[Tensor] = []  # what jobs have the addresses of
-        given: list[tuple[int, ...]] = [] if transformed else [(x.data_ptr(), kind, at)]
+        numbers: list[tuple[int, ...]] = []
+        if begins == "x":
+            numbers = [(x.data_ptr(), kind, at)]
+        elif begins != "nothing":
+            numbers = [(*given, kind, at + plan.size), (at + plan.size, KINDS[torch.float32], at)]
         for (words, factors), (out_features, _), bias in zip(prepared, shapes, biases, strict=True):
             y = x.new_empty(*lead, out_features)
             ys.append(y)
@@ -145,8 +180,8 @@ class NumbaBackend:
             where = words.data_ptr(), factors.data_ptr(), 0 if bias is None else bias.data_ptr()
             to = y.data_ptr()
             for first in range(0, tokens, plan.at_once):
-                given.append((*where, at + first * plan.records, to + first * out_features * size, kind))
-        plan.jobs.share(given)
+                numbers.append((*where, at + first * plan.records, to + first * out_features * size, kind))
+        plan.jobs.share(numbers)
         return ys
 
 
@@ -198,28 +233,35 @@ def _inputs(format: TrellisFormat, in_features: int, tokens: int, exact: bool) -
 
 
 class _Products(NamedTuple):
-    """Jobs of some weights and tokens; how many tokens one takes, the bytes of a token's inputs, and of all that are made."""
+    """Jobs of some weights and tokens; how many tokens one takes, and bytes: of a token's inputs, of all that are made, and of
+    the floats that a source makes and works with.
+    """
 
     jobs: Jobs
     at_once: int
     records: int
     size: int
+    floats: int
     signs: Tensor | None
 
 
 @lru_cache(maxsize=4096)
 def _products(
-    format: TrellisFormat, shapes: tuple[tuple[int, int], ...], tokens: int, exact: bool, transforms: bool, threads: int
+    format: TrellisFormat, shapes: tuple[tuple[int, int], ...], tokens: int, exact: bool, begins: _Begin, threads: int
 ) -> _Products:
     """How a few tokens are multiplied.
 
-    A call gives the address of x, its kind and the address of inputs if the jobs begin with their transform; then for each
-    product the addresses of words, factors, bias, inputs, y, and y's kind.
+    A call gives the numbers of a norm or a gate if the jobs begin with it; the address of x, its kind and the address of inputs
+    if they are transformed; then for each product the addresses of words, factors, bias, inputs, y, and y's kind.
     """
-    from seedlm.codes.trellis.kernels import numba_product
+    from seedlm.codes.trellis.kernels import numba_product, numba_source
 
     at_once, jobs, plan = numba_product.at_once(exact), [], _inputs(format, shapes[0][1], tokens, exact)
-    if transforms:
+    if begins == "norm":
+        jobs.append((numba_source.norm(), (0, shapes[0][1], None, None, None, None, None, None), 1))
+    elif begins == "gate":
+        jobs.append((numba_source.gate(), (0, shapes[0][1], None, None, None, None), 1))
+    if begins != "nothing":
         jobs.append((plan.kernel, (tokens, *plan.numbers, None, None, None, 0), tokens))
     for out_features, in_features in shapes:
         cut = _cut(format.segments(out_features), in_features, threads)
@@ -228,7 +270,14 @@ def _products(
         for first in range(0, tokens, at_once):
             kernel = numba_product.product(format.rate, format.state_bits, exact, min(at_once, tokens - first))
             jobs.append((kernel, numbers, cut[0]))
-    return _Products(Jobs(jobs), at_once, numba_product.records(shapes[0][1]), plan.size, plan.signs)
+    worked = 4 * numba_source.floats(shapes[0][1])
+    return _Products(Jobs(jobs), at_once, numba_product.records(shapes[0][1]), plan.size, worked, plan.signs)
+
+
+def _bits(value: float) -> int:
+    """Of a float32."""
+    found: int = struct.unpack("i", struct.pack("f", value))[0]
+    return found
 
 
 def _cut(segments: int, in_features: int, threads: int) -> tuple[int, int, int, int]:

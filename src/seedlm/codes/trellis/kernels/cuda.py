@@ -33,6 +33,7 @@ class CudaBackend:
     name: ClassVar[str] = "cuda"
     few: ClassVar[Kind] = "exact"
     """What the activations of a few tokens become."""
+    fuses: ClassVar[tuple[torch.dtype, ...]] = tuple(nvrtc.TYPES)
 
     def reason_unavailable(self, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
         if device.type != "cuda":

@@ -1,0 +1,100 @@
+"""What a token's products read on a CPU, made of what comes before them in a decoder layer: an RMS norm, or a gate.
+
+They come first among the `Jobs` of these products: one thread makes the floats, the others wait for it, since all that follows
+reads them. In float32, rounded nowhere but where the sum is left in h.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from numba import carray, cfunc, types
+
+from seedlm.codes.compiled import KEPT
+from seedlm.codes.team import add, look, pause
+from seedlm.codes.threads import Kernel
+from seedlm.codes.vectors import as_pointer, exponential, from_bits, inner, job_address, read_bfloat16, take, write_bfloat16
+
+
+def floats(width: int) -> int:
+    """How many are worked with; what is made are the first of them."""
+    return 2 * width
+
+
+@inner
+def _read(x, kind, target, width):
+    """Read x [width], of a kind of `on_cpu.KINDS`, to float32 at `target`."""
+    if kind == 0:
+        source, values = carray(as_pointer(x), (width,), np.float32), carray(as_pointer(target), (width,), np.float32)
+        for i in range(width):
+            values[i] = source[i]
+    else:
+        read_bfloat16(x, target, width)
+
+
+@lru_cache(maxsize=1)
+def norm() -> Kernel:
+    """RMS norm of h + delta, the sum of which is left in h.
+
+    Its job: how many are done, 0; width, bits of float32 epsilon, h, delta or 0, weight, their kind, floats [`floats`].
+    """
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
+    def run(job):
+        if take(job_address(job)) == 0:
+            width, epsilon, h, delta, weight, kind, to = job[2], job[3], job[4], job[5], job[6], job[7], job[8]
+            x = carray(as_pointer(to), (width,), np.float32)
+            others = carray(as_pointer(to + 4 * width), (width,), np.float32)
+            _read(h, kind, to, width)
+            if delta:
+                _read(delta, kind, to + 4 * width, width)
+                for i in range(width):
+                    x[i] += others[i]
+                if kind == 0:
+                    target = carray(as_pointer(h), (width,), np.float32)
+                    for i in range(width):
+                        target[i] = x[i]
+                else:
+                    write_bfloat16(to, h, width, np.float32(1))
+                    read_bfloat16(h, to, width)
+            _read(weight, kind, to + 4 * width, width)
+            a = b = c = d = np.float32(0)  # four sums, each of which waits for itself alone
+            for i in range(0, width - 3, 4):
+                a += x[i] * x[i]
+                b += x[i + 1] * x[i + 1]
+                c += x[i + 2] * x[i + 2]
+                d += x[i + 3] * x[i + 3]
+            for i in range(width // 4 * 4, width):
+                a += x[i] * x[i]
+            mean = (a + b + (c + d)) / np.float32(width)
+            factor = np.float32(1) / np.sqrt(mean + from_bits(np.int32(epsilon)))
+            for i in range(width):
+                x[i] = x[i] * factor * others[i]
+            add(job_address(job) + 8, 1)
+        while look(job_address(job) + 8) == 0:
+            pause()
+
+    return Kernel(run)
+
+
+@lru_cache(maxsize=1)
+def gate() -> Kernel:
+    """silu(gate) * up.
+
+    Its job: how many are done, 0; width, gate, up, their kind, floats [`floats`].
+    """
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
+    def run(job):
+        if take(job_address(job)) == 0:
+            width, x, up, kind, to = job[2], job[3], job[4], job[5], job[6]
+            values = carray(as_pointer(to), (width,), np.float32)
+            others = carray(as_pointer(to + 4 * width), (width,), np.float32)
+            _read(x, kind, to, width)
+            _read(up, kind, to + 4 * width, width)
+            for i in range(width):
+                values[i] = values[i] / (np.float32(1) + exponential(-values[i])) * others[i]
+            add(job_address(job) + 8, 1)
+        while look(job_address(job) + 8) == 0:
+            pause()
+
+    return Kernel(run)

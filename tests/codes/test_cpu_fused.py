@@ -1,0 +1,89 @@
+"""One token's norm or gate in the same jobs as its products on a CPU: against float64, and the sum that is left in h."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from seedlm.codes.base import Gated, Normed
+from seedlm.codes.registry import parse_format
+from seedlm.codes.trellis.format import TrellisFormat
+from seedlm.codes.trellis.kernels.cpu import NumbaBackend
+
+FORMATS = [TrellisFormat(rate=4), TrellisFormat(rate=3, transform=512), parse_format("trellis-r6-l12-t256-h128")]
+TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 8e-3}
+BACKEND, EPSILON = NumbaBackend(), 1e-5
+
+
+def weights(format, outs, width, dtype):
+    """Prepared weights, biases, and the weights in float64."""
+    prepared, exact = [], []
+    for out in outs:
+        words = torch.randint(-(2**31), 2**31, (format.segments(out), width * format.rate), dtype=torch.int64).int()
+        parts = {"words": words, "scales": (torch.rand(out) * 0.02 + 0.01).half(), "scale": torch.tensor([0.125])}
+        prepared.append(BACKEND.prepare(parts, format, (out, width)))
+        exact.append(BACKEND.dequantize(prepared[-1], format, (out, width), torch.float32).double())
+    return prepared, [torch.randn(out).to(dtype) if i % 2 else None for i, out in enumerate(outs)], exact
+
+
+def near(found, x, exact, biases, dtype):
+    for y, weight, bias in zip(found, exact, biases, strict=True):
+        expected = x @ weight.T + (0 if bias is None else bias.double())
+        assert y.dtype == dtype
+        assert y.shape == expected.shape
+        assert (y.double() - expected).norm() <= TOLERANCES[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("width", [5, 24, 300, 576, 2048])
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.spec)
+def test_a_norm_is_that_of_the_sum_which_stays_in_h(format, width, dtype):
+    torch.manual_seed(1)
+    outs = (256, 40, 33, 8, 70)
+    prepared, biases, exact = weights(format, outs, width, dtype)
+    weight = (torch.rand(width) + 0.5).to(dtype)
+    for scale, outlier in ((1.0, 1.0), (1e-3, 1.0), (30.0, 100.0), (0.0, 1.0)):
+        h, delta = (torch.randn(1, 1, width).mul(scale).to(dtype) for _ in range(2))
+        h[..., width // 3] *= outlier
+        total = h + delta
+        x = total.double() * torch.rsqrt(total.double().square().mean(-1, keepdim=True) + EPSILON) * weight.double()
+        for more in (delta, None):
+            source = Normed(h=h, delta=more, weight=weight, epsilon=EPSILON)
+            found = BACKEND.fused(source, prepared, format, tuple((out, width) for out in outs), biases)
+            assert torch.equal(h, total)  # added once, and left alone without a delta
+            near(found, x, exact, biases, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("width", [24, 300, 1536])
+def test_a_gate(width, dtype, threads):
+    torch.manual_seed(2)
+    prepared, biases, exact = weights(FORMATS[0], (40, 256), width, dtype)
+    gate, up = (torch.randn(1, 1, width).to(dtype) * 4 for _ in range(2))
+    gate[..., :8] = torch.tensor([-100.0, 100.0, 0.0, -20.0, 20.0, -1e-4, 1e-4, -6e4]).to(dtype)
+    x = functional.silu(gate.double()) * up.double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(20):
+            found = BACKEND.fused(Gated(gate=gate, up=up), prepared, FORMATS[0], ((40, width), (256, width)), biases)
+            near(found, x, exact, biases, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_x_as_it_is_is_a_product():
+    prepared, biases, _ = weights(FORMATS[0], (40, 256), 576, torch.float32)
+    x, shapes = torch.randn(1, 1, 576), ((40, 576), (256, 576))
+    found = BACKEND.fused(x, prepared, FORMATS[0], shapes, biases)
+    assert all(map(torch.equal, found, BACKEND.linears(x, prepared, FORMATS[0], shapes, biases)))
+
+
+def test_what_is_not_finite_stays_so():
+    prepared, biases, _ = weights(FORMATS[0], (40,), 576, torch.float32)
+    for bad in (torch.nan, torch.inf):
+        h, weight = torch.randn(1, 1, 576), torch.ones(576)
+        h[..., 5] = bad
+        norm = Normed(h=h, delta=None, weight=weight, epsilon=EPSILON)
+        for source in (norm, Gated(gate=h, up=weight.view(1, 1, -1)), Gated(gate=weight.view(1, 1, -1), up=h)):
+            assert not BACKEND.fused(source, prepared, FORMATS[0], ((40, 576),), biases)[0].isfinite().any()
