@@ -10,6 +10,7 @@ of one: of the shortest and of the median on the clock, and of the least process
 shares is the only one that is the program's own.
 
     + tables     embeddings and head, which are tied, in codes too (`--tables`, bits)
+    static       the same model with `cache_implementation="static"`, by which its tokens go through our decoder
     products     the packed layers of a token alone, one call for those that share an input, as the model calls them
     int4         torch's own product, which torchao calls, for the same layers: round to nearest, a scale for each 128
                  weights (SmolLM2: 64), bfloat16
@@ -32,11 +33,13 @@ from unittest import mock
 import torch
 import transformers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from products_cpu import int4
 from seedlm.codes.registry import parse_format
 from seedlm.inference import ops
+from seedlm.integrations.transformers import decoder
+from seedlm.integrations.transformers.decoder import CACHE
 from seedlm.modeling.embedding import SeedEmbedding, replace_embedding
 from seedlm.modeling.linear import SeedLinear
 from seedlm.modeling.quantize import seed_linears, share_inputs
@@ -97,12 +100,23 @@ def packed(shapes: str, dtype: torch.dtype, bits: str, tables: str | None) -> Ll
         packed_tables.weight_scale.fill_(1.0)
         replace_embedding(model, "model.embed_tokens", packed_tables)
     share_inputs(model)
-    return model
+    return model.eval()
 
 
-def generate(model: LlamaForCausalLM, prompt: torch.Tensor, count: int) -> None:
+def generate(model: LlamaForCausalLM, prompt: torch.Tensor, cache: str | None, count: int) -> None:
     options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), cache_implementation=cache, **options)
+
+
+def check_decoder(model: LlamaForCausalLM, prompt: torch.Tensor) -> None:
+    """Hold a packed model's logits by the decoder, token by token, against those of transformers' forward of the whole text."""
+    assert decoder.reason_unfused(model) is None
+    cache, rest = StaticCache(config=model.config, max_cache_len=prompt.shape[1]), 8
+    model(input_ids=prompt[:, :-rest], use_cache=True, **{CACHE: cache})
+    found = [decoder.step(model, token, cache)[0] for token in prompt[:, -rest:].split(1, dim=1)]
+    expected = model(input_ids=prompt, use_cache=False).logits[0, -rest:].double()
+    off = ((torch.cat(found).double() - expected).norm() / expected.norm()).item()
+    assert off < (1e-3 if model.dtype == torch.float32 else 4e-2), f"logits by the decoder are off by {off:.2g}"
 
 
 def products(model: LlamaForCausalLM) -> Callable[[int], None]:
@@ -264,16 +278,19 @@ def main() -> None:
     for name in options.dtypes.split(","):
         dtype = getattr(torch, name)
         if not options.no_dense:
-            rows[f"dense {name}"] = partial(generate, dense(options.shapes, dtype), prompt)
+            rows[f"dense {name}"] = partial(generate, dense(options.shapes, dtype), prompt, None)
         for bits in options.bits.split(","):
             model = packed(options.shapes, dtype, bits, None)
-            rows[f"{bits} bits {name}"] = partial(generate, model, prompt)
+            rows[f"{bits} bits {name}"] = partial(generate, model, prompt, None)
             if options.tables:
                 with_tables = packed(options.shapes, dtype, bits, options.tables)
-                rows[f"{bits} bits {name} + tables {options.tables}"] = partial(generate, with_tables, prompt)
+                decoder.fuse_decoding(with_tables)
+                check_decoder(with_tables, prompt)
+                rows[f"{bits} bits {name} + tables {options.tables}"] = partial(generate, with_tables, prompt, None)
+                rows[f"the same, static cache ({bits} bits {name})"] = partial(generate, with_tables, prompt, "static")
             rows[f"{bits} bits {name}, products"] = products(model)
         if dtype == torch.bfloat16 and (model := int4_model(options.shapes)) is not None:
-            rows["int4 of torch"] = partial(generate, model, prompt)
+            rows["int4 of torch"] = partial(generate, model, prompt, None)
             rows["int4 of torch, products"] = int4_products(model)
     if options.llama_cpp:
         rows["llama.cpp"] = LlamaCpp(options.llama_cpp, options.gguf, options.threads, options.prompt).generate
@@ -295,7 +312,7 @@ def main() -> None:
         "repeats": options.repeats,
     }
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(f"{'ms':34}{'prompt':>10}{'a token':>10}{'median':>10}{'processor':>10}")
+    print(f"{'ms':44}{'prompt':>10}{'a token':>10}{'median':>10}{'processor':>10}")
     times = []
     for name in rows:
         (one, used_one), (all, used) = (zip(*found[name, count], strict=True) for count in (1, 1 + options.new))
@@ -304,7 +321,7 @@ def main() -> None:
         of_prompt = {"shortest": 1e3 * min(one), "median": 1e3 * statistics.median(one)}
         rounded = ({key: round(each, 2) for key, each in found.items()} for found in (of_prompt, of_token))
         times.append({"name": name} | dict(zip(("prompt ms", "token ms"), rounded, strict=True)))
-        print(f"{name:34}{1e3 * min(one):10.1f}" + "".join(f"{each:10.2f}" for each in of_token.values()))
+        print(f"{name:44}{1e3 * min(one):10.1f}" + "".join(f"{each:10.2f}" for each in of_token.values()))
     if options.json:
         runs = json.loads(options.json.read_text()) if options.json.exists() else []
         others = [run for run in runs if (run["shapes"], run["prompt"]) != (options.shapes, options.prompt)]

@@ -132,10 +132,10 @@ class NumbaBackend:
         if isinstance(source, Tensor):
             return self._products(source, prepared, trellis, shapes, biases)
         if isinstance(source, Gated):
-            x, given = source.gate, (source.gate.data_ptr(), source.up.data_ptr())
-            return self._products(x, prepared, trellis, shapes, biases, origin="gate", given=given)
+            both = source.gate.data_ptr(), source.up.data_ptr()
+            return self._products(source.gate, prepared, trellis, shapes, biases, origin="gate", given=both)
         delta = 0 if source.delta is None else source.delta.data_ptr()
-        given = (_bits(source.epsilon), source.h.data_ptr(), delta, source.weight.data_ptr())
+        given = _bits(source.epsilon), source.h.data_ptr(), delta, source.weight.data_ptr()
         return self._products(source.h, prepared, trellis, shapes, biases, origin="norm", given=given)
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -256,7 +256,8 @@ def _products(
     """
     from seedlm.codes.trellis.kernels import numba_product, numba_source
 
-    at_once, jobs, plan = numba_product.at_once(exact), [], _inputs(format, shapes[0][1], tokens, exact)
+    at_once, plan = numba_product.at_once(exact), _inputs(format, shapes[0][1], tokens, exact)
+    jobs: list[tuple[Any, tuple[int | None, ...], int]] = []
     if begins == "norm":
         jobs.append((numba_source.norm(), (0, shapes[0][1], None, None, None, None, None, None), 1))
     elif begins == "gate":
