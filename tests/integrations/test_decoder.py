@@ -395,6 +395,34 @@ class TestGenerate:
         with torch.no_grad():
             written(model)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_on_the_cpu_packed_models_go_this_way(self, counted, monkeypatch, kind, dtype):
+        """With attention and what lies between products compiled: the same text and logits as by transformers."""
+        monkeypatch.setattr(decoder, "PACKED", ("cpu",))
+        model = fused(kind, "3-fast", head_dim=64).to(dtype)
+        assert reason_unfused(model) is None
+        assert decoder.static_cache(model, 8) == {"cache_implementation": "static"}
+        found, logits = written(model)
+        assert counted == [7]
+        monkeypatch.setattr(decoder, "DEVICES", ())
+        tokens, expected = written(model, disable_compile=True)
+        same = int((found == tokens).long().cumprod(1).sum()) - IDS.shape[1]
+        assert same == 8 or dtype == torch.bfloat16
+        assert off(logits[: same + 1], expected[: same + 1]) < {torch.float32: 1e-3, torch.bfloat16: 5e-2}[dtype]
+
+    def test_on_the_cpu_others_do_not(self, monkeypatch):
+        monkeypatch.setattr(decoder, "PACKED", ("cpu",))
+        reason = "on a cpu transformers' own forward is as fast"
+        mixed = model_of("llama", "3-fast")
+        mixed.model.layers[1].mlp.up_proj = nn.Linear(32, 64, bias=False).requires_grad_(False).eval()
+        by_torch = model_of("llama", "3-fast")
+        for layer in by_torch.modules():
+            if isinstance(layer, SeedLinear):
+                layer.backend = "torch"
+        for model in (model_of("llama"), model_of("llama", SMALL), mixed, by_torch, model_of("llama", "3-fast").to(torch.float16)):
+            assert reason_unfused(model) == reason
+
     def test_what_is_asked_of_generate(self, counted):
         model = fused()
         assert decoder.static_cache(model, 8) == {"cache_implementation": "static"}
