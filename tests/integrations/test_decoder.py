@@ -420,7 +420,8 @@ class TestGenerate:
         for layer in by_torch.modules():
             if isinstance(layer, SeedLinear):
                 layer.backend = "torch"
-        for model in (model_of("llama"), model_of("llama", SMALL), mixed, by_torch, model_of("llama", "3-fast").to(torch.float16)):
+        halves = model_of("llama", "3-fast").to(torch.float16)
+        for model in (model_of("llama"), model_of("llama", SMALL), mixed, by_torch, halves):
             assert reason_unfused(model) == reason
 
     def test_what_is_asked_of_generate(self, counted):
