@@ -105,7 +105,7 @@ def _on_cpu(
     _, heads, length, width = keys.shape
     if not 0 <= (place := int(position)) < length:
         raise IndexError(f"position {place} is none of a cache of {length}")
-    group, out = q.shape[-1] // (heads * width), torch.empty_like(q)
+    group, out = q.shape[-1] // (heads * width), torch.empty(q.shape, dtype=q.dtype)
     work = on_cpu.scratch(4 * heads * attend_numba.floats(group, width, length))[1]
     bits = struct.unpack("i", struct.pack("f", scaling))[0]
     tensors = [each.contiguous() for each in (q, k, v, cos, sin, keys, values, out)]
