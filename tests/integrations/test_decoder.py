@@ -442,6 +442,17 @@ class TestGenerate:
             assert not decoder.static_cache(model, 8)
             monkeypatch.setattr(home, name, 8)
 
+    def test_on_the_cpu_no_static_cache_for_more_than_the_positions_or_half_of_the_memory(self, monkeypatch):
+        model = fused()
+        longest = model.config.max_position_embeddings
+        assert decoder.static_cache(model, longest)
+        assert not decoder.static_cache(model, longest + 1)
+        monkeypatch.setattr(decoder.os, "sysconf", {"SC_AVPHYS_PAGES": 2, "SC_PAGE_SIZE": 2048}.__getitem__)
+        assert decoder.static_cache(model, 8)  # of 256 bytes each
+        assert not decoder.static_cache(model, 9)
+        monkeypatch.delattr(decoder.os, "sysconf")
+        assert decoder.static_cache(model, longest)
+
     def test_a_second_text_and_one_over_a_cache_that_was_reset(self, counted):
         model = fused()
         expected = written(model)

@@ -22,6 +22,7 @@ captures share the state of a generator (2.11 does). A device on which a capture
 On a CPU that is for packed models alone, whose backend makes the layers' input itself; dense ones take as long either way.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache as once
@@ -455,17 +456,29 @@ def static_cache(model: Any, tokens: int) -> dict[str, Any]:
     """What to ask `generate` for so that a model decodes by `step`: nothing where it cannot, or has a cache of its own wish.
 
     tokens   that the cache is to hold; `generate` makes it no shorter than it is configured and than one before. Not by this
-             way if it takes more than half of the memory that is free
+             way if it takes more than half of the memory that is free, or on a CPU holds more than the model has positions
     """
     if reason_unfused(model) or model.generation_config.cache_implementation is not None:
         return {}
-    if model.device.type == "cuda":
-        before = getattr(model, "_previous_max_cache_length", 0)
-        tokens = max(tokens, before, getattr(model.generation_config, "max_cache_len", None) or 0)
-        features = 2 * sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
-        if tokens * features * model.dtype.itemsize > torch.cuda.mem_get_info(model.device)[0] // 2:
-            return {}
+    before = getattr(model, "_previous_max_cache_length", 0)
+    tokens = max(tokens, before, getattr(model.generation_config, "max_cache_len", None) or 0)
+    features = 2 * sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
+    if tokens * features * model.dtype.itemsize > _free_memory(model.device) // 2:
+        return {}
+    if model.device.type == "cpu" and tokens > model.config.max_position_embeddings:
+        return {}
     return {"cache_implementation": "static"}
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes; 4 GB where a system does not tell."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 4 << 30
 
 
 def _original(kind: type) -> type:
