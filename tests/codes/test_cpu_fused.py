@@ -8,6 +8,8 @@ from seedlm.codes.base import Gated, Normed
 from seedlm.codes.registry import parse_format
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.codes.trellis.kernels.cpu import NumbaBackend
+from seedlm.errors import TensorError
+from seedlm.inference import ops
 
 FORMATS = [TrellisFormat(rate=4), TrellisFormat(rate=3, transform=512), parse_format("trellis-r6-l12-t256-h128")]
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -76,6 +78,12 @@ def test_a_gate(width, dtype, threads):
         torch.set_num_threads(before)
 
 
+def test_gates_far_below_zero_are_closed():
+    prepared, biases, _ = weights(FORMATS[0], (40,), 64, torch.float32)
+    gate, up = torch.tensor([-1e20, -1e35, -3e38, -100.0] * 16).view(1, 1, 64), torch.full((1, 1, 64), 1e20)
+    assert not BACKEND.fused(Gated(gate=gate, up=up), prepared, FORMATS[0], ((40, 64),), biases)[0].any()
+
+
 def test_x_as_it_is_is_a_product():
     prepared, biases, _ = weights(FORMATS[0], (40, 256), 576, torch.float32)
     x, shapes = torch.randn(1, 1, 576), ((40, 576), (256, 576))
@@ -91,3 +99,25 @@ def test_what_is_not_finite_stays_so():
         norm = Normed(h=h, delta=None, weight=weight, epsilon=EPSILON)
         for source in (norm, Gated(gate=h, up=weight.view(1, 1, -1)), Gated(gate=weight.view(1, 1, -1), up=h)):
             assert not BACKEND.fused(source, prepared, FORMATS[0], ((40, 576),), biases)[0].isfinite().any()
+
+
+def test_parts_that_do_not_fit_are_refused_and_strides_heeded():
+    prepared, _, _ = weights(FORMATS[0], (40,), 576, torch.float32)
+    plan = ops.plan_for(FORMATS[0], (40, 576), torch.device("cpu"), "numba")
+    x, weight = torch.randn(1, 1, 576), torch.rand(576)
+
+    def fused(source):
+        return ops.fused(source, prepared, [plan], [None])
+
+    for bad in (torch.randn(1, 1, 200), x.bfloat16()):
+        for source in (
+            Gated(gate=x, up=bad),
+            Normed(h=x, delta=bad, weight=weight, epsilon=EPSILON),
+            Normed(h=x, delta=None, weight=bad.view(-1), epsilon=EPSILON),
+        ):
+            with pytest.raises(TensorError, match=r"does not go with \[1, 1, 576\] of torch.float32"):
+                fused(source)
+    apart = torch.stack([weight, weight * 7 - 3], 1)[:, 0]
+    assert not apart.is_contiguous()
+    found, expected = (fused(Normed(h=x, delta=None, weight=each, epsilon=EPSILON)) for each in (apart, weight))
+    assert torch.equal(found[0], expected[0])

@@ -92,6 +92,18 @@ class TestByNumba:
             assert not found[1].isfinite().all()
             assert found[0].isfinite().all()
 
+    def test_scores_as_large_as_floats_are_or_without_end_below(self):
+        """A sum of scores would not be finite; what is a thousand below has no share, whatever its value."""
+        q, k, v, cos, sin, keys, values = case(1, 1, 16, 16, torch.float32, "cpu")
+        cos.fill_(1.0), sin.fill_(0.0), q.fill_(0.0), k.fill_(0.0), keys.fill_(0.0)
+        q[..., 0], keys[..., :6, 0], k[..., 0] = 1e19, 1e19, 1e19
+        keys[..., 2, 0], values[..., 2, :] = -torch.inf, 1e37
+        keys[..., 3, 0], values[..., 3, :] = 1e19 - 1e17, 1e37
+        place = torch.tensor([6])
+        expected = straightforward(q, k, v, cos, sin, keys.clone(), values.clone(), place, 1.0)
+        found = attention.attend(q, k, v, cos, sin, keys, values, place, 1.0)
+        assert torch.allclose(found.view(-1).double(), expected, rtol=1e-5)
+
     @pytest.mark.parametrize("position", [-1, 16, 1 << 40])
     def test_a_position_outside_of_the_cache_is_refused_and_nothing_written(self, position):
         q, k, v, cos, sin, keys, values = case(2, 2, 16, 16, torch.float32, "cpu")

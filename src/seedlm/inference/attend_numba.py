@@ -95,15 +95,16 @@ def attend() -> Kernel:
                         score += queries[g, i] * key[i]
                     scores[g, place] = score
             for g in range(group):
-                highest, total, all = scores[g, 0], np.float32(0), np.float32(0)
+                highest, total, nans = scores[g, 0], np.float32(0), 0
                 for place in range(now + 1):
                     highest = max(highest, scores[g, place])
-                    all += scores[g, place]
+                    nans += scores[g, place] != scores[g, place]
                 for place in range(now + 1):
-                    share = exponential(scores[g, place] - highest)
+                    below = scores[g, place] - highest
+                    share = np.float32(0) if below < np.float32(-87) else exponential(below)
                     scores[g, place] = share
                     total += share
-                if to_bits(all) & np.int32(0x7F800000) == np.int32(0x7F800000):  # Inf or NaN, which exponentials do not keep
+                if nans or to_bits(highest) == np.int32(0x7F800000):  # which exponentials do not keep
                     total = np.float32(np.nan)
                 for place in range(now + 1):
                     scores[g, place] /= total

@@ -18,7 +18,7 @@ kernel (on an H100's host); `linear` below, which modules call, takes 2, by leav
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, cast
 
 import torch
@@ -150,8 +150,17 @@ def fused(
     plans: Sequence[Plan],
     biases: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """Products, [1, 1, out_features] each, of what a source stands for by weights that `fuses` allows, in their order."""
+    """Products, [1, 1, out_features] each, of what a source stands for by weights that `fuses` allows, in their order.
+
+    Raises TensorError for parts of a source that do not fit each other.
+    """
     x = source.h if isinstance(source, Normed) else source.gate if isinstance(source, Gated) else source
+    others = [source.delta, source.weight] if isinstance(source, Normed) else [source.up] if isinstance(source, Gated) else []
+    for each in others:
+        if each is not None and (each.shape[-1] != x.shape[-1] or each.dtype != x.dtype):
+            raise TensorError(f"{[*each.shape]} of {each.dtype} does not go with {[*x.shape]} of {x.dtype}")
+    if isinstance(source, Normed) and not source.weight.is_contiguous():
+        source = replace(source, weight=source.weight.contiguous())
     for plan, weight, bias in zip(plans, prepared, biases, strict=True):
         _check(x, plan, weight, bias)
     backend = cast(FusingBackend, plans[0].backend)

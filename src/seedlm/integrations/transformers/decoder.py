@@ -22,12 +22,13 @@ captures share the state of a generator (2.11 does). A device on which a capture
 On a CPU that is for packed models alone, whose backend makes the layers' input itself; dense ones take as long either way.
 """
 
-import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache as once
 from functools import partial, wraps
 from operator import attrgetter, eq, is_
+from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -476,9 +477,11 @@ def _free_memory(device: torch.device) -> int:
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
+        told = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
         return 4 << 30
+    available = re.search(r"MemAvailable: *(\d+) kB", told)
+    return int(available[1]) << 10 if available else 4 << 30
 
 
 def _original(kind: type) -> type:

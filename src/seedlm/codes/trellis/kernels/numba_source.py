@@ -86,13 +86,15 @@ def gate() -> Kernel:
     @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
     def run(job):
         if take(job_address(job)) == 0:
-            width, x, up, kind, to = job[2], job[3], job[4], job[5], job[6]
+            width, given, up, kind, to = job[2], job[3], job[4], job[5], job[6]
             values = carray(as_pointer(to), (width,), np.float32)
             others = carray(as_pointer(to + 4 * width), (width,), np.float32)
-            _read(x, kind, to, width)
+            _read(given, kind, to, width)
             _read(up, kind, to + 4 * width, width)
             for i in range(width):
-                values[i] = values[i] / (np.float32(1) + exponential(-values[i])) * others[i]
+                x = values[i]
+                silu = x / (np.float32(1) + exponential(-x))
+                values[i] = (np.float32(0) if x < np.float32(-87) else silu) * others[i]
             add(job_address(job) + 8, 1)
         while look(job_address(job) + 8) == 0:
             pause()
