@@ -447,10 +447,10 @@ class TestGenerate:
         longest = model.config.max_position_embeddings
         assert decoder.static_cache(model, longest)
         assert not decoder.static_cache(model, longest + 1)
-        monkeypatch.setattr(decoder.Path, "read_text", lambda *args, **more: "MemTotal: 9 kB\nMemAvailable:    4 kB\n")
+        monkeypatch.setattr(decoder, "free_host_memory", lambda: 4096)
         assert decoder.static_cache(model, 8)  # of 256 bytes each
         assert not decoder.static_cache(model, 9)
-        monkeypatch.setattr(decoder.Path, "read_text", lambda *args, **more: "")
+        monkeypatch.setattr(decoder, "free_host_memory", lambda: None)
         assert decoder.static_cache(model, longest)
 
     def test_a_second_text_and_one_over_a_cache_that_was_reset(self, counted):

@@ -20,7 +20,7 @@ from seedlm.codes.vectors import (
     job_address,
     literal,
     load,
-    read_bfloat16,
+    read,
     shuffle,
     store,
     take,
@@ -150,12 +150,7 @@ def rotate_row(x, kind, token, width, padded, block, signs, row):
               subnormal numbers, and huge ones smaller, so that their sums are finite before a weight's scale is applied
     """
     values = carray(as_pointer(row), (padded,), np.float32)
-    if kind == 0:
-        floats = carray(as_pointer(x + 4 * width * token), (width,), np.float32)
-        for i in range(width):
-            values[i] = floats[i]
-    else:
-        read_bfloat16(x + 2 * width * token, row, width)
+    read(x, kind, width * token, row, width)
     for i in range(width, padded):
         values[i] = np.float32(0)
     largest, lift = largest_bits(row, width), np.float32(1)

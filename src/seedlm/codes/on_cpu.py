@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import struct
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -28,6 +29,12 @@ def reason_unavailable(name: str, device: torch.device) -> str | None:
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return f"backend {name!r} is compiled by numba, which NUMBA_DISABLE_JIT forbids"
     return None
+
+
+def bits(value: float) -> int:
+    """Of a float32, as jobs hold it."""
+    found: int = struct.unpack("i", struct.pack("f", value))[0]
+    return found
 
 
 def tiled(x: Tensor, rows: int, step: int, form: Callable[[Tensor, int], None], bias: Tensor | None) -> Tensor:

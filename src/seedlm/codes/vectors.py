@@ -240,6 +240,20 @@ def read_bfloat16(source, target, count):
 
 
 @inner
+def read(x, kind, index, target, count):
+    """Write x[index] and on, of `put`'s kinds, as float32 [count] to an address."""
+    if kind == 0:
+        source, values = (
+            carray(as_pointer(x + 4 * index), (count,), np.float32),
+            carray(as_pointer(target), (count,), np.float32),
+        )
+        for i in range(count):
+            values[i] = source[i]
+    else:
+        read_bfloat16(x + 2 * index, target, count)
+
+
+@inner
 def put(y, kind, index, value, bias, row):
     """Write float32 value, plus bias[row] unless the address of bias is 0, to y[index]; kind 0 is float32, 1 bfloat16."""
     if kind == 0:

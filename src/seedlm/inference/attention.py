@@ -5,7 +5,6 @@
 By one kernel where there is one (CUDA, numba), else by torch.
 """
 
-import struct
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -107,9 +106,8 @@ def _on_cpu(
         raise IndexError(f"position {place} is none of a cache of {length}")
     group, out = q.shape[-1] // (heads * width), torch.empty(q.shape, dtype=q.dtype)
     work = on_cpu.scratch(4 * heads * attend_numba.floats(group, width, length))[1]
-    bits = struct.unpack("i", struct.pack("f", scaling))[0]
     tensors = [each.contiguous() for each in (q, k, v, cos, sin, keys, values, out)]
-    sizes = heads, group, width, length, bits, on_cpu.KINDS[q.dtype], place
+    sizes = heads, group, width, length, on_cpu.bits(scaling), on_cpu.KINDS[q.dtype], place
     attend_numba.attend().share((*sizes, *(each.data_ptr() for each in tensors), work), heads)
     return out
 

@@ -22,13 +22,11 @@ captures share the state of a generator (2.11 does). A device on which a capture
 On a CPU that is for packed models alone, whose backend makes the layers' input itself; dense ones take as long either way.
 """
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache as once
 from functools import partial, wraps
 from operator import attrgetter, eq, is_
-from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -40,6 +38,7 @@ from transformers import activations
 from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from seedlm.device import free_host_memory
 from seedlm.errors import BackendError
 from seedlm.inference import ops
 from seedlm.inference.attention import attend
@@ -464,24 +463,12 @@ def static_cache(model: Any, tokens: int) -> dict[str, Any]:
     before = getattr(model, "_previous_max_cache_length", 0)
     tokens = max(tokens, before, getattr(model.generation_config, "max_cache_len", None) or 0)
     features = 2 * sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
-    if tokens * features * model.dtype.itemsize > _free_memory(model.device) // 2:
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else free_host_memory()
+    if free is not None and tokens * features * model.dtype.itemsize > free // 2:
         return {}
     if model.device.type == "cpu" and tokens > model.config.max_position_embeddings:
         return {}
     return {"cache_implementation": "static"}
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes; 4 GB where a system does not tell."""
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    try:
-        told = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:
-        return 4 << 30
-    available = re.search(r"MemAvailable: *(\d+) kB", told)
-    return int(available[1]) << 10 if available else 4 << 30
 
 
 def _original(kind: type) -> type:

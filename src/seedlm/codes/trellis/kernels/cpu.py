@@ -7,7 +7,6 @@ By the number of tokens:
     more       `numba_weights`: a tile of rows at a time is formed in the transformed basis, in x's dtype, for torch's product
 """
 
-import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Final, Literal, NamedTuple, cast
@@ -135,7 +134,7 @@ class NumbaBackend:
             both = source.gate.data_ptr(), source.up.data_ptr()
             return self._products(source.gate, prepared, trellis, shapes, biases, origin="gate", given=both)
         delta = 0 if source.delta is None else source.delta.data_ptr()
-        given = _bits(source.epsilon), source.h.data_ptr(), delta, source.weight.data_ptr()
+        given = on_cpu.bits(source.epsilon), source.h.data_ptr(), delta, source.weight.data_ptr()
         return self._products(source.h, prepared, trellis, shapes, biases, origin="norm", given=given)
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -273,12 +272,6 @@ def _products(
             jobs.append((kernel, numbers, cut[0]))
     worked = 4 * numba_source.floats(shapes[0][1])
     return _Products(Jobs(jobs), at_once, numba_product.records(shapes[0][1]), plan.size, worked, plan.signs)
-
-
-def _bits(value: float) -> int:
-    """Of a float32."""
-    found: int = struct.unpack("i", struct.pack("f", value))[0]
-    return found
 
 
 def _cut(segments: int, in_features: int, threads: int) -> tuple[int, int, int, int]:

@@ -12,23 +12,12 @@ from numba import carray, cfunc, types
 from seedlm.codes.compiled import KEPT
 from seedlm.codes.team import add, look, pause
 from seedlm.codes.threads import Kernel
-from seedlm.codes.vectors import as_pointer, exponential, from_bits, inner, job_address, read_bfloat16, take, write_bfloat16
+from seedlm.codes.vectors import as_pointer, exponential, from_bits, job_address, read, read_bfloat16, take, write_bfloat16
 
 
 def floats(width: int) -> int:
     """How many are worked with; what is made are the first of them."""
     return 2 * width
-
-
-@inner
-def _read(x, kind, target, width):
-    """Read x [width], of a kind of `on_cpu.KINDS`, to float32 at `target`."""
-    if kind == 0:
-        source, values = carray(as_pointer(x), (width,), np.float32), carray(as_pointer(target), (width,), np.float32)
-        for i in range(width):
-            values[i] = source[i]
-    else:
-        read_bfloat16(x, target, width)
 
 
 @lru_cache(maxsize=1)
@@ -44,9 +33,9 @@ def norm() -> Kernel:
             width, epsilon, h, delta, weight, kind, to = job[2], job[3], job[4], job[5], job[6], job[7], job[8]
             x = carray(as_pointer(to), (width,), np.float32)
             others = carray(as_pointer(to + 4 * width), (width,), np.float32)
-            _read(h, kind, to, width)
+            read(h, kind, 0, to, width)
             if delta:
-                _read(delta, kind, to + 4 * width, width)
+                read(delta, kind, 0, to + 4 * width, width)
                 for i in range(width):
                     x[i] += others[i]
                 if kind == 0:
@@ -56,7 +45,7 @@ def norm() -> Kernel:
                 else:
                     write_bfloat16(to, h, width, np.float32(1))
                     read_bfloat16(h, to, width)
-            _read(weight, kind, to + 4 * width, width)
+            read(weight, kind, 0, to + 4 * width, width)
             a = b = c = d = np.float32(0)  # four sums, each of which waits for itself alone
             for i in range(0, width - 3, 4):
                 a += x[i] * x[i]
@@ -89,8 +78,8 @@ def gate() -> Kernel:
             width, given, up, kind, to = job[2], job[3], job[4], job[5], job[6]
             values = carray(as_pointer(to), (width,), np.float32)
             others = carray(as_pointer(to + 4 * width), (width,), np.float32)
-            _read(given, kind, to, width)
-            _read(up, kind, to + 4 * width, width)
+            read(given, kind, 0, to, width)
+            read(up, kind, 0, to + 4 * width, width)
             for i in range(width):
                 x = values[i]
                 silu = x / (np.float32(1) + exponential(-x))
