@@ -40,30 +40,17 @@ constexpr int THREADS = WARPS * 32 + FINISHERS, FINISHED = 256 / FINISHERS;  // 
 constexpr bool NARROW = TILES == 0;
 constexpr int FRAGMENTS = NARROW ? 8 : 16;
 constexpr int COLUMN_TILES = NARROW ? 1 : TILES;
-constexpr int CHUNKS = 4 * R;                          // 16-byte chunks of one segment in one step
-constexpr int PITCH = CHUNKS + (R == 2 || R == 6);     // in shared memory: chosen so that no two lanes meet in a bank
-constexpr int STAGE = (8 * PITCH + (NEIGHBOURS ? 32 : 0)) * 16;  // bytes
+// In shared memory a lane reads R chunks of 16 bytes, a segment's four lanes lie QUARTER apart and segments PITCH: so that no two lanes
+// of the eight that read at once meet in a bank, and all that differs between the chunks of a lane is known at compile time.
+constexpr int QUARTER = 16 * (R + (R % 4 == 0));
+constexpr int PITCH = 4 * QUARTER + 16 * (R % 4 == 2);
+constexpr int STAGE = 8 * PITCH + (NEIGHBOURS ? 512 : 0);  // bytes
 constexpr int RING = WARPS * STAGES * STAGE;
 constexpr int ROW_PAD = 36, WIDE_PITCH = 65;  // against bank conflicts
 constexpr int TOGETHER = NARROW ? 1 : 4;      // tokens that are finished at once
 constexpr int MOST_PARTS = NARROW ? 4 : 8 * TILES;
 constexpr int SUMS = OWN_INPUT ? 1 : 8;       // numbers whose sum is that of a part's int8
 constexpr u64 CLEARED = 0x9E3779B97F4A7C15ull;
-
-// With R = 4 and 8 a padding cannot do it: the chunks of a segment are exchanged among each other instead.
-DEVICE int swizzle(int segment, int chunk) {
-  if (R == 4) return (chunk ^ (chunk >> 3)) ^ ((segment & 1) << 1);
-  if (R == 8) return (chunk ^ (chunk >> 3)) ^ ((segment & 1) << 2);
-  return chunk;
-}
-
-// Byte offset in a stage of the lane's chunk i, as it is fetched (base: that of chunk 0) and as it is read.
-DEVICE u32 write_slot(u32 base, int i, int lane) {
-  if (R == 6) return ((i * 32 + lane) / CHUNKS * PITCH + (i * 32 + lane) % CHUNKS) * 16;
-  if (R == 8) return (base ^ (i & 1) * 64) + i * 512;
-  return base + i * 32 / CHUNKS * (PITCH - CHUNKS) * 16 + i * 512;
-}
-DEVICE u32 read_slot(u32 base, int i) { return R == 4 || R == 8 ? base ^ i * 16 : base + i * 16; }
 
 DEVICE uint4 read16(u32 from) {
   uint4 v;
@@ -130,26 +117,16 @@ struct Problem {
   }
 };
 
-// Where a lane puts its first chunk of a step.
-DEVICE u32 fetch_slot(int lane) { return pinned((lane / CHUNKS * PITCH + swizzle(lane / CHUNKS, lane % CHUNKS)) * 16); }
-
-// The warp's next step to fetch. The lane copies R chunks of 16 bytes: `at` is the first, the others lie `apart` from it.
+// The warp's next step to fetch. Lane (g, t) copies chunks t, t + 4, ... of segment g, so that four lanes read whole sectors.
 struct Fetcher {
   const char* at;
   const u64 policy = read_once();
-  int apart[R];
   int panel, step, here, left;  // here: steps of the warp in this panel; left: in all that are behind it
 
   DEVICE void place(const Problem& p, int lane) {
     const Member& weight = p.member_of(panel);
-    const u64 pitch = (u64)p.steps * (STEP * R * 4);
-    const int begin = (panel - weight.first) * 8, last = weight.segments - 1 - begin, first = min(lane / CHUNKS, last);
-    at = (const char*)weight.words + (begin + first) * pitch + step * (STEP * R * 4) + lane % CHUNKS * 16;
-#pragma unroll
-    for (int i = 1; i < R; i++) {
-      const int id = i * 32 + lane;
-      apart[i] = (min(id / CHUNKS, last) - first) * (int)pitch + (id % CHUNKS - lane % CHUNKS) * 16;
-    }
+    const int segment = min((panel - weight.first) * 8 + lane / 4, weight.segments - 1);
+    at = (const char*)weight.words + ((u64)segment * p.steps + step) * (STEP * R * 4) + lane % 4 * 16;
     here = min((p.steps - step - 1) / WARPS + 1, left);
     left -= here;
   }
@@ -160,24 +137,32 @@ struct Fetcher {
     here = 0, left = position < end ? (end - position - 1) / WARPS + 1 : 0;
     if (left) place(p, lane);
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) fetch(p, ring + s * STAGE, fetch_slot(lane), lane);
+    for (int s = 0; s < STAGES - 1; s++) {
+      if (here) fetch(p, ring + s * STAGE + lane / 4 * PITCH + lane % 4 * 16, lane);
+      copies_commit();
+      if (here) pass(p, 1, lane);
+    }
   }
 
-  // Into the stage at `to`, the lane's first chunk at `slot` in it; then on to the warp's next step.
-  DEVICE void fetch(const Problem& p, u32 to, u32 slot, int lane) {
-    if (here) {
+  // To where the lane's first chunk lies.
+  DEVICE void fetch(const Problem& p, u32 to, int lane) {
 #pragma unroll
-      for (int i = 0; i < R; i++) copy16(to + write_slot(slot, i, lane), i ? at + apart[i] : at, policy);
-      if (NEIGHBOURS) fetch_neighbours(p, to, lane);
-      at += WARPS * STEP * R * 4;
-      if (NEIGHBOURS) step += WARPS;
-      if (--here == 0 && left) {
-        if (!NEIGHBOURS) step += (p.steps - step - 1) / WARPS * WARPS + WARPS;
-        while (step >= p.steps) step -= p.steps, panel++;
-        place(p, lane);
-      }
+    for (int i = 0; i < R; i++) {
+      if (R % 4 == 0) copy16(to + 4 * i / R * QUARTER + 4 * i % R * 16, at + i * 64, policy);
+      else copy16(to + i * 64, at + i * 64, policy);
     }
-    copies_commit();
+    if (NEIGHBOURS) fetch_neighbours(p, to + 8 * PITCH - lane / 4 * PITCH + lane / 4 * 64, lane);
+    at += WARPS * STEP * R * 4;
+    if (NEIGHBOURS) step += WARPS;
+  }
+
+  // So many steps of this panel have been fetched. Where it has no more, the next panel's first is found.
+  DEVICE void pass(const Problem& p, int steps, int lane) {
+    here -= steps;
+    if (!NEIGHBOURS) step += steps * WARPS;
+    if (here || !left) return;
+    while (step >= p.steps) step -= p.steps, panel++;
+    place(p, lane);
   }
 
   DEVICE void fetch_neighbours(const Problem& p, u32 to, int lane) {
@@ -185,7 +170,7 @@ struct Fetcher {
     const int row = next_segment(min((panel - weight.first) * 8 + lane / 4, weight.segments - 1), weight.segments, p.strip);
     const u32* from = weight.words + ((u64)row * p.steps + step) * (STEP * R) + lane % 4 * 4 * R;
 #pragma unroll
-    for (int j = 0; j < 4; j++) copy4(to + (8 * PITCH + lane) * 16 + j * 4, from + j * R);
+    for (int j = 0; j < 4; j++) copy4(to + j * 4, from + j * R);
   }
 };
 
@@ -414,14 +399,15 @@ DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int*
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int parts = p.tokens * p.parts_each, steps = p.steps;
   const Share share(p.run, p.longer);
-  const u32 slot = fetch_slot(lane), reads = pinned(ring + (g * PITCH + swizzle(g, t * R)) * 16);
+  const u32 reads = pinned(ring + g * PITCH + t * QUARTER), writes = pinned(ring + g * PITCH + t * 16);
   int position = share.begin + warp, turn = 0;
   u32 stage = 0, free = (STAGES - 1) * STAGE;  // of the ring: to be computed with, and to be filled
   for (int panel = p.panel_of(share.begin); panel * steps < (int)share.end; panel++, turn++) {
     const int to = min((int)share.end, (panel + 1) * steps);
     const Member& weight = p.member_of(panel);
     const int begin = (panel - weight.first) * 8, segment = min(begin + g, weight.segments - 1);
-    const int next_lane = NEIGHBOURS ? 0 : (next_segment(segment, weight.segments, p.strip) - begin) * 4 + t;
+    const int next = next_segment(segment, weight.segments, p.strip) - begin;
+    const u32 ends = NEIGHBOURS ? pinned(ring + 8 * PITCH + lane * 16) : pinned(ring + next * PITCH + t * QUARTER);
     const int rounds = position < to ? (to - position - 1) / WARPS + 1 : 0;
     const u32* x_at[COLUMN_TILES];
     u32 x_next[COLUMN_TILES];
@@ -434,35 +420,37 @@ DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int*
       x_next[n] = used[n] && rounds ? read_x(x_at[n]) : 0u;
     }
     int acc[COLUMN_TILES][FRAGMENTS][4] = {};
+    for (int round = rounds; round > 0;) {
+      const bool fetching = ahead.here > 0;
+      const int turns = fetching ? min(round, ahead.here) : round;
 #pragma unroll UNROLL
-    for (int round = 1; round <= rounds; round++) {
-      u32 x[COLUMN_TILES];
+      for (int last = round - turns; round > last; round--) {
+        u32 x[COLUMN_TILES];
 #pragma unroll
-      for (int n = 0; n < COLUMN_TILES; n++) {
-        x[n] = x_next[n];
-        x_at[n] += WARPS * parts * 4;
-        if (used[n] && round < rounds) x_next[n] = read_x(x_at[n]);
+        for (int n = 0; n < COLUMN_TILES; n++) {
+          x[n] = x_next[n];
+          x_at[n] += WARPS * parts * 4;
+          if (used[n] && round > 1) x_next[n] = read_x(x_at[n]);
+        }
+        copies_wait<STAGES - 2>();
+        __syncwarp();
+        if (fetching) ahead.fetch(p, writes + free, lane);
+        copies_commit();
+        u32 w[4][R + 1];
+        const u32 end_of_stage = NEIGHBOURS ? 4 : R * 4;
+#pragma unroll
+        for (int i = 0; i < R; i++) {
+          const uint4 v = read16(reads + stage + i * 16);
+          w[4 * i / R][4 * i % R] = v.x, w[(4 * i + 1) / R][(4 * i + 1) % R] = v.y;
+          w[(4 * i + 2) / R][(4 * i + 2) % R] = v.z, w[(4 * i + 3) / R][(4 * i + 3) % R] = v.w;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) w[j][R] = read4(ends + stage + j * end_of_stage);
+        multiply(w, x, acc, lane);
+        free = stage;
+        stage = stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;
       }
-      copies_wait<STAGES - 2>();
-      __syncwarp();
-      ahead.fetch(p, ring + free, slot, lane);
-      u32 raw[4 * R];
-#pragma unroll
-      for (int i = 0; i < R; i++) {
-        const uint4 v = read16(read_slot(reads + stage, i));
-        raw[4 * i] = v.x, raw[4 * i + 1] = v.y, raw[4 * i + 2] = v.z, raw[4 * i + 3] = v.w;
-      }
-      u32 w[4][R + 1];
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-#pragma unroll
-        for (int i = 0; i < R; i++) w[j][i] = raw[j * R + i];
-        if (NEIGHBOURS) w[j][R] = read4(ring + stage + (8 * PITCH + lane) * 16 + j * 4);
-        else w[j][R] = __shfl_sync(~0u, w[j][0], next_lane);
-      }
-      multiply(w, x, acc, lane);
-      free = stage;
-      stage = stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;
+      if (fetching) ahead.pass(p, turns, lane);
     }
     position += rounds * WARPS;
     const int place = turn & 1;

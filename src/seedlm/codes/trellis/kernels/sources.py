@@ -114,7 +114,7 @@ def own_input(in_features: int, tokens: int) -> bool:
 
 def shared_bytes(format: TrellisFormat, variant: Variant, parts: int, own_steps: int = 0) -> int:
     """Dynamic shared memory of `product`: the ring of stages, two places for a panel's sums, and x if it is taken as it is."""
-    pitch = 4 * format.rate + (format.rate in (2, 6))
+    pitch = 4 * (format.rate + (format.rate % 4 == 0)) + (format.rate % 4 == 2)  # in 16 bytes
     stage = (PANEL_ROWS // SEGMENT_ROWS * pitch + (32 if needs_neighbours(format) else 0)) * 16
     totals = variant.tiles * 32 * 65 * 4 if variant.tiles else variant.warps * parts * 8 * 36 * 4
     return variant.warps * variant.stages * stage + 2 * totals + own_steps * parts * STEP
