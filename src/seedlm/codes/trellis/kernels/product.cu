@@ -8,6 +8,8 @@
 //   narrow (up to 4 parts)  one column at a time: registers 0, 1 (k-group t) and 2, 3 (k-group t + 4) are four rows of it. B
 //                           column 2p carries part p for k-groups 0..3 and zero above, B column 2p + 1 the reverse. 8 mma
 //                           give 32 rows, 32 accumulators.
+//   dots (1 part)           no tensor cores: a lane sums its rows by dp4a, and its four lanes' sums are added at a panel's end. An mma
+//                           takes the scheduler's slots of 6.7 instructions for four hashes, dp4a one each (docs/log/products.md).
 //   wide (up to 8 parts)    two columns at a time, two rows of each: B column p carries part p. 16 mma, 64 accumulators.
 //                           With TILES = 2, 16 parts and 128 accumulators.
 //
@@ -32,7 +34,7 @@
 // begins at most one shared panel), whichever are fewer. y: [tokens, out].
 //
 // Compile-time beside decode.cuh's, and with OWN_INPUT quantize.cuh's and hadamard.cuh's: OWN_INPUT, WARPS (that decode), FINISHERS
-// (threads), STAGES, UNROLL (steps of a turn of the loop), TILES (0 is narrow), MEMBERS, NEIGHBOURS (1: the strip's next segment is
+// (threads), STAGES, UNROLL (steps of a turn of the loop), TILES (0 is narrow), DOTS, MEMBERS, NEIGHBOURS (1: the strip's next segment is
 // not always in the same panel, so its first words are fetched too).
 
 constexpr int STEP = 16;
@@ -70,6 +72,12 @@ DEVICE u32 pinned(u32 value) {
 }
 
 DEVICE u32 read_x(const u32* from) { return OWN_INPUT ? read4(smem_address(from)) : __ldg(from); }
+
+DEVICE int dot4(u32 a, u32 b, int c) {
+  int d;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 
 DEVICE void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -175,7 +183,14 @@ struct Fetcher {
 };
 
 DEVICE void multiply(const u32 (&w)[4][R + 1], const u32 (&x)[COLUMN_TILES], int (&acc)[COLUMN_TILES][FRAGMENTS][4], int lane) {
-  if (NARROW) {
+  if (DOTS) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const u32 b = __byte_perm(x[0], 0, 0x1111 * j);
+#pragma unroll
+      for (int row = 0; row < 32; row++) acc[0][row / 4][row % 4] = dot4(hash(w[j], row), b, acc[0][row / 4][row % 4]);
+    }
+  } else if (NARROW) {
     const bool upper = (lane >> 2) & 1;
     const u32 x0 = upper ? 0u : x[0], x1 = upper ? x[0] : 0u;
 #pragma unroll
@@ -216,7 +231,19 @@ DEVICE void finishers_meet() { asm volatile("barrier.sync 2, %0;" ::"n"(FINISHER
 // Put the warp's accumulators where the block adds them up: side by side (narrow), or by atomics (wide).
 DEVICE void deposit(const int (&acc)[COLUMN_TILES][FRAGMENTS][4], int* totals, int parts, int warp, int lane) {
   const int g = lane >> 2, t = lane & 3;
-  if (NARROW) {
+  if (DOTS) {
+    int half[16], quarter[8];
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      const int lower = acc[0][i / 4][i % 4], upper = acc[0][4 + i / 4][i % 4];
+      half[i] = (t & 2 ? upper : lower) + __shfl_xor_sync(~0u, t & 2 ? lower : upper, 2);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) quarter[i] = (t & 1 ? half[8 + i] : half[i]) + __shfl_xor_sync(~0u, t & 1 ? half[i] : half[8 + i], 1);
+    int4* to = (int4*)(totals + (warp * 8 + g) * ROW_PAD + t * 8);
+    to[0] = make_int4(quarter[0], quarter[1], quarter[2], quarter[3]);
+    to[1] = make_int4(quarter[4], quarter[5], quarter[6], quarter[7]);
+  } else if (NARROW) {
     if (t < parts)
 #pragma unroll
       for (int i = 0; i < FRAGMENTS; i++)
@@ -414,7 +441,7 @@ DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int*
     bool used[COLUMN_TILES];
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; n++) {
-      const int part = NARROW ? g >> 1 : n * 8 + g;
+      const int part = DOTS ? 0 : NARROW ? g >> 1 : n * 8 + g;
       used[n] = part < parts;
       x_at[n] = p.x_parts + ((u64)(position - panel * steps) * parts + part) * 4 + t;
       x_next[n] = used[n] && rounds ? read_x(x_at[n]) : 0u;

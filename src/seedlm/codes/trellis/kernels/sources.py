@@ -45,8 +45,8 @@ _INT32: Final = (1 << 31) - 1
 _LARGEST_VALUE: Final = 510
 _WHOLE_VALUE_RATES: Final = (1, 2, 4, 8)
 
-_LONG: Final = 12
-"""Steps of a warp from which on a third stage pays, and two steps a turn where states are masked."""
+_LONG: Final = 144
+"""Steps of a block from which on a third stage pays, and two steps a turn where states are masked."""
 
 _OWN_NUMBERS: Final = 1 << 11
 """Activations up to which each block of `product` transforms them all."""
@@ -68,6 +68,7 @@ class Variant:
     finishers      threads beside them that finish rows
     stages         steps of a warp in flight or at work
     unroll         steps of a turn of the loop
+    dots           one part, by products of bytes (dp4a) instead of tensor cores
     masks_by_dot   every how many rows a state is masked by the multiplying pipe; 0: none
     """
 
@@ -77,6 +78,7 @@ class Variant:
     finishers: int = 128
     masks_by_dot: int = 0
     unroll: int = 1
+    dots: bool = False
 
 
 def levels(in_features: int) -> int:
@@ -126,13 +128,20 @@ def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30, o
     Measured on an H100 (docs/log/products.md).
     """
     tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
-    warps = 4 if tiles == 2 else 16 if tiles == 0 and format.rate <= 2 else 12
-    long, even = steps >= _LONG * warps, format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16
-    stages = 2 if tiles == 0 and (not long or (even and format.rate < 4)) else 3
-    unroll = 2 if tiles == 0 and long and not even else 1
-    finishers = 256 if tiles == 0 and warps == 12 and unroll == 1 and format.rate <= 4 else 128  # 6 and 8 bits would spill
+    even = format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16
+    narrow, dots, long = tiles == 0, parts == 1, steps >= _LONG
+    warps = 4 if tiles == 2 else 16 if narrow and (format.rate <= 2 or (dots and long and format.rate == 3)) else 12
+    deep = long and warps == 12
+    stages, unroll = 2 if narrow and not deep else 3, 2 if narrow and deep and not even and not dots else 1
+    finishers = 256 if narrow and warps == 12 and unroll == 1 and format.rate <= 4 else 128  # 6 and 8 bits would spill
     variant = Variant(
-        tiles=tiles, warps=warps, stages=stages, finishers=finishers, unroll=unroll, masks_by_dot=0 if even else 2
+        tiles=tiles,
+        warps=warps,
+        stages=stages,
+        finishers=finishers,
+        unroll=unroll,
+        masks_by_dot=0 if even or dots else 2,
+        dots=dots,
     )
     most = most_shared(arch) - own_steps * parts * STEP
     while shared_bytes(format, variant, 4 if tiles == 0 else parts) > most and variant.warps > 1:
@@ -276,6 +285,7 @@ def product_source(
         ("STAGES", variant.stages),
         ("UNROLL", variant.unroll),
         ("TILES", variant.tiles),
+        ("DOTS", int(variant.dots)),
         ("MEMBERS", members),
         ("NEIGHBOURS", int(needs_neighbours(format))),
         ("OWN_INPUT", int(own_input is not None)),
