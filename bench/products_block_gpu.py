@@ -11,14 +11,14 @@ prepared inside the products. Ratios are to cuBLAS FP16 with as many tokens in t
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpu_times import SHAPES, copies, copy_bandwidth, microseconds
 from seedlm import nvrtc
 from seedlm.codes.block import packing
 from seedlm.codes.block.format import PRESETS, BlockFormat
@@ -26,10 +26,6 @@ from seedlm.codes.block.kernels import launch
 from seedlm.codes.block.kernels.backends import TorchBackend
 from seedlm.codes.block.kernels.cuda import CudaBackend
 
-SHAPES = ["57344x8192", "8192x28672", "28672x4096", "4096x14336", "4096x4096"]
-"""Out and in of gate + up and of down of a 70B model, the same of an 8B model, and its q and o."""
-
-CACHE_BYTES = 200_000_000
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 5e-3, torch.float32: 2e-3}
 BACKEND = CudaBackend()
 
@@ -110,32 +106,6 @@ def check(presets: list[str], counts: list[int]) -> dict[str, float]:
     return worst
 
 
-def microseconds(calls: list[Callable[[], object]], repeats: int = 9) -> float:
-    """Median time of one of the calls, which are captured in a graph one after another."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
-def copies(nbytes: int) -> int:
-    """How many weights of a size have to take turns so that none stays in the cache."""
-    return max(1, CACHE_BYTES // nbytes + 1)
-
-
 def dense(out: int, width: int, tokens: list[int]) -> dict[int, float]:
     """Times of FP16 weights through cuBLAS, by tokens."""
     weights = [torch.randn(out, width, device="cuda", dtype=torch.float16) for _ in range(copies(2 * out * width))]
@@ -187,13 +157,6 @@ def rows(options: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
                 rate = (stored + 2 * out * width) / time / 1e6
                 print(f"  {name:>3} bit dequantize {time:8.1f} us; {rate:5.2f} TB/s = {rate / copy:4.0%} of copy", flush=True)
                 yield {"shape": text, "preset": name, "tokens": 0, "us": {"alone": time}, "TB/s": rate}
-
-
-def copy_bandwidth() -> float:
-    """TB/s of a large copy on the device, read and written bytes."""
-    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / microseconds([lambda: b.copy_(a)] * 4) / 1e6
 
 
 def main() -> None:

@@ -11,13 +11,13 @@ as a layer runs them where x is short. Ratios are to cuBLAS FP16 at the same tok
 import argparse
 import itertools
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from gpu_times import SHAPES, copies, copy_bandwidth, microseconds
 from seedlm import nvrtc
 from seedlm.codes import hadamard
 from seedlm.codes.trellis import codec
@@ -25,10 +25,6 @@ from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.codes.trellis.kernels import launch, sources
 from seedlm.codes.trellis.kernels.cuda import CudaBackend, CudaInt8Backend
 
-SHAPES = ["57344x8192", "8192x28672", "28672x4096", "4096x14336", "4096x4096"]
-"""Out and in of gate + up and of down of a 70B model, the same of an 8B model, and its q and o."""
-
-CACHE_BYTES = 200_000_000
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-4}
 EXACT, INT8 = CudaBackend(), CudaInt8Backend()
 
@@ -96,36 +92,6 @@ def check(bits: list[int], everything: bool) -> int:
                             sys.exit(f"{format} {out}x{width}, {tokens} tokens, {dtype}, {name}, {backend.name}: wrong")
                         count += 1
     return count
-
-
-def microseconds(calls: list[Callable[[], object]], repeats: int = 15) -> float:
-    """Median time of one of the calls, which are captured in a graph one after another.
-
-    At least ten to a graph, so that starting the graph (about 10 us) does not count.
-    """
-    calls = calls * -(-10 // len(calls))
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
-def copies(nbytes: int) -> int:
-    """How many weights of a size have to take turns so that none stays in the cache."""
-    return max(1, CACHE_BYTES // nbytes + 1)
 
 
 def dense(out: int, width: int, tokens: int) -> float:
@@ -216,13 +182,6 @@ def rows(options: argparse.Namespace, copy: float) -> Iterator[dict[str, object]
                     flush=True,
                 )
                 yield {"shape": text, "what": kind or "many", "bits": bits, "tokens": tokens, "cuBLAS": base} | times
-
-
-def copy_bandwidth() -> float:
-    """TB/s of a large copy on the device, read and written bytes."""
-    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / microseconds([lambda: b.copy_(a)] * 4) / 1e6
 
 
 def main() -> None:
