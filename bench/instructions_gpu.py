@@ -2,11 +2,11 @@
 
     python bench/instructions_gpu.py [--warps 12] [--json]
 
-Each row is a loop of independent instructions, run by so many warps of every multiprocessor, a quarter of them on each scheduler.
-The instructions are those of which `product` of the trellis code consists: multiplications of a hash (imad), shifts, products of
-bytes by tensor cores (mma m16n8k32) or without them (dp4a). `sum` is what the row would take if an mma kept the scheduler from
-everything else for as long as it takes alone, and any other instruction for one clock. Where a row takes about its sum, and more
-than its busiest pipe, the scheduler's slots are the limit.
+Each row is a loop of independent instructions, run by so many warps of every multiprocessor, a quarter of them on each
+scheduler. The instructions are those of which `product` of the trellis code consists: multiplications of a hash (imad), shifts,
+products of bytes by tensor cores (mma m16n8k32) or without them (dp4a). `sum` is what the row would take if an mma kept the
+scheduler from everything else for as long as it takes alone, and any other instruction for one clock. Where a row takes about
+its sum, and more than its busiest pipe, the scheduler's slots are the limit.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from seedlm import nvrtc
 
 ROUNDS = 500
 INSTRUCTIONS = {
-    "mma": 'asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : '
+    "mma": 'asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 '
+    + '{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : '
     + ", ".join(f'"+r"(c[#][{i}])' for i in range(4))
     + ' : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));',
     "imad": """asm volatile("mad.lo.u32 %0, %0, 0x83dcd12d, %1;" : "+r"(r[#]) : "r"(k));""",
