@@ -9,7 +9,7 @@
 //                           column 2p carries part p for k-groups 0..3 and zero above, B column 2p + 1 the reverse. 8 mma
 //                           give 32 rows, 32 accumulators.
 //   dots (1 part)           no tensor cores: a lane sums its rows by dp4a, and its four lanes' sums are added at a panel's end. An mma
-//                           takes the scheduler's slots of 6.7 instructions for four hashes, dp4a one each (docs/log/products.md).
+//                           takes the scheduler's slots of 6 instructions for four hashes, dp4a one each (docs/log/products.md).
 //   wide (up to 8 parts)    two columns at a time, two rows of each: B column p carries part p. 16 mma, 64 accumulators.
 //                           With TILES = 2, 16 parts and 128 accumulators.
 //

@@ -125,12 +125,15 @@ def shared_bytes(format: TrellisFormat, variant: Variant, parts: int, own_steps:
 def choose(format: TrellisFormat, parts: int, arch: int, steps: int = 1 << 30, own_steps: int = 0) -> Variant:
     """The variant for a format, a number of int8 parts, an architecture, the steps of a block, and own_steps of `shared_bytes`.
 
-    Measured on an H100 (docs/log/products.md).
+    Measured on an H100 and an H200 (docs/log/products.md).
     """
     tiles = 0 if parts <= 4 else 1 if parts <= 8 else 2
     even = format.rate in _WHOLE_VALUE_RATES and format.state_bits == 16
     narrow, dots, long = tiles == 0, parts == 1, steps >= _LONG
-    warps = 4 if tiles == 2 else 16 if narrow and (format.rate <= 2 or (dots and long and format.rate == 3)) else 12
+    if narrow:
+        warps = 16 if format.rate <= 2 or (dots and long and format.rate == 3) else 12
+    else:
+        warps = 12 if tiles == 1 else 8 if format.rate <= 4 else 4
     deep = long and warps == 12
     stages, unroll = 2 if narrow and not deep else 3, 2 if narrow and deep and not even and not dots else 1
     finishers = 256 if narrow and warps == 12 and unroll == 1 and format.rate <= 4 else 128  # 6 and 8 bits would spill
