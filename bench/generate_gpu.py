@@ -299,7 +299,7 @@ def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | No
         try:
             with compiled_pieces() if format is None and cuda else ExitStack():
                 if stack == "generate":
-                    row[stack] = by_generate(options, model, ids, row)
+                    row[stack] = by_generate(options, model, writer, ids, row)
                 else:
                     row[stack] = generation(options, writer, stack, first, row)
         except RuntimeError as reason:  # a capture that is refused; the other stacks can still run
@@ -309,7 +309,7 @@ def measure(options: argparse.Namespace, shapes: str, format: TrellisFormat | No
     return row
 
 
-def by_generate(options: argparse.Namespace, model: Any, ids: Tensor, row: dict[str, Any]) -> dict[str, Any]:
+def by_generate(options: argparse.Namespace, model: Any, writer: Writer, ids: Tensor, row: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second of `model.generate`, from the difference between some new tokens and one."""
 
     def write(count: int) -> list[int]:
@@ -324,9 +324,13 @@ def by_generate(options: argparse.Namespace, model: Any, ids: Tensor, row: dict[
         for count in (1, 1 + options.new)
     }
     each = (times[1 + options.new] - times[1]) / options.new
-    # By transformers' forward of the whole text: how far each token's logit is below the largest, in standard deviations.
+    # How far each token's logit is below the largest, in standard deviations: by transformers' forward of the whole text, which
+    # multiplies in 16 bits, or where activations are rounded more by single steps that are.
     whole = torch.cat((ids, torch.tensor([found], device=options.device)), dim=1)
-    logits = model(whole, logits_to_keep=len(found) + 1).logits[0, :-1].float()
+    if options.tolerance > TOLERANCE:
+        logits = teacher_forced(writer, whole, options.prompt, "decoder")[options.prompt - 1 : -1].float()
+    else:
+        logits = model(whole, logits_to_keep=len(found) + 1).logits[0, :-1].float()
     below = (logits.amax(-1) - logits[range(len(found)), found]) / logits.std(-1)
     return {
         "tokens/s": 1 / each,
