@@ -1,6 +1,7 @@
 """What benchmarks of products on a GPU share: shapes, times by graphs, the bandwidth of a copy."""
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,8 @@ SHAPES = ["57344x8192", "8192x28672", "28672x4096", "4096x14336", "4096x4096"]
 """Out and in of gate + up and of down of a 70B model, the same of an 8B model, and its q and o."""
 
 CACHE_BYTES = 200_000_000
+WARM = 0.05
+"""Seconds of work before anything is timed: a GPU that waited for the host runs at lower clocks for a while."""
 
 
 def microseconds(calls: list[Callable[[], object]], repeats: int = 15) -> float:
@@ -24,7 +27,10 @@ def microseconds(calls: list[Callable[[], object]], repeats: int = 15) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    graph.replay()
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < WARM:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
