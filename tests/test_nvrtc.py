@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from seedlm import nvrtc
+from seedlm import kept, nvrtc
 from seedlm.errors import BackendError
 
 COMPILER = pytest.mark.skipif(nvrtc.reason_unavailable() is not None, reason=str(nvrtc.reason_unavailable()))
@@ -42,9 +42,9 @@ def test_every_architecture_compiles_without_a_gpu(arch, folder):
 @COMPILER
 def test_a_cubin_is_compiled_once_and_kept(folder, monkeypatch):
     first = nvrtc.compile_only(AXPY, 90, ["-DWIDTH=0"])
-    assert [path.read_bytes() for path in folder.iterdir()] == [first]
-    kept = next(folder.iterdir())
-    kept.write_bytes(b"from disk")
+    (file,) = folder.iterdir()
+    assert kept.read(file.name) == first
+    kept.write(file.name, b"from disk")
     assert nvrtc.compile_only(AXPY, 90, ["-DWIDTH=0"]) == b"from disk"
     assert nvrtc.compile_only(AXPY, 90, ["-DWIDTH=1"]) != b"from disk"
     assert nvrtc.compile_only(AXPY, 80, ["-DWIDTH=0"]) != b"from disk"
