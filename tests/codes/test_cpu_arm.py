@@ -299,3 +299,46 @@ def test_rounded_products_of_the_search(program, tmp_path):
     vectors.store(program.main, multiply(None, program.main, None, values), to)
     *_, found = program.run(tmp_path)
     assert np.array_equal(found, (a.astype(np.int64) * b + (1 << 14)) >> 15)
+
+
+def test_functions_of_the_c_library(program, tmp_path, monkeypatch):
+    """Calls go by the table at an image's start, here to code that was put behind it: str w1, [x0]; ret."""
+    link = linking.link
+
+    def with_functions(object, entry):
+        image = link(object, entry)
+        assert image.functions == ("memmove", "memset")
+        code = image.code + struct.pack("<4I", 0xD65F03C0, 0xD503201F, 0xB9000001, 0xD65F03C0)
+        return image._replace(code=struct.pack("<2Q", CODE + len(code) - 16, CODE + len(code) - 8) + code[16:])
+
+    monkeypatch.setattr(linking, "link", with_functions)
+    at = program.place(np.zeros(2, np.int32))
+    for name, place, value in (("memmove", 0, 1), ("memset", 4, 42), ("memmove", 4, 3)):
+        vectors.call(program.main, name, ir.VoidType(), program.number(place, at), ir.Constant(vectors.I32, value))
+    assert program.run(tmp_path)[0].tolist() == [0, 42]
+
+
+def test_constants_of_all_sizes(program, tmp_path):
+    """One is read, of others the address is taken: pages and places in them, by units of a number's size."""
+    found, expected = [], []
+
+    def constant(value, name):
+        made = ir.GlobalVariable(program.main.module, value.type, name)
+        made.initializer, made.global_constant, made.linkage = value, True, "internal"
+        return made
+
+    index = program.main.load(program.main.inttoptr(program.place(np.array([2])), ir.IntType(64).as_pointer()))
+    for bits, kind in ((8, np.int8), (16, np.int16), (32, np.int32), (64, np.int64)):
+        of, both = ir.IntType(bits), np.array([11, 7]).astype(kind)
+        one, three = (
+            constant(ir.Constant(of, 11), f"one{bits}"),
+            constant(ir.Constant(ir.ArrayType(of, 3), [3, 5, 7]), f"three{bits}"),
+        )
+        found.append(len(program._places))
+        expected.append(both)
+        at = program.place(np.zeros(2, kind))
+        vectors.store(program.main, program.main.load(one), at)
+        third = program.main.gep(three, [program.number(0), index])
+        vectors.store(program.main, program.main.load(third), at, bits // 8)
+    everything = program.run(tmp_path)
+    assert all(np.array_equal(everything[at], both) for at, both in zip(found, expected, strict=True))

@@ -92,9 +92,11 @@ def butterflies(address, size):
                     x[i], x[i + stride] = a + b, a - b
             stride *= 2
     while stride < size:
-        for first in range(0, size, 2 * stride):
+        first = 0
+        while first < size:  # a range raises where its step is zero, which kernels have no way to
             for i in range(first, first + stride, LANES):
                 _between(address + 4 * i, address + 4 * (i + stride))
+            first += 2 * stride
         stride *= 2
 
 

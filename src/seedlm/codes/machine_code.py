@@ -28,8 +28,9 @@ from seedlm import kept
 _COMPILERS: Final = ("numba", "llvmlite", "numpy")
 _SETTINGS: Final = ".numba_config.yaml"
 _NO_SETTINGS: Final = ("NUMBA_CACHE_DIR",)
+_CPUINFO: Final = Path("/proc/cpuinfo")
 _PROCESSOR: Final = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
-"""How lines of /proc/cpuinfo begin that say what a processor is, x86's and ARM's."""
+"""How lines of that begin that say what a processor is, x86's and ARM's."""
 
 
 class Code(NamedTuple):
@@ -104,7 +105,7 @@ def _key(module: str) -> str | None:
         own = [Path(found.origin)] if found and found.origin else []
         texts = [path.read_bytes() for path in (*sorted(Path(__file__).parent.rglob("*.py")), *own)]
         versions = [metadata.version(name) for name in _COMPILERS]
-        processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        processor = _CPUINFO.read_text().split("\n\n")[0].splitlines()
         settings = Path(_SETTINGS).read_bytes() if Path(_SETTINGS).exists() else b""
     except (OSError, metadata.PackageNotFoundError):
         return None
