@@ -18,6 +18,7 @@ libraries, of which the system maps some around those that are used.
 import argparse
 import ctypes
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -52,6 +53,8 @@ def seconds_alive() -> float:
 
 
 def child(model: str, new: int) -> None:
+    import torch
+    import transformers
     from transformers.utils import logging
 
     from seedlm.integrations.transformers.generate import Drawing, Writer
@@ -69,6 +72,11 @@ def child(model: str, new: int) -> None:
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     facts["peak"] = int(peak[1]) * 1024e-6 if peak else 0.0
     facts["loaded"], facts["first"] = loaded, first
+    facts["versions"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     facts["imported"] = [name for name in ("numba", "llvmlite") if name in sys.modules]
     print(json.dumps(facts | {"text": "".join(pieces)}))
 
@@ -105,6 +113,7 @@ def main() -> None:
         best["loaded"], best["first"] = (min(facts[name] for facts in found) for name in ("loaded", "first"))
         rows.append({"model": model.name, "files": round(files, 1)} | {name: round(best[name], 1) for name in columns})
         rows[-1] |= {"loaded": round(best["loaded"], 2), "first": round(best["first"], 2), "imported": best["imported"]}
+        rows[-1] |= best["versions"]
         numbers = "".join(f"{value:9.1f}" for value in [files, *(best[name] for name in columns)])
         print(f"{model.name[:32]:32}{numbers}{best['loaded']:10.2f}{best['first']:9.2f}  {' '.join(best['imported'])}")
     dense, *packed = rows
