@@ -236,7 +236,10 @@ def test_where_machine_code_is_refused_numba_runs_its_own(monkeypatch, why):
     own = hadamard_numba.rotation()
     assert isinstance(own, bytes)
     if why == "the system":
+        kernel = "seedlm.codes.hadamard_numba", "rotation"
+        assert isinstance(machine_code.kernel(*kernel), machine_code.Code)
         monkeypatch.setattr(machine_code, "loads", lambda: False)
+        assert not isinstance(machine_code.kernel(*kernel), machine_code.Code)  # although it is kept
     else:
         monkeypatch.setattr(linking, "link", refuse)
     numbas = hadamard_numba.rotation()

@@ -45,7 +45,7 @@ def made(module: str, maker: str, *parameters: Any) -> Any:
     name = hashlib.sha256(repr((key, module, maker, parameters)).encode()).hexdigest()[:40] + ".code"
     found = kept.read(name) if key else None
     if found is None:
-        found = getattr(importlib.import_module(module), maker)(*parameters)
+        found = _make(module, maker, *parameters)
         if key and isinstance(found, bytes):
             kept.write(name, found)
     return found
@@ -53,8 +53,12 @@ def made(module: str, maker: str, *parameters: Any) -> Any:
 
 def kernel(module: str, maker: str, *parameters: Any) -> Any:
     """A kernel that a maker makes of parameters: `Code`, or numba's own, which has an address as well."""
-    code = made(module, maker, *parameters)
+    code = (made if loads() else _make)(module, maker, *parameters)
     return load(code) if isinstance(code, bytes) else code
+
+
+def _make(module: str, maker: str, *parameters: Any) -> Any:
+    return getattr(importlib.import_module(module), maker)(*parameters)
 
 
 @cache

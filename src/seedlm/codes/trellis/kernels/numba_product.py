@@ -5,7 +5,7 @@ Activations are integers: the inputs are rotated, and each group of 256 columns 
 their order. A weight's bytes are 510 too large, which is taken off a group's sum.
 
 How weights are made is in `numba_windows`, and in `numba_pairs` for processors that have what it takes. What a processor adds
-products of bytes with (`vectors.byte_products`) decides how activations lie in memory:
+products of bytes with (`processor.byte_products`) decides how activations lie in memory:
 
     numba_pairs     int16, of two columns side by side; not for int8
     vnni, dot       two int8 parts, of which the first counts 256 (int8: one)
