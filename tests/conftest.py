@@ -25,18 +25,19 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 
 def pytest_configure(config):
-    """Numba's compiled code in one folder for all workers, the processes that they start, and later runs.
+    """Compiled code in one folder for all workers, the processes that they start, and later runs.
 
     Numba asks only whether the file of a function has changed, not what it calls in others: another version of any compiled
     module is another folder. Set before numba is imported.
     """
-    if "NUMBA_CACHE_DIR" in os.environ or not hasattr(config, "cache"):
+    if {"NUMBA_CACHE_DIR", "SEEDLM_CACHE"} <= {*os.environ} or not hasattr(config, "cache"):
         return
     texts = [path.read_bytes() for path in sorted((config.rootpath / "src").rglob("*.py"))]
     compiled = [text for text in texts if re.search(rb"^(from|import) (numba|llvmlite)", text, re.MULTILINE)]
     digest = hashlib.sha256(b"".join(compiled)).hexdigest()[:16]
     folder = config.cache.mkdir("numba")
-    os.environ["NUMBA_CACHE_DIR"] = str(folder / digest)
+    for name in ("NUMBA_CACHE_DIR", "SEEDLM_CACHE"):
+        os.environ.setdefault(name, str(folder / digest))
     if "PYTEST_XDIST_WORKER" not in os.environ:
         for other in folder.iterdir():
             if other.name != digest:

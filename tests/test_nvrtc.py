@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from seedlm import nvrtc
+from seedlm import kept, nvrtc
 from seedlm.errors import BackendError
 
 COMPILER = pytest.mark.skipif(nvrtc.reason_unavailable() is not None, reason=str(nvrtc.reason_unavailable()))
@@ -39,15 +39,22 @@ def test_every_architecture_compiles_without_a_gpu(arch, folder):
     assert nvrtc.compile_only(AXPY, arch, ["-DWIDTH=0"]).startswith(b"\x7fELF")
 
 
-@COMPILER
 def test_a_cubin_is_compiled_once_and_kept(folder, monkeypatch):
-    first = nvrtc.compile_only(AXPY, 90, ["-DWIDTH=0"])
-    assert [path.read_bytes() for path in folder.iterdir()] == [first]
-    kept = next(folder.iterdir())
-    kept.write_bytes(b"from disk")
-    assert nvrtc.compile_only(AXPY, 90, ["-DWIDTH=0"]) == b"from disk"
-    assert nvrtc.compile_only(AXPY, 90, ["-DWIDTH=1"]) != b"from disk"
-    assert nvrtc.compile_only(AXPY, 80, ["-DWIDTH=0"]) != b"from disk"
+    compiled = []
+
+    def compile(source, flags):
+        compiled.append(flags)
+        return f"cubin {len(compiled)}".encode()
+
+    monkeypatch.setattr(nvrtc, "_version", lambda: "13.0")
+    monkeypatch.setattr(nvrtc, "_compile", compile)
+    assert [nvrtc.compile_only(AXPY, 90, ["-DWIDTH=0"]) for _ in range(2)] == [b"cubin 1"] * 2
+    (file,) = folder.iterdir()
+    assert kept.read(file.name) == b"cubin 1"
+    others = [nvrtc.compile_only(AXPY, 90, ["-DWIDTH=1"]), nvrtc.compile_only(AXPY, 80, ["-DWIDTH=0"])]
+    assert others == [b"cubin 2", b"cubin 3"]
+    file.write_bytes(b"damaged")
+    assert [nvrtc.compile_only(AXPY, 90, ["-DWIDTH=0"]) for _ in range(2)] == [b"cubin 4"] * 2
 
 
 @COMPILER

@@ -20,11 +20,8 @@ The compiler and the driver's calls are reached through `cuda-bindings`, which i
 
 import ctypes
 import hashlib
-import os
 import re
 import struct
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -34,6 +31,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from seedlm import kept
 from seedlm.errors import BackendError, extra
 
 REMEDY = extra("cuda")
@@ -84,29 +82,13 @@ def compile_only(source: str, arch: int, options: Sequence[str] = (), specific: 
 
     Raises BackendError with the compiler's own words if the text does not compile, or if there is no compiler.
     """
-    folder = cache_folder()
     flags = (f"-arch=sm_{arch}{'a' if specific else ''}", *STANDARD, *options)
     key = hashlib.sha256("\0".join((source, *flags, _version())).encode()).hexdigest()
-    path = folder / f"{key[:40]}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
+    name = f"{key[:40]}.cubin"
+    if (cubin := kept.read(name)) is None:
         cubin = _compile(source, flags)
-    _keep(path, cubin)
+        kept.write(name, cubin)
     return cubin
-
-
-def cache_folder() -> Path:
-    """Where cubins are kept: SEEDLM_CACHE, or the user's folder for caches, /kernels. It need not exist or be writable."""
-    if chosen := os.environ.get("SEEDLM_CACHE"):
-        return Path(chosen) / "kernels"
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "seedlm" / "kernels"
 
 
 class Kernel:
@@ -257,20 +239,6 @@ def _compile(source: str, flags: Sequence[str]) -> bytes:
         return cubin
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-
-
-def _keep(path: Path, cubin: bytes) -> None:
-    """Write beside the target and rename, so that no reader sees half a file. A folder that takes nothing is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-            part.write(cubin)
-        try:
-            os.replace(part.name, path)
-        except OSError:
-            os.unlink(part.name)
-    except OSError:
-        return
 
 
 def _checked(result: tuple[Any, ...], what: str) -> Any:

@@ -1,13 +1,14 @@
 """The CPU kernels' code for ARM: compiled everywhere, and run where an emulator is installed.
 
-    apt-get install qemu-user-static binutils-aarch64-linux-gnu
+    apt-get install qemu-user-static
     python -m pytest -rs tests/codes/test_cpu_arm.py
 
-Without these it is compiled, and the tests are skipped with that reason. Everything that is emitted by hand is run: what
-numba makes of Python's own statements around it is the same on every processor.
+Without it code is compiled and linked, and the tests are skipped with that reason. Everything that is emitted by hand is run:
+what numba makes of Python's own statements around it is the same on every processor. It is linked by `linking`, as kernels are.
 """
 
 import shutil
+import struct
 import subprocess
 from types import SimpleNamespace
 
@@ -25,10 +26,10 @@ pytest.importorskip("numba")
 from llvmlite import binding, ir
 from numba import types
 
-from seedlm.codes import hadamard_numba, simd, vectors
-from seedlm.codes.block.kernels import numba_dequantize
+from seedlm.codes import hadamard_numba, linking, processor, simd, vectors
+from seedlm.codes.block.kernels import lanes
 from seedlm.codes.block.kernels import numba_product as block_product
-from seedlm.codes.trellis.kernels import numba_product, numba_weights, numba_windows
+from seedlm.codes.trellis.kernels import numba_product, numba_weights, numba_windows, records
 
 ARM = "aarch64-unknown-linux-gnu"
 PROCESSORS = {"dot": ("neon", "dotprod"), "plain": ("neon",)}
@@ -36,13 +37,24 @@ MODELS = {"dot": "max", "plain": "cortex-a53"}
 """What is emulated: the latter has no product of bytes, and would stop at one."""
 
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
-LINKER = shutil.which("aarch64-linux-gnu-ld") or shutil.which("ld.lld")
 RATES = [(rate, 16) for rate in range(1, 9)] + [(3, 12), (6, 12)]
 
+
+CODE, MEMORY, ROOM = 1 << 22, 1 << 28, 1 << 20
+"""Where code and memory are, and bytes of the latter."""
 
 _READ, _WRITE, _EXIT = 63, 64, 93
 _SYSTEM = 0xAA0303E8, 0xD4000001, 0xD65F03C0
 """A function of three arguments and the number of a call to Linux: mov x8, x3; svc #0; ret. llvmlite has no ARM assembler."""
+
+
+def program_file(path, image):
+    """An ELF program of an image, which `MEMORY` of `ROOM` bytes belongs to."""
+    head = struct.pack("<16s2HI3QI6H", b"\x7fELF\2\1\1", 2, 183, 1, CODE + image.entry, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    parts = struct.pack("<2I6Q", 1, 5, 1 << 12, CODE, CODE, len(image.code), len(image.code), 1 << 12)
+    parts += struct.pack("<2I6Q", 1, 6, 0, MEMORY, MEMORY, 0, ROOM, 1 << 12)
+    path.write_bytes((head + parts).ljust(1 << 12, b"\0") + image.code)
+    path.chmod(0o700)
 
 
 class Program:
@@ -51,19 +63,16 @@ class Program:
     def __init__(self, monkeypatch, way):
         self.way, self._functions = way, {}
         found = frozenset(PROCESSORS[way])
-        for module in (vectors, numba_windows, hadamard_numba, block_product):
+        for module in (processor, numba_windows, hadamard_numba, block_product):
             monkeypatch.setattr(module, "features", lambda: found)
-        monkeypatch.setattr(vectors, "get_default_triple", lambda: ARM)
         monkeypatch.setattr(simd, "get_host_cpu_features", lambda: dict.fromkeys(found, True))
-        assert vectors.byte_products() == way
+        assert processor.byte_products() == way
         self._module = ir.Module()
         self._module.triple = ARM
         function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), []), "_start")
         self.main = ir.IRBuilder(function.append_basic_block())
         self._memory, self._places = bytearray(), []
-        self._global = ir.GlobalVariable(self._module, ir.ArrayType(vectors.I8, 1 << 20), "memory")
-        self._global.initializer, self._global.align = ir.Constant(self._global.type.pointee, None), 64
-        self._start = self.main.ptrtoint(self._global, vectors.I64)
+        self._start = ir.Constant(vectors.I64, MEMORY)
         system = ir.GlobalVariable(self._module, ir.ArrayType(vectors.I32, len(_SYSTEM)), "system")
         system.initializer, system.section, system.global_constant = (
             ir.Constant(system.type.pointee, _SYSTEM),
@@ -72,7 +81,7 @@ class Program:
         )
         kind = ir.FunctionType(vectors.I64, [vectors.I64] * 4)
         self._call = self.main.bitcast(system, kind.as_pointer())
-        self._system(_READ, 0, self._start, self._global.type.pointee.count)
+        self._system(_READ, 0, self._start, ROOM)
 
     def _system(self, call, *numbers):
         self.main.call(self._call, [each if isinstance(each, ir.Value) else self.number(each) for each in (*numbers, call)])
@@ -106,7 +115,7 @@ class Program:
     def run(self, folder, instruction=None):
         """The arrays that were placed, as they are afterwards."""
         self._memory += b"\xff" * 256
-        assert len(self._memory) <= self._global.type.pointee.count
+        assert len(self._memory) <= ROOM
         self._system(_WRITE, 1, self._start, len(self._memory))
         self._system(_EXIT, 0, 0, 0)
         self.main.unreachable()
@@ -114,17 +123,14 @@ class Program:
         binding.initialize_all_asmprinters()
         features = ",".join(f"+{name}" for name in PROCESSORS[self.way])
         target = binding.Target.from_triple(ARM)
-        machine = target.create_target_machine(cpu="generic", features=features, opt=3, reloc="static", codemodel="small")
+        machine = target.create_target_machine(cpu="generic", features=features, opt=3, reloc="pic", codemodel="small")
         parsed = binding.parse_assembly(str(self._module))
         parsed.verify()
         if instruction:
             assert (instruction in machine.emit_assembly(parsed)) == (self.way == "dot")
-        (folder / "code.o").write_bytes(machine.emit_object(parsed))
-        if not EMULATOR or not LINKER:
-            pytest.skip(
-                "compiled, not run: needs qemu-aarch64 and aarch64-linux-gnu-ld (qemu-user-static, binutils-aarch64-linux-gnu)"
-            )
-        subprocess.run([LINKER, "-N", "-o", folder / "code", folder / "code.o"], check=True)
+        program_file(folder / "code", linking.link(machine.emit_object(parsed), "_start"))
+        if not EMULATOR:
+            pytest.skip("compiled and linked, not run: needs qemu-aarch64 (qemu-user-static)")
         (folder / "input").write_bytes(self._memory)
         with (folder / "input").open("rb") as given, (folder / "output").open("wb") as output:  # files: all in one call
             command = [EMULATOR, "-cpu", MODELS[self.way], folder / "code"]
@@ -142,7 +148,7 @@ def program(monkeypatch, request):
 @pytest.mark.parametrize(("rate", "state_bits", "exact"), [(*each, True) for each in RATES] + [(3, 16, False), (4, 16, False)])
 def test_the_trellis_products(program, tmp_path, rate, state_bits, exact):
     """A segment of a strip of two with three tokens, of which two share a decoding: quantized, multiplied, put in order."""
-    width, tokens, levels = 389, 3, numba_product.LEVELS if exact else 127
+    width, tokens, levels = 389, 3, records.LEVELS if exact else 127
     draw = np.random.default_rng(rate)
     words = draw.integers(-(2**31), 2**31, (2, width * rate)).astype(np.int32)
     format = parse_format(f"trellis-r{rate}-l{state_bits}-t64-h128")
@@ -151,18 +157,18 @@ def test_the_trellis_products(program, tmp_path, rate, state_bits, exact):
     rows[:, :width] = draw.standard_normal((tokens, width))
     largest = np.abs(rows).reshape(tokens, 2, 256).max(-1)
     inverses, scales = np.float32(levels) / largest, largest / np.float32(levels)
-    stride = numba_product.records(width)
-    records = np.full((tokens, stride), 255, np.uint8)
+    stride = records.records(width)
+    activations = np.full((tokens, stride), 255, np.uint8)
     for token in range(tokens):
         for group in range(2):
-            at = numba_product.HEADER + numba_product.RECORD * group
-            records[token, at : at + 4].view(np.float32)[0] = scales[token, group]
+            at = records.HEADER + records.RECORD * group
+            activations[token, at : at + 4].view(np.float32)[0] = scales[token, group]
     columns, count = vectors.LANES // rate, len(numba_product._rows(rate, state_bits, exact))
 
-    at_rows, at_records = program.place(rows), program.place(records)
+    at_rows, at_records = program.place(rows), program.place(activations)
     for token in range(tokens):
         for group in range(2):
-            record = program.number(token * stride + numba_product.HEADER + numba_product.RECORD * group, at_records)
+            record = program.number(token * stride + records.HEADER + records.RECORD * group, at_records)
             row = program.number(4 * (512 * token + 256 * group), at_rows)
             inverse = ir.Constant(vectors.F32, float(inverses[token, group]))
             program.call(numba_product._quantize, row, inverse, record, rate, exact)
@@ -179,7 +185,7 @@ def test_the_trellis_products(program, tmp_path, rate, state_bits, exact):
                 tail[part, :left] = words[which, first : first + left]
             tail = program.place(tail)
             for first, some in ((0, 2), (2, 1)):
-                record = numba_product.HEADER + numba_product.RECORD * group + stride * first
+                record = records.HEADER + records.RECORD * group + stride * first
                 numbers = [program.number(4 * at, own), program.number(4 * at, after), program.number(record, at_records)]
                 numbers += [program.number(steps), program.number(stride), program.number(4 * count * first, sums)]
                 numbers += [program.number(end), tail]
@@ -218,15 +224,15 @@ def test_the_trellis_weights(program, tmp_path, rate, state_bits):
     assert np.array_equal(found[:, :width], expected.numpy())
 
 
-@pytest.mark.parametrize("spec", [spec for spec in BLOCK if block_product.serves(parse_format(spec))])
+@pytest.mark.parametrize("spec", [spec for spec in BLOCK if lanes.serves(parse_format(spec))])
 def test_the_block_code(program, tmp_path, spec):
     """Weights to the bit; products of three tokens, whose sums are floats."""
     format, rows, width, tokens = parse_format(spec), 3, 389, 3
     parts = parts_of(format, (rows, width))
     words, bias = parts["words"].numpy(), int(parts["exponent_bias"])
-    c, count, numbers = format.block_size, block_product.groups(format, width), format.block_bits // 2
+    c, count, numbers = format.block_size, lanes.groups(format, width), format.block_bits // 2
     constants = (format.seed_bits, c, format.num_coefficients, format.coefficient_bits, format.exponent_bits)
-    scales = numba_dequantize.scales(bias, format).numpy()
+    scales = lanes.scales(bias, format).numpy()
     scales = np.pad(scales, (0, 16 - len(scales)))
     draw = np.random.default_rng(0)
     x = np.zeros((tokens, count * 16 * c), np.float32)
@@ -236,7 +242,7 @@ def test_the_block_code(program, tmp_path, spec):
     length = words.shape[1]
     end = max(0, min(count, (length - loaded) // numbers + 1)) if length >= loaded else 0
 
-    x_at, scales, tables = program.place(arranged), program.place(scales), program.place(block_product.tables(format))
+    x_at, scales, tables = program.place(arranged), program.place(scales), program.place(lanes.tables(format))
     for row in range(rows):
         ends = np.zeros(256, np.int32)
         ends[: length - numbers * end] = words[row, numbers * end :]
@@ -293,3 +299,46 @@ def test_rounded_products_of_the_search(program, tmp_path):
     vectors.store(program.main, multiply(None, program.main, None, values), to)
     *_, found = program.run(tmp_path)
     assert np.array_equal(found, (a.astype(np.int64) * b + (1 << 14)) >> 15)
+
+
+def test_functions_of_the_c_library(program, tmp_path, monkeypatch):
+    """Calls go by the table at an image's start, here to code that was put behind it: str w1, [x0]; ret."""
+    link = linking.link
+
+    def with_functions(object, entry):
+        image = link(object, entry)
+        assert image.functions == ("memmove", "memset")
+        code = image.code + struct.pack("<4I", 0xD65F03C0, 0xD503201F, 0xB9000001, 0xD65F03C0)
+        return image._replace(code=struct.pack("<2Q", CODE + len(code) - 16, CODE + len(code) - 8) + code[16:])
+
+    monkeypatch.setattr(linking, "link", with_functions)
+    at = program.place(np.zeros(2, np.int32))
+    for name, place, value in (("memmove", 0, 1), ("memset", 4, 42), ("memmove", 4, 3)):
+        vectors.call(program.main, name, ir.VoidType(), program.number(place, at), ir.Constant(vectors.I32, value))
+    assert program.run(tmp_path)[0].tolist() == [0, 42]
+
+
+def test_constants_of_all_sizes(program, tmp_path):
+    """One is read, of others the address is taken: pages and places in them, by units of a number's size."""
+    found, expected = [], []
+
+    def constant(value, name):
+        made = ir.GlobalVariable(program.main.module, value.type, name)
+        made.initializer, made.global_constant, made.linkage = value, True, "internal"
+        return made
+
+    index = program.main.load(program.main.inttoptr(program.place(np.array([2])), ir.IntType(64).as_pointer()))
+    for bits, kind in ((8, np.int8), (16, np.int16), (32, np.int32), (64, np.int64)):
+        of, both = ir.IntType(bits), np.array([11, 7]).astype(kind)
+        one, three = (
+            constant(ir.Constant(of, 11), f"one{bits}"),
+            constant(ir.Constant(ir.ArrayType(of, 3), [3, 5, 7]), f"three{bits}"),
+        )
+        found.append(len(program._places))
+        expected.append(both)
+        at = program.place(np.zeros(2, kind))
+        vectors.store(program.main, program.main.load(one), at)
+        third = program.main.gep(three, [program.number(0), index])
+        vectors.store(program.main, program.main.load(third), at, bits // 8)
+    everything = program.run(tmp_path)
+    assert all(np.array_equal(everything[at], both) for at, both in zip(found, expected, strict=True))

@@ -1,12 +1,12 @@
 """`codes.hadamard` compiled, for rows in memory; the same operations in the same order as there, so the same bits."""
 
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, types
+from numba import carray, types
 
-from seedlm.codes.compiled import KEPT
-from seedlm.codes.threads import Kernel
+from seedlm.codes.compiled import to_machine_code
+from seedlm.codes.processor import features
 from seedlm.codes.vectors import (
     F32,
     FLOATS,
@@ -14,7 +14,6 @@ from seedlm.codes.vectors import (
     as_pointer,
     call,
     constant,
-    features,
     inner,
     intrinsic,
     job_address,
@@ -93,9 +92,11 @@ def butterflies(address, size):
                     x[i], x[i + stride] = a + b, a - b
             stride *= 2
     while stride < size:
-        for first in range(0, size, 2 * stride):
+        first = 0
+        while first < size:  # a range raises where its step is zero, which kernels have no way to
             for i in range(first, first + stride, LANES):
                 _between(address + 4 * i, address + 4 * (i + stride))
+            first += 2 * stride
         stride *= 2
 
 
@@ -165,15 +166,14 @@ def rotate_row(x, kind, token, width, padded, block, signs, row):
     return lift
 
 
-@lru_cache(maxsize=1)
-def rotation() -> Kernel:
+def rotation() -> Any:
     """Transforms tokens one after another.
 
     Its job: tokens, x, kind of x, width, block, signs float32 [block], float32 [pieces, width] to work in, y, kind of y,
     pieces. x, signs, y and what to work in are addresses.
     """
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
+    @to_machine_code()
     def rotate(job):
         tokens, x, kind, width, block, y, y_kind, pieces = job[1], job[2], job[3], job[4], job[5], job[8], job[9], job[10]
         signs = carray(as_pointer(job[6]), (block,), np.float32)
@@ -192,4 +192,4 @@ def rotation() -> Kernel:
                 else:
                     write_bfloat16(row, y + 2 * width * token, width, lift)
 
-    return Kernel(rotate)
+    return rotate

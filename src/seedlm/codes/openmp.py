@@ -14,57 +14,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from llvmlite import ir
-from numba import cfunc, types
 
-from seedlm.codes.compiled import KEPT
-from seedlm.codes.team import atomic, call_kernel
-from seedlm.codes.vectors import I32, I64, call, intrinsic, pointer
+from seedlm.codes import machine_code
 
 _NEVER: Final = 2**63 - 1
-
-_least = atomic("min")
-
-
-@intrinsic
-def _at(typingctx, address):
-    """The int64 at an address."""
-
-    def codegen(context, builder, sig, args):
-        return builder.load(pointer(builder, args[0], I64))
-
-    return types.intp(types.intp), codegen
-
-
-@intrinsic
-def _now(typingctx):
-    """Nanoseconds on the clock of `time.monotonic_ns`."""
-
-    def codegen(context, builder, sig, args):
-        with builder.goto_entry_block():
-            place = builder.alloca(ir.ArrayType(I64, 2))
-        address = builder.ptrtoint(place, I64)
-        call(builder, "clock_gettime", I32, ir.Constant(I32, time.CLOCK_MONOTONIC), address)
-        found = builder.load(place)
-        return builder.add(
-            builder.mul(builder.extract_value(found, 0), ir.Constant(I64, 10**9)), builder.extract_value(found, 1)
-        )
-
-    return types.intp(), codegen
-
-
-@cfunc(types.void(types.intp), cache=KEPT)
-def _take_part(region):
-    """What every thread of a region does: the job, then a note of when it found no more of it, if that is the earliest."""
-    call_kernel(_at(region), region + 16)
-    _least(region + 8, _now())
 
 
 class Region:
     """Runs kernels on torch's threads."""
 
     def __init__(self, run: Any) -> None:
-        self._run, self._part = run, ctypes.c_void_p(_take_part.address)
+        self._run, self._kept = run, machine_code.kernel("seedlm.codes.team_numba", "take_part")
+        self._part = ctypes.c_void_p(self._kept.address)
 
     @classmethod
     def find(cls) -> "Region | None":

@@ -15,121 +15,10 @@ from collections import deque
 from typing import Any, Final
 
 import numpy as np
-from llvmlite import ir
-from llvmlite.binding import address_of_symbol, get_default_triple
-from numba import cfunc, types
 
-from seedlm.codes.compiled import KEPT
-from seedlm.codes.vectors import I32, I64, call, intrinsic, job_address, pointer
+from seedlm.codes import machine_code
 
-_JOB, _KERNEL, _SERIAL, _INSIDE, _TAKEN = 0, 64, 128, 192, 256
-"""Places on the board, in bytes: apart, so that waiting for one does not slow down another."""
-
-_LOOKS: Final = 1 << 14
-_POLITE: Final = address_of_symbol("sched_yield") is not None
-
-
-def atomic(operation: str) -> Any:
-    """An atomic operation on the int64 at an address; what was there before is returned."""
-
-    @intrinsic
-    def run(typingctx, address, value):
-        def codegen(context, builder, sig, args):
-            return builder.atomic_rmw(operation, pointer(builder, args[0], I64), args[1], "seq_cst")
-
-        return types.intp(types.intp, types.intp), codegen
-
-    return run
-
-
-add, _exchange = atomic("add"), atomic("xchg")
-
-
-@intrinsic
-def look(typingctx, address):
-    def codegen(context, builder, sig, args):
-        return builder.load_atomic(pointer(builder, args[0], I64), "seq_cst", 8)
-
-    return types.intp(types.intp), codegen
-
-
-@intrinsic
-def call_kernel(typingctx, kernel, job):
-    """Run the kernel at an address on the job at another."""
-
-    def codegen(context, builder, sig, args):
-        function = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [I64]).as_pointer())
-        builder.call(function, [args[1]])
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp), codegen
-
-
-@cfunc(types.void(types.CPointer(types.int64)), cache=KEPT)
-def run_all(job):
-    """One job after another. job: 0, how many, of each its kernel's address and where it lies, in bytes from here; the jobs."""
-    for i in range(job[1]):
-        call_kernel(job[2 + 2 * i], job_address(job) + job[3 + 2 * i])
-
-
-@intrinsic
-def pause(typingctx):
-    """Tell the processor that this is a loop that waits."""
-
-    def codegen(context, builder, sig, args):
-        triple = get_default_triple()
-        if triple.startswith("x86_64"):
-            call(builder, "llvm.x86.sse2.pause", ir.VoidType())
-        elif triple.startswith(("aarch64", "arm64")):
-            call(builder, "llvm.aarch64.hint", ir.VoidType(), ir.Constant(I32, 1))
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def _give_way(typingctx):
-    def codegen(context, builder, sig, args):
-        if _POLITE:
-            call(builder, "sched_yield", I32)
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@cfunc(types.void(types.intp, types.intp, types.intp), cache=KEPT)
-def _lead(board, kernel, job):
-    """Do a job, with whoever comes."""
-    if _exchange(board + _TAKEN, 1):
-        call_kernel(kernel, job)
-        return
-    _exchange(board + _KERNEL, kernel)
-    add(board + _SERIAL, 1)
-    _exchange(board + _JOB, job)
-    call_kernel(kernel, job)
-    _exchange(board + _JOB, 0)
-    while look(board + _INSIDE):
-        pause()
-    _exchange(board + _TAKEN, 0)
-
-
-@cfunc(types.void(types.intp), cache=KEPT)
-def _help(board):
-    """Take part in jobs until there has been none for a while."""
-    idle, last = 0, 0
-    while idle < _LOOKS:
-        idle += 1
-        if look(board + _JOB) and look(board + _SERIAL) != last:
-            add(board + _INSIDE, 1)  # from here on the caller waits
-            job = look(board + _JOB)
-            if job:
-                last, idle = look(board + _SERIAL), 0
-                call_kernel(look(board + _KERNEL), job)
-            add(board + _INSIDE, -1)
-        elif idle & 31:
-            pause()
-        else:
-            _give_way()
+_MAKERS: Final = "seedlm.codes.team_numba"
 
 
 class Team:
@@ -138,8 +27,10 @@ class Team:
     def __init__(self) -> None:
         self._memory = np.zeros(64, np.int64)
         self._board = self._memory.ctypes.data
-        self._lead = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(_lead.address or 0)
-        self._help = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_help.address or 0)
+        self._kept = machine_code.kernel(_MAKERS, "lead"), machine_code.kernel(_MAKERS, "help")
+        leads, helps = (each.address for each in self._kept)
+        self._lead = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(leads)
+        self._help = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(helps)
         self._asleep: deque[Any] = deque()
         self._count, self._growing = 0, threading.Lock()
 

@@ -14,10 +14,12 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
+
+from seedlm.codes import machine_code
 
 _LATE = 1_000_000
 """Nanoseconds: pieces take some microseconds each, so that no thread should end much later than another."""
@@ -40,7 +42,7 @@ def share_rows(work: Callable[[int, int], None], rows: int, weights_per_row: int
 
 
 class Kernel:
-    """A function compiled by `numba.cfunc` that is given its job's address: int64, of which the first is the next piece.
+    """A compiled function that is given its job's address: int64, of which the first is the next piece.
 
     It takes pieces (`vectors.take`) and does them until there are no more, so any number of threads may run it at once.
     """
@@ -71,12 +73,12 @@ class Jobs:
     def __init__(self, jobs: Sequence[tuple[Kernel, tuple[int | None, ...], int]]) -> None:
         laid: list[int | None] = []
         table: list[int] = []
-        for kernel, numbers, _ in jobs:
-            table += [kernel.address, 8 * (2 + 2 * len(jobs) + len(laid))]
+        for each, numbers, _ in jobs:
+            table += [each.address, 8 * (2 + 2 * len(jobs) + len(laid))]
             laid += [0, *numbers]
         self._kernel = jobs[0][0]
         if len(jobs) > 1:
-            self._kernel, laid = _chain(), [0, len(jobs), *table, *laid]
+            self._kernel, laid = kernel("seedlm.codes.team_numba", "run_all"), [0, len(jobs), *table, *laid]
         self._pieces = sum(pieces for *_, pieces in jobs)
         self._numbers = [number or 0 for number in laid]
         given = [place for place, number in enumerate(laid) if number is None]
@@ -128,11 +130,10 @@ def _threads() -> Threads:
     return Threads(Region.find(), Team())
 
 
-@lru_cache(maxsize=1)
-def _chain() -> Kernel:
-    from seedlm.codes.team import run_all
-
-    return Kernel(run_all)
+@cache
+def kernel(module: str, maker: str, *parameters: Any) -> Kernel:
+    """The kernel that a maker makes of parameters (`machine_code`), which is where it is as long as the process."""
+    return Kernel(machine_code.kernel(module, maker, *parameters))
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""LLVM code for kernels that work on memory by address, and what the processor that it is compiled for can do.
+"""LLVM code for kernels that work on memory by address.
 
 Kernels that multiply are emitted as LLVM's own code, 16 lanes at a time, and called from functions that numba compiles: so a
 loop keeps its sums in registers and uses the instructions that add products of bytes, and no machine needs a compiler. Vectors
@@ -8,15 +8,14 @@ Nothing here is bounds-checked; addresses are integers, offsets count bytes.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_default_triple
-from numba import carray, extending, njit, types
-from numba.core import cgutils, config
-from numba.core.codegen import get_host_cpu_features
+from numba import carray, extending, types
+from numba.core import cgutils
+
+from seedlm.codes.compiled import inner
 
 LANES: Final = 16
 
@@ -25,35 +24,6 @@ F32, F64 = ir.FloatType(), ir.DoubleType()
 INTS, FLOATS, BYTES = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES), ir.VectorType(I8, 4 * LANES)
 
 intrinsic: Any = extending.intrinsic
-_NO_WAYS_IN: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-inner = njit(nogil=True, error_model="numpy", **_NO_WAYS_IN)
-"""Compiles what only compiled functions call: ways in from Python and from C take their time to compile too."""
-
-
-@lru_cache(maxsize=1)
-def features() -> frozenset[str]:
-    """What numba compiles for: the host's features (without AVX if ``NUMBA_ENABLE_AVX=0``), or ``NUMBA_CPU_FEATURES``."""
-    if (found := getattr(config, "CPU_FEATURES", None)) is None:
-        found = get_host_cpu_features()
-    return frozenset(name[1:] for name in found.split(",") if name.startswith("+"))
-
-
-def byte_products() -> str:
-    """The best way that the processor has to add four products of bytes to a lane.
-
-    "vnni"   four unsigned bytes times four signed ones in an instruction; "vnni512" with registers of 512 bits
-    "dot"    four signed ones times four signed ones (ARM)
-    "pairs"  only with steps between, and without room for sums of unsigned bytes times signed ones (AVX2, SSSE3)
-    "plain"  not at all
-    """
-    found = features()
-    if "avx512vnni" in found and "avx512f" in found:
-        return "vnni512"
-    if "avxvnni" in found:
-        return "vnni"
-    if "dotprod" in found and get_default_triple().startswith(("aarch64", "arm64")):
-        return "dot"
-    return "pairs" if "ssse3" in found else "plain"
 
 
 def pointer(builder, address: ir.Value, to: ir.Type, offset: int = 0) -> ir.Value:

@@ -4,13 +4,12 @@ A token's query heads that share a key head go over its positions together: scor
 token's own key and value are written to the cache first, and read from there as they are stored.
 """
 
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, types
+from numba import carray
 
-from seedlm.codes.compiled import KEPT
-from seedlm.codes.threads import Kernel
+from seedlm.codes.compiled import to_machine_code
 from seedlm.codes.vectors import (
     as_pointer,
     exponential,
@@ -23,11 +22,6 @@ from seedlm.codes.vectors import (
     write,
     write_bfloat16,
 )
-
-
-def floats(group: int, width: int, length: int) -> int:
-    """That a key head is worked with: queries, scores, cosines and sines, a line and another."""
-    return group * (width + length) + 4 * width
 
 
 @inner
@@ -51,15 +45,14 @@ def _turn(line, cosines, sines, target, width, factor):
         y[i + half] = (b * c[i + half] + a * s[i + half]) * factor
 
 
-@lru_cache(maxsize=1)
-def attend() -> Kernel:
+def attend() -> Any:
     """Its job: key heads, query heads of each, width, length of the cache, bits of float32 scaling, kind (`on_cpu.KINDS`) of
-    all tensors, position, then addresses: q, k, v, cosines, sines, keys, values, out, floats [key heads * `floats`].
+    all tensors, position, then addresses: q, k, v, cosines, sines, keys, values, out, floats [key heads * `attention._floats`].
 
     Sums may be taken in any order.
     """
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+    @to_machine_code(fastmath={"reassoc", "contract", "nsz"})
     def run(job):
         heads, group, width, length, kind, now = job[1], job[2], job[3], job[4], job[6], job[7]
         scaling = from_bits(np.int32(job[5]))
@@ -119,4 +112,4 @@ def attend() -> Kernel:
             for g in range(group):
                 write(work + 4 * g * width, job[15], kind, (head * group + g) * width, 0, 0, width)
 
-    return Kernel(run)
+    return run

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seedlm import nvrtc
 from seedlm.codes import on_cpu
+from seedlm.codes.threads import kernel
 
 _WIDTHS: Final = (64, 128, 256)
 """Of heads that the kernel knows."""
@@ -47,9 +48,9 @@ def attend(
     """
     _, heads, length, width = keys.shape
     if _by_kernel(q, keys, values):
-        kernel, blocks = _kernel(q.dtype, width, q.shape[-1] // (heads * width), nvrtc.index_of(q.device))
+        run, blocks = _kernel(q.dtype, width, q.shape[-1] // (heads * width), nvrtc.index_of(q.device))
         out = torch.empty_like(q)
-        kernel((heads * blocks,), 32 * _WARPS, q, k, v, cos, sin, keys, values, position, out, length, scaling)
+        run((heads * blocks,), 32 * _WARPS, q, k, v, cos, sin, keys, values, position, out, length, scaling)
         return out
 
     if _by_numba(q, keys, values):
@@ -99,17 +100,20 @@ def _reason_no_numba() -> str | None:
 def _on_cpu(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, scaling: float
 ) -> Tensor:
-    from seedlm.inference import attend_numba
-
     _, heads, length, width = keys.shape
     if not 0 <= (place := int(position)) < length:
         raise IndexError(f"position {place} is none of a cache of {length}")
     group, out = q.shape[-1] // (heads * width), torch.empty(q.shape, dtype=q.dtype)
-    work = on_cpu.scratch(4 * heads * attend_numba.floats(group, width, length))[1]
+    work = on_cpu.scratch(4 * heads * _floats(group, width, length))[1]
     tensors = [each.contiguous() for each in (q, k, v, cos, sin, keys, values, out)]
     sizes = heads, group, width, length, on_cpu.bits(scaling), on_cpu.KINDS[q.dtype], place
-    attend_numba.attend().share((*sizes, *(each.data_ptr() for each in tensors), work), heads)
+    kernel("seedlm.inference.attend_numba", "attend").share((*sizes, *(each.data_ptr() for each in tensors), work), heads)
     return out
+
+
+def _floats(group: int, width: int, length: int) -> int:
+    """That a key head is worked with: queries, scores, cosines and sines, a line and another."""
+    return group * (width + length) + 4 * width
 
 
 def source(type: int, width: int, heads: int, arch: int) -> str:
@@ -139,5 +143,5 @@ def _kernel(dtype: torch.dtype, width: int, heads: int, index: int) -> tuple[nvr
     """The kernel, and its blocks for a key head."""
     arch = nvrtc.architecture(index)
     text = source(nvrtc.TYPES[dtype], width, heads, arch)
-    kernel = nvrtc.load(text, "attend", "PPPPPPPPPif", device=torch.device("cuda", index), overlap=True)
-    return kernel, _groups(width, heads) * _cluster(arch)
+    loaded = nvrtc.load(text, "attend", "PPPPPPPPPif", device=torch.device("cuda", index), overlap=True)
+    return loaded, _groups(width, heads) * _cluster(arch)

@@ -1,6 +1,6 @@
 """The block code's backend on CPUs, compiled by numba at the first use.
 
-By the number of tokens, for formats that `numba_product` serves (all presets):
+By the number of tokens, for formats that `lanes` serves (all presets):
 
     to `_FEW`   decoded and multiplied in registers, in float32
     more       a tile of rows at a time is formed in x's dtype for torch's product
@@ -10,7 +10,7 @@ For other formats the weight is formed by `numba_dequantize`, in x's dtype.
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Final, NamedTuple, cast
+from typing import ClassVar, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from torch import Tensor
 from seedlm.codes import on_cpu
 from seedlm.codes.base import CODES, Format
 from seedlm.codes.block.format import BlockFormat
+from seedlm.codes.block.kernels import lanes
 from seedlm.codes.dequantizing import DequantizingBackend
 from seedlm.codes.on_cpu import KINDS, PIECE
+from seedlm.codes.threads import Kernel, kernel
+
+_MAKERS: Final = "seedlm.codes.block.kernels.numba_product"
 
 _FEW: Final = 8
 """Tokens that are multiplied in registers; for more a tile of rows at a time is formed for torch's product."""
@@ -37,10 +41,8 @@ class NumbaBackend(DequantizingBackend):
         return on_cpu.reason_unavailable(self.name, device)
 
     def prepare(self, parts: Mapping[str, Tensor], format: Format, shape: tuple[int, int]) -> list[Tensor]:
-        from seedlm.codes.block.kernels import numba_dequantize
-
         assert isinstance(format, BlockFormat)
-        scales = numba_dequantize.scales(int(parts["exponent_bias"]), format)
+        scales = lanes.scales(int(parts["exponent_bias"]), format)
         return [parts[CODES], torch.nn.functional.pad(scales, (0, max(0, 16 - len(scales))))]
 
     def empty_transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
@@ -78,16 +80,14 @@ class NumbaBackend(DequantizingBackend):
         (inputs,) = transformed or self.transform(x, format, shape[1])
         if tokens > _FEW:
             return self._wide(inputs, prepared, plan, shape, bias)
-        from seedlm.codes.block.kernels import numba_product
-
         y, words = x.new_empty(*x.shape[:-1], shape[0]), prepared[0].contiguous()
         bias = None if bias is None else bias.to(y.dtype).contiguous()
         places = (words.data_ptr(), prepared[1].data_ptr(), plan.tables.data_ptr(), 0 if bias is None else bias.data_ptr())
         pieces = max(1, min(shape[0], shape[0] * shape[1] // PIECE))
         for first in range(0, tokens, _AT_ONCE):
-            kernel = numba_product.product(plan.format, min(_AT_ONCE, tokens - first))
+            multiply = _product(plan.format, min(_AT_ONCE, tokens - first))
             at = (inputs.data_ptr() + 4 * plan.width * first, y.data_ptr() + first * shape[0] * y.element_size())
-            kernel.share((pieces, shape[0], words.shape[1], plan.groups, *places, *at, KINDS[y.dtype]), pieces)
+            multiply.share((pieces, shape[0], words.shape[1], plan.groups, *places, *at, KINDS[y.dtype]), pieces)
         return y
 
     def dequantize(self, prepared: Sequence[Tensor], format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -100,16 +100,14 @@ class NumbaBackend(DequantizingBackend):
     def _wide(
         self, x: Tensor, prepared: Sequence[Tensor], plan: "_Plan", shape: tuple[int, int], bias: Tensor | None
     ) -> Tensor:
-        from seedlm.codes.block.kernels import numba_product
-
-        words, kernel = prepared[0].contiguous(), numba_product.product(plan.format, 0)
+        words, rows = prepared[0].contiguous(), _product(plan.format, 0)
 
         def form(tile: Tensor, first: int) -> None:
             pieces = min(len(tile), 64)
             scratch = torch.empty(pieces * plan.width, dtype=torch.float32, device=tile.device)
             places = (words[first:].data_ptr(), prepared[1].data_ptr(), plan.tables.data_ptr(), 0, scratch.data_ptr())
             numbers = (pieces, len(tile), words.shape[1], plan.groups)
-            kernel.share((*numbers, *places, tile.data_ptr(), KINDS[x.dtype]), pieces)
+            rows.share((*numbers, *places, tile.data_ptr(), KINDS[x.dtype]), pieces)
 
         return on_cpu.tiled(x, shape[0], 1, form, bias)
 
@@ -118,7 +116,7 @@ class _Plan(NamedTuple):
     """What calls of one format and width have in common. width: of an arranged input, in elements."""
 
     format: BlockFormat
-    arrange: Any
+    arrange: Kernel
     tables: Tensor
     groups: int
     size: int
@@ -128,11 +126,14 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def _plan(format: BlockFormat, in_features: int) -> _Plan | None:
     """None for a format whose weight is formed."""
-    from seedlm.codes.block.kernels import numba_product
-
-    if not numba_product.serves(format):
+    if not lanes.serves(format):
         return None
-    groups = numba_product.groups(format, in_features)
+    groups = lanes.groups(format, in_features)
     with torch.inference_mode(False):
-        tables = torch.from_numpy(numba_product.tables(format))
-    return _Plan(format, numba_product.arrangement(), tables, groups, format.block_size, groups * 16 * format.block_size)
+        tables = torch.from_numpy(lanes.tables(format))
+    return _Plan(format, kernel(_MAKERS, "arrangement"), tables, groups, format.block_size, groups * 16 * format.block_size)
+
+
+def _product(format: BlockFormat, tokens: int) -> Kernel:
+    numbers = format.seed_bits, format.block_size, format.num_coefficients, format.coefficient_bits, format.exponent_bits
+    return kernel(_MAKERS, "product", *numbers, tokens)

@@ -25,7 +25,6 @@ from numba.cpython.unsafe import tuple as registers
 from torch import Tensor
 
 from seedlm.codes.block.basis import cycle_states, seed_positions
-from seedlm.codes.block.codec import block_scale
 from seedlm.codes.block.format import BlockFormat
 from seedlm.codes.compiled import KEPT
 from seedlm.codes.threads import share_rows
@@ -38,7 +37,7 @@ def dequantize(words: Tensor, scales: Tensor, in_features: int, format: BlockFor
     """Weights from packed words.
 
     words      int32 [out, words], on the CPU
-    scales     of `scales`
+    scales     of `lanes.scales`
     returns    float32 [out, in_features]
     """
     kernel = _kernel(format)
@@ -50,13 +49,6 @@ def dequantize(words: Tensor, scales: Tensor, in_features: int, format: BlockFor
 
     share_rows(rows, *weight.shape)
     return weight
-
-
-def scales(exponent_bias: int, format: BlockFormat) -> Tensor:
-    """float32 [2^exponent_bits]: the scale of every exponent, indexed by its bits read as unsigned."""
-    codes = torch.arange(1 << format.exponent_bits)
-    half = 1 << (format.exponent_bits - 1)
-    return block_scale((codes ^ half) - half, exponent_bias, format)
 
 
 class _Kernel(NamedTuple):

@@ -7,22 +7,18 @@ activation. Nothing is gathered from memory.
 
 The inputs are arranged to fit, [groups of 16 blocks, C, 16]: the column (16 group + lane) * C + c stands at [group, c, lane],
 and zeros past the end. A tile has its columns in that order too, so that it is written without shuffling.
-
-It serves formats of up to 16 seed bits, 4 exponent bits, 4 coefficients and an even number of bits a block: all presets.
 """
 
-from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import carray, types
 from numba.core import cgutils
 
-from seedlm.codes.block.format import BlockFormat
-from seedlm.codes.block.kernels.tables import bit_string
-from seedlm.codes.compiled import KEPT
-from seedlm.codes.threads import Kernel
+from seedlm.codes.block.kernels.lanes import DIGIT, string_words
+from seedlm.codes.compiled import to_machine_code
+from seedlm.codes.processor import features
 from seedlm.codes.vectors import (
     F32,
     FLOATS,
@@ -34,7 +30,6 @@ from seedlm.codes.vectors import (
     as_pointer,
     call,
     constant,
-    features,
     in_parts,
     inner,
     intrinsic,
@@ -48,49 +43,6 @@ from seedlm.codes.vectors import (
     take,
     write_bfloat16,
 )
-
-_DIGIT: Final = 4
-
-
-def serves(format: BlockFormat) -> bool:
-    """Whether a format's blocks fit the lanes."""
-    return (
-        format.seed_bits <= 16
-        and format.exponent_bits <= _DIGIT
-        and format.num_coefficients <= 4
-        and format.coefficient_bits <= 8
-        and format.block_size <= 32
-        and format.block_bits <= 64
-        and format.block_bits % 2 == 0
-    )
-
-
-def groups(format: BlockFormat, in_features: int) -> int:
-    """Groups of 16 blocks of a row."""
-    return -(-in_features // (LANES * format.block_size))
-
-
-@lru_cache(maxsize=16)
-def tables(format: BlockFormat) -> np.ndarray:
-    """int32 [string words, digits, 16]: what each digit of a seed adds to the string that begins after one step."""
-    digits, count = -(-format.seed_bits // _DIGIT), _string_words(format.seed_bits, format.block_size, format.num_coefficients)
-    images = [
-        sum(bit << n for n, bit in enumerate(bit_string(1 << i, 32 * count + 1, format.seed_bits)[1:]))
-        for i in range(format.seed_bits)
-    ] + [0] * _DIGIT
-    found = np.zeros((count, digits, 16), np.uint32)
-    for digit in range(digits):
-        for value in range(16):
-            image = 0
-            for bit in range(_DIGIT):
-                if value >> bit & 1:
-                    image ^= images[_DIGIT * digit + bit]
-            found[:, digit, value] = [image >> 32 * word & 0xFFFFFFFF for word in range(count)]
-    return found.view(np.int32)
-
-
-def _string_words(seed_bits: int, size: int, coefficients: int) -> int:
-    return -(-(size * coefficients - 1 + seed_bits) // 32)
 
 
 def _look_up(builder, table: ir.Value, table_address: ir.Value, index: ir.Value) -> ir.Value:
@@ -156,15 +108,15 @@ class _Blocks:
         self._low = self._cut(builder, parts[1], parts[0], shifts)
         self._high = self._cut(builder, parts[2], parts[1], shifts) if self.bits > 32 else constant([0] * LANES)
         seeds = self._low
-        digits = -(-self.seed_bits // _DIGIT)
-        if self.seed_bits < _DIGIT * digits:
+        digits = -(-self.seed_bits // DIGIT)
+        if self.seed_bits < DIGIT * digits:
             seeds = builder.and_(seeds, constant([(1 << self.seed_bits) - 1] * LANES))
         self._string = []
-        for word in range(_string_words(self.seed_bits, self.size, self.coefficients)):
+        for word in range(string_words(self.seed_bits, self.size, self.coefficients)):
             found = None
             for digit in range(digits):
                 place = 64 * (word * digits + digit)
-                index = builder.lshr(seeds, constant([_DIGIT * digit] * LANES))
+                index = builder.lshr(seeds, constant([DIGIT * digit] * LANES))
                 table = load(builder, self._tables, INTS, place)
                 image = _look_up(builder, table, builder.add(self._tables, ir.Constant(I64, place)), index)
                 found = image if found is None else builder.xor(found, image)
@@ -295,21 +247,17 @@ def _form(typingctx, words, count, end, tail, scales, tables, y, k, c, p, q, e):
     return types.void(*[types.intp] * 7, k, c, p, q, e), codegen
 
 
-@lru_cache(maxsize=32)
-def product(format: BlockFormat, tokens: int) -> Kernel:
-    """Multiplies so many tokens by rows of a weight; 0 tokens: forms the rows.
+def product(k: int, c: int, p: int, q: int, e: int, tokens: int) -> Any:
+    """Multiplies so many tokens by rows of a weight; 0 tokens: forms the rows. q, e: bits of a coefficient and of an exponent.
 
     Its job: pieces, rows, words of a row, groups, addresses of words, scales float32 [16], tables, bias or 0, x, y, y's kind
     (`on_cpu.KINDS`). x is float32 [tokens, groups, C, 16], y [tokens, rows]. For 0 tokens y is [rows, groups, C, 16], and x
     float32 [pieces, groups, C, 16] to work in.
     """
-    k, c, p, q, e = (
-        format.seed_bits, format.block_size, format.num_coefficients, format.coefficient_bits, format.exponent_bits,
-    )  # fmt: skip
-    words_of_group = format.block_bits // 2
+    words_of_group = (k + e + p * q) // 2
     loaded = LANES if words_of_group <= LANES else 2 * LANES
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
+    @to_machine_code()
     def multiply(job):
         pieces, rows, length, count, words = job[1], job[2], job[3], job[4], job[5]
         scales, tables, bias, x, y, kind = job[6], job[7], job[8], job[9], job[10], job[11]
@@ -339,7 +287,7 @@ def product(format: BlockFormat, tokens: int) -> Kernel:
                     _form(at, count, end, tail, scales, tables, x + stride * piece, k, c, p, q, e)
                     write_bfloat16(x + stride * piece, y + stride // 2 * row, stride // 4, np.float32(1))
 
-    return Kernel(multiply)
+    return multiply
 
 
 @inner
@@ -359,14 +307,13 @@ def _fill(made, given, up):
                 made[group, i, lane] = np.uint32(given[at]) << up if at < len(given) else np.uint32(0)
 
 
-@lru_cache(maxsize=1)
-def arrangement() -> Kernel:
+def arrangement() -> Any:
     """Arranges inputs for `product`.
 
     Its job: tokens, x [tokens, width], its kind, width, groups, C, y [tokens, groups, C, 16], its kind: that of x, or float32.
     """
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
+    @to_machine_code()
     def arrange(job):
         tokens, x, kind, width, count, c, y, y_kind = job[1], job[2], job[3], job[4], job[5], job[6], job[7], job[8]
         length = 16 * c * count
@@ -384,4 +331,4 @@ def arrangement() -> Kernel:
             else:
                 _fill(words, carray(as_pointer(x + 4 * width * token), (width,), np.uint32), np.uint32(0))
 
-    return Kernel(arrange)
+    return arrange

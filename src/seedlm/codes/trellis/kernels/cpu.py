@@ -9,21 +9,24 @@ By the number of tokens:
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Final, Literal, NamedTuple, cast
+from typing import ClassVar, Final, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from seedlm.codes import hadamard, on_cpu
+from seedlm.codes import hadamard, on_cpu, processor
 from seedlm.codes.base import CODES, Format, Gated, Normed
 from seedlm.codes.on_cpu import KINDS, PIECE
-from seedlm.codes.threads import Jobs
+from seedlm.codes.threads import Jobs, Kernel, kernel
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
+from seedlm.codes.trellis.kernels import records
 
 _TIMES: Final[Mapping[torch.dtype, tuple[int, int]]] = {torch.bfloat16: (6, 6), torch.float32: (64, 24)}
 """How often a weight is decoded, each time for as many tokens as share that, rather than formed for torch's product: at rates
 that divide 8, and at others, whose windows take longer. Torch's product of float32 is slower than the former however many
 tokens there are, but all their integers are in memory at once."""
+
+_HERE: Final = "seedlm.codes.trellis.kernels"
 
 _Origin = Literal["x", "norm", "gate"]
 _Begin = Literal["nothing", "x", "norm", "gate"]
@@ -193,9 +196,7 @@ class NumbaInt8Backend(NumbaBackend):
     def reason_unavailable(self, device: torch.device, format: Format, shape: tuple[int, int]) -> str | None:
         if reason := super().reason_unavailable(device, format, shape):
             return reason
-        from seedlm.codes import vectors
-
-        if vectors.byte_products() in ("pairs", "plain"):
+        if processor.byte_products() in ("pairs", "plain"):
             return f"backend {self.name!r} needs a processor that adds products of bytes (VNNI, or dot products on ARM)"
         return None
 
@@ -203,17 +204,15 @@ class NumbaInt8Backend(NumbaBackend):
 @lru_cache(maxsize=256)
 def _few(exact: bool, dtype: torch.dtype, rate: int) -> int:
     """Up to how many tokens of a dtype weights are decoded in registers."""
-    from seedlm.codes.trellis.kernels import numba_product
-
-    aligned, others = _TIMES.get(dtype, _TIMES[torch.float32]) if numba_product.in_pairs(exact) else (2, 2)
+    aligned, others = _TIMES.get(dtype, _TIMES[torch.float32]) if records.in_pairs(exact) else (2, 2)
     times = others if 8 % rate else aligned
-    return times * numba_product.at_once(exact)
+    return times * records.at_once(exact)
 
 
 class _Plan(NamedTuple):
     """A kernel, what calls of one shape have in common of its job, the bytes of all tokens' inputs, and signs."""
 
-    kernel: Any
+    kernel: Kernel
     numbers: tuple[int, ...]
     size: int = 0
     signs: Tensor | None = None
@@ -222,13 +221,10 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=4096)
 def _inputs(format: TrellisFormat, in_features: int, tokens: int, exact: bool) -> _Plan:
     """How a few tokens are transformed and rounded; 0 tokens stand for many, which are transformed."""
-    from seedlm.codes import hadamard_numba
-    from seedlm.codes.trellis.kernels import numba_product
-
     signs = _signs(format.transform)
-    kernel = numba_product.rotation(format.rate, exact) if tokens else hadamard_numba.rotation()
+    few, many = (f"{_HERE}.numba_product", "rotation", format.rate, exact), ("seedlm.codes.hadamard_numba", "rotation")
     numbers = (in_features, format.transform, signs.data_ptr())
-    return _Plan(kernel, numbers, tokens * numba_product.workspace(in_features), signs)
+    return _Plan(kernel(*(few if tokens else many)), numbers, tokens * records.workspace(in_features), signs)
 
 
 class _Products(NamedTuple):
@@ -253,14 +249,12 @@ def _products(
     A call gives the numbers of a norm or a gate if the jobs begin with it; the address of x, its kind and the address of inputs
     if they are transformed; then for each product the addresses of words, factors, bias, inputs, y, and y's kind.
     """
-    from seedlm.codes.trellis.kernels import numba_product, numba_source
-
-    at_once, plan = numba_product.at_once(exact), _inputs(format, shapes[0][1], tokens, exact)
-    jobs: list[tuple[Any, tuple[int | None, ...], int]] = []
+    at_once, plan = records.at_once(exact), _inputs(format, shapes[0][1], tokens, exact)
+    jobs: list[tuple[Kernel, tuple[int | None, ...], int]] = []
     if begins == "norm":
-        jobs.append((numba_source.norm(), (0, shapes[0][1], None, None, None, None, None, None), 1))
+        jobs.append((kernel(f"{_HERE}.numba_source", "norm"), (0, shapes[0][1], None, None, None, None, None, None), 1))
     elif begins == "gate":
-        jobs.append((numba_source.gate(), (0, shapes[0][1], None, None, None, None), 1))
+        jobs.append((kernel(f"{_HERE}.numba_source", "gate"), (0, shapes[0][1], None, None, None, None), 1))
     if begins != "nothing":
         jobs.append((plan.kernel, (tokens, *plan.numbers, None, None, None, 0), tokens))
     for out_features, in_features in shapes:
@@ -268,10 +262,10 @@ def _products(
         strip = format.sequence_rows // SEGMENT_ROWS
         numbers = (*cut, format.segments(out_features), strip, in_features, out_features, None, None, None, None, None, None)
         for first in range(0, tokens, at_once):
-            kernel = numba_product.product(format.rate, format.state_bits, exact, min(at_once, tokens - first))
-            jobs.append((kernel, numbers, cut[0]))
-    worked = 4 * numba_source.floats(shapes[0][1])
-    return _Products(Jobs(jobs), at_once, numba_product.records(shapes[0][1]), plan.size, worked, plan.signs)
+            some = format.rate, format.state_bits, exact, min(at_once, tokens - first)
+            jobs.append((kernel(f"{_HERE}.numba_product", "product", *some), numbers, cut[0]))
+    worked = 4 * records.floats(shapes[0][1])
+    return _Products(Jobs(jobs), at_once, records.records(shapes[0][1]), plan.size, worked, plan.signs)
 
 
 def _cut(segments: int, in_features: int, threads: int) -> tuple[int, int, int, int]:
@@ -295,12 +289,10 @@ def _form(
     weight: Tensor, first: int, prepared: Sequence[Tensor], format: TrellisFormat, shape: tuple[int, int], rotated: bool
 ) -> None:
     """Write the rows from segment `first` on to weight [rows, in]: of `KINDS` in the transformed basis, else float32."""
-    from seedlm.codes.trellis.kernels import numba_weights
-
     words, factors, signs = prepared[0].contiguous(), prepared[1], _signs(format.transform)
     count = format.segments(len(weight))
     numbers = (count, first, format.segments(shape[0]), format.sequence_rows // SEGMENT_ROWS, shape[1], shape[0])
     where = (words.data_ptr(), factors.data_ptr(), weight.data_ptr(), KINDS[weight.dtype])
     block = 0 if rotated else format.transform
-    kernel = numba_weights.weights(format.rate, format.state_bits)
-    kernel.share((*numbers, *where, block, signs.data_ptr()), count)
+    form = kernel(f"{_HERE}.numba_weights", "weights", format.rate, format.state_bits)
+    form.share((*numbers, *where, block, signs.data_ptr()), count)

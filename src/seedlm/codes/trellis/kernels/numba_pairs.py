@@ -31,10 +31,8 @@ from seedlm.codes.vectors import (
     I64,
     INTS,
     LANES,
-    byte_products,
     call,
     constant,
-    features,
     load,
     pointer,
     shuffle,
@@ -51,10 +49,6 @@ _CONSTANT_BYTES: Final = 4096
 
 _AHEAD: Final = 4096
 """Bytes from the words that are multiplied to those that are asked for."""
-
-
-def available() -> bool:
-    return byte_products() == "vnni512" and features() >= {"avx512vbmi", "avx512bw"}
 
 
 def columns(rate: int) -> int:

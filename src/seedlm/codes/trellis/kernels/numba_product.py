@@ -5,7 +5,7 @@ Activations are integers: the inputs are rotated, and each group of 256 columns 
 their order. A weight's bytes are 510 too large, which is taken off a group's sum.
 
 How weights are made is in `numba_windows`, and in `numba_pairs` for processors that have what it takes. What a processor adds
-products of bytes with (`vectors.byte_products`) decides how activations lie in memory:
+products of bytes with (`processor.byte_products`) decides how activations lie in memory:
 
     numba_pairs     int16, of two columns side by side; not for int8
     vnni, dot       two int8 parts, of which the first counts 256 (int8: one)
@@ -13,21 +13,20 @@ products of bytes with (`vectors.byte_products`) decides how activations lie in 
 """
 
 import itertools
-from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import carray, types
 from numba.core import cgutils
 
-from seedlm.codes.compiled import KEPT
+from seedlm.codes.compiled import to_machine_code
 from seedlm.codes.hadamard_numba import largest_bits, rotate_row
-from seedlm.codes.team import add, look, pause
-from seedlm.codes.threads import Kernel
+from seedlm.codes.team_numba import add, look, pause
 from seedlm.codes.trellis.format import SEGMENT_ROWS
 from seedlm.codes.trellis.kernels import numba_pairs
 from seedlm.codes.trellis.kernels.numba_windows import TAIL, Products, Windows, add_group, copy_end, neighbours, slots
+from seedlm.codes.trellis.kernels.records import GROUP, INTEGERS, LEVELS, PADDED, RECORD, in_pairs
 from seedlm.codes.vectors import (
     F32,
     FLOATS,
@@ -52,41 +51,8 @@ from seedlm.codes.vectors import (
     write,
 )
 
-GROUP: Final = 256
-"""Columns that share a scale."""
-
-LEVELS: Final = (1 << 14) - 1
-"""The largest activation: int32 has room for 256 times 510 times this."""
-
-_PADDED: Final = GROUP + LANES
-_INTEGERS: Final = 64
-RECORD: Final = _INTEGERS + 2 * _PADDED + 32
-"""Bytes of a group's activations: its scale, what its sums are too small by, then its integers and zeros behind them."""
-
 _TAIL_BYTES: Final = 8 * TAIL
 _VALUE_BYTES: Final = 4 * SEGMENT_ROWS
-
-HEADER: Final = 64
-"""Bytes before a token's records: a power of two that its products are multiplied by."""
-
-
-def groups(width: int) -> int:
-    return -(-width // GROUP)
-
-
-def records(width: int) -> int:
-    """Bytes of a token's activations."""
-    return HEADER + groups(width) * RECORD
-
-
-def workspace(width: int) -> int:
-    """Bytes for a token's activations, and for the floats that they are made from, which lie behind those of all tokens."""
-    return records(width) + 4 * GROUP * groups(width)
-
-
-def in_pairs(exact: bool) -> bool:
-    """Whether `numba_pairs` multiplies."""
-    return exact and numba_pairs.available()
 
 
 @intrinsic(prefer_literal=True)
@@ -108,7 +74,7 @@ def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, r
         function.attributes.add("noinline")
         inside = ir.IRBuilder(function.append_basic_block())
         if in_pairs(numbers[2]):
-            numba_pairs.emit(inside, function.args, _INTEGERS, numbers[0], numbers[1], numbers[3])
+            numba_pairs.emit(inside, function.args, INTEGERS, numbers[0], numbers[1], numbers[3])
         else:
             _emit(inside, function.args, *numbers)
         inside.ret_void()
@@ -116,11 +82,6 @@ def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, r
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 8, rate, state_bits, exact, tokens), codegen
-
-
-def at_once(exact: bool) -> int:
-    """Tokens that share the decoding of a weight: more have no registers for their sums."""
-    return 8 if in_pairs(exact) else 4
 
 
 def _columns(rate: int, exact: bool) -> int:
@@ -165,8 +126,8 @@ def _emit(builder, args, rate: int, state_bits: int, exact: bool, tokens: int) -
         with cgutils.for_range(builder, steps) as loop:
             windows.load_step(builder, words, after, loop.index, end, tail)
             size = windows.columns * (1 if products.narrow else 2)
-            column = builder.add(builder.mul(loop.index, ir.Constant(I64, size)), ir.Constant(I64, _INTEGERS))
-            activations = [products.activations(builder, builder.add(place, column), windows, _PADDED) for place in records]
+            column = builder.add(builder.mul(loop.index, ir.Constant(I64, size)), ir.Constant(I64, INTEGERS))
+            activations = [products.activations(builder, builder.add(place, column), windows, PADDED) for place in records]
             for slot, of_slot in zip(windows.slots[first:last], totals, strict=True):
                 found = products.bytes(builder, windows.mixed(builder, slot))
                 for of_token, given in zip(of_slot, activations, strict=True):
@@ -193,15 +154,15 @@ def _quantize(typingctx, row, inverse, record, rate, exact):
             if paired or not products.narrow:
                 some = builder.trunc(integers, ir.VectorType(I16, LANES))
                 some = shuffle(builder, some, numba_pairs.activations(per)) if paired else some
-                store(builder, some, record, _INTEGERS + 2 * first)
+                store(builder, some, record, INTEGERS + 2 * first)
                 continue
             upper = builder.ashr(builder.add(integers, constant([128] * LANES)), constant([8] * LANES))
             for part, value in enumerate((upper, integers) if whole else (integers,)):
-                store(builder, builder.trunc(value, ir.VectorType(I8, LANES)), record, _INTEGERS + part * _PADDED + first)
+                store(builder, builder.trunc(value, ir.VectorType(I8, LANES)), record, INTEGERS + part * PADDED + first)
         size = 2 if paired or not products.narrow else 1
         for part in range(1 if paired else products.parts):
             zeros = constant([0] * LANES, I16 if size == 2 else I8)
-            store(builder, zeros, record, _INTEGERS + part * _PADDED + size * GROUP)
+            store(builder, zeros, record, INTEGERS + part * PADDED + size * GROUP)
         total = call(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
         store(builder, builder.mul(total, ir.Constant(I32, -510 if paired else -products.excess)), record, 4)
         return context.get_dummy_value()
@@ -209,8 +170,7 @@ def _quantize(typingctx, row, inverse, record, rate, exact):
     return types.void(types.intp, types.float32, types.intp, rate, exact), codegen
 
 
-@lru_cache(maxsize=64)
-def rotation(rate: int, exact: bool) -> Kernel:
+def rotation(rate: int, exact: bool) -> Any:
     """Rotates and rounds the activations of one token after another.
 
     Its job: tokens, width, block of the transform, signs float32 [block], x, kind of x (`on_cpu.KINDS`), y (tokens times
@@ -219,7 +179,7 @@ def rotation(rate: int, exact: bool) -> Kernel:
     """
     levels = LEVELS if exact else 127
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
+    @to_machine_code()
     def rotate(job):
         tokens, width, block, x, kind = job[1], job[2], job[3], job[5], job[6]
         signs = carray(as_pointer(job[4]), (block,), np.float32)
@@ -249,11 +209,10 @@ def rotation(rate: int, exact: bool) -> Kernel:
         while look(job_address(job) + 64) < tokens:
             pause()
 
-    return Kernel(rotate)
+    return rotate
 
 
-@lru_cache(maxsize=64)
-def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
+def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Any:
     """Multiplies records of so many tokens by the segments of a weight.
 
     Its job: pieces, how many of them are large, segments of these, of the others, in all, of a strip, width, rows, addresses
@@ -262,7 +221,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
     columns, count = _columns(rate, exact), len(_rows(rate, state_bits, exact))
     size, room = tokens * count, 4 * tokens * count
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
+    @to_machine_code()
     def multiply(job):
         pieces, large, larger, length = job[1], job[2], job[3], job[4]
         total, strip, width, rows = job[5], job[6], job[7], job[8]
@@ -296,4 +255,4 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Kernel:
                         values[r] = np.float32(np.float64(values[r]) * np.float64(factors[32 * segment + r]) * lift)
                     write(found, y, kind, rows * token + 32 * segment, bias, 32 * segment, used)
 
-    return Kernel(multiply)
+    return multiply

@@ -4,30 +4,23 @@ They come first among the `Jobs` of these products: one thread makes the floats,
 reads them. In float32, rounded nowhere but where the sum is left in h.
 """
 
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, types
+from numba import carray
 
-from seedlm.codes.compiled import KEPT
-from seedlm.codes.team import add, look, pause
-from seedlm.codes.threads import Kernel
+from seedlm.codes.compiled import to_machine_code
+from seedlm.codes.team_numba import add, look, pause
 from seedlm.codes.vectors import as_pointer, exponential, from_bits, job_address, read, read_bfloat16, take, write_bfloat16
 
 
-def floats(width: int) -> int:
-    """How many are worked with; what is made are the first of them."""
-    return 2 * width
-
-
-@lru_cache(maxsize=1)
-def norm() -> Kernel:
+def norm() -> Any:
     """RMS norm of h + delta, the sum of which is left in h.
 
-    Its job: how many are done, 0; width, bits of float32 epsilon, h, delta or 0, weight, their kind, floats [`floats`].
+    Its job: how many are done, 0; width, bits of float32 epsilon, h, delta or 0, weight, their kind, floats (`records.floats`).
     """
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
+    @to_machine_code()
     def run(job):
         if take(job_address(job)) == 0:
             width, epsilon, h, delta, weight, kind, to = job[2], job[3], job[4], job[5], job[6], job[7], job[8]
@@ -62,17 +55,16 @@ def norm() -> Kernel:
         while look(job_address(job) + 8) == 0:
             pause()
 
-    return Kernel(run)
+    return run
 
 
-@lru_cache(maxsize=1)
-def gate() -> Kernel:
+def gate() -> Any:
     """silu(gate) * up.
 
-    Its job: how many are done, 0; width, gate, up, their kind, floats [`floats`].
+    Its job: how many are done, 0; width, gate, up, their kind, floats (`records.floats`).
     """
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
+    @to_machine_code()
     def run(job):
         if take(job_address(job)) == 0:
             width, given, up, kind, to = job[2], job[3], job[4], job[5], job[6]
@@ -88,4 +80,4 @@ def gate() -> Kernel:
         while look(job_address(job) + 8) == 0:
             pause()
 
-    return Kernel(run)
+    return run

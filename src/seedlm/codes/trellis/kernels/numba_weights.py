@@ -1,16 +1,14 @@
 """The trellis code's weights on a CPU, to the bit those of `codec`: in the transformed basis, or in the model's."""
 
-from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import carray, types
 from numba.core import cgutils
 
-from seedlm.codes.compiled import KEPT
+from seedlm.codes.compiled import to_machine_code
 from seedlm.codes.hadamard_numba import inverse
-from seedlm.codes.threads import Kernel
 from seedlm.codes.trellis.format import SEGMENT_ROWS
 from seedlm.codes.trellis.kernels.numba_windows import TAIL, Products, Windows, copy_end, neighbours
 from seedlm.codes.vectors import (
@@ -61,8 +59,7 @@ def _values(typingctx, words, after, steps, tile, end, tail, rate, state_bits):
     return types.void(*[types.intp] * 6, rate, state_bits), codegen
 
 
-@lru_cache(maxsize=64)
-def weights(rate: int, state_bits: int) -> Kernel:
+def weights(rate: int, state_bits: int) -> Any:
     """Forms the rows of some segments.
 
     Its job: segments, the first of them, segments in all, words of a strip's segments, width, rows in all, addresses of words,
@@ -71,7 +68,7 @@ def weights(rate: int, state_bits: int) -> Kernel:
     """
     columns = LANES // rate
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=KEPT, error_model="numpy")
+    @to_machine_code()
     def form(job):
         count, first, total, strip, width, rows = job[1], job[2], job[3], job[4], job[5], job[6]
         words, y, kind, block = job[7], job[9], job[10], job[11]
@@ -104,4 +101,4 @@ def weights(rate: int, state_bits: int) -> Kernel:
                 for r in range(min(32, rows - 32 * segment)):
                     inverse(y + 4 * width * (32 * (segment - first) + r), width, block, signs)
 
-    return Kernel(form)
+    return form

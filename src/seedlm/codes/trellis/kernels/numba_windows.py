@@ -14,6 +14,7 @@ import numpy as np
 from llvmlite import ir
 from numba import carray
 
+from seedlm.codes.processor import byte_products, features
 from seedlm.codes.trellis.format import MULTIPLIERS, SEGMENT_ROWS
 from seedlm.codes.vectors import (
     BYTES,
@@ -25,10 +26,8 @@ from seedlm.codes.vectors import (
     INTS,
     LANES,
     as_pointer,
-    byte_products,
     call,
     constant,
-    features,
     in_parts,
     inner,
     load,

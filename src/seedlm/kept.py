@@ -1,0 +1,66 @@
+"""Kernels that were compiled once, in files for later processes.
+
+They are run as they are found, so a file is believed only if it belongs to this user (or to root), nobody else may write to it,
+and it ends with the digest of its name and content. Any other is as if it were not there: it is made again. A folder that
+cannot be read or written means that kernels are compiled by each process.
+"""
+
+import hashlib
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+def folder() -> Path:
+    """SEEDLM_CACHE, or the user's folder for caches, /kernels. It need not exist or be writable."""
+    if chosen := os.environ.get("SEEDLM_CACHE"):
+        return Path(chosen) / "kernels"
+    if sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "seedlm" / "kernels"
+
+
+def read(name: str) -> bytes | None:
+    """What was written under a name; None if that is not to be had."""
+    try:
+        with (folder() / name).open("rb") as file:
+            if not _is_ours(os.fstat(file.fileno())):
+                return None
+            found = file.read()
+    except (OSError, RuntimeError):  # RuntimeError: nobody has a home
+        return None
+    content = found[:-_DIGEST]
+    return content if found[-_DIGEST:] == _digest(name, content) else None
+
+
+def write(name: str, content: bytes) -> None:
+    """Write beside the target and rename, so that no reader sees half a file. A folder that takes nothing is no error."""
+    try:
+        path = folder() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+            part.write(content + _digest(name, content))
+        try:
+            os.replace(part.name, path)
+        except OSError:
+            os.unlink(part.name)
+    except (OSError, RuntimeError):
+        return
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    if not hasattr(os, "geteuid"):
+        return True
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _digest(name: str, content: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\0" + content).digest()
