@@ -37,6 +37,7 @@ __all__ = [
     "measure_sensitivity",
     "observe_checkpoint",
     "parse_format",
+    "set_backend",
 ]
 
 if typing.TYPE_CHECKING:
@@ -46,7 +47,7 @@ if typing.TYPE_CHECKING:
     from seedlm.compress.run import compress_checkpoint
     from seedlm.integrations.transformers.quantizer import SeedLMConfig
     from seedlm.modeling.linear import SeedLinear, compress_module
-    from seedlm.modeling.quantize import compress_model, dequantize_model
+    from seedlm.modeling.quantize import compress_model, dequantize_model, set_backend
     from seedlm.storage.checkpoint import Checkpoint
     from seedlm.storage.inspect import inspect_checkpoint
 else:  # the same names when they are asked for; type checkers do not see this, to them __getattr__ would allow any name
@@ -60,6 +61,7 @@ else:  # the same names when they are asked for; type checkers do not see this, 
         "compress_module": "modeling.linear",
         "encode": "codes.encoded",
         "dequantize_model": "modeling.quantize",
+        "set_backend": "modeling.quantize",
         "inspect_checkpoint": "storage.inspect",
         "measure_sensitivity": "calibration.sensitivity",
         "observe_checkpoint": "compress.observe",

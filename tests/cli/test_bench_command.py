@@ -50,6 +50,23 @@ def test_summary(folders, here):
     assert starts == ["tokens/s", "packed", "dense", "nf4"]
 
 
+def test_a_backend_by_name_multiplies_and_one_that_is_not_there_is_refused_in_a_line(folders, here):
+    found = json.loads(here("bench", folders[1], *FEW, "--backend", "torch", "--json").stdout)
+    assert found["rows"][0]["backends"] == {"torch": 35}
+    done = here("bench", folders[1], *FEW, "--backend", "tosch")
+    (line,) = told(done.stderr)
+    assert done.returncode == 2
+    assert "no packed layer has a backend 'tosch', known: auto, " in line
+
+
+def test_generate_multiplies_by_a_backend_by_name(folders, here):
+    asked = ["generate", folders[1], "Once", "--max-new-tokens", 3, "--device", "cpu", "--backend"]
+    assert here(*asked, "torch").stdout.startswith("Once")
+    done = here(*asked, "tosch")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told(done.stderr)[-1].endswith("no packed layer has a backend 'tosch', known: auto, cuda, numba, torch")
+
+
 def test_explain_tells_every_kind_of_weight_and_why(folders, here):
     kinds = json.loads(here("bench", folders[1], "--explain", "--device", "cpu", "--json").stdout)
     assert {kind["format"] for kind in kinds} == {SMALL}

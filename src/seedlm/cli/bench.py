@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from seedlm.cli.console import in_bytes, note, show, show_progress
-from seedlm.cli.options import Device, Dtype, TrustRemoteCode
+from seedlm.cli.options import Backend, Device, Dtype, TrustRemoteCode
 
 
 def bench(
@@ -19,6 +19,7 @@ def bench(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    backend: Backend = "auto",
     explain: Annotated[bool, typer.Option("--explain", help="Only say which backend multiplies, and why no other.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -29,7 +30,7 @@ def bench(
     from seedlm.storage.checkpoint import Checkpoint
 
     counts: dict[str, Any] = {"tokens": tokens, "prompt_tokens": prompt_tokens, "repeats": repeats}
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "trust_remote_code": trust_remote_code}
     settings = SpeedSettings(**counts, compiled=compiled, **where)
     there = find(model, tell=note)
     if explain:

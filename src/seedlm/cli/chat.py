@@ -1,12 +1,12 @@
 """``seedlm chat``."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from seedlm.cli.console import note
-from seedlm.cli.options import Dequantize, Device, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
+from seedlm.cli.options import Backend, Dequantize, Device, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
 from seedlm.errors import SourceError
 from seedlm.storage.untrusted import printable
 
@@ -26,6 +26,7 @@ def chat(
     device: Device = "auto",
     dtype: Dtype = "auto",
     dequantize: Dequantize = False,
+    backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a model, turn by turn.
@@ -46,7 +47,8 @@ def chat(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     drawing = Drawing(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    writer = Writer(model, chat=True, device=device, dtype=dtype, dequantize=dequantize, trust_remote_code=trust_remote_code)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "dequantize": dequantize, "backend": backend}
+    writer = Writer(model, chat=True, **how, trust_remote_code=trust_remote_code)
     print(f"{model}: {_HELP}", file=sys.stderr)
     _converse(writer, [{"role": "system", "content": system}] if system else [], drawing)
 

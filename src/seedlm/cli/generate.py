@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from seedlm.cli.console import note, stopped
-from seedlm.cli.options import Dequantize, Device, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
+from seedlm.cli.options import Backend, Dequantize, Device, DrawingSeed, Dtype, Temperature, TopP, TrustRemoteCode
 from seedlm.progress import say
 
 
@@ -26,6 +26,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     dequantize: Dequantize = False,
+    backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text, printed as it comes; then, on stderr, the speed."""
@@ -54,6 +55,7 @@ def generate(
         device=device,
         dtype=dtype,
         dequantize=dequantize,
+        backend=backend,
         trust_remote_code=trust_remote_code,
     )
     try:

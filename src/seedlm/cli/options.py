@@ -35,6 +35,14 @@ Dequantize = Annotated[
         help="Dequantize once after loading: full size in memory; faster without AVX-512, and with many tokens at once.",
     ),
 ]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="How packed layers multiply: auto, or a name that `seedlm bench MODEL --explain` lists. cuda-int8 rounds the "
+        "activations of few tokens to 8 bits: faster, for a little loss.",
+        metavar="NAME",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. It can do anything.")
 ]

@@ -107,6 +107,7 @@ class SpeedSettings:
     repeats         runs of which the median is taken, after one that does not count
     compiled        a static cache, for which transformers compiles the model and uses CUDA graphs: CUDA only
     device, dtype   as for `generate`
+    backend         how packed layers multiply (`modeling.quantize.set_backend`)
     Raises EvaluationError for a value that cannot be.
     """
 
@@ -116,6 +117,7 @@ class SpeedSettings:
     compiled: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    backend: str = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

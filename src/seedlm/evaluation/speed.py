@@ -26,7 +26,7 @@ from seedlm.evaluation.settings import check_room, no_compiler
 from seedlm.inference import backend
 from seedlm.integrations.transformers import models
 from seedlm.integrations.transformers.decoder import fuse_decoding, reason_unfused, static_cache
-from seedlm.modeling.quantize import choose_modules, dequantize_model, seed_linears
+from seedlm.modeling.quantize import choose_modules, dequantize_model, seed_linears, set_backend
 from seedlm.progress import Progress
 from seedlm.storage.checkpoint import Checkpoint
 from seedlm.storage.source import locate
@@ -51,6 +51,8 @@ def measure_speed(model: str, settings: Settings | None = None, on_progress: Pro
     fuse_decoding(network)
     rows, left_out = [], {}
     layers = [layer for _, layer in seed_linears(network)]
+    if settings.backend != backend.AUTO:
+        set_backend(network, settings.backend)
     if layers:
         kinds = [(layer.backend, layer.format, (layer.out_features, layer.in_features)) for layer in layers]
         used = Counter(backend.choose(name, device, format, shape).name for name, format, shape in kinds)

@@ -2,6 +2,7 @@
 
 compress_model(model)     every chosen linear layer, the experts of mixtures, and embeddings and head if asked for
 dequantize_model(model)   every packed layer back to a dense one
+set_backend(model, name)  how packed layers multiply
 share_inputs(model)       packed layers that read the same tensor: what comes before their products is done once
 """
 
@@ -15,7 +16,8 @@ from torch import nn
 from seedlm.codes.base import Format, relative_error
 from seedlm.codes.encoded import encode
 from seedlm.codes.registry import family_of, parse_format
-from seedlm.errors import SourceError, TensorError
+from seedlm.errors import BackendError, SourceError, TensorError
+from seedlm.inference import backend as backends
 from seedlm.modeling.embedding import SeedEmbedding, find_tables, replace_embedding, unpack
 from seedlm.modeling.experts import SeedExperts, compress_experts, stacks_of
 from seedlm.modeling.linear import PackedModule, SeedLinear, compress_module, is_linear, share_input
@@ -213,6 +215,31 @@ def seed_linears(model: nn.Module) -> Iterator[tuple[str, SeedLinear]]:
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
     """All that hold codes in a model: `seed_linears`, and embeddings."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedModule))
+
+
+def set_backend(model: nn.Module, name: str) -> int:
+    """Let packed layers multiply by a backend from the next call on.
+
+    name      "auto", or a backend that `seedlm bench MODEL --explain` lists: "cuda-int8" and "numba-int8" round the activations
+              of few tokens to 8 bits, which is faster on a GPU, for a little loss (docs/quality.md)
+    returns   for how many layers, those of embeddings among them: others are of a family that has none of that name
+    Raises BackendError, with nothing changed, if no layer has it or one that has it cannot be served where it is.
+    """
+    found, known = [], {backends.AUTO}
+    for where, module in packed_modules(model):
+        reasons = backends.explain(module.device, module.format, module.shape)
+        known |= reasons.keys()
+        if name == backends.AUTO or name in reasons:
+            if reason := backends.reason_no_backend(name, module.device, module.format, module.shape):
+                raise BackendError(f"{where}: {reason}")
+            found.append(module)
+    if not found:
+        raise BackendError(
+            f"no packed layer has a backend {name!r}" + (f", known: {', '.join(sorted(known))}" if known - {"auto"} else "")
+        )
+    for module in found:
+        module.backend = name
+    return len(found)
 
 
 def share_inputs(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from seedlm.errors import SourceError
 from seedlm.integrations.transformers.before import no_template
 from seedlm.integrations.transformers.models import check_tokens, longest_text
 from seedlm.integrations.transformers.opening import open_language_model, open_tokenizer
+from seedlm.modeling.quantize import set_backend
 from seedlm.storage.source import is_repository, locate
 
 Turn = dict[str, str]
@@ -52,8 +53,10 @@ class Writer:
     device        "auto", or a torch device
     dtype         of everything that is not packed: "auto" (as stored) or a torch dtype's name
     dequantize    all weights once after loading: as large as the original then
+    backend       how packed layers multiply (`modeling.quantize.set_backend`)
     trust_remote_code   run code that comes with the model
-    Raises SourceError if the model cannot be opened, lacks a weight, is no language model, or has no chat template.
+    Raises SourceError if the model cannot be opened, lacks a weight, is no language model, or has no chat template, and
+    BackendError for a backend that cannot be had.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Writer:
         device: str = "auto",
         dtype: str = "auto",
         dequantize: bool = False,
+        backend: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
         from seedlm.integrations.transformers.decoder import fuse_decoding
@@ -82,6 +86,8 @@ class Writer:
         self._network = open_language_model(model, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
         if dequantize and hasattr(self._network, "hf_quantizer"):
             self._network = self._network.dequantize()
+        if backend != "auto":
+            set_backend(self._network, backend)
         fuse_decoding(self._network)
         self.timing = Timing(load_seconds=time.perf_counter() - start)
 
