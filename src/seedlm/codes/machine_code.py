@@ -32,6 +32,9 @@ _CPUINFO: Final = Path("/proc/cpuinfo")
 _PROCESSOR: Final = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
 """How lines of that begin that say what a processor is, x86's and ARM's."""
 
+_NOT_INHERITED: Final = 1
+"""MFD_CLOEXEC, of Linux."""
+
 
 class Code(NamedTuple):
     """A kernel in memory, where it stays as long as the process. address: of its first instruction."""
@@ -88,14 +91,18 @@ def _place(image: bytes) -> int:
 
     It is never given back: threads that help with kernels may be in them until the process has ended.
     """
-    with os.fdopen(os.memfd_create("seedlm"), "wb") as file:
+    library = ctypes.CDLL(None, use_errno=True)  # not `os.memfd_create`, which builds for older systems lack
+    to_memory = library.mmap
+    to_memory.restype = ctypes.c_void_p
+    to_memory.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    number = library.memfd_create(b"seedlm", _NOT_INHERITED)
+    if number < 0:
+        raise OSError(ctypes.get_errno(), "no file without a name")
+    with os.fdopen(number, "wb") as file:
         file.write(image)
         file.flush()
-        to_memory = ctypes.CDLL(None, use_errno=True).mmap
-        to_memory.restype = ctypes.c_void_p
-        to_memory.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
         access = mmap.PROT_READ | mmap.PROT_EXEC
-        address: int = to_memory(None, len(image), access, mmap.MAP_PRIVATE, file.fileno(), 0)
+        address: int = to_memory(None, len(image), access, mmap.MAP_PRIVATE, number, 0)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), "no memory that code can be run in")
     return address
