@@ -44,12 +44,13 @@ class Code(NamedTuple):
 
 def made(module: str, maker: str, *parameters: Any) -> Any:
     """What a maker makes of parameters, whose `repr` says all about them. Bytes are kept, and found by the next process."""
-    key = _key(module)
-    name = hashlib.sha256(repr((key, module, maker, parameters)).encode()).hexdigest()[:40] + ".code"
-    found = kept.read(name) if key else None
+    texts = _imported(), _text(module)
+    known = *texts, _facts()
+    name = hashlib.sha256(repr((known, module, maker, parameters)).encode()).hexdigest()[:40] + ".code"
+    found = kept.read(name) if all(known) else None
     if found is None:
         found = _make(module, maker, *parameters)
-        if key and isinstance(found, bytes):
+        if all(known) and isinstance(found, bytes) and texts == (_texts(), _text(module)):  # nobody edits them meanwhile
             kept.write(name, found)
     return found
 
@@ -109,12 +110,9 @@ def _place(image: bytes) -> int:
 
 
 @cache
-def _key(module: str) -> str | None:
-    """A digest of what machine code depends on, besides its maker's parameters; None where that cannot be found out."""
+def _facts() -> str | None:
+    """What machine code depends on, besides texts and its maker's parameters; None where that cannot be found out."""
     try:
-        found = importlib.util.find_spec(module)
-        own = [Path(found.origin)] if found and found.origin else []
-        texts = [path.read_bytes() for path in (*sorted(Path(__file__).parent.rglob("*.py")), *own)]
         versions = [metadata.version(name) for name in _COMPILERS]
         processor = _CPUINFO.read_text().split("\n\n")[0].splitlines()
         settings = Path(_SETTINGS).read_bytes() if Path(_SETTINGS).exists() else b""
@@ -122,6 +120,28 @@ def _key(module: str) -> str | None:
         return None
     variables = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_") and item[0] not in _NO_SETTINGS)
     lines = [line for line in processor if line.startswith(_PROCESSOR)]
-    facts = (platform.machine(), sys.implementation.cache_tag, versions, lines, variables)
-    digests = [hashlib.sha256(text).hexdigest() for text in (settings, *texts)]
-    return hashlib.sha256(repr((facts, digests)).encode()).hexdigest()
+    return repr((platform.machine(), sys.implementation.cache_tag, versions, lines, variables, settings))
+
+
+def _text(module: str) -> str | None:
+    """A digest of a maker's file."""
+    found = importlib.util.find_spec(module)
+    return _digest([Path(found.origin)]) if found and found.origin else None
+
+
+def _texts() -> str | None:
+    """A digest of this package's files."""
+    here = Path(__file__)
+    return _digest(sorted(here.parent.rglob(f"*{here.suffix}")))  # compiled ones where no others were installed
+
+
+def _digest(paths: list[Path]) -> str | None:
+    try:
+        digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
+    except OSError:
+        return None
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+_imported = cache(_texts)
+_imported()  # now: what this process imports from here on is of these texts
