@@ -52,7 +52,7 @@ def test_what_others_may_write_is_not_believed(file, mode):
     assert kept.read("name") is None
     kept.write("name", b"again")
     assert kept.read("name") == b"again"
-    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.stat().st_mode & 0o777 == 0o644
 
 
 @POSIX
@@ -63,6 +63,38 @@ def test_what_another_user_wrote_is_not_believed(file, monkeypatch):
         own = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: own + 1)
     assert kept.read("name") is None
+
+
+@POSIX
+def test_what_is_no_plain_file_of_this_name_is_not_believed(file):
+    """A link of somebody else's may lead to a file that this user fetched; to open a pipe waits for who writes to it."""
+    file.rename(elsewhere := file.with_name("fetched"))
+    file.symlink_to(elsewhere)
+    assert kept.read("name") is None
+    file.unlink()
+    os.mkfifo(file)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(kept.read, "name")
+        try:
+            assert found.result(5) is None
+        finally:
+            os.close(os.open(file, os.O_RDWR | os.O_NONBLOCK))  # which lets go whoever waits
+    kept.write("name", b"again")
+    assert kept.read("name") == b"again"
+
+
+@POSIX
+def test_a_write_that_fails_leaves_nothing(file):
+    """Disks that are full would fill with what did not fit."""
+    import resource
+
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        kept.write("other", bytes(10**6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert [path.name for path in file.parent.iterdir()] == ["name"]
 
 
 def test_writers_at_once_leave_what_one_of_them_wrote(file):
@@ -83,6 +115,14 @@ def test_a_folder_that_takes_nothing_is_no_error(tmp_path, monkeypatch, place):
     monkeypatch.setenv("SEEDLM_CACHE", str(tmp_path / place))
     kept.write("name", b"content")
     assert kept.read("name") is None
+
+
+def test_a_folder_may_begin_with_the_home(tmp_path, monkeypatch):
+    """As in files of settings, which no shell reads."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("SEEDLM_CACHE", "~/chosen")
+    assert kept.folder() == tmp_path / "chosen" / "kernels"
 
 
 def test_nobody_needs_a_home(monkeypatch):

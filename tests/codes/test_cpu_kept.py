@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,8 @@ def makers(tmp_path, monkeypatch):
     """A module with a maker, the folder that all is kept in, and this package's texts, as if they lay there."""
     monkeypatch.setenv("SEEDLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine_code, "__file__", str(tmp_path / "codes" / "machine_code.py"))
-    monkeypatch.setattr(machine_code, "_key", machine_code._key.__wrapped__)
+    monkeypatch.setattr(machine_code, "_facts", machine_code._facts.__wrapped__)
+    monkeypatch.setattr(machine_code, "_imported", machine_code._texts)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "codes" / "below").mkdir(parents=True)
     (tmp_path / "codes" / "below" / "called.py").write_text("called = 1\n")
@@ -183,6 +185,37 @@ def test_whatever_code_depends_on_is_part_of_its_name(makers, monkeypatch, chang
 
 
 @PROCESSOR
+def test_a_package_without_texts_depends_on_what_it_has_instead(makers, monkeypatch):
+    monkeypatch.setattr(machine_code, "__file__", str(makers / "codes" / "machine_code.pyc"))
+    (makers / "codes" / "called.pyc").write_text("1")
+    assert [times_made(4), times_made(4)] == [1, 1]
+    (makers / "codes" / "called.pyc").write_text("2")
+    assert times_made(4) == 2
+
+
+@PROCESSOR
+@pytest.mark.parametrize("again", [False, True])
+def test_a_process_whose_texts_are_edited_keeps_nothing_more(makers, monkeypatch, again):
+    """What it imported before is of the old texts, what it imports from then on of the new."""
+    monkeypatch.setattr(machine_code, "_imported", cache(machine_code._texts))
+    assert times_made(1) == 1
+    text_of_a_called_file(makers, monkeypatch)
+    assert [times_made(2), times_made(2), times_made(1)] == [2, 3, 3]
+    if again:
+        (makers / "codes" / "below" / "called.py").write_text("called = 1\n")
+    machine_code._imported.cache_clear()  # as another process
+    assert times_made(2) == 4
+    assert times_made(1) == (4 if again else 5)
+
+
+def test_texts_are_those_of_the_import():
+    """Not of the first kernel, before which a model may load for a minute."""
+    code = "from seedlm.codes import machine_code\nprint(machine_code._imported.cache_info().currsize)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "1\n"
+
+
+@PROCESSOR
 def test_what_does_not_change_code_is_not(makers, monkeypatch):
     assert times_made(4) == 1
     monkeypatch.setenv("NUMBA_CACHE_DIR", "elsewhere")
@@ -250,15 +283,19 @@ def test_where_machine_code_is_refused_numba_runs_its_own(monkeypatch, why):
 @LOADS
 @pytest.mark.parametrize("missing", ["memfd_create", "mmap"])
 def test_a_system_that_gives_no_such_memory_is_known(monkeypatch, missing):
-    def refuse(*args):
-        raise PermissionError
-
     if missing == "memfd_create":
-        monkeypatch.setattr(os, "memfd_create", refuse)
+        monkeypatch.setattr(machine_code, "_NOT_INHERITED", 1 << 20)  # which no system knows
     else:
         monkeypatch.setattr(machine_code.mmap, "PROT_EXEC", 1 << 20)  # which no system knows
         monkeypatch.setattr(machine_code.mmap, "MAP_PRIVATE", 0)
     assert not machine_code.loads.__wrapped__()
+
+
+@LOADS
+def test_the_systems_c_library_is_asked_for_such_memory(monkeypatch):
+    """Python's own way is not there in builds for older systems, such as most of uv's."""
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    assert machine_code.loads.__wrapped__()
 
 
 def linked(text, entry="entry", **options):

@@ -32,6 +32,9 @@ _CPUINFO: Final = Path("/proc/cpuinfo")
 _PROCESSOR: Final = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
 """How lines of that begin that say what a processor is, x86's and ARM's."""
 
+_NOT_INHERITED: Final = 1
+"""MFD_CLOEXEC, of Linux."""
+
 
 class Code(NamedTuple):
     """A kernel in memory, where it stays as long as the process. address: of its first instruction."""
@@ -41,12 +44,13 @@ class Code(NamedTuple):
 
 def made(module: str, maker: str, *parameters: Any) -> Any:
     """What a maker makes of parameters, whose `repr` says all about them. Bytes are kept, and found by the next process."""
-    key = _key(module)
-    name = hashlib.sha256(repr((key, module, maker, parameters)).encode()).hexdigest()[:40] + ".code"
-    found = kept.read(name) if key else None
+    texts = _imported(), _text(module)
+    known = *texts, _facts()
+    name = hashlib.sha256(repr((known, module, maker, parameters)).encode()).hexdigest()[:40] + ".code"
+    found = kept.read(name) if all(known) else None
     if found is None:
         found = _make(module, maker, *parameters)
-        if key and isinstance(found, bytes):
+        if all(known) and isinstance(found, bytes) and texts == (_texts(), _text(module)):  # nobody edits them meanwhile
             kept.write(name, found)
     return found
 
@@ -88,26 +92,27 @@ def _place(image: bytes) -> int:
 
     It is never given back: threads that help with kernels may be in them until the process has ended.
     """
-    with os.fdopen(os.memfd_create("seedlm"), "wb") as file:
+    library = ctypes.CDLL(None, use_errno=True)  # not `os.memfd_create`, which builds for older systems lack
+    to_memory = library.mmap
+    to_memory.restype = ctypes.c_void_p
+    to_memory.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    number = library.memfd_create(b"seedlm", _NOT_INHERITED)
+    if number < 0:
+        raise OSError(ctypes.get_errno(), "no file without a name")
+    with os.fdopen(number, "wb") as file:
         file.write(image)
         file.flush()
-        to_memory = ctypes.CDLL(None, use_errno=True).mmap
-        to_memory.restype = ctypes.c_void_p
-        to_memory.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
         access = mmap.PROT_READ | mmap.PROT_EXEC
-        address: int = to_memory(None, len(image), access, mmap.MAP_PRIVATE, file.fileno(), 0)
+        address: int = to_memory(None, len(image), access, mmap.MAP_PRIVATE, number, 0)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), "no memory that code can be run in")
     return address
 
 
 @cache
-def _key(module: str) -> str | None:
-    """A digest of what machine code depends on, besides its maker's parameters; None where that cannot be found out."""
+def _facts() -> str | None:
+    """What machine code depends on, besides texts and its maker's parameters; None where that cannot be found out."""
     try:
-        found = importlib.util.find_spec(module)
-        own = [Path(found.origin)] if found and found.origin else []
-        texts = [path.read_bytes() for path in (*sorted(Path(__file__).parent.rglob("*.py")), *own)]
         versions = [metadata.version(name) for name in _COMPILERS]
         processor = _CPUINFO.read_text().split("\n\n")[0].splitlines()
         settings = Path(_SETTINGS).read_bytes() if Path(_SETTINGS).exists() else b""
@@ -115,6 +120,28 @@ def _key(module: str) -> str | None:
         return None
     variables = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_") and item[0] not in _NO_SETTINGS)
     lines = [line for line in processor if line.startswith(_PROCESSOR)]
-    facts = (platform.machine(), sys.implementation.cache_tag, versions, lines, variables)
-    digests = [hashlib.sha256(text).hexdigest() for text in (settings, *texts)]
-    return hashlib.sha256(repr((facts, digests)).encode()).hexdigest()
+    return repr((platform.machine(), sys.implementation.cache_tag, versions, lines, variables, settings))
+
+
+def _text(module: str) -> str | None:
+    """A digest of a maker's file."""
+    found = importlib.util.find_spec(module)
+    return _digest([Path(found.origin)]) if found and found.origin else None
+
+
+def _texts() -> str | None:
+    """A digest of this package's files."""
+    here = Path(__file__)
+    return _digest(sorted(here.parent.rglob(f"*{here.suffix}")))  # compiled ones where no others were installed
+
+
+def _digest(paths: list[Path]) -> str | None:
+    try:
+        digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
+    except OSError:
+        return None
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+_imported = cache(_texts)
+_imported()  # now: what this process imports from here on is of these texts
