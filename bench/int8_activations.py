@@ -199,16 +199,20 @@ def error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
-def compressed(options: argparse.Namespace, bits: str, feedback: str, progress: Progress) -> Path:
-    """The folder of a packed model, made if it is not there."""
-    folder, statistics = options.work / f"{bits}-{feedback}", options.work / f"statistics-{options.sequences}.safetensors"
+def place(options: argparse.Namespace, bits: str, feedback: str) -> Path:
+    """Where a packed model is kept."""
+    return options.work / options.model.stem / (f"{bits}-own{options.sequences}" if feedback == "own" else f"{bits}-none")
+
+
+def compressed(options: argparse.Namespace, bits: str, feedback: str, progress: Progress) -> None:
+    """Make the folder of a packed model if it is not there."""
+    folder, statistics = place(options, bits, feedback), place(options, "statistics", "own").with_suffix(".safetensors")
     if feedback == "own" and not statistics.exists():
         text = Feedback("own", sequences=options.sequences)
         observe_checkpoint(options.model, statistics, text=text, device="cpu", on_progress=progress)
     if not folder.exists():
         wanted = statistics if feedback == "own" else "none"
         compress_checkpoint(options.model, folder, format=bits, feedback=wanted, device="cpu", on_progress=progress)
-    return folder
 
 
 def main() -> None:
@@ -227,13 +231,25 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
-    options.work.mkdir(parents=True, exist_ok=True)
+    (options.work / options.model.stem).mkdir(parents=True, exist_ok=True)
     wanted = [(feedback, bits) for feedback in options.feedback for bits in options.bits]
     text, rows = Text.from_wikitext(options.text), []
     ids = open_tokenizer(options.model)(text.content, return_tensors="pt", verbose=False).input_ids[0]
     windows = cut_windows(ids, options.context, options.windows)
     if len(windows) < 2:
         parser.error("standard errors over windows take two of them")
+    about: dict[str, Any] = {
+        "model": options.model.name,
+        "label": options.label or options.model.name,
+        "text": {"form": text.form, "windows": len(windows), "context": options.context, "own": [options.sequences, 256]},
+        "environment": {
+            "seedlm": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device_name": f"CPU, {platform.processor() or platform.machine()}",
+            "threads": options.threads,
+        },
+    }
     for feedback, bits in wanted:
         with Bars() if Bars.are_seen() else Lines() as progress:
             compressed(options, bits, feedback, progress)
@@ -248,29 +264,22 @@ def main() -> None:
             progress("evaluate", done, total)
 
         for feedback, bits in wanted:
-            emulated = Emulated(options.work / f"{bits}-{feedback}")
+            emulated = Emulated(place(options, bits, feedback))
             say(f"{bits}, feedback {feedback}: {emulated.layers} layers, products off by {emulated.worst:.1e} at most")
             facts = {"bits": bits, "feedback": feedback, "layers": emulated.layers, "check": float(f"{emulated.worst:.2g}")}
             rows += [facts | row for row in scored(emulated, original, windows, tell)]
             del emulated
+            if options.json:
+                write(options.json, about, rows)
     show(rows)
-    result: dict[str, Any] = {
-        "model": options.model.name,
-        "label": options.label or options.model.name,
-        "text": {"form": text.form, "windows": len(windows), "context": options.context, "own": [options.sequences, 256]},
-        "environment": {
-            "seedlm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device_name": f"CPU, {platform.processor() or platform.machine()}",
-            "threads": options.threads,
-        },
-    }
-    if options.json:
-        before = json.loads(options.json.read_text()) if options.json.exists() else {}
-        same = all(before.get(key) == result[key] for key in ("model", "text", "environment"))
-        others = [row for row in before["rows"] if (row["feedback"], row["bits"]) not in wanted] if same else []
-        options.json.write_text(json.dumps(result | {"rows": rows + others}, indent=1) + "\n")
+
+
+def write(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The rows, and those of other models that are there."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same, made = all(before.get(key) == value for key, value in about.items()), {(row["feedback"], row["bits"]) for row in rows}
+    others = [row for row in before["rows"] if (row["feedback"], row["bits"]) not in made] if same else []
+    path.write_text(json.dumps(about | {"rows": rows + others}, indent=1) + "\n")
 
 
 def show(rows: list[dict[str, Any]]) -> None:
