@@ -118,7 +118,7 @@ class TestOnADevice:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
+            torch.cuda._sleep(1_000_000_000)
             self.axpy(x, y, 1.0)
             assert not stream.query()
             found = y.clone()
