@@ -897,6 +897,30 @@ class TestGraphs:
         del caches[0], cache
         assert len(graphs) == 1
 
+    def test_over_the_next_cache_the_first_step_is_captured(self, graphs):
+        model = fused(format=SMALL)
+        first, other = cache_of(model), cache_of(model)
+        self.call(model, first, 2)
+        del first
+        assert len(graphs) == 0
+        cache, longer = cache_of(model), cache_of(model, length=48)
+        found = self.call(model, cache)
+        assert len(graphs) == 1
+        assert decoder._steps(model, cache).replays == 1
+        assert off(found[0], theirs(model, torch.tensor([[5]]), other)) < 1e-5
+        self.call(model, longer)
+        assert len(graphs) == 1  # of another length, so not at once
+
+    def test_of_a_model_that_was_changed_the_first_step_is_not_captured(self, graphs):
+        model = fused(format=SMALL)
+        self.call(model, cache_of(model), 2)
+        model.model.layers[1].mlp.up_proj.register_buffer("weight_words", torch.zeros(44, 9).int())
+        cache = cache_of(model)
+        self.call(model, cache)
+        assert len(graphs) == 0
+        self.call(model, cache)
+        assert len(graphs) == 1
+
     @pytest.mark.parametrize(
         "change",
         [
@@ -1009,13 +1033,18 @@ class TestGraphs:
             def capture_end(self):
                 assert decoder._CAPTURE.locked()
 
+            def replay(self):
+                pass
+
         stream = SimpleNamespace(wait_stream=lambda other: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(decoder, "_capture_stream", lambda device: stream)
         monkeypatch.setattr(decoder, "_can_capture", lambda device: True)
         monkeypatch.setattr(decoder, "_FAILED", [])
+        monkeypatch.setattr(decoder, "_LOST", [])
         Graph.made = made
         return Graph
 
@@ -1031,6 +1060,18 @@ class TestGraphs:
             assert all(off(*each) < 1e-5 for each in zip(found, expected, strict=True))
         reason = "steps on cpu cannot be captured: operation not permitted when stream is capturing"
         assert reason_unfused(model) == reason_unfused(another) == reason
+
+    def test_a_first_step_that_cannot_be_captured_runs_as_it_is(self, torch_graphs, counted):
+        model = fused()
+        self.call(model, cache_of(model), 2)
+        torch_graphs.fails, cache, other = True, cache_of(model), cache_of(model)
+        found = self.call(model, cache)
+        assert reason_unfused(model) is None
+        assert len(torch_graphs.made) == 1  # kept: torch may still point to it
+        torch_graphs.fails = False
+        assert off(found[0], theirs(model, torch.tensor([[5]]), other)) < 1e-5
+        self.call(model, cache)
+        assert len(torch_graphs.made) == 2
 
     def test_inputs_of_a_graph_that_was_captured_in_inference_mode_are_written_outside_of_it(self, torch_graphs):
         model = fused()

@@ -10,11 +10,12 @@ To see whether a mask hides anything would be to wait for the GPU, so a call wit
 mask of ones; for a static cache it makes one anew at each token, which is left out here. It compiles no step that goes this
 way, unless it is given a `compile_config`.
 
-On a GPU the first step over a cache runs as it is, the second is captured as a CUDA graph, and all others replay it. `generate`
-has each step under way before it asks whether the one before was the last (`sampling`). Graphs belong to a cache and are let go
-with it, and so is what they read: weights of a model that was moved away stay until then. A model and a cache are checked once,
-and again when one of them has changed. Where the cache lies is looked at before each step. So is what the model has (`_Read`),
-but at a replay while the GPU is at work on it.
+On a GPU the first step over a cache runs as it is, the second is captured as a CUDA graph, and all others replay it. Over the
+next cache of that length the first is captured already, if the model is the same (`_CAPTURED`). `generate` has each step under
+way before it asks whether the one before was the last (`sampling`). Graphs belong to a cache and are let go with it, and so is
+what they read: weights of a model that was moved away stay until then. A model and a cache are checked once, and again when one
+of them has changed. Where the cache lies is looked at before each step. So is what the model has (`_Read`), but at a replay
+while the GPU is at work on it.
 
 One text at a time is meant. While a thread captures, another that draws random numbers on that GPU fails, by a torch whose
 captures share the state of a generator (2.11 does). A device on which a capture fails is left to transformers from then on.
@@ -185,7 +186,7 @@ def _reason_device(model: Any) -> str | None:
     device, dtype = model.model.norm.weight.device, model.model.norm.weight.dtype
     if device.type not in DEVICES or (device.type in PACKED and not _fuses(model.model.layers, dtype)):
         return f"on a {device.type} transformers' own forward is as fast"
-    return next((reason for failed, reason, _ in _FAILED if failed == device), None)
+    return next((reason for failed, reason in _FAILED if failed == device), None)
 
 
 def _fuses(layers: nn.Module, dtype: torch.dtype) -> bool:
@@ -305,7 +306,9 @@ class _Steps:
         self._read: Any = None if self.reason else _Read(model)
         self.graph: _Graph | None = None
         self.replays = 0
-        self._warm = False
+        self._mark = hash((self._read.mark(), cache.layers[0].max_cache_len)) if self._read else None
+        self._warm = self._mark is not None and _CAPTURED.get(model) == self._mark
+        self._stepped = False
 
     def step(self, model: Any, token: Tensor, cache: Any, positions: Tensor | None) -> Tensor | None:
         """Logits; None, with nothing done, if the reason is to be found again."""
@@ -313,6 +316,7 @@ class _Steps:
         if not (by_graph and self.graph) and not self._read.unchanged():
             self.where = []
             return None
+        stepped, self._stepped = self._stepped, True
         if not by_graph:
             return step(model, token, cache, positions)
         if positions is None:
@@ -322,11 +326,15 @@ class _Steps:
             try:
                 graph.capture(model, cache)
             except RuntimeError as reason:  # whatever a kernel does that no graph holds
+                _LOST.append(graph)
+                if not stepped:  # it was the first over this cache, so a kernel may have been missing after all
+                    _CAPTURED.pop(model, None)
+                    return step(model, token, cache, positions)
                 text = f"steps on {token.device} cannot be captured: {' '.join(str(reason).split()):.300}"
-                _FAILED.append((token.device, text, graph))
+                _FAILED.append((token.device, text))
                 self.where = []
                 return None
-            self.graph = graph
+            self.graph, _CAPTURED[model] = graph, self._mark
         logits = self.graph.replay(token, positions)
         if not self._read.unchanged():
             torch._foreach_sub_([layer.cumulative_length for layer in cache.layers], 1)
@@ -337,6 +345,9 @@ class _Steps:
 
 
 _STEPS: Final[WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, _Steps]]] = WeakKeyDictionary()
+_CAPTURED: Final[WeakKeyDictionary[nn.Module, int | None]] = WeakKeyDictionary()
+"""What the last step of a model that was captured depended on, as a hash that holds none of it. A step that depends on the same
+needs no other before it: weights are prepared, kernels loaded."""
 
 
 def _steps(model: Any, cache: Any) -> _Steps:
@@ -370,8 +381,10 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-_FAILED: Final[list[tuple[torch.device, str, "_Graph"]]] = []
-"""Devices on which a capture failed, and why. The graphs are kept for ever, since torch may go on to use one that failed."""
+_FAILED: Final[list[tuple[torch.device, str]]] = []
+"""Devices on which a capture failed, and why."""
+_LOST: Final[list["_Graph"]] = []
+"""Graphs whose capture failed. They are kept for ever, since torch may go on to use them."""
 
 
 class _Graph:
@@ -431,6 +444,10 @@ class _Read:
         self._storages = [each.detach() for each in tensors]  # `.to` and `.data` give a tensor another one
         self._addresses = [each.data_ptr() for each in tensors]
         self._versions = [each._version for each in buffers]  # codes are prepared, which no parameter is
+
+    def mark(self) -> int:
+        """Another one for another model, or one that was changed; not so for values that were written into its tensors."""
+        return hash((*map(id, self._found), *self._addresses, *self._sizes))
 
     def unchanged(self) -> bool:
         """Whether they still are what the model has, and buffers hold what they held."""
