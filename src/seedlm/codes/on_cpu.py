@@ -4,7 +4,8 @@ import importlib.util
 import os
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -68,3 +69,15 @@ def scratch(size: int) -> tuple[Tensor, int]:
             made = torch.empty(size, dtype=torch.uint8, device="cpu")
         kept = _kept.bytes = made, made.data_ptr(), size
     return kept[:2]
+
+
+@contextmanager
+def own_scratch() -> Iterator[None]:
+    """In it, `scratch` is memory that this thread is given nowhere else."""
+    before = vars(_kept).pop("bytes", None)
+    try:
+        yield
+    finally:
+        vars(_kept).pop("bytes", None)
+        if before is not None:
+            _kept.bytes = before
