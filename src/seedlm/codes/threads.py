@@ -3,8 +3,8 @@
     share_rows   a Python function over ranges of rows, by a pool of threads: work of milliseconds and more
     Kernel       a compiled function whose threads take pieces until none is left: work of microseconds. By torch's own threads
                  (`openmp`), or by ours where those are late (`team`)
-    Jobs         several of these at once, again and again with other tensors
-    Record       all that a thread would run, as jobs that are run at once
+    Jobs         several of these at once, in stages, again and again with other tensors
+    Record       all that a thread would have run, to be run at once
 
 They follow `torch.get_num_threads()` and survive a fork (the child makes new ones); OpenMP, numba's own choice, does not.
 """
@@ -14,6 +14,7 @@ import os
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
@@ -28,8 +29,8 @@ from seedlm.codes import machine_code, on_cpu
 _LATE = 1_000_000
 """Nanoseconds: pieces take some microseconds each, so that no thread should end much later than another."""
 
-_PAUSE = 16, 4096
-"""Jobs without torch's threads: at first, and at most."""
+_PAUSE = 2_000_000, 500_000_000
+"""Nanoseconds without torch's threads: at first, and at most."""
 
 _WEIGHTS_PER_TASK = 1 << 17
 """A task shorter than this (0.3 ms) is not worth handing to a thread."""
@@ -119,7 +120,7 @@ class NotRecorded(Exception):
 
 
 class Record(TorchFunctionMode):
-    """While it is entered, kernels of this thread do not run: they are kept as stages, which `run` runs one after another.
+    """While it is entered, once, kernels of this thread do not run: they are kept as stages, for `run`.
 
     Nothing else may be computed meanwhile, since it would not be computed again: all that torch does but making, viewing and
     looking at tensors raises NotRecorded. Memory whose address is asked for is held, and nobody else's scratch.
@@ -191,22 +192,21 @@ class Threads:
 
     torchs   `openmp.Region`, or None for our own always
     own      `team.Team`
-    After a late region so many jobs are not torch's, and twice as many after the next if none was on time between.
+    After a late region torch's are not asked for a while, and for twice as long after the next if none was on time between.
     """
 
     def __init__(self, torchs: Any, own: Any) -> None:
         self._torchs, self._own = torchs, own
-        self._pause, self._paused = _PAUSE[0], 0
+        self._pause, self._until = _PAUSE[0], 0
 
     def run(self, kernel: int, job: bytes, helpers: int) -> None:
         """Run the kernel at an address, which takes pieces until there are none: here, and by so many others or more."""
-        if self._torchs is None or self._paused > 0:
-            self._paused -= 1
+        if self._torchs is None or time.monotonic_ns() < self._until:
             self._own.run(kernel, job, helpers)
         elif self._torchs.run(kernel, job, torch.get_num_threads()) < _LATE:
             self._pause = _PAUSE[0]
         else:
-            self._paused, self._pause = self._pause, min(2 * self._pause, _PAUSE[1])
+            self._until, self._pause = time.monotonic_ns() + self._pause, min(2 * self._pause, _PAUSE[1])
 
 
 _forked = False
