@@ -7,13 +7,16 @@ from llvmlite import ir
 from llvmlite.binding import address_of_symbol, get_default_triple
 from numba import types
 
-from seedlm.codes.compiled import to_machine_code
+from seedlm.codes.compiled import inner, to_machine_code
 from seedlm.codes.vectors import I32, I64, call, intrinsic, job_address, pointer
 
 _JOB, _KERNEL, _SERIAL, _INSIDE, _TAKEN = 0, 64, 128, 192, 256
 """Places on the board, in bytes: apart, so that waiting for one does not slow down another."""
 
 _LOOKS: Final = 1 << 14
+_LEFT: Final = 1 << 32
+"""Counts a thread that has left a stage, above those that are in it."""
+
 _POLITE: Final = address_of_symbol("sched_yield") is not None
 
 
@@ -105,13 +108,41 @@ def _now(typingctx):
     return types.intp(), codegen
 
 
+@inner
+def _rest(turn):
+    """What a thread that waits does between two looks."""
+    if turn & 31:
+        pause()
+    else:
+        _give_way()
+
+
 def run_all() -> Any:
-    """One job after another. job: 0, how many, of each its kernel's address and where it lies, in bytes from here; the jobs."""
+    """One stage after another, each when all before it are done.
+
+    Its job: 0, stages, of each 0, how many jobs, of each of these its kernel's address and where it lies, in bytes from here;
+    the jobs. The 0 of a stage counts threads: those in it, and by `_LEFT` those that have left it.
+
+    A thread leaves a stage when it has found no more pieces there. So who comes later has nothing to do in it, and with nobody
+    in it all of it is done: nobody waits for a thread that has not come. One word counts both, so that all see one order. Who
+    comes before the first has left is counted when that one looks.
+    """
 
     @to_machine_code()
     def run(job):
-        for i in range(job[1]):
-            call_kernel(job[2 + 2 * i], job_address(job) + job[3 + 2 * i])
+        at = 2
+        for _ in range(job[1]):
+            stage, jobs = job_address(job) + 8 * at, job[at + 1]
+            at += 2
+            if add(stage, 1) < _LEFT:
+                for i in range(at, at + 2 * jobs, 2):
+                    call_kernel(job[i], job_address(job) + job[i + 1])
+            at += 2 * jobs
+            add(stage, _LEFT - 1)
+            turn = 0
+            while look(stage) & (_LEFT - 1):
+                turn += 1
+                _rest(turn)
 
     return run
 
@@ -151,10 +182,8 @@ def help() -> Any:
                     last, idle = look(board + _SERIAL), 0
                     call_kernel(look(board + _KERNEL), job)
                 add(board + _INSIDE, -1)
-            elif idle & 31:
-                pause()
             else:
-                _give_way()
+                _rest(idle)
 
     return run
 

@@ -47,14 +47,16 @@ def _turn(line, cosines, sines, target, width, factor):
 
 def attend() -> Any:
     """Its job: key heads, query heads of each, width, length of the cache, bits of float32 scaling, kind (`on_cpu.KINDS`) of
-    all tensors, position, then addresses: q, k, v, cosines, sines, keys, values, out, floats [key heads * `attention._floats`].
+    all tensors, then addresses: position int64 [1], q, k, v, cosines, sines, keys, values, out, floats [key heads *
+    `attention._floats`].
 
     Sums may be taken in any order.
     """
 
     @to_machine_code(fastmath={"reassoc", "contract", "nsz"})
     def run(job):
-        heads, group, width, length, kind, now = job[1], job[2], job[3], job[4], job[6], job[7]
+        heads, group, width, length, kind = job[1], job[2], job[3], job[4], job[6]
+        now = carray(as_pointer(job[7]), (1,), np.int64)[0]
         scaling = from_bits(np.int32(job[5]))
         while True:
             head = take(job_address(job))

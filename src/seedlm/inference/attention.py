@@ -101,14 +101,19 @@ def _on_cpu(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, scaling: float
 ) -> Tensor:
     _, heads, length, width = keys.shape
-    if not 0 <= (place := int(position)) < length:
-        raise IndexError(f"position {place} is none of a cache of {length}")
+    check_position(position, length)
     group, out = q.shape[-1] // (heads * width), torch.empty(q.shape, dtype=q.dtype)
     work = on_cpu.scratch(4 * heads * _floats(group, width, length))[1]
-    tensors = [each.contiguous() for each in (q, k, v, cos, sin, keys, values, out)]
-    sizes = heads, group, width, length, on_cpu.bits(scaling), on_cpu.KINDS[q.dtype], place
+    tensors = [each.contiguous() for each in (position.to(torch.int64), q, k, v, cos, sin, keys, values, out)]
+    sizes = heads, group, width, length, on_cpu.bits(scaling), on_cpu.KINDS[q.dtype]
     kernel("seedlm.inference.attend_numba", "attend").share((*sizes, *(each.data_ptr() for each in tensors), work), heads)
     return out
+
+
+def check_position(position: Tensor, length: int) -> None:
+    """Raise IndexError for a position [1] that a cache of this length does not have."""
+    if not 0 <= (place := int(position)) < length:
+        raise IndexError(f"position {place} is none of a cache of {length}")
 
 
 def _floats(group: int, width: int, length: int) -> int:

@@ -10,26 +10,28 @@ To see whether a mask hides anything would be to wait for the GPU, so a call wit
 mask of ones; for a static cache it makes one anew at each token, which is left out here. It compiles no step that goes this
 way, unless it is given a `compile_config`.
 
-On a GPU the first step over a cache runs as it is, the second is captured as a CUDA graph, and all others replay it. Over the
-next cache of that length the first is captured already, if the model is the same (`_CAPTURED`). `generate` has each step under
-way before it asks whether the one before was the last (`sampling`). Graphs belong to a cache and are let go with it, and so is
-what they read: weights of a model that was moved away stay until then. A model and a cache are checked once, and again when one
-of them has changed. Where the cache lies is looked at before each step. So is what the model has (`_Read`), but at a replay
-while the GPU is at work on it.
+The first step over a cache runs as it is, the second is captured, and all others replay it: on a GPU as a CUDA graph, on a CPU
+as jobs that are run at once (`threads.Record`). Over the next cache of that length the first is captured already, if the model
+is the same (`_CAPTURED`). On a GPU `generate` has each step under way before it asks whether the one before was the last
+(`sampling`). Graphs belong to a cache and are let go with it, and so is what they read: weights of a model that was moved away
+stay until then. A model and a cache are checked once, and again when one of them, or the number of threads, has changed. Where
+the cache lies is looked at before each step. So is what the model has (`_Read`), but at a replay on a GPU while it is at work.
 
 One text at a time is meant. While a thread captures, another that draws random numbers on that GPU fails, by a torch whose
 captures share the state of a generator (2.11 does). A device on which a capture fails is left to transformers from then on.
 
-On a CPU that is for packed models alone, whose backend makes the layers' input itself; dense ones take as long either way.
+On a CPU all that is for packed models alone, whose backend makes the layers' input itself; dense ones take as long either way.
+Embedding, rotary embedding and head are no part of what is captured there. A step that cannot be captured runs as it is.
 """
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache as once
 from functools import partial, wraps
 from operator import attrgetter, eq, is_
 from threading import Lock
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,10 +41,11 @@ from transformers import activations
 from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from seedlm.codes.threads import NotRecorded, Record
 from seedlm.device import free_host_memory
 from seedlm.errors import BackendError
 from seedlm.inference import ops
-from seedlm.inference.attention import attend
+from seedlm.inference.attention import attend, check_position
 from seedlm.integrations.transformers import sampling as ahead
 from seedlm.modeling.embedding import SeedEmbedding, TiedLinear
 from seedlm.modeling.fused import attended_linear, gated_linear, normed_linears
@@ -212,7 +215,7 @@ def _reason(model: Any, cache: Any) -> str | None:
     if cache.offloading or len(cache.layers) != len(model.model.layers):
         return "the cache is offloaded, or another model's"
     for layer in cache.layers:
-        if type(layer) is not StaticLayer or not isinstance(layer.cumulative_length, Tensor):
+        if type(layer) is not StaticLayer or getattr(layer.cumulative_length, "dtype", None) != torch.int64:
             return f"a layer of the cache is a {type(layer).__name__} that is not known there"
         if not layer.is_initialized:
             return "the cache is empty"
@@ -231,19 +234,36 @@ def step(model: Any, token: Tensor, cache: Any, positions: Tensor | None = None)
     positions   int64 [1, 1], of the rotary embedding; the length of the cache if None
     returns     logits [1, 1, vocabulary] of the model's dtype
     """
-    inner, lengths = model.model, [layer.cumulative_length for layer in cache.layers]
-    h, delta = inner.embed_tokens(token), None
-    cos, sin = inner.rotary_emb(h, position_ids=lengths[0].view(1, 1) if positions is None else positions)
-    for layer, store, length in zip(inner.layers, cache.layers, lengths, strict=True):
+    h, cos, sin = _before_layers(model, token, _next_position(cache) if positions is None else positions)
+    return _after_layers(model, h, _layers(model, h, cos, sin, cache), cache)
+
+
+def _before_layers(model: Any, token: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The token's h [1, 1, features], and cosines and sines [1, 1, head's] of its dtype."""
+    h = model.model.embed_tokens(token)
+    return h, *model.model.rotary_emb(h, position_ids=positions)
+
+
+def _layers(model: Any, h: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> Tensor:
+    """What the last layer adds to h, to which all before it have been added in place."""
+    delta: Tensor | None = None
+    for layer, store in zip(model.model.layers, cache.layers, strict=True):
         attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         q, k, v = normed_linears(h, delta, norm.weight, norm.variance_epsilon, projections)
-        read = attend(q, k, v, cos, sin, store.keys, store.values, length.view(1), attention.scaling)
+        read = attend(q, k, v, cos, sin, store.keys, store.values, store.cumulative_length.view(1), attention.scaling)
         delta, norm = attended_linear(read, attention.o_proj), layer.post_attention_layernorm
         gate, up = normed_linears(h, delta, norm.weight, norm.variance_epsilon, [mlp.gate_proj, mlp.up_proj])
         delta = gated_linear(gate, up, mlp.down_proj)
-    (logits,) = normed_linears(h, delta, inner.norm.weight, inner.norm.variance_epsilon, [model.lm_head])
-    torch._foreach_add_(lengths, 1)
+    assert delta is not None
+    return delta
+
+
+def _after_layers(model: Any, h: Tensor, delta: Tensor, cache: Any) -> Tensor:
+    """Logits; the cache is one longer."""
+    norm = model.model.norm
+    (logits,) = normed_linears(h, delta, norm.weight, norm.variance_epsilon, [model.lm_head])
+    torch._foreach_add_([layer.cumulative_length for layer in cache.layers], 1)
     return logits
 
 
@@ -295,7 +315,7 @@ class _Steps:
     """Those of one model over one cache.
 
     reason   why there are none
-    where    the cache lay when this was found; empty if it is to be found again
+    where    the cache lay when this was found, and the number of threads; empty if it is to be found again
     graph    of one step, once it is captured
     replays  of it that were found right
     """
@@ -304,16 +324,16 @@ class _Steps:
         self.reason = _reason(model, cache)
         self.where = _where(cache)
         self._read: Any = None if self.reason else _Read(model)
-        self.graph: _Graph | None = None
+        self.graph: Any = None
         self.replays = 0
         self._mark = hash((self._read.mark(), cache.layers[0].max_cache_len)) if self._read else None
         self._warm = self._mark is not None and _CAPTURED.get(model) == self._mark
-        self._stepped = False
+        self._stepped, self._captures = False, True
 
     def step(self, model: Any, token: Tensor, cache: Any, positions: Tensor | None) -> Tensor | None:
         """Logits; None, with nothing done, if the reason is to be found again."""
-        by_graph, self._warm = self._warm and _can_capture(token.device), True
-        if not (by_graph and self.graph) and not self._read.unchanged():
+        by_graph, self._warm = self._warm and self._captures and _can_capture(token.device), True
+        if not (by_graph and self.graph and self.graph.at_work) and not self._read.unchanged():
             self.where = []
             return None
         stepped, self._stepped = self._stepped, True
@@ -322,9 +342,12 @@ class _Steps:
         if positions is None:
             positions = _next_position(cache)
         if self.graph is None:
-            graph = _Graph(token, positions)
+            graph = _GRAPHS[token.device.type](token, positions)
             try:
                 graph.capture(model, cache)
+            except NotRecorded:
+                self._captures = False
+                return step(model, token, cache, positions)
             except RuntimeError as reason:  # whatever a kernel does that no graph holds
                 _LOST.append(graph)
                 if not stepped:  # it was the first over this cache, so a kernel may have been missing after all
@@ -336,7 +359,7 @@ class _Steps:
                 return None
             self.graph, _CAPTURED[model] = graph, self._mark
         logits = self.graph.replay(token, positions)
-        if not self._read.unchanged():
+        if self.graph.at_work and not self._read.unchanged():
             torch._foreach_sub_([layer.cumulative_length for layer in cache.layers], 1)
             self.where = []
             return None
@@ -362,14 +385,14 @@ def _steps(model: Any, cache: Any) -> _Steps:
 
 
 def _where(cache: Any) -> list[int]:
-    """The addresses of a cache's tensors, 0 for one that is not there."""
+    """The addresses of a cache's tensors, 0 for one that is not there, and the number of threads, for which jobs are cut."""
     tensors = [each for layer in cache.layers for each in (layer.keys, layer.values, layer.cumulative_length)]
-    return [each.data_ptr() if isinstance(each, Tensor) else 0 for each in tensors]
+    return [torch.get_num_threads(), *(each.data_ptr() if isinstance(each, Tensor) else 0 for each in tensors)]
 
 
 def _can_capture(device: torch.device) -> bool:
     """Whether there are graphs on a device, and nobody captures one of which this step becomes a part."""
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return device.type == "cpu" or (device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
 
 
 _CAPTURE: Final = Lock()
@@ -388,7 +411,12 @@ _LOST: Final[list["_Graph"]] = []
 
 
 class _Graph:
-    """One step over one cache as a CUDA graph. Of the model and of the cache it has only addresses."""
+    """One step over one cache as a CUDA graph. Of the model and of the cache it has only addresses.
+
+    at_work   whether a replay goes on while Python does
+    """
+
+    at_work: ClassVar[bool] = True
 
     def __init__(self, token: Tensor, positions: Tensor) -> None:
         with torch.inference_mode(False):  # else they could only be written to in inference mode
@@ -415,6 +443,37 @@ class _Graph:
             self._positions.copy_(positions)
             self._graph.replay()
             return self._logits.clone()
+
+
+class _Recorded:
+    """The layers of one step over one cache on a CPU, as jobs (`Record`)."""
+
+    at_work: ClassVar[bool] = False
+
+    def __init__(self, token: Tensor, positions: Tensor) -> None:
+        self._given, self._record = (token, positions), Record()
+
+    def capture(self, model: Any, cache: Any) -> None:
+        """Raises NotRecorded for layers that are no jobs."""
+        self._model, self._cache = weakref.ref(model), weakref.ref(cache)
+        with torch.inference_mode(False), torch.no_grad():  # else inputs could only be written to in inference mode
+            self._inputs = h, cos, sin = tuple(each.clone() for each in _before_layers(model, *self._given))
+            with self._record:
+                self._delta = _layers(model, h, cos, sin, cache)
+
+    def replay(self, token: Tensor, positions: Tensor) -> Tensor:
+        """The logits, which are the caller's to keep. Raises IndexError for a cache that is full."""
+        model: Any = self._model()
+        cache: Any = self._cache()
+        for mine, given in zip(self._inputs, _before_layers(model, token, positions), strict=True):
+            mine.copy_(given)
+        for layer in cache.layers:
+            check_position(layer.cumulative_length, layer.max_cache_len)
+        self._record.run()
+        return _after_layers(model, self._inputs[0], self._delta, cache)
+
+
+_GRAPHS: Final[dict[str, Any]] = {"cuda": _Graph, "cpu": _Recorded}
 
 
 _ATTRIBUTES: Final = ("training", "variance_epsilon", "scaling", "attention_scaling", "_prepared")

@@ -8,7 +8,7 @@ By the number of tokens:
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import ClassVar, Final, Literal, NamedTuple, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from seedlm.codes import hadamard, on_cpu, processor
 from seedlm.codes.base import CODES, Format, Gated, Normed
 from seedlm.codes.on_cpu import KINDS, PIECE
-from seedlm.codes.threads import Jobs, Kernel, kernel
+from seedlm.codes.threads import Job, Jobs, Kernel, kernel
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.kernels import records
 
@@ -71,7 +71,7 @@ class NumbaBackend:
             plan = _inputs(cast(TrellisFormat, format), in_features, tokens if few else 0, self.exact)
             at, kind = x.data_ptr(), KINDS[x.dtype]
             if few:
-                plan.kernel.share((tokens, *plan.numbers, at, kind, y.data_ptr(), 0), tokens)
+                plan.kernel.share((tokens, *plan.numbers, at, kind, y.data_ptr()), tokens)
             else:
                 pieces = min(tokens, _ROTATING)
                 rows = torch.empty(pieces * in_features, dtype=torch.float32, device=x.device)
@@ -210,21 +210,19 @@ def _few(exact: bool, dtype: torch.dtype, rate: int) -> int:
 
 
 class _Plan(NamedTuple):
-    """A kernel, what calls of one shape have in common of its job, the bytes of all tokens' inputs, and signs."""
+    """A kernel, what calls of one shape have in common of its job, and the bytes of all tokens' inputs."""
 
     kernel: Kernel
     numbers: tuple[int, ...]
     size: int = 0
-    signs: Tensor | None = None
 
 
 @lru_cache(maxsize=4096)
 def _inputs(format: TrellisFormat, in_features: int, tokens: int, exact: bool) -> _Plan:
     """How a few tokens are transformed and rounded; 0 tokens stand for many, which are transformed."""
-    signs = _signs(format.transform)
     few, many = (f"{_HERE}.numba_product", "rotation", format.rate, exact), ("seedlm.codes.hadamard_numba", "rotation")
-    numbers = (in_features, format.transform, signs.data_ptr())
-    return _Plan(kernel(*(few if tokens else many)), numbers, tokens * records.workspace(in_features), signs)
+    numbers = (in_features, format.transform, _signs(format.transform).data_ptr())
+    return _Plan(kernel(*(few if tokens else many)), numbers, tokens * records.workspace(in_features))
 
 
 class _Products(NamedTuple):
@@ -237,7 +235,6 @@ class _Products(NamedTuple):
     records: int
     size: int
     floats: int
-    signs: Tensor | None
 
 
 @lru_cache(maxsize=4096)
@@ -250,13 +247,14 @@ def _products(
     if they are transformed; then for each product the addresses of words, factors, bias, inputs, y, and y's kind.
     """
     at_once, plan = records.at_once(exact), _inputs(format, shapes[0][1], tokens, exact)
-    jobs: list[tuple[Kernel, tuple[int | None, ...], int]] = []
+    before: list[list[Job]] = []
+    jobs: list[Job] = []
     if begins == "norm":
-        jobs.append((kernel(f"{_HERE}.numba_source", "norm"), (0, shapes[0][1], None, None, None, None, None, None), 1))
+        before.append([(kernel(f"{_HERE}.numba_source", "norm"), (shapes[0][1], None, None, None, None, None, None), 1)])
     elif begins == "gate":
-        jobs.append((kernel(f"{_HERE}.numba_source", "gate"), (0, shapes[0][1], None, None, None, None), 1))
+        before.append([(kernel(f"{_HERE}.numba_source", "gate"), (shapes[0][1], None, None, None, None), 1)])
     if begins != "nothing":
-        jobs.append((plan.kernel, (tokens, *plan.numbers, None, None, None, 0), tokens))
+        before.append([(plan.kernel, (tokens, *plan.numbers, None, None, None), tokens)])
     for out_features, in_features in shapes:
         cut = _cut(format.segments(out_features), in_features, threads)
         strip = format.sequence_rows // SEGMENT_ROWS
@@ -265,7 +263,7 @@ def _products(
             some = format.rate, format.state_bits, exact, min(at_once, tokens - first)
             jobs.append((kernel(f"{_HERE}.numba_product", "product", *some), numbers, cut[0]))
     worked = 4 * records.floats(shapes[0][1])
-    return _Products(Jobs(jobs), at_once, records.records(shapes[0][1]), plan.size, worked, plan.signs)
+    return _Products(Jobs([*before, jobs]), at_once, records.records(shapes[0][1]), plan.size, worked)
 
 
 def _cut(segments: int, in_features: int, threads: int) -> tuple[int, int, int, int]:
@@ -279,7 +277,7 @@ def _cut(segments: int, in_features: int, threads: int) -> tuple[int, int, int, 
     return large - (large * larger - segments) // length, large, larger, length
 
 
-@lru_cache(maxsize=16)
+@cache
 def _signs(block: int) -> Tensor:
     with torch.inference_mode(False):
         return hadamard.signs(block)

@@ -22,7 +22,6 @@ from numba.core import cgutils
 
 from seedlm.codes.compiled import to_machine_code
 from seedlm.codes.hadamard_numba import largest_bits, rotate_row
-from seedlm.codes.team_numba import add, look, pause
 from seedlm.codes.trellis.format import SEGMENT_ROWS
 from seedlm.codes.trellis.kernels import numba_pairs
 from seedlm.codes.trellis.kernels.numba_windows import TAIL, Products, Windows, add_group, copy_end, neighbours, slots
@@ -174,8 +173,7 @@ def rotation(rate: int, exact: bool) -> Any:
     """Rotates and rounds the activations of one token after another.
 
     Its job: tokens, width, block of the transform, signs float32 [block], x, kind of x (`on_cpu.KINDS`), y (tokens times
-    `workspace` bytes), 0. signs, x and y are addresses. A thread returns when all tokens are done, so that a product may follow
-    in the same `Jobs`; the last number counts them.
+    `workspace` bytes). signs, x and y are addresses.
     """
     levels = LEVELS if exact else 127
 
@@ -205,9 +203,6 @@ def rotation(rate: int, exact: bool) -> Any:
                 else:
                     scale[0] = np.float32(0) if finite else np.float32(np.nan)
                 _quantize(row + 1024 * group, inverse, record, rate, exact)
-            add(job_address(job) + 64, 1)
-        while look(job_address(job) + 64) < tokens:
-            pause()
 
     return rotate
 

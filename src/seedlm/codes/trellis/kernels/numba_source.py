@@ -1,7 +1,7 @@
 """What a token's products read on a CPU, made of what comes before them in a decoder layer: an RMS norm, or a gate.
 
-They come first among the `Jobs` of these products: one thread makes the floats, the others wait for it, since all that follows
-reads them. In float32, rounded nowhere but where the sum is left in h.
+Each is a stage of one piece before these products' own (`threads.Jobs`). In float32, rounded nowhere but where the sum is left
+in h.
 """
 
 from typing import Any
@@ -10,20 +10,19 @@ import numpy as np
 from numba import carray
 
 from seedlm.codes.compiled import to_machine_code
-from seedlm.codes.team_numba import add, look, pause
 from seedlm.codes.vectors import as_pointer, exponential, from_bits, job_address, read, read_bfloat16, take, write_bfloat16
 
 
 def norm() -> Any:
     """RMS norm of h + delta, the sum of which is left in h.
 
-    Its job: how many are done, 0; width, bits of float32 epsilon, h, delta or 0, weight, their kind, floats (`records.floats`).
+    Its job: width, bits of float32 epsilon, h, delta or 0, weight, their kind, floats (`records.floats`).
     """
 
     @to_machine_code()
     def run(job):
         if take(job_address(job)) == 0:
-            width, epsilon, h, delta, weight, kind, to = job[2], job[3], job[4], job[5], job[6], job[7], job[8]
+            width, epsilon, h, delta, weight, kind, to = job[1], job[2], job[3], job[4], job[5], job[6], job[7]
             x = carray(as_pointer(to), (width,), np.float32)
             others = carray(as_pointer(to + 4 * width), (width,), np.float32)
             read(h, kind, 0, to, width)
@@ -51,9 +50,6 @@ def norm() -> Any:
             factor = np.float32(1) / np.sqrt(mean + from_bits(np.int32(epsilon)))
             for i in range(width):
                 x[i] = x[i] * factor * others[i]
-            add(job_address(job) + 8, 1)
-        while look(job_address(job) + 8) == 0:
-            pause()
 
     return run
 
@@ -61,13 +57,13 @@ def norm() -> Any:
 def gate() -> Any:
     """silu(gate) * up.
 
-    Its job: how many are done, 0; width, gate, up, their kind, floats (`records.floats`).
+    Its job: width, gate, up, their kind, floats (`records.floats`).
     """
 
     @to_machine_code()
     def run(job):
         if take(job_address(job)) == 0:
-            width, given, up, kind, to = job[2], job[3], job[4], job[5], job[6]
+            width, given, up, kind, to = job[1], job[2], job[3], job[4], job[5]
             values = carray(as_pointer(to), (width,), np.float32)
             others = carray(as_pointer(to + 4 * width), (width,), np.float32)
             read(given, kind, 0, to, width)
@@ -76,8 +72,5 @@ def gate() -> Any:
                 x = values[i]
                 silu = x / (np.float32(1) + exponential(-x))
                 values[i] = (np.float32(0) if x < np.float32(-87) else silu) * others[i]
-            add(job_address(job) + 8, 1)
-        while look(job_address(job) + 8) == 0:
-            pause()
 
     return run
