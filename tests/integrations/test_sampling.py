@@ -164,6 +164,8 @@ def copies(monkeypatch):
     replayed = []
 
     class Graph:
+        at_work = True
+
         def __init__(self, token, positions):
             pass
 
@@ -175,7 +177,7 @@ def copies(monkeypatch):
             return decoder.step(self.model, token, self.cache(), positions)
 
     monkeypatch.setattr(decoder, "_can_capture", lambda device: True)
-    monkeypatch.setattr(decoder, "_Graph", Graph)
+    monkeypatch.setitem(decoder._GRAPHS, "cpu", Graph)
     return replayed
 
 
