@@ -270,6 +270,42 @@ class TestRecord:
         assert held >= {*places}
         assert on_cpu.scratch(1)[1] not in held
 
+    def test_not_where_torch_asks_no_mode(self):
+        """Nobody would know whose memory is to be held, or that something else was computed."""
+        with torch._C.DisableTorchFunction(), pytest.raises(NotRecorded, match="would not say"), Record():
+            pass
+        with torch._C.DisableTorchFunctionSubclass(), pytest.raises(NotRecorded, match="no job"), Record():
+            torch.ones(2) + 1
+
+    def test_who_is_interrupted_on_the_way_in_or_out_records_no_more(self, kernels):
+        """At any call and after any that is C's, which is where Python looks for signals."""
+        calls, interrupted = np.zeros(1, np.int64), 0
+        for after in range(1000):
+            left, record = [after], Record()
+
+            def look(frame, event, _, left=left):
+                left[0] -= event in ("call", "c_return")
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+
+            sys.setprofile(look)
+            try:
+                with record:
+                    kernels[1].share((0,), 1)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                record.entered = False
+                done = left[0] >= 0
+                sys.setprofile(None)
+            before = calls.copy()
+            kernels[1].share((calls.ctypes.data,), 1)
+            assert calls == before + 1
+            assert torch.ones(1) + 1 == 2
+            if done:
+                break
+        assert 10 < interrupted == after
+
     def test_scratch_is_what_it_was(self):
         before = on_cpu.scratch(100)
         with Record():

@@ -20,11 +20,13 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from seedlm.codes import on_cpu, threads
 from seedlm.codes.registry import parse_format
+from seedlm.codes.trellis.kernels.cpu import NumbaBackend
 from seedlm.inference import attention
 from seedlm.integrations.transformers import decoder
 from seedlm.integrations.transformers.decoder import CACHE, fuse_decoding, reason_unfused
@@ -1255,6 +1257,68 @@ class TestRecords:
             assert decoder._steps(model, cache) is not steps
         dequantize_model(model)
         self.check(model, cache, other, 3, replayed=False)
+
+    @pytest.mark.parametrize("path", ["layers.0.input_layernorm.weight", "layers.1.self_attn.o_proj.bias"])
+    def test_a_tensor_that_is_no_parameter_is_replaced(self, path):
+        model = self.packed(attention_bias=True)
+        home, name = model.model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        before = getattr(home, name).detach()
+        delattr(home, name)
+        setattr(home, name, before)
+        cache, other = cache_of(model), cache_of(model)
+        self.check(model, cache, other)
+        setattr(home, name, before * 2)
+        self.check(model, cache, other)
+
+    def test_torch_makes_tensors_elsewhere_unless_it_is_told(self):
+        model = self.packed()
+        cache, other = cache_of(model), cache_of(model)
+        for token in tokens(4):
+            with torch.device("meta"):
+                found = model(input_ids=token, use_cache=True, **{CACHE: cache}).logits
+            assert torch.equal(found, decoder.step(model, token, other))
+        assert decoder._steps(model, cache).replays == 3
+
+    def test_torch_asks_no_mode(self):
+        model = self.packed()
+        cache, other = cache_of(model), cache_of(model)
+        with torch._C.DisableTorchFunction():
+            self.check(model, cache, other, replayed=False)
+
+    def test_an_onlooker_that_raises_leaves_nothing(self, counted):
+        class Refusing(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                if function is torch.empty:
+                    raise RuntimeError("no memory")
+                return function(*args, **(kwargs or {}))
+
+        model = self.packed()
+        cache, other = cache_of(model), cache_of(model)
+        self.check(model, cache, other, 1, replayed=False)
+        with Refusing(), pytest.raises(RuntimeError, match="no memory"):
+            model(input_ids=IDS[:, :1], use_cache=True, **{CACHE: cache})
+        assert decoder._FAILED == []
+        assert reason_unfused(model) is None
+        self.check(model, cache_of(model), cache_of(model))
+
+    @pytest.mark.parametrize("where", ["__enter__", "__exit__", "fused"])
+    def test_who_is_interrupted_while_it_is_recorded_goes_on(self, where):
+        def look(frame, event, _):
+            if event == "call" and frame.f_code.co_name == where and isinstance(frame.f_locals.get("self"), of):
+                raise KeyboardInterrupt
+
+        model = self.packed()
+        of = NumbaBackend if where == "fused" else threads.Record
+        cache, other = cache_of(model), cache_of(model)
+        self.check(model, cache, other, 1, replayed=False)
+        before = sys.getprofile()
+        try:
+            sys.setprofile(look)
+            with pytest.raises(KeyboardInterrupt):
+                model(input_ids=IDS[:, :1], use_cache=True, **{CACHE: cache})
+        finally:
+            sys.setprofile(before)
+        self.check(model, cache, other)
 
     def test_the_cache_moves(self):
         model = self.packed()

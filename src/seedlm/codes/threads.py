@@ -124,6 +124,8 @@ class Record(TorchFunctionMode):
 
     Nothing else may be computed meanwhile, since it would not be computed again: all that torch does but making, viewing and
     looking at tensors raises NotRecorded. Memory whose address is asked for is held, and nobody else's scratch.
+
+    entered   whether it is. Who is interrupted (KeyboardInterrupt) on the way out may have left it so, and sets it himself
     """
 
     def __init__(self) -> None:
@@ -131,23 +133,28 @@ class Record(TorchFunctionMode):
         self._stages: list[Sequence[Job]] = []
         self._held: list[Tensor] = []
         self._scratch = on_cpu.own_scratch()
+        self.entered = False
 
     def __enter__(self) -> "Record":
+        if torch._C._is_torch_function_all_disabled():
+            raise NotRecorded("torch would not say what it does")
         self._scratch.__enter__()
-        _here.record = self
         super().__enter__()
+        _here.record = self
+        self.entered = True  # last, and taken back first, whoever interrupts
         return self
 
     def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)
+        self.entered = False
         _here.record = None
+        super().__exit__(*reason)
         self._scratch.__exit__(*reason)
         if reason[0] is None:
             self._jobs = Jobs(self._stages)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.__name__
-        if name in _LOOKS_OR_MAKES:
+        if name in _LOOKS_OR_MAKES or not self.entered:
             return function(*args, **(kwargs or {}))
         if name == "data_ptr":
             self._held.append(args[0].detach())  # another memory may be given to the tensor itself
@@ -178,7 +185,7 @@ _here: Final = threading.local()
 
 def _record() -> Record | None:
     found: Record | None = getattr(_here, "record", None)
-    return found
+    return found if found is not None and found.entered else None
 
 
 def _filled(numbers: tuple[int | None, ...], given: Iterator[Sequence[int]]) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ def _on_cpu(
 ) -> Tensor:
     _, heads, length, width = keys.shape
     check_position(position, length)
-    group, out = q.shape[-1] // (heads * width), torch.empty(q.shape, dtype=q.dtype)
+    group, out = q.shape[-1] // (heads * width), torch.empty(q.shape, dtype=q.dtype, device="cpu")
     work = on_cpu.scratch(4 * heads * _floats(group, width, length))[1]
     tensors = [each.contiguous() for each in (position.to(torch.int64), q, k, v, cos, sin, keys, values, out)]
     sizes = heads, group, width, length, on_cpu.bits(scaling), on_cpu.KINDS[q.dtype]

@@ -457,9 +457,14 @@ class _Recorded:
         """Raises NotRecorded for layers that are no jobs."""
         self._model, self._cache = weakref.ref(model), weakref.ref(cache)
         with torch.inference_mode(False), torch.no_grad():  # else inputs could only be written to in inference mode
-            self._inputs = h, cos, sin = tuple(each.clone() for each in _before_layers(model, *self._given))
-            with self._record:
-                self._delta = _layers(model, h, cos, sin, cache)
+            try:
+                self._inputs = h, cos, sin = tuple(each.clone() for each in _before_layers(model, *self._given))
+                with self._record:
+                    self._delta = _layers(model, h, cos, sin, cache)
+            except RuntimeError as reason:  # nothing has run yet: no memory, or an onlooker that would raise it again
+                raise NotRecorded(str(reason)) from reason
+            finally:
+                self._record.entered = False
 
     def replay(self, token: Tensor, positions: Tensor) -> Tensor:
         """The logits, which are the caller's to keep. Raises IndexError for a cache that is full."""
@@ -476,8 +481,8 @@ class _Recorded:
 _GRAPHS: Final[dict[str, Any]] = {"cuda": _Graph, "cpu": _Recorded}
 
 
-_ATTRIBUTES: Final = ("training", "variance_epsilon", "scaling", "attention_scaling", "_prepared")
-"""What a step depends on of a module itself."""
+_ATTRIBUTES: Final = ("training", "variance_epsilon", "scaling", "attention_scaling", "_prepared", "weight", "bias")
+"""What a step depends on of a module itself; the last two where they are no parameters."""
 
 
 class _Read:
