@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from gpu_times import copy_bandwidth, seconds, synchronize
 from seedlm.codes.base import CODES
 from seedlm.codes.registry import parse_format
 from seedlm.codes.trellis.format import TrellisFormat
@@ -219,19 +220,6 @@ class Writer:
         self.written.zero_()
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(device: torch.device, work: Callable[[], object]) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 # ---- Checks and measurements ----
 
 
@@ -374,19 +362,6 @@ def generation(options: argparse.Namespace, writer: Writer, stack: str, first: T
         "compared tokens": count,
         "distinct tokens": len(set(eager)),
     }
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """TB/s of a large copy on the device, bytes read and written."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-
-    def copies() -> None:
-        for _ in range(10):
-            target.copy_(source)
-
-    copies()
-    return 20 * source.nbytes / statistics.median(seconds(device, copies) for _ in range(5)) / 1e12
 
 
 def describe(row: dict[str, Any], dense: dict[str, Any] | None, copy: float, stacks: list[str]) -> None:

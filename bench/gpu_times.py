@@ -1,4 +1,4 @@
-"""What benchmarks of products on a GPU share: shapes, times by graphs, the bandwidth of a copy."""
+"""What benchmarks on a GPU share: shapes, times by graphs, the bandwidth of a copy."""
 
 import statistics
 import time
@@ -47,17 +47,27 @@ def copies(nbytes: int) -> int:
     return max(1, CACHE_BYTES // nbytes + 1)
 
 
-def copy_bandwidth() -> float:
-    """TB/s of a large copy on the device, bytes read and written: by a kernel, since a graph's copies are slower."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").fill_(1)
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """TB/s of a large copy on the device, bytes read and written: not in a graph, whose copies are slower."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+
+    def copies() -> None:
         for _ in range(10):
             target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 20 * source.nbytes / statistics.median(times) / 1e12
+
+    copies()
+    return 20 * source.nbytes / statistics.median(seconds(device, copies) for _ in range(5)) / 1e12

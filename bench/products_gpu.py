@@ -198,7 +198,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     checked = check(options.bits, options.check_everything)
     print(f"{device}, torch {torch.__version__}: {checked} products checked against float64", flush=True)
-    copy = copy_bandwidth()
+    copy = copy_bandwidth(torch.device("cuda"))
     print(f"copy {copy:.2f} TB/s", flush=True)
     table = list(rows(options, copy))
     print(json.dumps({"device": device, "torch": torch.__version__, "copy TB/s": copy, "rows": table}, default=float))
