@@ -207,36 +207,53 @@ def test_several_weights_at_once_give_the_bits_of_one_after_another(tokens, dtyp
         torch.set_num_threads(before)
 
 
-def test_int8_activations_are_coarser_and_asked_for():
-    format = parse_format("4")
-    assert backend.choose("auto", CPU, format, (64, 256)).name == "numba"
-    if reason := backend.reason_no_backend("numba-int8", CPU, format, (64, 256)):
+def test_int8_activations_are_asked_for():
+    assert backend.choose("auto", CPU, parse_format("4"), (64, 256)).name == "numba"
+
+
+@pytest.mark.parametrize("spec", TRELLIS)
+def test_int8_activations_are_coarser(spec):
+    if reason := backend.reason_no_backend("numba-int8", CPU, parse_format(spec), (64, 256)):
         pytest.skip(reason)
-    weight = Weight("trellis-r4-l16-t256-h128", (256, 512), "numba-int8")
-    assert 1e-3 < weight.error(torch.randn(4, 512)) < 2e-2
+    for shape in ((70, 515), (256, 512)):
+        weight = Weight(spec, shape, "numba-int8")
+        x = torch.randn(9, shape[1])
+        assert 1e-3 < weight.error(x) < 2e-2
+        few = weight.multiply(x)
+        for tokens in (1, 2, 3):  # sums are exact, so as many tokens as there may be give the same
+            assert torch.equal(weight.multiply(x[:tokens]), few[:tokens])
 
 
-def before_a_wall(words):
-    """The same words at the end of what may be read (on Linux)."""
+def at_a_wall(words, end=True):
+    """The same words at the end, or at the beginning, of what may be read (on Linux)."""
     if sys.platform != "linux":
         return words
-    size = -(-words.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
-    wall = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + size
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), mmap.PAGESIZE, 0) == 0
-    placed = torch.frombuffer(pages, dtype=torch.int32, offset=size - words.nbytes, count=words.numel()).view_as(words)
+    page = mmap.PAGESIZE
+    size = -(-words.nbytes // page) * page
+    pages = mmap.mmap(-1, size + 2 * page)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    for wall in (first, first + page + size):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), page, 0) == 0
+    start = page + (size - words.nbytes if end else 0)
+    placed = torch.frombuffer(pages, dtype=torch.int32, offset=start, count=words.numel()).view_as(words)
     return placed.copy_(words)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks for a page that may not be read")
 @pytest.mark.parametrize("width", [131, 257])
-@pytest.mark.parametrize("spec", [*TRELLIS[:8], *BLOCK[:7]])
-def test_nothing_is_read_past_the_words(spec, width):
-    weight = Weight(spec, (64, width))
-    inputs = [torch.randn(tokens, width) for tokens in (1, 8, 513)]
-    expected = [weight.multiply(x) for x in inputs]
-    weight.prepared[0] = before_a_wall(weight.prepared[0])
-    assert all(torch.equal(weight.multiply(x), y) for x, y in zip(inputs, expected, strict=True))
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [(spec, "numba") for spec in (*TRELLIS, *BLOCK[:7])] + [(spec, "numba-int8") for spec in TRELLIS],
+)
+def test_nothing_is_read_but_the_words(spec, name, width):
+    if reason := backend.reason_no_backend(name, CPU, parse_format(spec), (64, width)):
+        pytest.skip(reason)
+    weight = Weight(spec, (64, width), name)
+    inputs = [torch.randn(tokens, width) for tokens in ((1, 8, 513) if name == "numba" else (1, 8))]
+    expected, words = [weight.multiply(x) for x in inputs], weight.prepared[0]
+    for end in (True, False):
+        weight.prepared[0] = at_a_wall(words, end)
+        assert all(torch.equal(weight.multiply(x), y) for x, y in zip(inputs, expected, strict=True))
 
 
 X86 = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16"
@@ -256,7 +273,7 @@ def products(specs):
     x = torch.randn(1, 257, generator=torch.Generator().manual_seed(0))
     weights = [Weight(spec, (133, 257)) for spec in specs]
     for weight in weights:
-        weight.prepared[0] = before_a_wall(weight.prepared[0])
+        weight.prepared[0] = at_a_wall(weight.prepared[0])
     return [weight.multiply(x) for weight in weights]
 
 

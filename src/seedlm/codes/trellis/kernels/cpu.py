@@ -204,9 +204,9 @@ class NumbaInt8Backend(NumbaBackend):
 @lru_cache(maxsize=256)
 def _few(exact: bool, dtype: torch.dtype, rate: int) -> int:
     """Up to how many tokens of a dtype weights are decoded in registers."""
-    aligned, others = _TIMES.get(dtype, _TIMES[torch.float32]) if records.in_pairs(exact) else (2, 2)
+    aligned, others = _TIMES.get(dtype, _TIMES[torch.float32]) if records.in_pairs() else (2, 2)
     times = others if 8 % rate else aligned
-    return times * records.at_once(exact)
+    return times * records.at_once()
 
 
 class _Plan(NamedTuple):
@@ -220,7 +220,7 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=4096)
 def _inputs(format: TrellisFormat, in_features: int, tokens: int, exact: bool) -> _Plan:
     """How a few tokens are transformed and rounded; 0 tokens stand for many, which are transformed."""
-    few, many = (f"{_HERE}.numba_product", "rotation", format.rate, exact), ("seedlm.codes.hadamard_numba", "rotation")
+    few, many = (f"{_HERE}.numba_product", "rotation", exact), ("seedlm.codes.hadamard_numba", "rotation")
     numbers = (in_features, format.transform, _signs(format.transform).data_ptr())
     return _Plan(kernel(*(few if tokens else many)), numbers, tokens * records.workspace(in_features))
 
@@ -246,7 +246,7 @@ def _products(
     A call gives the numbers of a norm or a gate if the jobs begin with it; the address of x, its kind and the address of inputs
     if they are transformed; then for each product the addresses of words, factors, bias, inputs, y, and y's kind.
     """
-    at_once, plan = records.at_once(exact), _inputs(format, shapes[0][1], tokens, exact)
+    at_once, plan = records.at_once(), _inputs(format, shapes[0][1], tokens, exact)
     before: list[list[Job]] = []
     jobs: list[Job] = []
     if begins == "norm":

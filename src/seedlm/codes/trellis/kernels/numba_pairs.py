@@ -1,27 +1,27 @@
-"""The trellis code's products where a processor has AVX-512 with VBMI and VNNI: windows two at a time, columns in pairs.
+"""The trellis code's products where a processor has AVX-512 with VBMI and VNNI.
 
-A register holds eight lanes of 64 bits: a word of a column, and above it the word that its windows reach over into. One
-instruction takes two windows out of every lane, which then lie side by side as lanes of 32 bits: a shuffle of bytes, after a
-shift that serves several, or `vpmultishiftqb` where no one shift aligns both. They are mixed by a product, and `vdbpsadbw`
-leaves the sum of a lane's four bytes in both of its halves. Half of that, and half of what a second column left,
-are two int16, which `vpdpwssd` multiplies by a pair of activations and adds up. So a weight is formed once, and another token
-costs half an instruction for 16 weights.
+A lane of 32 bits is eight rows of a column, four lanes are a column, four columns a register. At 4 bits these are the words as
+they lie in memory; at other rates bytes are permuted, those of the next segment that windows reach over into among them. Two to
+four such registers, which begin at different bytes of the rows' bits (`_sources`), hold all windows. Each is a shift and a mask
+and waits for other units than products do; shuffles share one with these (docs/log/products_cpu.md). Then
 
-A *step* is 16 / w columns: the first half of them, and those that they are paired with. w words of a column lie in one register
-(`_together`); so many registers as hold all R words follow one another. Of two words with an odd number of rows each one row is
-taken out of lanes that begin between them (`_registers`).
+    in pairs   `vdbpsadbw` adds up the bytes of a hash, in both halves of its lane. Half of that, and half of what another
+               four columns left, are two int16, which `vpdpwssd` multiplies by a pair of activations and adds up. So a weight
+               is formed once, and another token costs half an instruction for 16 weights.
+    at once    int8 activations of one token or two: `vpdpbusd` multiplies the bytes and adds them up, for each token anew.
+
+A *step* is two registers of columns, or four.
 """
 
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
 from llvmlite import ir
 from numba.core import cgutils
 
-from seedlm.codes.trellis.format import MULTIPLIERS, SEGMENT_ROWS, STATE_BITS
+from seedlm.codes.trellis.format import MULTIPLIERS
 from seedlm.codes.trellis.kernels.numba_windows import TAIL, add_group
 from seedlm.codes.vectors import (
     BYTES,
@@ -36,181 +36,164 @@ from seedlm.codes.vectors import (
     load,
     pointer,
     shuffle,
-    splat,
 )
+
+_COLUMNS: Final = 4
+"""Of a register."""
+
+_ROWS: Final = 8
+"""Of a lane."""
 
 _ROOM: Final = 18
 """Registers for sums: more steps through the words if there are more of them."""
 
-_MANY_CONSTANTS: Final = 3, 5, 6
-"""Rates whose constants have no room in registers (`_Constants`). At 7 bits the words have none either: that is slower so."""
+_AT_ONCE: Final = 2
+"""Tokens whose int8 activations multiply a hash's bytes."""
 
-_CONSTANT_BYTES: Final = 4096
+_ODD: Final = 1, 3, 5
+"""Rows whose windows `vpmultishiftqb` takes, an instruction instead of two, where none are a byte apart. It waits for the units
+that products wait for, so not all of them.
+"""
 
 _AHEAD: Final = 4096
 """Bytes from the words that are multiplied to those that are asked for."""
 
+_REGISTER: Final = 4 * LANES
+
 
 def columns(rate: int) -> int:
-    """Columns of a step."""
-    return LANES // _together(rate)
+    """Columns of a step: two registers, and 64 bytes at least."""
+    return max(2 * _COLUMNS, LANES // rate)
 
 
-def activations(rate: int) -> list[int]:
+def activations() -> list[int]:
     """Which of 16 columns' int16 come first, second, ...: pair by pair."""
-    half = columns(rate) // 2
-    return [step + i + second for step in range(0, LANES, 2 * half) for i in range(half) for second in (0, half)]
-
-
-def rows(rate: int) -> list[int]:
-    """The row of a segment that each total of `emit` belongs to, -1 where it is none's."""
-    found = [row for register, pair in _sums(rate) for lane in _registers(rate)[register] for row in lane.rows(pair)]
-    return found + [-1] * (-len(found) % LANES)
-
-
-def _together(rate: int) -> int:
-    return math.gcd(rate, 8)
-
-
-class _Lane(NamedTuple):
-    """64 bits of a column, from a byte of its segment on, and the rows whose windows are taken out of them two by two."""
-
-    first: int
-    pairs: list[tuple[int, int]]
-
-    def rows(self, pair: int) -> tuple[int, int]:
-        """The pair-th two rows, -1 where there are none."""
-        return self.pairs[pair] if pair < len(self.pairs) else (-1, -1)
-
-
-@lru_cache(maxsize=8)
-def _registers(rate: int) -> list[list[_Lane]]:
-    """The lanes that each register has of a column.
-
-    They begin where words do. Of two words that have an odd number of rows each one row goes to a lane that begins between
-    them, so that no half of a register is idle.
-    """
-    words = [[row for row in range(SEGMENT_ROWS) if 32 * word <= rate * row < 32 * (word + 1)] for word in range(rate)]
-    odd, between = [word for word in words if len(word) % 2] if _together(rate) == 1 else [], []
-    for some, others in zip(odd[::2], odd[1::2], strict=False):
-        near = [(a, b) for a in some for b in others if rate * b + max(STATE_BITS) <= rate * a // 8 * 8 + 64]
-        if near:
-
-            def apart(pair: tuple[int, int], some: list[int] = some, others: list[int] = others) -> int:
-                left = [_pairs(rate, [row for row in rows if row not in pair]) for rows in (some, others)]
-                return sum(rate * (second - first) % 8 > 0 for first, second in (pair, *itertools.chain(*left)))
-
-            a, b = min(near, key=apart)
-            some.remove(a)
-            others.remove(b)
-            between.append([_Lane(rate * a // 8, [(a, b)])])
-    lanes = [_Lane(4 * word, _pairs(rate, rows)) for word, rows in enumerate(words)]
-    return [lanes[first : first + _together(rate)] for first in range(0, rate, _together(rate))] + between
-
-
-def _pairs(rate: int, rows: list[int]) -> list[tuple[int, int]]:
-    """Rows two by two, -1 where there is no second.
-
-    Rather two whose windows begin at the same bit of a byte, since one shift aligns both.
-    """
-    apart = 8 // math.gcd(rate, 8)
-    rows, found, single = rows.copy(), [], []
-    while rows:
-        first = rows.pop(0)
-        if first + apart in rows:
-            rows.remove(first + apart)
-            found.append((first, first + apart))
-        else:
-            single.append(first)
-    single += [-1] * (len(single) % 2)
-    return found + list(zip(single[::2], single[1::2], strict=True))
-
-
-def _sums(rate: int) -> list[tuple[int, int]]:
-    """All that there is to sum up, (register, pair): two rows of each lane in a register."""
+    pair = 2 * _COLUMNS
     return [
-        (register, pair)
-        for register, lanes in enumerate(_registers(rate))
-        for pair in range(max(len(lane.pairs) for lane in lanes))
+        first + column + second for first in range(0, LANES, pair) for column in range(_COLUMNS) for second in (0, _COLUMNS)
     ]
 
 
-def emit(builder, args: Sequence[ir.Value], integers: int, rate: int, state_bits: int, tokens: int) -> None:
+def rows() -> list[int]:
+    """The row of a segment that each total of `emit` belongs to."""
+    return [_ROWS * lane + i for i in range(_ROWS) for lane in range(LANES // _COLUMNS)]
+
+
+class _Source(NamedTuple):
+    """Registers whose lanes begin at one byte of their rows' bits.
+
+    rows   (0 to 7) whose windows they hold
+    size   bytes of a lane that these need
+    """
+
+    byte: int
+    rows: range
+    size: int
+
+
+@lru_cache(maxsize=32)
+def _sources(rate: int, state_bits: int) -> list[_Source]:
+    """The cheapest that hold all rows' windows."""
+
+    def source(first: int, last: int) -> _Source | None:
+        byte = rate * first // 8
+        bits = rate * last - 8 * byte + state_bits
+        return _Source(byte, range(first, last + 1), -(-bits // 8)) if bits <= 32 else None
+
+    def cost(sources: Iterable[_Source]) -> int:
+        """Shuffles: of two registers one."""
+        each = [(1 if 4 * _COLUMNS * rate <= _REGISTER else 2) * (1 + _reaches_over(rate, source)) for source in sources]
+        return sum(max(1, registers - 1) for registers in each)
+
+    def cuts(first: int) -> Iterable[list[_Source]]:
+        if first == _ROWS:
+            yield []
+        for last in range(first, _ROWS):
+            if found := source(first, last):
+                yield from ([found, *others] for others in cuts(last + 1))
+
+    return min(cuts(0), key=cost)
+
+
+def _reaches_over(rate: int, source: _Source) -> bool:
+    """Whether a column's last lane needs bytes of the next segment."""
+    return source.byte + source.size > rate
+
+
+def emit(builder, args: Sequence[ir.Value], integers: int, rate: int, state_bits: int, exact: bool, tokens: int) -> None:
     """As `numba_product._multiply`, whose arguments these are; `integers` is where in a record the activations begin."""
     words, after, record, steps, stride, sums, end, tail = args
-    together, every = _together(rate), _sums(rate)
+    multiply = _AtOnce(builder) if not exact and tokens <= _AT_ONCE else _InPairs(builder, exact)
     places = [builder.add(record, builder.mul(stride, ir.Constant(I64, token))) for token in range(tokens)]
-    # As a constant, LLVM would make an instruction of its own of it.
-    opaque = builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [ir.Constant(I64, 0x3333333333333333)], False)
-    two_bytes = builder.bitcast(opaque, ir.VectorType(ir.IntType(1), 4 * LANES))
-    constants = _Constants(builder) if rate in _MANY_CONSTANTS else None
-    room, whole = max(1, _ROOM // tokens), []
-    for some in (every[first : first + room] for first in range(0, len(every), room)):
+    room, whole, size = max(1, _ROOM // tokens), [], columns(rate) * (2 if exact else 1)
+    for some in (range(first, min(first + room, _ROWS)) for first in range(0, _ROWS, room)):
         totals = [[cgutils.alloca_once(builder, INTS) for _ in places] for _ in some]
         for total in itertools.chain(*totals):
             builder.store(constant([0] * LANES), total)
         with cgutils.for_range(builder, steps) as loop:
-            if constants:
-                constants.read_here()
-            lanes = _Lanes(builder, words, after, loop.index, end, tail, rate, constants)
-            if some[0] == every[0]:
+            lanes = _Lanes(builder, words, after, loop.index, end, tail, rate, state_bits)
+            if some[0] == 0:
                 lanes.ask_ahead()
-            at = builder.add(builder.mul(loop.index, ir.Constant(I64, 2 * columns(rate))), ir.Constant(I64, integers))
-            given = [load(builder, builder.add(place, at), ir.VectorType(I32, columns(rate) // 2)) for place in places]
-            given = [shuffle(builder, each, [n // (2 * together) for n in range(LANES)]) for each in given]
-            for (register, pair), of_sum in zip(some, totals, strict=True):
-                starts = _starts(rate, register, pair)
-                states = [_states(builder, each, starts, two_bytes, state_bits, constants) for each in lanes.of(register)]
-                halves = [_byte_sums(builder, each, state_bits) for each in states]
-                weights = shuffle(builder, halves[0], [n + 2 * LANES * (n % 2) for n in range(2 * LANES)], halves[1])
-                weights = builder.bitcast(weights, INTS)
-                for total, activation in zip(of_sum, given, strict=True):
-                    added = call(builder, "llvm.x86.avx512.vpdpwssd.512", INTS, builder.load(total), weights, activation)
-                    builder.store(added, total)
+            at = builder.add(builder.mul(loop.index, ir.Constant(I64, size)), ir.Constant(I64, integers))
+            for pair in range(0, columns(rate) // _COLUMNS, 2):
+                given = [multiply.activations(builder.add(place, at), pair * _COLUMNS) for place in places]
+                for row, of_row in zip(some, totals, strict=True):
+                    hashes = [lanes.hashes(register, row) for register in (pair, pair + 1)]
+                    weights = multiply.weights(hashes)
+                    for total, activation in zip(of_row, given, strict=True):
+                        builder.store(multiply.add(builder.load(total), weights, activation), total)
         whole += totals
     for token, place in enumerate(places):
-        found = _over_columns(builder, [builder.load(of_sum[token]) for of_sum in whole], 2 * together)
+        found = _over_columns(builder, [builder.load(of_row[token]) for of_row in whole])
         add_group(builder, found, place, sums, len(found) * token)
 
 
-class _Constants:
-    """Vectors that are read from memory where they are used.
+class _InPairs:
+    def __init__(self, builder, exact: bool) -> None:
+        self._builder, self._exact = builder, exact
 
-    Some rates have more of them than there are registers. LLVM would read all of them once a group, write them to the stack and
-    read them there: a hundred clocks a group, of 1,800.
-    """
+    def activations(self, address: ir.Value, first: int) -> ir.Value:
+        """Of two registers of columns, the first-th on: int16 [32], two of them for each lane."""
+        count = 2 * _COLUMNS
+        of, size = (I16, 2) if self._exact else (I8, 1)
+        found = load(self._builder, address, ir.VectorType(of, count), size * first)
+        if not self._exact:
+            ordered = shuffle(self._builder, found, activations()[:count])
+            found = self._builder.sext(ordered, ir.VectorType(I16, count))
+        pairs = self._builder.bitcast(found, ir.VectorType(I32, _COLUMNS))
+        return shuffle(self._builder, pairs, [lane // _COLUMNS for lane in range(LANES)])
 
+    def weights(self, hashes: list[ir.Value]) -> ir.Value:
+        """Of both registers: int16 [32], side by side."""
+        nothing, of = constant([0] * _REGISTER, I8), ir.VectorType(I16, 2 * LANES)
+        name, way = "llvm.x86.avx512.dbpsadbw.512", ir.Constant(I32, 0)
+        first, second = (call(self._builder, name, of, self._builder.bitcast(each, BYTES), nothing, way) for each in hashes)
+        found = shuffle(self._builder, first, [n + 2 * LANES * (n % 2) for n in range(2 * LANES)], second)
+        return self._builder.bitcast(found, INTS)
+
+    def add(self, total: ir.Value, weights: ir.Value, activations: ir.Value) -> ir.Value:
+        return call(self._builder, "llvm.x86.avx512.vpdpwssd.512", INTS, total, weights, activations)
+
+
+class _AtOnce:
     def __init__(self, builder) -> None:
-        self._builder, self._bytes = builder, b""
-        kind, name = ir.ArrayType(I8, _CONSTANT_BYTES), builder.module.get_unique_name("constants")
-        self._place = ir.GlobalVariable(builder.module, kind, name)
-        self._place.linkage, self._place.global_constant, self._place.align = "internal", True, 64
+        self._builder = builder
 
-    def read_here(self) -> None:
-        """Read all vectors anew from here on: LLVM is not told that these are the same bytes as before."""
-        address = self._builder.ptrtoint(self._place, I64)
-        self._address = self._builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [address], True)
+    def activations(self, address: ir.Value, first: int) -> list[ir.Value]:
+        """Of two registers of columns, the first-th on: int8 [64] each, a lane's four times the same."""
+        found = []
+        for start in (first, first + _COLUMNS):
+            four = load(self._builder, address, ir.VectorType(I8, _COLUMNS), start)
+            found.append(self._builder.bitcast(shuffle(self._builder, four, [n // LANES for n in range(_REGISTER)]), INTS))
+        return found
 
-    def vector(self, lanes: Sequence[int]) -> ir.Value:
-        """Int32 [16]."""
-        return load(self._builder, self._address, INTS, self._at(b"".join(lane.to_bytes(4, "little") for lane in lanes)))
+    def weights(self, hashes: list[ir.Value]) -> list[ir.Value]:
+        return hashes
 
-    def repeated(self, eight: Sequence[int]) -> ir.Value:
-        """Eight bytes, eight times."""
-        value = load(self._builder, self._address, I64, self._at(bytes(eight)))
-        return self._builder.bitcast(splat(self._builder, value, LANES // 2), BYTES)
-
-    def _at(self, wanted: bytes) -> int:
-        places = range(0, len(self._bytes), len(wanted))
-        place = next((place for place in places if self._bytes[place:].startswith(wanted)), None)
-        if place is None:
-            place = places[-1] + len(wanted) if places else 0
-            self._bytes = self._bytes.ljust(place, b"\0") + wanted
-            assert len(self._bytes) <= _CONSTANT_BYTES
-            self._place.initializer = ir.Constant(
-                self._place.type.pointee, bytearray(self._bytes.ljust(_CONSTANT_BYTES, b"\0"))
-            )
-        return place
+    def add(self, total: ir.Value, weights: list[ir.Value], activations: list[ir.Value]) -> ir.Value:
+        for bytes, activation in zip(weights, activations, strict=True):
+            total = call(self._builder, "llvm.x86.avx512.vpdpbusd.512", INTS, total, bytes, activation)
+        return total
 
 
 class _Lanes:
@@ -229,102 +212,122 @@ class _Lanes:
         end: ir.Value,
         tail: ir.Value,
         rate: int,
-        constants: _Constants | None,
+        state_bits: int,
     ) -> None:
-        self._constants = constants
-        self._builder, self._rate, self._count = builder, rate, rate // _together(rate)
-        at = builder.mul(step, ir.Constant(I64, 4 * LANES * self._count))
+        self._builder, self._rate, self._state_bits = builder, rate, state_bits
+        self._bytes = 4 * rate * columns(rate)
+        at = builder.mul(step, ir.Constant(I64, self._bytes))
         ends = builder.icmp_signed("==", step, end)
-        self._after = builder.add(after, at)
+        self._ahead = builder.add(after, at)
         others = builder.add(tail, ir.Constant(I64, 4 * TAIL))
-        starts = [builder.select(ends, *each) for each in ((tail, builder.add(words, at)), (others, self._after))]
-        self._loaded = [load(builder, start, INTS, 4 * LANES * n) for start in starts for n in range(self._count)]
+        self._own = builder.select(ends, tail, builder.add(words, at))
+        self._others = builder.select(ends, others, self._ahead)
+        self._loaded: dict[tuple[bool, int], ir.Value] = {}
+        self._made: dict[tuple[int, int, int], ir.Value] = {}
+        # As a constant, LLVM would make an instruction of its own of it.
+        opaque = builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [ir.Constant(I64, 0x3333333333333333)], False)
+        self._lower = builder.bitcast(opaque, ir.VectorType(ir.IntType(1), _REGISTER))
 
     def ask_ahead(self) -> None:
-        for n in range(self._count):
-            place = pointer(self._builder, self._after, I8, _AHEAD + 4 * LANES * n)
+        for first in range(0, self._bytes, _REGISTER):
+            place = pointer(self._builder, self._ahead, I8, _AHEAD + first)
             call(self._builder, "llvm.prefetch.p0", ir.VoidType(), place, *(ir.Constant(I32, each) for each in (0, 3, 1)))
 
-    def of(self, register: int) -> list[ir.Value]:
-        """A register's lanes of the first half of the columns, and of the second."""
-        half, found, size = columns(self._rate) // 2, [], 4 * self._rate
-        for first in (0, half):
-            places = []
-            for column in range(first, first + half):
-                for lane in _registers(self._rate)[register]:
-                    bytes = range(lane.first, lane.first + 8)
-                    places += [size * column + (at if at < size else at - size + 4 * LANES * self._count) for at in bytes]
-            found.append(self._pick(places))
-        return found
+    def hashes(self, register: int, row: int) -> ir.Value:
+        """A row of each lane, mixed: four bytes whose sum is the weight, and 510."""
+        return self._builder.mul(self._states(register, row), constant([MULTIPLIERS[self._state_bits]] * LANES))
 
-    def _pick(self, places: list[int]) -> ir.Value:
-        """The bytes that lie at these places of all that was loaded, by int32 where possible."""
-        if all(place % 4 == n % 4 for n, place in enumerate(places)):
-            loaded, lanes, places = self._loaded, LANES, [place // 4 for place in places[::4]]
-        else:
-            loaded, lanes = [self._builder.bitcast(each, BYTES) for each in self._loaded], 4 * LANES
-        first, *others = sorted({place // lanes for place in places})
-        found, at = loaded[first], [place % lanes for place in places]
-        for number in others:
-            taken = [
-                lanes + place % lanes if place // lanes == number else lane for place, lane in zip(places, at, strict=True)
+    def _states(self, register: int, row: int) -> ir.Value:
+        source = next(each for each in _sources(self._rate, self._state_bits) if row in each.rows)
+        shift, shifts = self._rate * row - 8 * source.byte, [self._rate * other - 8 * source.byte for other in source.rows]
+        if self._state_bits == 16 and shift - 8 in shifts:
+            found = self._builder.bitcast(self._shifted(register, source, shift - 8), BYTES)
+            return self._builder.bitcast(self._two_bytes(found, 1), INTS)
+        if self._state_bits == 16 and shift and row in _ODD and self._rate not in (1, 2, 4, 8):
+            bits = [(32 * lane + shift + 8 * byte) % 64 for lane in range(LANES) for byte in range(4)]
+            found = self._builder.bitcast(self._shifted(register, source, 0), BYTES)
+            found = call(self._builder, "llvm.x86.avx512.pmultishift.qb.512", BYTES, constant(bits, I8), found)
+            return self._builder.bitcast(self._builder.select(self._lower, found, constant([0] * _REGISTER, I8)), INTS)
+        found = self._shifted(register, source, shift)
+        if shift + self._state_bits == 32:
+            return found
+        return self._builder.and_(found, constant([(1 << self._state_bits) - 1] * LANES))
+
+    def _two_bytes(self, lanes: ir.Value, first: int) -> ir.Value:
+        """Of each lane, zeros above them."""
+        places = [4 * lane + first + byte if byte < 2 else _REGISTER for lane in range(LANES) for byte in range(4)]
+        return shuffle(self._builder, lanes, places, constant([0] * _REGISTER, I8))
+
+    def _shifted(self, register: int, source: _Source, shift: int) -> ir.Value:
+        key = register, source.byte, shift
+        if key not in self._made:
+            if shift:
+                found = self._builder.lshr(self._shifted(register, source, 0), constant([shift] * LANES))
+            else:
+                found = self._builder.bitcast(self._lanes(register, source), INTS)
+            self._made[key] = found
+        return self._made[key]
+
+    def _lanes(self, register: int, source: _Source) -> ir.Value:
+        """Four columns' lanes, from a byte of theirs on."""
+        size = 4 * self._rate
+        places: list[tuple[bool, int]] = []  # whether of the next segment, and which byte of the step
+        for lane in range(LANES):
+            start = size * (_COLUMNS * register + lane // _COLUMNS)
+            for byte in range(4):
+                at = self._rate * (lane % _COLUMNS) + source.byte + min(byte, source.size - 1)
+                places.append((at >= size, start + at % size))
+        if size == LANES:
+            return self._as_they_lie(_REGISTER * register + source.byte, [over for over, _ in places])
+        registers = [
+            each for over in (False, True) for each in self._around([at for beyond, at in places if beyond == over], over)
+        ]
+        found: ir.Value | None = None
+        lanes: list[int | None] = [None] * _REGISTER
+        for (over, start), value in registers:
+            there = [at - start if beyond == over and 0 <= at - start < _REGISTER else None for beyond, at in places]
+            if found is None:
+                found, lanes = value, there
+                continue
+            both = [
+                old if old is not None else None if new is None else new + _REGISTER
+                for old, new in zip(lanes, there, strict=True)
             ]
-            found, at = self._shuffle(found, taken, loaded[number]), [*range(lanes)]
-        return self._builder.bitcast(found if others else shuffle(self._builder, found, at), INTS)
+            found = shuffle(self._builder, found, [lane or 0 for lane in both], value)
+            lanes = [None if lane is None else n for n, lane in enumerate(both)]
+        assert found is not None
+        assert None not in lanes
+        return found if len(registers) > 1 else shuffle(self._builder, found, [lane or 0 for lane in lanes])
 
-    def _shuffle(self, value: ir.Value, lanes: list[int], other: ir.Value) -> ir.Value:
-        if self._constants is None or value.type != INTS:
-            return shuffle(self._builder, value, lanes, other)
-        name, places = "llvm.x86.avx512.vpermi2var.d.512", self._constants.vector(lanes)
-        return call(self._builder, name, INTS, value, places, other)
+    def _around(self, places: list[int], over: bool) -> list[tuple[tuple[bool, int], ir.Value]]:
+        """Registers that hold these bytes of the step's own words or of those after, and where they begin."""
+        if not places:
+            return []
+        first, end = min(places), max(places) + 1
+        starts = [min(first, self._bytes - _REGISTER)] if end - first <= _REGISTER else [first, end - _REGISTER]
+        for start in starts:
+            if (over, start) not in self._loaded:
+                self._loaded[over, start] = load(self._builder, self._others if over else self._own, BYTES, start)
+        return [((over, start), self._loaded[over, start]) for start in starts]
 
+    def _as_they_lie(self, first: int, beyond: list[bool]) -> ir.Value:
+        """64 bytes of the step's own words from a byte on, but for those that are beyond their column."""
+        if not any(beyond):
+            return load(self._builder, self._own, BYTES, first)
+        nothing = constant([0] * _REGISTER, I8)
+        own = self._some(self._own, first, [not each for each in beyond], nothing)
+        return self._some(self._others, first - LANES, beyond, own)
 
-def _starts(rate: int, register: int, pair: int) -> list[int]:
-    """For each half of a 64-bit lane the bit of the lane that its window begins with, 0 where it is no row's."""
-    rows = [(lane.first, row) for lane in _registers(rate)[register] for row in lane.rows(pair)]
-    return [rate * row - 8 * first if row >= 0 else 0 for first, row in rows] * (columns(rate) // 2)
-
-
-def _states(
-    builder, lanes: ir.Value, starts: list[int], two_bytes: ir.Value, state_bits: int, constants: _Constants | None
-) -> ir.Value:
-    """Two windows of each lane.
-
-    Bytes are shuffled where all windows begin at the same bit of one: `vpmultishiftqb` waits for the units that multiply.
-    """
-    nothing, shifts = constant([0] * 4 * LANES, I8), {start % 8 for start in starts}
-    found, mask = builder.bitcast(lanes, BYTES), constant([(1 << state_bits) - 1] * LANES)
-    if len(shifts) > 1:
-        bits = [(start + 8 * byte) % 64 for start in starts for byte in range(4)]
-        windows = constants.repeated(bits[:8]) if constants and bits[:8] * 8 == bits else constant(bits, I8)
-        found = call(builder, "llvm.x86.avx512.pmultishift.qb.512", BYTES, windows, found)
-        if state_bits == 16:
-            return builder.bitcast(builder.select(two_bytes, found, nothing), INTS)
-        return builder.and_(builder.bitcast(found, INTS), mask)
-    shift = shifts.pop()
-    if shift and state_bits == 16:  # a shift for several pairs, after which a window is two bytes
-        words = builder.bitcast(lanes, ir.VectorType(I64, LANES // 2))
-        found, shift = builder.bitcast(builder.lshr(words, constant([shift] * (LANES // 2), I64)), BYTES), 0
-    size = -(-(shift + state_bits) // 8)
-    firsts = [8 * (lane // 2) + start // 8 for lane, start in enumerate(starts)]
-    places = [first + byte if byte < size else 4 * LANES for first in firsts for byte in range(4)]
-    found = builder.bitcast(shuffle(builder, found, places, nothing), INTS)
-    if shift:
-        found = builder.lshr(found, constant([shift] * LANES))
-    return builder.and_(found, mask) if (shift + state_bits) % 8 else found
+    def _some(self, address: ir.Value, offset: int, wanted: list[bool], others: ir.Value) -> ir.Value:
+        mask = constant([int(each) for each in wanted], ir.IntType(1))
+        place = pointer(self._builder, address, BYTES, offset)
+        return call(self._builder, "llvm.masked.load.v64i8.p0", BYTES, place, ir.Constant(I32, 1), mask, others)
 
 
-def _byte_sums(builder, states: ir.Value, state_bits: int) -> ir.Value:
-    """The sums of their mixed bytes, each of them twice: int16 [32]."""
-    nothing = constant([0] * 4 * LANES, I8)
-    mixed = builder.bitcast(builder.mul(states, constant([MULTIPLIERS[state_bits]] * LANES)), BYTES)
-    return call(builder, "llvm.x86.avx512.dbpsadbw.512", ir.VectorType(I16, 2 * LANES), mixed, nothing, ir.Constant(I32, 0))
-
-
-def _over_columns(builder, totals: list[ir.Value], size: int) -> list[ir.Value]:
-    """Add up what belongs to the same row: each register's parts of `size` lanes. What is left lies side by side."""
-    part = LANES
-    while part > size:
+def _over_columns(builder, totals: list[ir.Value]) -> list[ir.Value]:
+    """Add up what belongs to the same row: each register's parts of a column's lanes. What is left lies side by side."""
+    part, columns_lanes = LANES, LANES // _COLUMNS
+    while part > columns_lanes:
         part //= 2
         lower = [start + n for start in range(0, 2 * LANES, 2 * part) for n in range(part)]
         paired = [totals[n : n + 2] if n + 1 < len(totals) else [totals[n]] * 2 for n in range(0, len(totals), 2)]

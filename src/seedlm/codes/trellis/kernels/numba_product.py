@@ -7,7 +7,7 @@ their order. A weight's bytes are 510 too large, which is taken off a group's su
 How weights are made is in `numba_windows`, and in `numba_pairs` for processors that have what it takes. What a processor adds
 products of bytes with (`processor.byte_products`) decides how activations lie in memory:
 
-    numba_pairs     int16, of two columns side by side; not for int8
+    numba_pairs     int16, of two columns side by side (int8: one int8, in order)
     vnni, dot       two int8 parts, of which the first counts 256 (int8: one)
     pairs, plain    int16
 """
@@ -72,8 +72,8 @@ def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, r
         function.linkage = "internal"
         function.attributes.add("noinline")
         inside = ir.IRBuilder(function.append_basic_block())
-        if in_pairs(numbers[2]):
-            numba_pairs.emit(inside, function.args, INTEGERS, numbers[0], numbers[1], numbers[3])
+        if in_pairs():
+            numba_pairs.emit(inside, function.args, INTEGERS, *numbers)
         else:
             _emit(inside, function.args, *numbers)
         inside.ret_void()
@@ -85,13 +85,13 @@ def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, r
 
 def _columns(rate: int, exact: bool) -> int:
     """Columns that are multiplied at a time."""
-    return numba_pairs.columns(rate) if in_pairs(exact) else LANES // rate
+    return numba_pairs.columns(rate) if in_pairs() else LANES // rate
 
 
 def _rows(rate: int, state_bits: int, exact: bool) -> list[int]:
     """The row of a segment that each of a token's sums belongs to, -1 where it is none's."""
-    if in_pairs(exact):
-        return numba_pairs.rows(rate)
+    if in_pairs():
+        return numba_pairs.rows()
     bits = [(word, offset) for slot in slots(rate, state_bits) for word, offset in enumerate(slot.offsets)]
     return [(32 * word + offset) // rate if offset < 32 else -1 for word, offset in bits]
 
@@ -138,27 +138,27 @@ def _emit(builder, args, rate: int, state_bits: int, exact: bool, tokens: int) -
 
 
 @intrinsic(prefer_literal=True)
-def _quantize(typingctx, row, inverse, record, rate, exact):
+def _quantize(typingctx, row, inverse, record, exact):
     """Fill a record but for its scale: float32 [256] at `row`, multiplied and rounded to integers."""
-    per, whole = literal(rate, exact)
+    (whole,) = literal(exact)
 
     def codegen(context, builder, sig, args):
         row, inverse, record = args[:3]
-        products, paired = Products(whole), in_pairs(whole)
+        products, paired = Products(whole), in_pairs()
+        size = 1 if products.narrow and not (paired and whole) else 2
         factor, total = splat(builder, inverse), constant([0] * LANES)
         for first in range(0, GROUP, LANES):
             scaled = builder.fmul(load(builder, row, FLOATS, 4 * first), factor)
             integers = builder.fptosi(call(builder, f"llvm.rint.v{LANES}f32", FLOATS, scaled), INTS)
             total = builder.add(total, integers)
             if paired or not products.narrow:
-                some = builder.trunc(integers, ir.VectorType(I16, LANES))
-                some = shuffle(builder, some, numba_pairs.activations(per)) if paired else some
-                store(builder, some, record, INTEGERS + 2 * first)
+                some = builder.trunc(integers, ir.VectorType(I16 if size == 2 else I8, LANES))
+                some = shuffle(builder, some, numba_pairs.activations()) if paired and size == 2 else some
+                store(builder, some, record, INTEGERS + size * first)
                 continue
             upper = builder.ashr(builder.add(integers, constant([128] * LANES)), constant([8] * LANES))
             for part, value in enumerate((upper, integers) if whole else (integers,)):
                 store(builder, builder.trunc(value, ir.VectorType(I8, LANES)), record, INTEGERS + part * PADDED + first)
-        size = 2 if paired or not products.narrow else 1
         for part in range(1 if paired else products.parts):
             zeros = constant([0] * LANES, I16 if size == 2 else I8)
             store(builder, zeros, record, INTEGERS + part * PADDED + size * GROUP)
@@ -166,10 +166,10 @@ def _quantize(typingctx, row, inverse, record, rate, exact):
         store(builder, builder.mul(total, ir.Constant(I32, -510 if paired else -products.excess)), record, 4)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.float32, types.intp, rate, exact), codegen
+    return types.void(types.intp, types.float32, types.intp, exact), codegen
 
 
-def rotation(rate: int, exact: bool) -> Any:
+def rotation(exact: bool) -> Any:
     """Rotates and rounds the activations of one token after another.
 
     Its job: tokens, width, block of the transform, signs float32 [block], x, kind of x (`on_cpu.KINDS`), y (tokens times
@@ -202,7 +202,7 @@ def rotation(rate: int, exact: bool) -> Any:
                     scale[0] = scale[0] / np.float32(levels)
                 else:
                     scale[0] = np.float32(0) if finite else np.float32(np.nan)
-                _quantize(row + 1024 * group, inverse, record, rate, exact)
+                _quantize(row + 1024 * group, inverse, record, exact)
 
     return rotate
 

@@ -38,11 +38,11 @@ def floats(width: int) -> int:
     return 2 * width
 
 
-def in_pairs(exact: bool) -> bool:
+def in_pairs() -> bool:
     """Whether `numba_pairs` multiplies."""
-    return exact and byte_products() == "vnni512" and features() >= {"avx512vbmi", "avx512bw"}
+    return byte_products() == "vnni512" and features() >= {"avx512vbmi", "avx512bw"}
 
 
-def at_once(exact: bool) -> int:
+def at_once() -> int:
     """Tokens that share the decoding of a weight: more have no registers for their sums."""
-    return 8 if in_pairs(exact) else 4
+    return 8 if in_pairs() else 4
