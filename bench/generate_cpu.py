@@ -11,6 +11,7 @@ shares is the only one that is the program's own.
 
     + tables     embeddings and head, which are tied, in codes too (`--tables`, bits)
     static       the same model with `cache_implementation="static"`, by which its tokens go through our decoder
+    int8         with the backend numba-int8, 8-bit activations: static cache, and products
     products     the packed layers of a token alone, one call for those that share an input, as the model calls them
     int4         torch's own product, which torchao calls, for the same layers: round to nearest, a scale for each 128
                  weights (SmolLM2: 64), bfloat16
@@ -42,7 +43,7 @@ from seedlm.integrations.transformers import decoder
 from seedlm.integrations.transformers.decoder import CACHE
 from seedlm.modeling.embedding import SeedEmbedding, replace_embedding
 from seedlm.modeling.linear import SeedLinear
-from seedlm.modeling.quantize import seed_linears, share_inputs
+from seedlm.modeling.quantize import seed_linears, set_backend, share_inputs
 
 SHAPES = {
     "smollm2": LlamaConfig(
@@ -108,7 +109,7 @@ def generate(model: LlamaForCausalLM, prompt: torch.Tensor, cache: str | None, c
     model.generate(prompt, attention_mask=torch.ones_like(prompt), cache_implementation=cache, **options)
 
 
-def check_decoder(model: LlamaForCausalLM, prompt: torch.Tensor) -> None:
+def check_decoder(model: LlamaForCausalLM, prompt: torch.Tensor, tolerance: float) -> None:
     """Hold a packed model's logits by the decoder, token by token, against those of transformers' forward of the whole text."""
     assert decoder.reason_unfused(model) is None
     cache, rest = StaticCache(config=model.config, max_cache_len=prompt.shape[1]), 8
@@ -116,7 +117,7 @@ def check_decoder(model: LlamaForCausalLM, prompt: torch.Tensor) -> None:
     found = [decoder.step(model, token, cache)[0] for token in prompt[:, -rest:].split(1, dim=1)]
     expected = model(input_ids=prompt, use_cache=False).logits[0, -rest:].double()
     off = ((torch.cat(found).double() - expected).norm() / expected.norm()).item()
-    assert off < (1e-3 if model.dtype == torch.float32 else 4e-2), f"logits by the decoder are off by {off:.2g}"
+    assert off < tolerance, f"logits by the decoder are off by {off:.2g}"
 
 
 def products(model: LlamaForCausalLM) -> Callable[[int], None]:
@@ -285,10 +286,16 @@ def main() -> None:
             if options.tables:
                 with_tables = packed(options.shapes, dtype, bits, options.tables)
                 decoder.fuse_decoding(with_tables)
-                check_decoder(with_tables, prompt)
+                check_decoder(with_tables, prompt, 1e-3 if dtype == torch.float32 else 4e-2)
                 rows[f"{bits} bits {name} + tables {options.tables}"] = partial(generate, with_tables, prompt, None)
                 rows[f"the same, static cache ({bits} bits {name})"] = partial(generate, with_tables, prompt, "static")
             rows[f"{bits} bits {name}, products"] = products(model)
+            if options.tables and (coarse := packed(options.shapes, dtype, bits, options.tables)):
+                set_backend(coarse, "numba-int8")
+                decoder.fuse_decoding(coarse)
+                check_decoder(coarse, prompt, 0.1)
+                rows[f"the same, static cache, int8 ({bits} bits {name})"] = partial(generate, coarse, prompt, "static")
+                rows[f"{bits} bits {name}, products, int8"] = products(coarse)
         if dtype == torch.bfloat16 and (model := int4_model(options.shapes)) is not None:
             rows["int4 of torch"] = partial(generate, model, prompt, None)
             rows["int4 of torch, products"] = int4_products(model)
