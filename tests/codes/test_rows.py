@@ -45,6 +45,7 @@ def test_rows_are_those_of_the_dequantized_weight(spec, shape):
         torch.randint(shape[0], (3, 5)),
         torch.tensor(shape[0] - 1),
         torch.zeros(0, 2).long(),
+        torch.arange(shape[0])[::3],
     ):
         rows = family_of(format).rows(parts, format, shape, indices)
         assert rows.dtype == torch.float32

@@ -187,6 +187,20 @@ class NumbaBackend:
         return ys
 
 
+def rows(parts: Mapping[str, Tensor], format: TrellisFormat, shape: tuple[int, int], indices: Tensor) -> Tensor:
+    """As `Family.rows`, where numba compiles."""
+    wanted = indices.flatten().long().contiguous()
+    factors = parts["scales"].index_select(0, wanted).float() * parts["scale"]  # raises IndexError
+    found = torch.empty(len(wanted), shape[1], dtype=torch.float32, device=indices.device)
+    words, signs = parts[CODES].contiguous(), _signs(format.transform)
+    numbers = (len(wanted), format.segments(shape[0]), format.sequence_rows // SEGMENT_ROWS, shape[1])
+    where = wanted.data_ptr(), words.data_ptr(), factors.data_ptr(), found.data_ptr()
+    kernel(f"{_HERE}.numba_rows", "rows", format.rate, format.state_bits).share(
+        (*numbers, *where, format.transform, signs.data_ptr()), len(wanted)
+    )
+    return found.view(*indices.shape, shape[1])
+
+
 class NumbaInt8Backend(NumbaBackend):
     """The same with int8 activations, at a price, where the processor multiplies bytes."""
 
