@@ -21,7 +21,7 @@ from seedlm.codes.threads import Job, Jobs, Kernel, kernel
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.kernels import records
 
-_TIMES: Final[Mapping[torch.dtype, tuple[int, int]]] = {torch.bfloat16: (6, 6), torch.float32: (64, 24)}
+_TIMES: Final[Mapping[torch.dtype, tuple[int, int]]] = {torch.bfloat16: (6, 6), torch.float32: (64, 64)}
 """How often a weight is decoded, each time for as many tokens as share that, rather than formed for torch's product: at rates
 that divide 8, and at others, whose windows take longer. Torch's product of float32 is slower than the former however many
 tokens there are, but all their integers are in memory at once."""

@@ -38,10 +38,10 @@ from seedlm.codes.vectors import (
     shuffle,
 )
 
-_COLUMNS: Final = 4
+COLUMNS: Final = 4
 """Of a register."""
 
-_ROWS: Final = 8
+ROWS: Final = 8
 """Of a lane."""
 
 _ROOM: Final = 18
@@ -63,20 +63,18 @@ _REGISTER: Final = 4 * LANES
 
 def columns(rate: int) -> int:
     """Columns of a step: two registers, and 64 bytes at least."""
-    return max(2 * _COLUMNS, LANES // rate)
+    return max(2 * COLUMNS, LANES // rate)
 
 
 def activations() -> list[int]:
     """Which of 16 columns' int16 come first, second, ...: pair by pair."""
-    pair = 2 * _COLUMNS
-    return [
-        first + column + second for first in range(0, LANES, pair) for column in range(_COLUMNS) for second in (0, _COLUMNS)
-    ]
+    pair = 2 * COLUMNS
+    return [first + column + second for first in range(0, LANES, pair) for column in range(COLUMNS) for second in (0, COLUMNS)]
 
 
 def rows() -> list[int]:
     """The row of a segment that each total of `emit` belongs to."""
-    return [_ROWS * lane + i for i in range(_ROWS) for lane in range(LANES // _COLUMNS)]
+    return [ROWS * lane + i for i in range(ROWS) for lane in range(LANES // COLUMNS)]
 
 
 class _Source(NamedTuple):
@@ -102,13 +100,13 @@ def _sources(rate: int, state_bits: int) -> list[_Source]:
 
     def cost(sources: Iterable[_Source]) -> int:
         """Shuffles: of two registers one."""
-        each = [(1 if 4 * _COLUMNS * rate <= _REGISTER else 2) * (1 + _reaches_over(rate, source)) for source in sources]
+        each = [(1 if 4 * COLUMNS * rate <= _REGISTER else 2) * (1 + _reaches_over(rate, source)) for source in sources]
         return sum(max(1, registers - 1) for registers in each)
 
     def cuts(first: int) -> Iterable[list[_Source]]:
-        if first == _ROWS:
+        if first == ROWS:
             yield []
-        for last in range(first, _ROWS):
+        for last in range(first, ROWS):
             if found := source(first, last):
                 yield from ([found, *others] for others in cuts(last + 1))
 
@@ -126,17 +124,17 @@ def emit(builder, args: Sequence[ir.Value], integers: int, rate: int, state_bits
     multiply = _AtOnce(builder) if not exact and tokens <= _AT_ONCE else _InPairs(builder, exact)
     places = [builder.add(record, builder.mul(stride, ir.Constant(I64, token))) for token in range(tokens)]
     room, whole, size = max(1, _ROOM // tokens), [], columns(rate) * (2 if exact else 1)
-    for some in (range(first, min(first + room, _ROWS)) for first in range(0, _ROWS, room)):
+    for some in (range(first, min(first + room, ROWS)) for first in range(0, ROWS, room)):
         totals = [[cgutils.alloca_once(builder, INTS) for _ in places] for _ in some]
         for total in itertools.chain(*totals):
             builder.store(constant([0] * LANES), total)
         with cgutils.for_range(builder, steps) as loop:
-            lanes = _Lanes(builder, words, after, loop.index, end, tail, rate, state_bits)
+            lanes = Lanes(builder, words, after, loop.index, end, tail, rate, state_bits)
             if some[0] == 0:
                 lanes.ask_ahead()
             at = builder.add(builder.mul(loop.index, ir.Constant(I64, size)), ir.Constant(I64, integers))
-            for pair in range(0, columns(rate) // _COLUMNS, 2):
-                given = [multiply.activations(builder.add(place, at), pair * _COLUMNS) for place in places]
+            for pair in range(0, columns(rate) // COLUMNS, 2):
+                given = [multiply.activations(builder.add(place, at), pair * COLUMNS) for place in places]
                 for row, of_row in zip(some, totals, strict=True):
                     hashes = [lanes.hashes(register, row) for register in (pair, pair + 1)]
                     weights = multiply.weights(hashes)
@@ -154,14 +152,14 @@ class _InPairs:
 
     def activations(self, address: ir.Value, first: int) -> ir.Value:
         """Of two registers of columns, the first-th on: int16 [32], two of them for each lane."""
-        count = 2 * _COLUMNS
+        count = 2 * COLUMNS
         of, size = (I16, 2) if self._exact else (I8, 1)
         found = load(self._builder, address, ir.VectorType(of, count), size * first)
         if not self._exact:
             ordered = shuffle(self._builder, found, activations()[:count])
             found = self._builder.sext(ordered, ir.VectorType(I16, count))
-        pairs = self._builder.bitcast(found, ir.VectorType(I32, _COLUMNS))
-        return shuffle(self._builder, pairs, [lane // _COLUMNS for lane in range(LANES)])
+        pairs = self._builder.bitcast(found, ir.VectorType(I32, COLUMNS))
+        return shuffle(self._builder, pairs, [lane // COLUMNS for lane in range(LANES)])
 
     def weights(self, hashes: list[ir.Value]) -> ir.Value:
         """Of both registers: int16 [32], side by side."""
@@ -182,8 +180,8 @@ class _AtOnce:
     def activations(self, address: ir.Value, first: int) -> list[ir.Value]:
         """Of two registers of columns, the first-th on: int8 [64] each, a lane's four times the same."""
         found = []
-        for start in (first, first + _COLUMNS):
-            four = load(self._builder, address, ir.VectorType(I8, _COLUMNS), start)
+        for start in (first, first + COLUMNS):
+            four = load(self._builder, address, ir.VectorType(I8, COLUMNS), start)
             found.append(self._builder.bitcast(shuffle(self._builder, four, [n // LANES for n in range(_REGISTER)]), INTS))
         return found
 
@@ -196,7 +194,7 @@ class _AtOnce:
         return total
 
 
-class _Lanes:
+class Lanes:
     """The words of a step.
 
     words, after   addresses of a group's first column in a segment and in the one that its windows reach over into
@@ -234,7 +232,7 @@ class _Lanes:
             call(self._builder, "llvm.prefetch.p0", ir.VoidType(), place, *(ir.Constant(I32, each) for each in (0, 3, 1)))
 
     def hashes(self, register: int, row: int) -> ir.Value:
-        """A row of each lane, mixed: four bytes whose sum is the weight, and 510."""
+        """A row (0 to 7) of each lane of a register, mixed: four bytes whose sum is the weight, and 510."""
         return self._builder.mul(self._states(register, row), constant([MULTIPLIERS[self._state_bits]] * LANES))
 
     def _states(self, register: int, row: int) -> ir.Value:
@@ -273,9 +271,9 @@ class _Lanes:
         size = 4 * self._rate
         places: list[tuple[bool, int]] = []  # whether of the next segment, and which byte of the step
         for lane in range(LANES):
-            start = size * (_COLUMNS * register + lane // _COLUMNS)
+            start = size * (COLUMNS * register + lane // COLUMNS)
             for byte in range(4):
-                at = self._rate * (lane % _COLUMNS) + source.byte + min(byte, source.size - 1)
+                at = self._rate * (lane % COLUMNS) + source.byte + min(byte, source.size - 1)
                 places.append((at >= size, start + at % size))
         if size == LANES:
             return self._as_they_lie(_REGISTER * register + source.byte, [over for over, _ in places])
@@ -326,7 +324,7 @@ class _Lanes:
 
 def _over_columns(builder, totals: list[ir.Value]) -> list[ir.Value]:
     """Add up what belongs to the same row: each register's parts of a column's lanes. What is left lies side by side."""
-    part, columns_lanes = LANES, LANES // _COLUMNS
+    part, columns_lanes = LANES, LANES // COLUMNS
     while part > columns_lanes:
         part //= 2
         lower = [start + n for start in range(0, 2 * LANES, 2 * part) for n in range(part)]

@@ -1,5 +1,6 @@
 """The trellis code's weights on a CPU, to the bit those of `codec`: in the transformed basis, or in the model's."""
 
+import itertools
 from typing import Any, Final
 
 import numpy as np
@@ -10,7 +11,10 @@ from numba.core import cgutils
 from seedlm.codes.compiled import to_machine_code
 from seedlm.codes.hadamard_numba import inverse
 from seedlm.codes.trellis.format import SEGMENT_ROWS
+from seedlm.codes.trellis.kernels import numba_pairs
+from seedlm.codes.trellis.kernels.numba_pairs import COLUMNS, ROWS
 from seedlm.codes.trellis.kernels.numba_windows import TAIL, Products, Windows, copy_end, neighbours
+from seedlm.codes.trellis.kernels.records import in_pairs
 from seedlm.codes.vectors import (
     FLOATS,
     I64,
@@ -36,11 +40,14 @@ _TAIL_BYTES: Final = 8 * TAIL
 
 @intrinsic(prefer_literal=True)
 def _values(typingctx, words, after, steps, tile, end, tail, rate, state_bits):
-    """Write a segment's values, 16 // rate times `steps` columns, to float32 [32, _TILE]. Arguments as in `numba_product`."""
+    """Write a segment's values, some columns times `steps`, to float32 [32, _TILE]. Arguments as in `numba_product`."""
     numbers = literal(rate, state_bits)
 
     def codegen(context, builder, sig, args):
         words, after, steps, tile, end, tail = args[:6]
+        if in_pairs():
+            _of_lanes(builder, *args[:6], *numbers)
+            return context.get_dummy_value()
         windows, products = Windows(*numbers), Products(exact=False)
         with cgutils.for_range(builder, steps) as loop:
             windows.load_step(builder, words, after, loop.index, end, tail)
@@ -59,6 +66,26 @@ def _values(typingctx, words, after, steps, tile, end, tail, rate, state_bits):
     return types.void(*[types.intp] * 6, rate, state_bits), codegen
 
 
+def _of_lanes(builder, words, after, steps, tile, end, tail, rate: int, state_bits: int) -> None:
+    """`_values` by `numba_pairs.Lanes`: of two registers, two rows of eight columns at a time."""
+    columns, products = numba_pairs.columns(rate), Products(exact=False)
+    with cgutils.for_range(builder, steps) as loop:
+        lanes = numba_pairs.Lanes(builder, words, after, loop.index, end, tail, rate, state_bits)
+        place = builder.add(tile, builder.mul(loop.index, ir.Constant(I64, 4 * columns)))
+        for pair, i in itertools.product(range(0, columns // COLUMNS, 2), range(ROWS)):
+            both = []
+            for register in (pair, pair + 1):
+                hashes = lanes.hashes(register, i)
+                total = products.add(builder, constant([-products.excess] * LANES), hashes, products.ones(builder))
+                both.append(builder.sitofp(total, FLOATS))
+            for lane in range(0, LANES // COLUMNS, 2):
+                at = [COLUMNS * column + lane + second for second in (0, 1) for column in range(2 * COLUMNS)]
+                rows = shuffle(builder, both[0], at, both[1])
+                for second in (0, 1):
+                    some = shuffle(builder, rows, range(8 * second, 8 * second + 8))
+                    store(builder, some, place, 4 * (_TILE * (ROWS * (lane + second) + i) + COLUMNS * pair))
+
+
 def weights(rate: int, state_bits: int) -> Any:
     """Forms the rows of some segments.
 
@@ -66,7 +93,7 @@ def weights(rate: int, state_bits: int) -> Any:
     factors float32 [rows], y [rows of these segments, width], y's kind (`on_cpu.KINDS`), block of the transform or 0 for
     weights in the transformed basis (else y is float32), signs float32 [block].
     """
-    columns = LANES // rate
+    columns = numba_pairs.columns(rate) if in_pairs() else LANES // rate
 
     @to_machine_code()
     def form(job):
