@@ -65,6 +65,7 @@ REFUSED = [
     ("evaluate SOURCE --text taken.txt", "taken.txt: the text has 5 bytes"),
     ("evaluate SOURCE --text long.txt --context 513", "the model knows 512 positions, a window has 513"),
     ("evaluate SOURCE --text long.txt --reference nosuch", "nosuch: no such file or folder"),
+    ("evaluate SOURCE --text long.txt --backend torch", "packed weights, which are dequantized here: add --packed"),
     ("evaluate SOURCE --text long.txt --limit 0", "limit must be at least 1, got 0"),
     ("evaluate SOURCE --text long.txt --baseline nosuch", "unknown baseline 'nosuch'"),
     ("evaluate SOURCE --text long.txt --calibration nosuch.txt", "calibration text is for a baseline"),

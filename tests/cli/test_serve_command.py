@@ -101,6 +101,37 @@ def test_what_is_loaded_is_said_before_it_loads(talking, monkeypatch, here):
     assert lines[2] == "imported, and now it loads"
 
 
+def test_a_server_multiplies_by_a_backend_by_name(talking, monkeypatch, here):
+    for name in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(name, reason="serving needs the extra: pip install '.[serve]'")
+    from seedlm.integrations.transformers import serving
+    from seedlm.modeling.quantize import seed_linears
+
+    served = []
+
+    class Server(serving.Server):
+        def start_server(self):
+            super().start_server()
+            served.append({layer.backend for held in self._model_manager.loaded_models.values() for layer in layers(held)})
+
+    def layers(held):
+        return [layer for _, layer in seed_linears(held.model)]
+
+    monkeypatch.setattr("uvicorn.Server.run", lambda self: None)
+    monkeypatch.setattr(serving, "Server", Server)
+    asked = ["serve", talking, "--port", free_port(), "--device", "cpu"]
+    assert here(*asked).returncode == 0
+    assert here(*asked, "--backend", "torch").returncode == 0
+    assert served == [{"auto"}, {"torch"}]
+    done = here(*asked, "--backend", "tosch")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "seedlm: no packed layer has a backend 'tosch', known: auto, cuda, numba, torch"
+    done = here(*asked, "--backend", "cuda")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("seedlm: model.layers.0.")
+    assert len(served) == 2
+
+
 def test_a_model_that_is_not_there_is_refused(tmp_path, here):
     done = here("serve", tmp_path / "nosuch")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

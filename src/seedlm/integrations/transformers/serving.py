@@ -5,20 +5,30 @@ from typing import Any, Final
 
 from transformers.cli.serve import Serve
 
+from seedlm.modeling.quantize import set_backend
+
 _OF_TEMPLATES: Final = re.compile("chat.?template", re.IGNORECASE)
 
 
 class Server(Serve):
-    """Serves one model at http://HOST:PORT/v1 until it is stopped."""
+    """Serves one model at http://HOST:PORT/v1 until it is stopped.
 
-    def __init__(self, model: str, **options: Any) -> None:
-        self._model = model
+    backend   how packed layers multiply (`modeling.quantize.set_backend`)
+    options   the other ones of transformers' server
+    Raises BackendError for a backend that cannot be had, before anything is served.
+    """
+
+    def __init__(self, model: str, *, backend: str = "auto", **options: Any) -> None:
+        self._model, self._backend = model, backend
         super().__init__(force_model=model, non_blocking=True, **options)
 
     def start_server(self) -> None:
         """Run in this thread; transformers starts another one, from here, when it is asked not to block."""
         from jinja2 import TemplateError
 
+        if self._backend != "auto":
+            for loaded in self._model_manager.loaded_models.values():
+                set_backend(loaded.model, self._backend)
         app = self.server.config.app
         app.add_exception_handler(ValueError, self._no_template)
         app.add_exception_handler(TemplateError, self._refused_by_template)
