@@ -49,6 +49,8 @@ REFUSED = [
     ("generate SOURCE TEXT --chat", "has no chat template, so it only goes on from a text"),
     ("generate SOURCE TEXT --dtype int4", "dtype must be one of auto, float32, bfloat16, float16, got 'int4'"),
     ("generate SOURCE TEXT --device nowhere", "device 'nowhere' cannot be used here"),
+    ("generate SOURCE TEXT --max-new-tokens 513", "the model knows 512 positions, new tokens are 513: fewer --max-new-tokens"),
+    ("chat SOURCE --max-new-tokens 513", "the model knows 512 positions, new tokens are 513: fewer --max-new-tokens"),
     ("chat SOURCE", "has no chat template, so it only goes on from a text"),
     ("chat nosuch", "nosuch: no such file or folder"),
     ("serve nosuch", "nosuch: no such file or folder"),

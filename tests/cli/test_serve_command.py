@@ -83,6 +83,27 @@ def test_an_openai_client_completes(client, talking):
     assert "".join(piece.choices[0].text or "" for piece in client.completions.create(**ask, stream=True)) == whole
 
 
+def test_a_text_ends_where_the_positions_do_and_a_prompt_beyond_is_the_clients_error(client, talking):
+    import openai
+
+    dog, ask = "Once upon a time there was a dog. ", {"model": str(talking), "temperature": 0}
+    answer = client.completions.create(**ask, prompt=dog * 50, max_tokens=100)
+    assert (answer.usage.total_tokens, answer.choices[0].finish_reason) == (512, "length")
+    *_, last = client.completions.create(**ask, prompt=dog * 50, max_tokens=100, stream=True)
+    assert (last.usage.total_tokens, last.choices[0].finish_reason) == (512, "length")
+    too_long, turns = r"the prompt has 52\d tokens, the model knows 512 positions", [{"role": "user", "content": dog * 52}]
+    for create, what in (
+        (client.completions.create, {"prompt": dog * 52}),
+        (client.chat.completions.create, {"messages": turns}),
+    ):
+        with pytest.raises(openai.BadRequestError, match=too_long) as refused:
+            create(**ask, **what)
+        assert refused.value.code == "context_length_exceeded"
+        with pytest.raises(openai.APIError) as refused:
+            list(create(**ask, **what, stream=True))
+        assert re.fullmatch(too_long, refused.value.body)
+
+
 def test_a_port_that_is_taken_is_refused_before_the_model_loads(server, talking, here):
     done = here("serve", talking, "--port", server[1])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
