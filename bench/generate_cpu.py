@@ -39,8 +39,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from products_cpu import int4
 from seedlm.codes.registry import parse_format
 from seedlm.inference import ops
-from seedlm.integrations.transformers import decoder
-from seedlm.integrations.transformers.decoder import CACHE
+from seedlm.integrations.transformers.decoder import fuse_decoding
+from seedlm.integrations.transformers.decoder_reasons import reason_unfused
+from seedlm.integrations.transformers.decoder_steps import CACHE, step
 from seedlm.modeling.embedding import SeedEmbedding, replace_embedding
 from seedlm.modeling.linear import SeedLinear
 from seedlm.modeling.quantize import seed_linears, set_backend, share_inputs
@@ -111,10 +112,10 @@ def generate(model: LlamaForCausalLM, prompt: torch.Tensor, cache: str | None, c
 
 def check_decoder(model: LlamaForCausalLM, prompt: torch.Tensor, tolerance: float) -> None:
     """Hold a packed model's logits by the decoder, token by token, against those of transformers' forward of the whole text."""
-    assert decoder.reason_unfused(model) is None
+    assert reason_unfused(model) is None
     cache, rest = StaticCache(config=model.config, max_cache_len=prompt.shape[1]), 8
     model(input_ids=prompt[:, :-rest], use_cache=True, **{CACHE: cache})
-    found = [decoder.step(model, token, cache)[0] for token in prompt[:, -rest:].split(1, dim=1)]
+    found = [step(model, token, cache)[0] for token in prompt[:, -rest:].split(1, dim=1)]
     expected = model(input_ids=prompt, use_cache=False).logits[0, -rest:].double()
     off = ((torch.cat(found).double() - expected).norm() / expected.norm()).item()
     assert off < tolerance, f"logits by the decoder are off by {off:.2g}"
@@ -285,14 +286,14 @@ def main() -> None:
             rows[f"{bits} bits {name}"] = partial(generate, model, prompt, None)
             if options.tables:
                 with_tables = packed(options.shapes, dtype, bits, options.tables)
-                decoder.fuse_decoding(with_tables)
+                fuse_decoding(with_tables)
                 check_decoder(with_tables, prompt, 1e-3 if dtype == torch.float32 else 4e-2)
                 rows[f"{bits} bits {name} + tables {options.tables}"] = partial(generate, with_tables, prompt, None)
                 rows[f"the same, static cache ({bits} bits {name})"] = partial(generate, with_tables, prompt, "static")
             rows[f"{bits} bits {name}, products"] = products(model)
             if options.tables and (coarse := packed(options.shapes, dtype, bits, options.tables)):
                 set_backend(coarse, "numba-int8")
-                decoder.fuse_decoding(coarse)
+                fuse_decoding(coarse)
                 check_decoder(coarse, prompt, 0.1)
                 rows[f"the same, static cache, int8 ({bits} bits {name})"] = partial(generate, coarse, prompt, "static")
                 rows[f"{bits} bits {name}, products, int8"] = products(coarse)

@@ -8,8 +8,8 @@ FP16, in packed rows too unless `--tables` names their format. One token is one 
 static cache, argmax, the next token back into its buffer. Stacks, the first three the same for dense and packed:
 
     transformers   the model's own forward, kernel by kernel as transformers launches them
-    decoder        `decoder.step`, by which packed models decode on a GPU; in dense rows with norms and gates that torch.compile
-                   makes one kernel each, where packed layers make their input themselves
+    decoder        `decoder_steps.step`, by which packed models decode on a GPU; in dense rows with norms and gates that
+                   torch.compile makes one kernel each, where packed layers make their input themselves
     compile        torch.compile(fullgraph=True) of the model's own forward; minutes of compilation, so not by default
     generate       plain `model.generate(cache_implementation="static")` of packed rows, its own loop included; beside the
                    dense row's `decoder`, since a dense model's generate compiles for minutes
@@ -43,7 +43,8 @@ from seedlm.codes.base import CODES
 from seedlm.codes.registry import parse_format
 from seedlm.codes.trellis.format import TrellisFormat
 from seedlm.inference import backend
-from seedlm.integrations.transformers import decoder
+from seedlm.integrations.transformers import decoder_steps
+from seedlm.integrations.transformers.decoder import fuse_decoding
 from seedlm.integrations.transformers.sampling import most_likely
 from seedlm.modeling.embedding import SeedEmbedding
 from seedlm.modeling.linear import SeedLinear
@@ -127,10 +128,10 @@ def normed_linears(h: Tensor, delta: Tensor | None, weight: Tensor, eps: float, 
 
 
 def compiled_pieces() -> ExitStack:
-    """Inside of it `decoder.step` takes the functions above."""
+    """Inside of it `decoder_steps.step` takes the functions above."""
     pieces = ExitStack()
-    pieces.enter_context(mock.patch.object(decoder, "normed_linears", normed_linears))
-    pieces.enter_context(mock.patch.object(decoder, "gated_linear", lambda gate, up, layer: layer(gated(gate, up))))
+    pieces.enter_context(mock.patch.object(decoder_steps, "normed_linears", normed_linears))
+    pieces.enter_context(mock.patch.object(decoder_steps, "gated_linear", lambda gate, up, layer: layer(gated(gate, up))))
     return pieces
 
 
@@ -183,7 +184,7 @@ class Writer:
         if stack == "compile":
             self.compiled = self.compiled or torch.compile(Writer.as_it_is, fullgraph=True)
             return self.compiled(self)
-        return decoder.step(self.model, self.token, self.cache)[:, -1] if stack == "decoder" else self.as_it_is()
+        return decoder_steps.step(self.model, self.token, self.cache)[:, -1] if stack == "decoder" else self.as_it_is()
 
     def step(self, stack: str) -> None:
         """Write one token."""
@@ -305,7 +306,7 @@ def by_generate(options: argparse.Namespace, model: Any, writer: Writer, ids: Te
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **asked)
         return list(whole[0, ids.shape[1] :].tolist())
 
-    decoder.fuse_decoding(model)
+    fuse_decoding(model)
     found = write(1 + options.new)
     times = {
         count: statistics.median(seconds(options.device, lambda c=count: write(c)) for _ in range(options.repeats))

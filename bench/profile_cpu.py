@@ -29,7 +29,8 @@ import torch
 from generate_cpu import SHAPES, check_decoder, generate, packed, processor, products
 from seedlm.codes.threads import Record
 from seedlm.inference import ops
-from seedlm.integrations.transformers import decoder
+from seedlm.integrations.transformers import decoder_steps
+from seedlm.integrations.transformers.decoder import fuse_decoding
 from seedlm.modeling.quantize import set_backend
 
 PARTS = "look-up", "rotary", "layers", "head"
@@ -61,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = packed(options.shapes, getattr(torch, options.dtype), options.bits, options.tables)
     set_backend(model, options.backend)
-    decoder.fuse_decoding(model)
+    fuse_decoding(model)
     prompt = torch.randint(SHAPES[options.shapes].vocab_size, (1, 16))
     check_decoder(model, prompt, 0.1)
     spent: dict[str, float] = defaultdict(float)
@@ -72,10 +73,10 @@ def main() -> None:
             patched.enter_context(mock.patch.object(owner, attribute, timed(spent, name, getattr(owner, attribute))))
 
         replace(ops, "rows", "look-up")
-        replace(decoder, "_before_layers", "before")
+        replace(decoder_steps, "_before_layers", "before")
         replace(Record, "run", "layers")
-        replace(decoder, "_after_layers", "head")
-        replace(decoder._Recorded, "replay", "step")
+        replace(decoder_steps, "_after_layers", "head")
+        replace(decoder_steps._Recorded, "replay", "step")
         generate(model, prompt, "static", 4)
         for _ in range(options.repeats):
             start = time.perf_counter()

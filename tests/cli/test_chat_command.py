@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import time
@@ -41,6 +42,51 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns(talking, talk):
     assert done.returncode == 0
     assert "its oldest turns are forgotten" in done.stderr
     assert "the model knows 512 positions" in done.stderr
+
+
+DOG = "Once upon a time there was a dog. "
+"""Ten tokens, and one at the start of a text."""
+
+
+def test_an_answer_ends_where_the_positions_do(talking, call):
+    done = call("chat", talking, "--max-new-tokens", 500, input=DOG * 50)
+    assert done.returncode == 0
+    assert done.stdout.strip()
+    assert done.stderr.splitlines()[-1] == "seedlm: the answer ends where the model's 512 positions do"
+
+
+@pytest.mark.parametrize("way", ["--chat", "--raw"])
+def test_generate_ends_where_the_positions_do(way, talking, here):
+    done = here("generate", talking, DOG * 50, way, "--max-new-tokens", 500, "--device", "cpu")
+    assert done.returncode == 0
+    ends, speed = done.stderr.splitlines()[-2:]
+    assert ends == "seedlm: the text ends where the model's 512 positions do"
+    left = int(speed.split()[0])
+    assert 0 < left < 20
+    done = here("generate", talking, DOG * 50, way, "--max-new-tokens", left, "--device", "cpu")
+    assert "positions" not in done.stderr
+
+
+@pytest.mark.parametrize(("way", "text"), [("--chat", "conversation"), ("--raw", "prompt")])
+def test_generate_refuses_more_tokens_than_there_are_positions_in_a_line(way, text, talking, here):
+    done = here("generate", talking, DOG * 52, way, "--device", "cpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    loading, refused = done.stderr.splitlines()
+    assert loading.endswith("loading")
+    assert re.fullmatch(rf"seedlm: the {text} has 52\d tokens, the model knows 512 positions", refused)
+
+
+def test_learned_positions_end_a_text_too(tmp_path, here):
+    """Without that, torch would be asked for a row that its table does not have."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 512}
+    config = AutoConfig.for_model("opt", **sizes, max_position_embeddings=24, eos_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path)
+    done = here("generate", tmp_path, DOG, "--max-new-tokens", 24, "--device", "cpu")
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-2] == "seedlm: the text ends where the model's 24 positions do"
 
 
 def test_a_model_without_a_template_is_refused(here):

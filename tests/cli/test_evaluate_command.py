@@ -61,6 +61,29 @@ class TestCommand:
         assert done.returncode == 0
         assert json.loads(done.stdout) == json.loads((tmp_path / "r.json").read_text())
 
+    def test_the_model_multiplies_by_a_backend_by_name_and_the_reference_does_not(self, folders, story, here, monkeypatch):
+        from seedlm.evaluation import perplexity
+        from seedlm.modeling.quantize import seed_linears
+
+        used, score = [], perplexity.score_windows
+
+        def scoring(model, *args, reference, **more):
+            used.extend({layer.backend for _, layer in seed_linears(each)} for each in (model, reference))
+            return score(model, *args, reference=reference, **more)
+
+        monkeypatch.setattr(perplexity, "score_windows", scoring)
+        options = ["--text", story.path, "--reference", folders[1], "--context", 32, "--limit", 2, "--device", "cpu"]
+        options += ["--packed", "--backend"]
+        done = here("evaluate", folders[1], *options, "torch", "--json")
+        assert json.loads(done.stdout)["settings"]["backend"] == "torch"
+        assert used == [{"torch"}, {"auto"}]
+        done = here("evaluate", folders[1], *options, "tosch")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert told(done.stderr) == ["seedlm: no packed layer has a backend 'tosch', known: auto, cuda, numba, torch"]
+        done = here("evaluate", folders[1], *options, "cuda")
+        assert (done.returncode, done.stdout, len(told(done.stderr))) == (2, "", 1)
+        assert len(used) == 2
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

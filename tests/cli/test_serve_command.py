@@ -83,6 +83,27 @@ def test_an_openai_client_completes(client, talking):
     assert "".join(piece.choices[0].text or "" for piece in client.completions.create(**ask, stream=True)) == whole
 
 
+def test_a_text_ends_where_the_positions_do_and_a_prompt_beyond_is_the_clients_error(client, talking):
+    import openai
+
+    dog, ask = "Once upon a time there was a dog. ", {"model": str(talking), "temperature": 0}
+    answer = client.completions.create(**ask, prompt=dog * 50, max_tokens=100)
+    assert (answer.usage.total_tokens, answer.choices[0].finish_reason) == (512, "length")
+    *_, last = client.completions.create(**ask, prompt=dog * 50, max_tokens=100, stream=True)
+    assert (last.usage.total_tokens, last.choices[0].finish_reason) == (512, "length")
+    too_long, turns = r"the prompt has 52\d tokens, the model knows 512 positions", [{"role": "user", "content": dog * 52}]
+    for create, what in (
+        (client.completions.create, {"prompt": dog * 52}),
+        (client.chat.completions.create, {"messages": turns}),
+    ):
+        with pytest.raises(openai.BadRequestError, match=too_long) as refused:
+            create(**ask, **what)
+        assert refused.value.code == "context_length_exceeded"
+        with pytest.raises(openai.APIError) as refused:
+            list(create(**ask, **what, stream=True))
+        assert re.fullmatch(too_long, refused.value.body)
+
+
 def test_a_port_that_is_taken_is_refused_before_the_model_loads(server, talking, here):
     done = here("serve", talking, "--port", server[1])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -99,6 +120,37 @@ def test_what_is_loaded_is_said_before_it_loads(talking, monkeypatch, here):
     assert re.fullmatch(rf"seedlm: {re.escape(str(talking))}: \S+ MB, [\d,]+ weights in \d+ tensors; loading", lines[0])
     assert lines[1].endswith("/v1; Ctrl-C ends")
     assert lines[2] == "imported, and now it loads"
+
+
+def test_a_server_multiplies_by_a_backend_by_name(talking, monkeypatch, here):
+    for name in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(name, reason="serving needs the extra: pip install '.[serve]'")
+    from seedlm.integrations.transformers import serving
+    from seedlm.modeling.quantize import seed_linears
+
+    served = []
+
+    class Server(serving.Server):
+        def start_server(self):
+            super().start_server()
+            served.append({layer.backend for held in self._model_manager.loaded_models.values() for layer in layers(held)})
+
+    def layers(held):
+        return [layer for _, layer in seed_linears(held.model)]
+
+    monkeypatch.setattr("uvicorn.Server.run", lambda self: None)
+    monkeypatch.setattr(serving, "Server", Server)
+    asked = ["serve", talking, "--port", free_port(), "--device", "cpu"]
+    assert here(*asked).returncode == 0
+    assert here(*asked, "--backend", "torch").returncode == 0
+    assert served == [{"auto"}, {"torch"}]
+    done = here(*asked, "--backend", "tosch")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "seedlm: no packed layer has a backend 'tosch', known: auto, cuda, numba, torch"
+    done = here(*asked, "--backend", "cuda")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("seedlm: model.layers.0.")
+    assert len(served) == 2
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, here):

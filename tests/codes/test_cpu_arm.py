@@ -5,11 +5,17 @@
 
 Without it code is compiled and linked, and the tests are skipped with that reason. Everything that is emitted by hand is run:
 what numba makes of Python's own statements around it is the same on every processor. It is linked by `linking`, as kernels are.
+
+Norms, gates and attention are numba's as a whole: it compiles and links these kernels in a process that it is told is an ARM
+one's (`COMPILE`), as it would do there, and they are entered as there, with a job.
 """
 
+import os
 import shutil
 import struct
 import subprocess
+import sys
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,16 +49,53 @@ RATES = [(rate, 16) for rate in range(1, 9)] + [(3, 12), (6, 12)]
 CODE, MEMORY, ROOM = 1 << 22, 1 << 28, 1 << 20
 """Where code and memory are, and bytes of the latter."""
 
+KERNELS = {
+    "norm": "seedlm.codes.trellis.kernels.numba_source",
+    "gate": "seedlm.codes.trellis.kernels.numba_source",
+    "attend": "seedlm.inference.attend_numba",
+}
+"""Makers of kernels that numba compiles as a whole, and their modules."""
+
+COMPILE = """
+import importlib, sys
+
+from llvmlite import binding
+
+binding.initialize_all_targets()
+binding.initialize_all_asmprinters()
+binding.get_process_triple = lambda: sys.argv[1]
+
+from seedlm.codes import machine_code
+
+machine_code.loads = lambda: True
+for module, maker in zip(sys.argv[2::2], sys.argv[3::2]):
+    print(getattr(importlib.import_module(module), maker)().hex())
+"""
+
 _READ, _WRITE, _EXIT = 63, 64, 93
-_SYSTEM = 0xAA0303E8, 0xD4000001, 0xD65F03C0
+_RETURN = 0xD65F03C0
+_SYSTEM = 0xAA0303E8, 0xD4000001, _RETURN
 """A function of three arguments and the number of a call to Linux: mov x8, x3; svc #0; ret. llvmlite has no ARM assembler."""
 
 
+@cache
+def kernels():
+    """Those of `KERNELS`, as `compiled.to_machine_code` makes them on an ARM processor. None of them multiplies bytes."""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+neon"}
+    makers = [word for maker, module in KERNELS.items() for word in (module, maker)]
+    command = [sys.executable, "-c", COMPILE, ARM, *makers]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = dict(zip(KERNELS, map(bytes.fromhex, done.stdout.split()), strict=True))
+    assert all(struct.pack("<I", _RETURN) in code for code in found.values())
+    return found
+
+
 def program_file(path, image):
-    """An ELF program of an image, which `MEMORY` of `ROOM` bytes belongs to."""
+    """An ELF program of an image, which `MEMORY` of `ROOM` bytes belongs to. There may be code in both."""
     head = struct.pack("<16s2HI3QI6H", b"\x7fELF\2\1\1", 2, 183, 1, CODE + image.entry, 64, 0, 0, 64, 56, 2, 0, 0, 0)
     parts = struct.pack("<2I6Q", 1, 5, 1 << 12, CODE, CODE, len(image.code), len(image.code), 1 << 12)
-    parts += struct.pack("<2I6Q", 1, 6, 0, MEMORY, MEMORY, 0, ROOM, 1 << 12)
+    parts += struct.pack("<2I6Q", 1, 7, 0, MEMORY, MEMORY, 0, ROOM, 1 << 12)
     path.write_bytes((head + parts).ljust(1 << 12, b"\0") + image.code)
     path.chmod(0o700)
 
@@ -86,12 +129,18 @@ class Program:
     def _system(self, call, *numbers):
         self.main.call(self._call, [each if isinstance(each, ir.Value) else self.number(each) for each in (*numbers, call)])
 
-    def place(self, array):
+    def place(self, array, align=64):
         """The address of an array's copy. Beside it lie bytes that are no numbers: nobody may have a use for them."""
-        self._memory += b"\xff" * (-len(self._memory) % 64 + 256)
+        self._memory += b"\xff" * 256
+        self._memory += b"\xff" * (-len(self._memory) % align)
         self._places.append((len(self._memory), array))
         self._memory += np.ascontiguousarray(array).tobytes()
         return self.number(self._places[-1][0], self._start)
+
+    def address(self, array):
+        """The same as a number, for a job."""
+        self.place(array)
+        return MEMORY + self._places[-1][0]
 
     def number(self, value, more=None):
         value = ir.Constant(vectors.I64, value)
@@ -111,6 +160,46 @@ class Program:
             codegen(SimpleNamespace(get_dummy_value=lambda: None), builder, signature, function.args)
             builder.ret_void()
         self.main.call(self._functions[key], values)
+
+    def load(self, maker):
+        """Where to call a kernel of `KERNELS`: `machine_code.load`, done by the program."""
+        head, _, image = kernels()[maker].partition(b"\n")
+        entry, *functions = head.decode().split()
+        at = self.place(np.frombuffer(image, np.uint8), 1 << 12)  # where memory for code begins: with a page
+        for number, name in enumerate(functions):
+            function = self.main.ptrtoint(self._c_function(name), vectors.I64)
+            vectors.store(self.main, function, at, 8 * number)
+        kind = ir.FunctionType(ir.VoidType(), [vectors.I64])
+        return self.main.inttoptr(self.number(int(entry), at), kind.as_pointer())
+
+    def _c_function(self, name):
+        """One of the C library that fills or copies memory, byte by byte."""
+        assert name in ("memset", "memcpy")
+        if name in self._functions:
+            return self._functions[name]
+        kind = ir.FunctionType(vectors.I64, [vectors.I64] * 3)
+        function = self._functions[name] = ir.Function(self._module, kind, name)
+        function.linkage = "internal"  # so that its address is a distance
+        to, source, count = function.args
+        first, loop, body, after = (function.append_basic_block() for _ in range(4))
+        ir.IRBuilder(first).branch(loop)
+        builder = ir.IRBuilder(loop)
+        place = builder.phi(vectors.I64)
+        builder.cbranch(builder.icmp_unsigned("<", place, count), body, after)
+        builder = ir.IRBuilder(body)
+        byte = source if name == "memset" else vectors.load(builder, builder.add(source, place), vectors.I8)
+        vectors.store(builder, builder.trunc(byte, vectors.I8) if name == "memset" else byte, builder.add(to, place))
+        place.add_incoming(self.number(0), first)
+        place.add_incoming(builder.add(place, self.number(1)), body)
+        builder.branch(loop)
+        ir.IRBuilder(after).ret(to)
+        return function
+
+    def start(self, kernel, *numbers):
+        """Call a kernel with a job, as two threads would one after the other. The job is placed last."""
+        job = self.place(np.array([0, *numbers], np.int64))
+        for _ in range(2):
+            self.main.call(kernel, [job])
 
     def run(self, folder, instruction=None):
         """The arrays that were placed, as they are afterwards."""
@@ -342,3 +431,105 @@ def test_constants_of_all_sizes(program, tmp_path):
         vectors.store(program.main, program.main.load(third), at, bits // 8)
     everything = program.run(tmp_path)
     assert all(np.array_equal(everything[at], both) for at, both in zip(found, expected, strict=True))
+
+
+def stored(kind, values):
+    """Numbers as kernels read them: float32 (kind 0), or bfloat16 as int16."""
+    values = np.asarray(values, np.float32)
+    return torch.from_numpy(values).bfloat16().view(torch.int16).numpy() if kind else values
+
+
+def meant(kind, numbers):
+    """What these are, in float64."""
+    floats = torch.from_numpy(numbers.copy()).view(torch.bfloat16).float().numpy() if kind else numbers
+    return floats.astype(np.float64)
+
+
+def bits(value):
+    return int(np.float32(value).view(np.int32))
+
+
+floats_or_halves = pytest.mark.parametrize("kind", [0, 1], ids=["float32", "bfloat16"])
+
+
+@floats_or_halves
+def test_the_norm(program, tmp_path, kind):
+    kernel, draw, epsilon, cases = program.load("norm"), np.random.default_rng(0), 1e-2, []
+    for width, added in ((389, True), (389, False), (64, True), (19, True), (3, True)):
+        given = [stored(kind, draw.standard_normal(width) * scale) for scale in (1, 0.3, 2)]
+        cases.append((len(program._places), width, added, [meant(kind, each) for each in given]))
+        h, delta, weight = map(program.address, given)
+        to = program.address(np.full(2 * width, np.nan, np.float32))
+        program.start(kernel, width, bits(epsilon), h, delta if added else 0, weight, kind, to)
+    found = program.run(tmp_path)
+    for at, width, added, (h, delta, weight) in cases:
+        left, _, _, floats, job = found[at : at + 5]
+        assert np.array_equal(left, stored(kind, h + delta if added else h))
+        x = meant(kind, left)
+        expected = x / np.sqrt((x * x).mean() + epsilon) * weight
+        assert np.abs(floats[:width] - expected).max() < 1e-6 * np.abs(expected).max()
+        assert job[0] == 2
+
+
+@floats_or_halves
+def test_the_gate(program, tmp_path, kind):
+    kernel, draw, cases = program.load("gate"), np.random.default_rng(0), []
+    for width in (389, 64, 3):
+        gate, up = draw.standard_normal((2, width))
+        gate *= 20
+        gate[:3] = -100, 88, 0
+        given = [stored(kind, each) for each in (gate, up)]
+        cases.append((len(program._places), width, *(meant(kind, each) for each in given)))
+        to = program.address(np.full(2 * width, np.nan, np.float32))
+        program.start(kernel, width, *map(program.address, given), kind, to)
+    found = program.run(tmp_path)
+    for at, width, gate, up in cases:
+        floats, _, _, job = found[at : at + 4]
+        expected = gate / (1 + np.exp(-gate)) * up
+        assert (np.abs(floats[:width] - expected) <= 1e-6 * np.abs(expected) + 1e-38).all()
+        assert job[0] == 2
+
+
+@floats_or_halves
+def test_the_attention_of_a_token(program, tmp_path, kind):
+    """Over caches in which all that comes after the token is NaN. In the last two a key has inf or NaN."""
+    kernel, draw, heads, length, scaling, cases = program.load("attend"), np.random.default_rng(0), 2, 21, 0.125, []
+    for group, width, now in ((3, 40, 0), (3, 40, 13), (1, 64, 20), (4, 6, 20), (4, 32, 8), (4, 32, 9)):
+        shapes = [(heads, group, width), (heads, width), (heads, width), (width,), (width,)]  # q, k, v, cosines, sines
+        drawn = [draw.standard_normal(shape) for shape in shapes + 2 * [(heads, length, width)]]
+        for each in drawn[5:]:
+            each[:, now:] = np.nan
+        if now in (8, 9):
+            drawn[5][1, 4, 0] = np.inf if now == 8 else np.nan
+        given = [stored(kind, each) for each in drawn]
+        cases.append((len(program._places), now, given))
+        tensors = [*map(program.address, given), program.address(stored(kind, np.zeros(shapes[0])))]
+        floats = program.address(np.full(heads * (group * (width + length) + 4 * width), np.nan, np.float32))
+        position = program.address(np.array([now]))
+        program.start(kernel, heads, group, width, length, bits(scaling), kind, position, *tensors, floats)
+    found = program.run(tmp_path)
+
+    for at, now, given in cases:
+        *_, keys, values, out, _, _, job = found[at : at + 11]
+        q, k, v, cosines, sines, past, valued = (meant(kind, each) for each in given)
+
+        def turned(x, cosines=cosines, sines=sines):
+            first, second = np.split(x, 2, -1)
+            return x * cosines + np.concatenate((-second, first), -1) * sines
+
+        past, valued = past[:, : now + 1], valued[:, : now + 1]
+        past[:, now], valued[:, now] = turned(k), v
+        for after, before, whole in ((keys, given[5], past), (values, given[6], valued)):
+            others = np.arange(length) != now
+            assert np.array_equal(after[:, others], before[:, others], equal_nan=not kind)
+            off = np.abs(meant(kind, after)[:, now] - whole[:, now])
+            assert (off <= (1e-6, 2**-8)[kind] * np.abs(whole[:, now]).max()).all()
+        with np.errstate(invalid="ignore"):
+            scores = scaling * turned(q) @ past.swapaxes(1, 2)
+            shares = np.exp(scores - scores.max(-1, keepdims=True))
+            expected = shares / shares.sum(-1, keepdims=True) @ valued
+        out = meant(kind, out)
+        assert np.isnan(expected).any() == (now in (8, 9))
+        assert np.array_equal(np.isnan(out), np.isnan(expected))
+        assert np.nanmax(np.abs(out - expected)) < (2e-6, 2**-8)[kind] * np.nanmax(np.abs(expected))
+        assert job[0] == heads + 2

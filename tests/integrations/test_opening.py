@@ -157,6 +157,9 @@ def test_a_model_with_code_of_its_own_is_compressed_by_its_class_if_that_is_trus
 
 def test_the_context_limit_of_a_model_of_several_parts_is_its_text_parts(tmp_path):
     assert longest_text(tiny_model("llama", max_position_embeddings=77)) == 77
+    unlimited = tiny_model("llama")
+    unlimited.config.max_position_embeddings = -1  # as XLNet says it
+    assert longest_text(unlimited) is None
     text = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 55}
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28}
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**vision, "patch_size": 14}, mm_tokens_per_image=4)

@@ -6,12 +6,13 @@ from types import FunctionType
 
 import pytest
 import torch
-from test_decoder import DEVICES, IDS, KINDS, SMALL, model_of, on
+from decoder_models import DEVICES, IDS, KINDS, SMALL, model_of, on
 from transformers import StaticCache, StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from seedlm.integrations.transformers import decoder, sampling
-from seedlm.integrations.transformers.decoder import CACHE, fuse_decoding
+from seedlm.integrations.transformers import decoder_reasons, decoder_steps, sampling
+from seedlm.integrations.transformers.decoder import fuse_decoding
+from seedlm.integrations.transformers.decoder_steps import CACHE
 
 
 class Streamer(BaseStreamer):
@@ -31,7 +32,7 @@ class Streamer(BaseStreamer):
 def ahead(monkeypatch):
     """Lets a CPU's models decode so, and counts texts."""
     texts, sample = [], sampling.sample
-    monkeypatch.setattr(decoder, "PACKED", ())
+    monkeypatch.setattr(decoder_reasons, "PACKED", ())
     monkeypatch.setattr(sampling, "AHEAD", ("cpu", "cuda"))
     monkeypatch.setattr(sampling, "sample", lambda *args: texts.append(1) or sample(*args))
     return texts
@@ -73,9 +74,9 @@ def test_the_same_tokens_and_random_numbers(monkeypatch, ahead, kind, asked, dev
 
 
 def test_positions_go_on_where_the_prompt_ended(monkeypatch, ahead):
-    model, given, step = model_of("llama"), [], decoder.step
+    model, given, step = model_of("llama"), [], decoder_steps.step
     fuse_decoding(model)
-    monkeypatch.setattr(decoder, "step", lambda *args: given.append(args[3].item()) or step(*args))
+    monkeypatch.setattr(decoder_steps, "step", lambda *args: given.append(args[3].item()) or step(*args))
     model.generate(IDS, do_sample=False, max_new_tokens=5, pad_token_id=0, cache_implementation="static")
     assert given == [12, 13, 14, 15]
     assert len(ahead) == 1
@@ -143,7 +144,7 @@ def test_what_it_does_not_understand_is_left_to_transformers(monkeypatch, ahead)
     model.train()
     model.generate(IDS, **asked)
     assert not ahead
-    monkeypatch.setattr(decoder, "DEVICES", ("cuda",))
+    monkeypatch.setattr(decoder_reasons, "DEVICES", ("cuda",))
     model.eval().generate(IDS, **asked)
     assert not ahead
 
@@ -174,10 +175,10 @@ def copies(monkeypatch):
 
         def replay(self, token, positions):
             replayed.append(1)
-            return decoder.step(self.model, token, self.cache(), positions)
+            return decoder_steps.step(self.model, token, self.cache(), positions)
 
-    monkeypatch.setattr(decoder, "_can_capture", lambda device: True)
-    monkeypatch.setitem(decoder._GRAPHS, "cpu", Graph)
+    monkeypatch.setattr(decoder_steps, "_can_capture", lambda device: True)
+    monkeypatch.setitem(decoder_steps._GRAPHS, "cpu", Graph)
     return replayed
 
 
@@ -195,7 +196,7 @@ def test_a_model_that_changed_between_two_texts_of_a_cache(monkeypatch, ahead, c
             layer.self_attn.scaling *= 30
     more = torch.cat((text, IDS[:, :3]), dim=1)
     found = model.generate(more, **asked, **{CACHE: cache})
-    monkeypatch.setattr(decoder, "DEVICES", ())
+    monkeypatch.setattr(decoder_reasons, "DEVICES", ())
     assert len(ahead) == 2
     assert len(copies) >= 10
     assert torch.equal(found, model.generate(more, **asked))
@@ -204,8 +205,8 @@ def test_a_model_that_changed_between_two_texts_of_a_cache(monkeypatch, ahead, c
 def test_a_graph_is_replayed_without_looking_where_only_known_are_called(monkeypatch, ahead, copies):
     model = model_of("llama")
     fuse_decoding(model)
-    looks, unchanged = [], decoder._Read.unchanged
-    monkeypatch.setattr(decoder._Read, "unchanged", lambda self: looks.append(1) or unchanged(self))
+    looks, unchanged = [], decoder_steps._Read.unchanged
+    monkeypatch.setattr(decoder_steps._Read, "unchanged", lambda self: looks.append(1) or unchanged(self))
     asked = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, "cache_implementation": "static"}
 
     def theirs(input_ids, scores, **more):

@@ -19,7 +19,7 @@ _HELP = "/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an ans
 def chat(
     model: Annotated[str, typer.Argument(help="Model folder, GGUF file or Hub repository with a chat template.")],
     system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.", metavar="TEXT")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: DrawingSeed = 0,
@@ -33,9 +33,10 @@ def chat(
 
     It remembers what was said until /reset. Ctrl-C stops an answer and not the program; /exit or Ctrl-D ends it.
     """
-    from seedlm.integrations.transformers.before import check_chat, find
+    from seedlm.integrations.transformers.before import check_chat, check_new_tokens, find
 
     found = find(model)
+    check_new_tokens(found.path, max_new_tokens)
     if not trust_remote_code:
         check_chat(model, found.path)
     if not sys.stderr.isatty():  # where no bar will tell
@@ -107,4 +108,6 @@ def _answer(writer: "Writer", turns: list["Turn"], said: str, kept: int, drawing
         pieces.close()  # which waits for its thread
         print(" [stopped]", end="", file=sys.stderr, flush=True)
     print()
+    if writer.timing.positions is not None:
+        print(f"seedlm: the answer ends where the model's {writer.timing.positions} positions do", file=sys.stderr)
     return [*turns, {"role": "assistant", "content": answer}]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from seedlm.cli.console import in_bytes, kept, note, show, show_progress, stopped
-from seedlm.cli.options import Device, Dtype, TrustRemoteCode
+from seedlm.cli.options import Backend, Device, Dtype, TrustRemoteCode
 from seedlm.errors import EvaluationError
 
 
@@ -26,6 +26,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     packed: Annotated[bool, typer.Option("--packed", help="Leave packed weights packed: less memory, slower.")] = False,
+    backend: Backend = "auto",
     baseline: Annotated[
         str | None,
         typer.Option(help="Quantise MODEL by another library first, for comparison: nf4-4, hqq-3, gptq-4...", metavar="NAME"),
@@ -79,6 +80,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         packed=packed,
+        backend=backend,
         baseline=baseline,
         calibration=str(calibration) if calibration else None,
         tasks=TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else (),

@@ -13,7 +13,7 @@ from seedlm.progress import say
 def generate(
     model: Annotated[str, typer.Argument(help="Model folder, GGUF file or Hub repository, compressed or not.")],
     prompt: Annotated[str, typer.Argument(help="Text to answer or, of a model without a chat template, to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.", min=1)] = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: DrawingSeed = 0,
@@ -30,9 +30,10 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text, printed as it comes; then, on stderr, the speed."""
-    from seedlm.integrations.transformers.before import check_chat, find
+    from seedlm.integrations.transformers.before import check_chat, check_new_tokens, find
 
     found = find(model)
+    check_new_tokens(found.path, max_new_tokens)
     if chat and not trust_remote_code:
         check_chat(model, found.path)
     if not sys.stderr.isatty():  # where no bar will tell
@@ -66,6 +67,8 @@ def generate(
         print()
         stopped(error)
     print()
+    if timing.positions is not None:
+        note(f"the text ends where the model's {timing.positions} positions do")
     say(
         f"{timing.tokens} tokens in {timing.seconds:.1f} s, {timing.tokens / timing.seconds:.1f} tokens/s; "
         f"loaded in {timing.load_seconds:.1f} s"

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from seedlm.cli.console import note
-from seedlm.cli.options import Device, Dtype, TrustRemoteCode
+from seedlm.cli.options import Backend, Device, Dtype, TrustRemoteCode
 from seedlm.errors import BackendError, FormatError, extra
 
 
@@ -21,6 +21,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8000,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    backend: Backend = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model to OpenAI clients: chat, completions, streaming, at http://HOST:PORT/v1.
@@ -49,7 +50,8 @@ def serve(
     if chats is False:
         note(f"{model} has no chat template: completions are answered, chats are refused")
     note(f"{model} at http://{host}:{port}/v1; Ctrl-C ends")
-    Server(model, host=host, port=port, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    Server(model, backend=backend, host=host, port=port, **how)
 
 
 def _check_port(host: str, port: int) -> None:

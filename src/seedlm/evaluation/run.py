@@ -35,6 +35,7 @@ from seedlm.evaluation.settings import Settings, check_context, check_request
 from seedlm.evaluation.text import Text
 from seedlm.evaluation.zeroshot import check_tasks, zero_shot
 from seedlm.integrations.transformers import models
+from seedlm.modeling.quantize import set_backend
 from seedlm.progress import Progress
 from seedlm.storage.source import locate
 from seedlm.storage.written import replacing
@@ -161,13 +162,16 @@ def _load(inputs: _Inputs, settings: Settings, device: torch.device, prompts: Se
     """The models, and the tokenizer of the first.
 
     prompts   that will be continued
-    Raises EvaluationError for one that does not know as many positions, SourceError for one that does not know all tokens.
+    Raises EvaluationError for one that does not know as many positions, SourceError for one that does not know all tokens,
+    BackendError for a backend that cannot be had.
     """
     trust = settings.trust_remote_code
     loaded = [
         models.load_model(path, device=device, dtype=settings.dtype, packed=settings.packed, trust_remote_code=trust)
         for path in inputs.paths
     ]
+    if settings.backend != "auto":
+        set_backend(loaded[0], settings.backend)
     tokenizer = models.load_tokenizer(inputs.paths[0], trust_remote_code=trust)
     texts = [(inputs.plan["text"]["path"], inputs.windows)]
     if inputs.calibration is not None:

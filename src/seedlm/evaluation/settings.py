@@ -29,6 +29,7 @@ class Settings:
     device       "auto", or a torch device
     dtype        "auto" (each model as it is stored; float32 for GGUF) or another of `files.DTYPES`
     packed       leave packed weights packed, instead of dequantizing them once: less memory, slower
+    backend      how the model's packed layers multiply (`modeling.quantize.set_backend`), not those of the reference
     baseline     quantise the model by another method first, one of `methods.baseline_names`
     calibration  UTF-8 file of text for a baseline that is calibrated
     tasks        zero-shot tasks to do after the text, or groups of them, as the harness names them
@@ -48,6 +49,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     packed: bool = False
+    backend: str = "auto"
     baseline: str | None = None
     calibration: str | None = None
     tasks: tuple[str, ...] = ()
@@ -74,6 +76,8 @@ class Settings:
                 raise EvaluationError(f"{name} must be at least {least}, got {value}")
         check_dtype(self.dtype)
         check_names(self.device)
+        if self.backend != "auto" and not self.packed:
+            raise EvaluationError("a backend multiplies by packed weights, which are dequantized here: add --packed")
         if self.baseline is not None:
             _, method, _ = parse_baseline(self.baseline)
             if method.calibrated != (self.calibration is not None):

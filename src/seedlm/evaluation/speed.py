@@ -1,7 +1,7 @@
 """How fast a model writes on a user's own device: packed as it is, dequantized, and in bitsandbytes' NF4.
 
 Every row goes through `model.generate`, batch 1, greedy, from the same random prompt, as `seedlm generate` asks for
-it: with a static cache where tokens then go through `decoder.step` ("unfused" says why not). The time to the first token is a
+it: with a static cache where tokens then go through our own decoder ("unfused" says why not). The time to the first token is a
 run of one new token; tokens per second are those of the others, from the difference to a whole run. Memory is that of all
 weights, and on CUDA the most that torch had allocated while generating.
 """
@@ -25,7 +25,8 @@ from seedlm.evaluation.settings import SpeedSettings as Settings
 from seedlm.evaluation.settings import check_room, no_compiler
 from seedlm.inference import backend
 from seedlm.integrations.transformers import models
-from seedlm.integrations.transformers.decoder import fuse_decoding, reason_unfused, static_cache
+from seedlm.integrations.transformers.decoder import fuse_decoding, static_cache
+from seedlm.integrations.transformers.decoder_reasons import reason_unfused
 from seedlm.modeling.quantize import choose_modules, dequantize_model, seed_linears, set_backend
 from seedlm.progress import Progress
 from seedlm.storage.checkpoint import Checkpoint

@@ -81,6 +81,13 @@ def longest_text(path: Path) -> int | None:
     return longest if isinstance(longest, int) and longest > 0 else None
 
 
+def check_new_tokens(path: Path, count: int) -> None:
+    """Raise SourceError for more new tokens than a model has positions for, prompt or no prompt."""
+    longest = longest_text(path)
+    if longest is not None and count > longest:
+        raise SourceError(f"the model knows {longest} positions, new tokens are {count}: fewer --max-new-tokens")
+
+
 def has_chat_template(path: Path) -> bool | None:
     """Whether a model answers turns; None if its files do not say."""
     if path.is_file():

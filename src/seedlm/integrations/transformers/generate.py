@@ -1,9 +1,10 @@
 """Text from a model, piece by piece as it comes: what the commands `generate` and `chat` print."""
 
+import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -23,21 +24,40 @@ Turn = dict[str, str]
 
 
 class NoRoomError(SourceError):
-    """A conversation of more tokens than its model has positions for; one without its oldest turns may fit."""
+    """A prompt, or a conversation, of more tokens than its model has positions for; without its oldest turns one may fit."""
+
+
+def room(model: Any, count: int, text: str) -> int | None:
+    """New tokens that a model has positions for after so many tokens; None if it does not say.
+
+    text   what the tokens are, as a user knows it
+    Raises NoRoomError if there is no position left.
+    """
+    longest = longest_text(model)
+    if longest is not None and count >= longest:
+        raise NoRoomError(f"{text} has {count} tokens, the model knows {longest} positions")
+    return None if longest is None else longest - count
 
 
 @dataclass
 class Timing:
-    """Filled in while text is generated: seconds to load, tokens generated, and the seconds that took (prompt included)."""
+    """Filled in while text is generated: seconds to load, tokens generated, and the seconds that took (prompt included).
+
+    positions   that the model knows, where the last text ended because it had no more; None where it did not
+    """
 
     load_seconds: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
+    positions: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How tokens are chosen: the likeliest at temperature 0; above, drawn with a seed from the likeliest of share `top_p`."""
+    """How tokens are chosen: the likeliest at temperature 0; above, drawn with a seed from the likeliest of share `top_p`.
+
+    There are at most `max_new_tokens`, and no more than the model has positions for.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -79,6 +99,7 @@ class Writer:
             model = locate(model)
         self._where = model
         self._tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
+        self._tokenizer.model_max_length = sys.maxsize  # `room` says what is too long, where transformers would warn
         has_template = bool(self._tokenizer.chat_template)
         if chat and not has_template:
             raise SourceError(no_template(model))
@@ -92,10 +113,11 @@ class Writer:
         self.timing = Timing(load_seconds=time.perf_counter() - start)
 
     def go_on(self, prompt: str, drawing: Drawing) -> Generator[str, None, None]:
-        """A text and what follows it. Raises SourceError for tokens that the model does not know."""
-        inputs = self._tokenizer(prompt, return_tensors="pt")
-        check_tokens(self._network, inputs["input_ids"], "the prompt", self._where)
-        return self._stream(inputs, drawing, skip_prompt=False)
+        """A text and what follows it.
+
+        Raises NoRoomError if it is too long for the model, SourceError for tokens that it does not know.
+        """
+        return self._stream(self._tokenizer(prompt, return_tensors="pt"), drawing, "the prompt", skip_prompt=False)
 
     def answer(self, turns: Sequence[Turn], drawing: Drawing) -> Generator[str, None, None]:
         """The answer to some turns, the last of which is the user's.
@@ -105,13 +127,19 @@ class Writer:
         inputs = self._tokenizer.apply_chat_template(
             list(turns), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        longest, count = longest_text(self._network), inputs["input_ids"].shape[1]
-        if longest is not None and count >= longest:
-            raise NoRoomError(f"the conversation has {count} tokens, the model knows {longest} positions")
-        check_tokens(self._network, inputs["input_ids"], "the conversation", self._where)
-        return self._stream(inputs, drawing, skip_prompt=True)
+        return self._stream(inputs, drawing, "the conversation", skip_prompt=True)
 
-    def _stream(self, inputs: Any, drawing: Drawing, *, skip_prompt: bool) -> Generator[str, None, None]:
+    def _stream(self, inputs: Any, drawing: Drawing, text: str, *, skip_prompt: bool) -> Generator[str, None, None]:
+        """`_pieces`, once it is known that the model has positions for tokens and knows all of them."""
+        count = inputs["input_ids"].shape[1]
+        left = room(self._network, count, text)
+        check_tokens(self._network, inputs["input_ids"], text, self._where)
+        positions = None
+        if left is not None and left < drawing.max_new_tokens:
+            drawing, positions = replace(drawing, max_new_tokens=left), count + left
+        return self._pieces(inputs, drawing, positions, skip_prompt=skip_prompt)
+
+    def _pieces(self, inputs: Any, drawing: Drawing, positions: int | None, *, skip_prompt: bool) -> Generator[str, None, None]:
         """The text as a thread generates it; whatever that raises is raised here, at the end.
 
         Left early (Ctrl-C, or a caller that has enough), it waits for the thread, which ends after the token it is at: a
@@ -139,6 +167,7 @@ class Writer:
             try:
                 output = self._network.generate(**inputs, **options, streamer=streamer, stopping_criteria=[enough])
                 self.timing.tokens = output.shape[1] - inputs["input_ids"].shape[1]
+                self.timing.positions = positions if self.timing.tokens == drawing.max_new_tokens else None
             except BaseException as reason:  # shown in the caller's thread
                 failure.append(reason)
                 streamer.end()

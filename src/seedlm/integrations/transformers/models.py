@@ -112,7 +112,7 @@ def load_model(
 def longest_text(model: Any) -> int | None:
     """Tokens that a model has positions for; None if it does not say. A model of several parts says it of its text part."""
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def vocabulary(model: Any) -> int:
