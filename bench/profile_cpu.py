@@ -8,8 +8,8 @@ the runs the one that took the shortest is shown, ms a token:
 
     look-up      the token's row of the embedding
     rotary       its cosines and sines, and the rest of the embedding's call
-    layers       all layers, the record that is replayed; of which *products* as long as `generate_cpu.py`'s row of products, here
-                 called one by one, and the rest norms, gates, attention, and threads that meet
+    layers       all layers, the record that is replayed; beside it *products*, `generate_cpu.py`'s row, which are
+                 called one by one here and so may take longer
     head         the last norm and the head's product
     rest         of the step: the cache's lengths, copies of inputs
     generate     of transformers' and our loop, and the choice of a token
@@ -113,7 +113,7 @@ def main() -> None:
     else:
         print(", ".join(f"{key} {value}" for key, value in facts.items()))
         for name, value in ms.items():
-            print(f"{'of which ' if name == 'products' else ''}{name:12}{value:8.3f}")
+            print(f"{'beside it ' if name == 'products' else ''}{name:12}{value:8.3f}")
 
 
 if __name__ == "__main__":

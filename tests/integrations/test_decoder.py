@@ -10,10 +10,10 @@ import weakref
 
 import pytest
 import torch
-from decoder_models import DEVICES, FORMATS, IDS, KINDS, TOLERANCE, cache_of, fused, model_of, off, on, theirs, tokens, written
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaForCausalLM, StaticCache
 
+from decoder_models import DEVICES, FORMATS, IDS, KINDS, TOLERANCE, cache_of, fused, model_of, off, on, theirs, tokens, written
 from seedlm.integrations.transformers import decoder, decoder_reasons, decoder_steps
 from seedlm.integrations.transformers.decoder import fuse_decoding
 from seedlm.integrations.transformers.decoder_reasons import reason_unfused

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from decoder_models import IDS, KINDS, cache_of, fused, model_of
 from torch import nn
 from transformers import AttentionInterface
 from transformers.cache_utils import StaticLayer
 
+from decoder_models import IDS, KINDS, cache_of, fused, model_of
 from seedlm.integrations.transformers import decoder_reasons, decoder_steps
 from seedlm.integrations.transformers.decoder_reasons import reason_unfused
 from seedlm.modeling.linear import SeedLinear

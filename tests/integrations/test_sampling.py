@@ -6,10 +6,10 @@ from types import FunctionType
 
 import pytest
 import torch
-from decoder_models import DEVICES, IDS, KINDS, SMALL, model_of, on
 from transformers import StaticCache, StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from decoder_models import DEVICES, IDS, KINDS, SMALL, model_of, on
 from seedlm.integrations.transformers import decoder_reasons, decoder_steps, sampling
 from seedlm.integrations.transformers.decoder import fuse_decoding
 from seedlm.integrations.transformers.decoder_steps import CACHE
