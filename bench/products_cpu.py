@@ -1,17 +1,22 @@
 """Products on a CPU: packed layers of both codes beside dense ones, checked, then timed in turn.
 
     python bench/products_cpu.py [--size 2048] [--threads 2] [--tokens 1,4,8,512] [--formats 4,3,2,4-fast,block-k16-c8-p3-q4-e4]
+    python bench/products_cpu.py --in-caches [--tokens 1] [--formats 4,3,2,4-fast]
 
 Microseconds: the shortest on the clock and, in brackets, the least time of this thread's processor, which is what a product
 costs where other work shares the machine and one thread multiplies. Layers take turns, so that each finds its weight outside
 the nearest caches. "int4 of torch" is the product that torchao calls for 4 bits, 4.25 a weight. The last numbers, for bfloat16,
 are nanoseconds of that time a weight, and times the dense layer's.
+
+--in-caches: what a kernel's loop takes for 128 weights, nanoseconds of one thread, float32: the difference between weights of
+1024 and of 256 rows, 2048 columns, so without calls and inputs.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -23,19 +28,19 @@ from seedlm.inference.backend import reason_no_backend
 from seedlm.modeling.linear import SeedLinear
 
 
-def layer(spec: str, size: int, backend: str) -> SeedLinear:
-    """Random codes."""
+def layer(spec: str, size: int, backend: str, rows: int | None = None) -> SeedLinear:
+    """Random codes, [rows or size, size]."""
     torch.manual_seed(0)
     format = parse_format(spec)
-    made = SeedLinear(size, size, format, dtype=torch.float32, backend=backend)
+    made = SeedLinear(size, rows or size, format, dtype=torch.float32, backend=backend)
     if format.family == "trellis":
         made.weight_words.random_(-(2**31), 2**31 - 1)
         made.weight_scales.fill_(1.0)
         made.weight_scale.fill_(1.0)
         return made
-    blocks = format.blocks_per_row(size)
-    fields = torch.randint(1, 1 << format.seed_bits, (size, blocks)), torch.randint(-8, 8, (size, blocks))
-    made.weight_words.copy_(packing.pack(*fields, torch.randint(-4, 4, (size, blocks, format.num_coefficients)), format))
+    blocks, rows = format.blocks_per_row(size), rows or size
+    fields = torch.randint(1, 1 << format.seed_bits, (rows, blocks)), torch.randint(-8, 8, (rows, blocks))
+    made.weight_words.copy_(packing.pack(*fields, torch.randint(-4, 4, (rows, blocks, format.num_coefficients)), format))
     return made
 
 
@@ -67,6 +72,21 @@ def shortest(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str
     return {name: tuple(1e6 * min(each) for each in zip(*times, strict=True)) for name, times in found.items()}
 
 
+def in_caches(spec: str, tokens: int, seconds: float) -> None:
+    torch.set_num_threads(1)
+    x, few, many = torch.randn(tokens, 2048), 256, 1024
+    names = [name for name in ("numba", "numba-int8") if reason_of(name, spec) is None]
+    layers = {(name, rows): layer(spec, 2048, name, rows) for name in names for rows in (few, many)}
+    found = shortest({str(key): partial(each, x) for key, each in layers.items()}, seconds)
+    for name in names:
+        apart = found[str((name, many))][1] - found[str((name, few))][1]
+        print(f"{spec}, {tokens}, {name}: {1e3 * apart * 128 / ((many - few) * 2048):.2f} ns for 128 weights", flush=True)
+
+
+def reason_of(name: str, spec: str) -> str | None:
+    return reason_no_backend(name, torch.device("cpu"), parse_format(spec), (2048, 2048))
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,14 +95,19 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,4,8,512")
     parser.add_argument("--formats", default="4,3,2,4-fast,block-k16-c8-p3-q4-e4,block-k16-c12-p4-q4-e4")
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--in-caches", action="store_true")
     options = parser.parse_args()
+    if options.in_caches:
+        for spec, tokens in product(options.formats.split(","), map(int, options.tokens.split(","))):
+            in_caches(spec, tokens, options.seconds)
+        return
     torch.set_num_threads(options.threads)
     peer = int4(options.size, options.size)
     for spec in options.formats.split(","):
         exact = layer(spec, options.size, "numba")
         weight = exact.dequantize()
         half, coarse = weight.bfloat16(), layer(spec, options.size, "numba-int8")
-        if reason_no_backend("numba-int8", torch.device("cpu"), coarse.format, (options.size, options.size)):
+        if reason_of("numba-int8", spec):
             coarse = None
         for tokens in map(int, options.tokens.split(",")):
             x = torch.randn(tokens, options.size)
