@@ -50,9 +50,9 @@ _ROOM: Final = 18
 _AT_ONCE: Final = 2
 """Tokens whose int8 activations multiply a hash's bytes."""
 
-_ODD: Final = 1, 3, 5
-"""Rows whose windows `vpmultishiftqb` takes, an instruction instead of two, where none are a byte apart. It waits for the units
-that products wait for, so not all of them.
+_BY_BITS: Final = {3: (3, 7), 5: (1, 3, 5), 6: (1, 3, 5), 7: (1, 3, 5)}
+"""By rate, of 16-bit states: rows whose windows `vpmultishiftqb` takes, an instruction instead of two. It waits for the units that
+products wait for, so not all of them; where windows lie a byte apart a shuffle of bytes does as well.
 """
 
 _AHEAD: Final = 4096
@@ -241,7 +241,7 @@ class Lanes:
         if self._state_bits == 16 and shift - 8 in shifts:
             found = self._builder.bitcast(self._shifted(register, source, shift - 8), BYTES)
             return self._builder.bitcast(self._two_bytes(found, 1), INTS)
-        if self._state_bits == 16 and shift and row in _ODD and self._rate not in (1, 2, 4, 8):
+        if self._state_bits == 16 and shift and row in _BY_BITS.get(self._rate, ()):
             bits = [(32 * lane + shift + 8 * byte) % 64 for lane in range(LANES) for byte in range(4)]
             found = self._builder.bitcast(self._shifted(register, source, 0), BYTES)
             found = call(self._builder, "llvm.x86.avx512.pmultishift.qb.512", BYTES, constant(bits, I8), found)
