@@ -51,8 +51,8 @@ _AT_ONCE: Final = 2
 """Tokens whose int8 activations multiply a hash's bytes."""
 
 _BY_BITS: Final = {3: (3, 7), 5: (1, 3, 5), 6: (1, 3, 5), 7: (1, 3, 5)}
-"""By rate, of 16-bit states: rows whose windows `vpmultishiftqb` takes, an instruction instead of two. It waits for the units that
-products wait for, so not all of them; where windows lie a byte apart a shuffle of bytes does as well.
+"""By rate, of 16-bit states: rows whose windows `vpmultishiftqb` takes, an instruction instead of two. It waits for the units
+that products wait for, so not all of them; where windows lie a byte apart a shuffle of bytes does as well.
 """
 
 _AHEAD: Final = 4096
