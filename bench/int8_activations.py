@@ -1,4 +1,4 @@
-"""What int8 activations cost in KL: the backend `cuda-int8` emulated on a CPU, beside that of 16 bits and none.
+"""What int8 activations cost in KL: the backends `cuda-int8` and `numba-int8` emulated, beside 16 bits and none.
 
     python bench/int8_activations.py MODEL wiki.test.raw [--bits 4-fast 3-fast 2-fast] [--feedback own none]
         [--windows 24] [--context 512] [--json results/int8_activations.json]
@@ -12,7 +12,7 @@ one by one: on a GPU a prompt of more than 16 tokens is multiplied in 16 bits.
     float32     as it is
     16 bits     integers of two int8, the default of a GPU (`cuda`)
     int8        `cuda-int8`
-    int8/256    the same with a scale for each 256 columns, which no kernel has
+    int8/256    the same with a scale for each 256 columns: `numba-int8` on a CPU
 
 Before a window is scored, one layer of every shape is held against exact sums of integers in the rotated basis, on random x.
 KL is to the unquantized model, in nats; the difference is to the same weights with float32 activations, over the same windows,
