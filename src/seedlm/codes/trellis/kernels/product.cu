@@ -224,6 +224,10 @@ DEVICE int wide_slot(int row, int part) {
   return ((part >> 3) * 32 + row % 32) * WIDE_PITCH + (part & 1) * 32 + (row / 32) * 4 + (part >> 1 & 3);
 }
 
+// The warp's number. In wide kernels it comes from one lane, so that the compiler knows that all lanes have the same and stay together;
+// narrow ones gain nothing by it (docs/log/products.md, version 11).
+DEVICE int warp_number() { return NARROW ? threadIdx.x >> 5 : __shfl_sync(~0u, threadIdx.x >> 5, 0); }
+
 // All of the block, each thread where it stands.
 DEVICE void meet() { asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 DEVICE void finishers_meet() { asm volatile("barrier.sync 2, %0;" ::"n"(FINISHERS) : "memory"); }
@@ -423,18 +427,24 @@ DEVICE void finish(const Problem& p, int* totals, int totals_size, u32 full, u32
 }
 
 DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int* totals, int totals_size, u32 full, u32 drained) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int warp = warp_number(), lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int parts = p.tokens * p.parts_each, steps = p.steps;
   const Share share(p.run, p.longer);
-  const u32 reads = pinned(ring + g * PITCH + t * QUARTER), writes = pinned(ring + g * PITCH + t * 16);
+  // Stages of the ring are counted from `base`: narrow 0, wide an address that each lane makes of threadIdx.x. Of `warp_number` none may be
+  // made: where a part of an address is the same for the warp, NVRTC 13.0 writes a copy with an L2 policy as an instruction that an H200
+  // calls illegal (tests/codes/test_trellis_kernels_gpu.py looks for it).
+  const u32 first = pinned(ring + g * PITCH + t * QUARTER), base = NARROW ? 0 : first, reads = first - base;
+  const u32 writes = TILES == 1 ? pinned(t * 16 - t * QUARTER) : pinned(ring + g * PITCH + t * 16) - base;
+  constexpr bool SUM = TILES == 2;  // `free` has `writes` in it: 3 % faster there, 2 % slower with one tile
   int position = share.begin + warp, turn = 0;
-  u32 stage = 0, free = (STAGES - 1) * STAGE;  // of the ring: to be computed with, and to be filled
+  u32 stage = base, free = base + (STAGES - 1) * STAGE + (SUM ? writes : 0u);  // to be computed with, and to be filled
   for (int panel = p.panel_of(share.begin); panel * steps < (int)share.end; panel++, turn++) {
     const int to = min((int)share.end, (panel + 1) * steps);
     const Member& weight = p.member_of(panel);
     const int begin = (panel - weight.first) * 8, segment = min(begin + g, weight.segments - 1);
     const int next = next_segment(segment, weight.segments, p.strip) - begin;
-    const u32 ends = NEIGHBOURS ? pinned(ring + 8 * PITCH + lane * 16) : pinned(ring + next * PITCH + t * QUARTER);
+    const u32 ends_at = NARROW ? ring + next * PITCH + t * QUARTER : (next - g) * PITCH;
+    const u32 ends = pinned(NEIGHBOURS ? ring + 8 * PITCH + lane * 16 - base : ends_at);
     const int rounds = position < to ? (to - position - 1) / WARPS + 1 : 0;
     const u32* x_at[COLUMN_TILES];
     u32 x_next[COLUMN_TILES];
@@ -461,7 +471,7 @@ DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int*
         }
         copies_wait<STAGES - 2>();
         __syncwarp();
-        if (fetching) ahead.fetch(p, writes + free, lane);
+        if (fetching) ahead.fetch(p, SUM ? free : writes + free, lane);
         copies_commit();
         u32 w[4][R + 1];
         const u32 end_of_stage = NEIGHBOURS ? 4 : R * 4;
@@ -474,8 +484,8 @@ DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int*
 #pragma unroll
         for (int j = 0; j < 4; j++) w[j][R] = read4(ends + stage + j * end_of_stage);
         multiply(w, x, acc, lane);
-        free = stage;
-        stage = stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;
+        free = SUM ? writes + stage : stage;
+        stage = stage == base + (STAGES - 1) * STAGE ? base : stage + STAGE;
       }
       if (fetching) ahead.pass(p, turns, lane);
     }
@@ -534,8 +544,8 @@ product(const __grid_constant__ Members members, const void* x, const float* x_s
   int* totals = (int*)((char*)memory + RING);
   const int totals_size = NARROW ? WARPS * p.tokens * p.parts_each * 8 * ROW_PAD : COLUMN_TILES * 32 * WIDE_PITCH;
   const u32 full = smem_address(barriers), drained = full + 16;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const u32 ring = smem_address(memory) + warp * STAGES * STAGE;
+  const int warp = warp_number(), lane = threadIdx.x & 31;
+  const u32 ring = smem_address(memory) + (threadIdx.x >> 5) * STAGES * STAGE;
   const Share share(run, longer);
   let_next_kernel_start();
   if (threadIdx.x == 0)
