@@ -36,8 +36,20 @@ CASES = [
 ]
 
 
+def definition(parts, format, shape, indices):
+    """What a look-up is where nothing compiles it."""
+    if format.family == "block":
+        return family_of(format).rows(parts, format, shape, indices)
+    return codec.dequantize_rows(parts["words"], parts["scales"], parts["scale"], format, shape, indices)
+
+
+def look_up(parts, format, shape, indices):
+    return family_of(format).rows(parts, format, shape, indices)
+
+
+@pytest.mark.parametrize("rows_of", [look_up, definition])
 @pytest.mark.parametrize(("spec", "shape"), CASES, ids=str)
-def test_rows_are_those_of_the_dequantized_weight(spec, shape):
+def test_rows_are_those_of_the_dequantized_weight(spec, shape, rows_of):
     format, parts = parse_format(spec), random_parts(spec, shape)
     weight = family_of(format).dequantize(parts, format, shape)
     for indices in (
@@ -47,10 +59,10 @@ def test_rows_are_those_of_the_dequantized_weight(spec, shape):
         torch.zeros(0, 2).long(),
         torch.arange(shape[0])[::3],
     ):
-        rows = family_of(format).rows(parts, format, shape, indices)
+        rows = rows_of(parts, format, shape, indices)
         assert rows.dtype == torch.float32
         assert torch.equal(rows, weight[indices])
-        assert torch.equal(family_of(format).rows(parts, format, shape, indices.int()), rows)
+        assert torch.equal(rows_of(parts, format, shape, indices.int()), rows)
 
 
 @pytest.mark.parametrize("spec", ["trellis-r4-l12-t256-h128", BLOCK])
@@ -68,19 +80,70 @@ def test_only_the_rows_asked_for_are_decoded(spec, monkeypatch):
                 largest = max(largest, out.numel())
             return out
 
-    family_of(format).rows(parts, format, shape, torch.tensor([1]))  # tables are made once
-    with Watch():
-        family_of(format).rows(parts, format, shape, torch.tensor([5, 9000, (1 << 14) - 1]))
-    assert 0 < largest < 5000
+    for rows_of in (look_up, definition):
+        rows_of(parts, format, shape, torch.tensor([1]))  # tables are made once
+        largest = 0
+        with Watch():
+            rows_of(parts, format, shape, torch.tensor([5, 9000, (1 << 14) - 1]))
+        assert 0 < largest < 5000
 
 
 def test_many_rows_are_decoded_in_pieces(monkeypatch):
     shape, format = (70, 20), parse_format("trellis-r3-l12-t32-h8")
     parts = random_parts(format.spec, shape)
     indices = torch.randint(70, (4, 11))
-    expected = family_of(format).rows(parts, format, shape, indices)
+    expected = definition(parts, format, shape, indices)
     monkeypatch.setattr(codec, "_ROW_VALUES", 60)
-    assert torch.equal(family_of(format).rows(parts, format, shape, indices), expected)
+    assert torch.equal(definition(parts, format, shape, indices), expected)
+
+
+class TestWhatIsNotAsItIsStored:
+    """A kernel reads memory by its address: whatever else parts and indices may be is left to the definition."""
+
+    SPEC, SHAPE = "trellis-r3-l12-t32-h8", (70, 20)
+
+    @pytest.fixture
+    def parts(self):
+        return random_parts(self.SPEC, self.SHAPE)
+
+    def rows(self, parts, indices):
+        return look_up(parts, parse_format(self.SPEC), self.SHAPE, indices)
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("words", torch.Tensor.long),
+            ("words", lambda words: words.T.contiguous().T),
+            ("words", lambda words: words.as_subclass(torch.nn.Buffer)),
+            ("scales", torch.Tensor.float),
+            ("scale", torch.Tensor.half),
+        ],
+        ids=str,
+    )
+    def test_other_parts(self, parts, name, change):
+        indices = torch.arange(70)
+        parts[name] = change(parts[name])
+        found, expected = self.rows(parts, indices), definition(parts, parse_format(self.SPEC), self.SHAPE, indices)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+    def test_words_that_are_too_few(self, parts):
+        with pytest.raises(IndexError):
+            self.rows({**parts, "words": parts["words"][:1]}, torch.tensor([69]))
+
+    def test_parts_without_memory(self, parts):
+        with pytest.raises(RuntimeError):
+            self.rows({name: part.to("meta") for name, part in parts.items()}, torch.tensor([1]))
+
+    def test_indices_without_memory(self, parts):
+        indices = torch.tensor([3, 5])
+        found = torch.func.functionalize(lambda given: self.rows(parts, given) + 1)(indices)
+        assert torch.equal(found, self.rows(parts, indices) + 1)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32], ids=str)
+    def test_indices_that_are_none(self, parts, dtype):
+        with pytest.raises(RuntimeError, match="dtype"):
+            self.rows(parts, torch.ones(2, dtype=dtype))
 
 
 @pytest.mark.parametrize("spec", ["trellis-r3-l12-t32-h8", BLOCK])

@@ -67,7 +67,6 @@ class TrellisFamily:
         return codec.dequantize(parts[CODES], parts["scales"], parts["scale"], format, shape)
 
     def rows(self, parts: "Mapping[str, Tensor]", format: Format, shape: tuple[int, int], indices: "Tensor") -> "Tensor":
-        from seedlm.codes import on_cpu
         from seedlm.codes.trellis import codec
 
         assert isinstance(format, TrellisFormat)
@@ -78,10 +77,11 @@ class TrellisFamily:
                 from seedlm.codes.trellis.kernels import launch
 
                 return launch.rows([parts[CODES], parts["scales"], parts["scale"]], format, shape, indices)
-        elif on_cpu.reason_unavailable("numba", indices.device) is None:
+        else:
             from seedlm.codes.trellis.kernels import cpu
 
-            return cpu.rows(parts, format, shape, indices)
+            if (found := cpu.rows(parts, format, shape, indices)) is not None:
+                return found
         return codec.dequantize_rows(parts[CODES], parts["scales"], parts["scale"], format, shape, indices)
 
     def encoder(

@@ -25,8 +25,9 @@ from seedlm.codes.dequantizing import DequantizingBackend
 
 _FUSED: Final = frozenset(PRESETS[bits] for bits in ("5", "4.5", "4", "3", "2"))
 _WIDE: Final = frozenset(PRESETS[bits] for bits in ("4", "3"))
-"""What the products, and the one of many tokens, have been held against float64 for on a GPU as they are now. With seeds of 12 and
-14 bits (3.5, 2.5) weights are off by 2e-4 to one side, so inputs that are all alike by up to 1e-2 (docs/log/products_block.md)."""
+"""What the products, and the one of many tokens, have been held against float64 for on a GPU as they are now. With seeds of 12
+and 14 bits (3.5, 2.5) weights are off to one side by 2e-4, so products of an input that is all alike by up to 1e-2
+(docs/log/products_block.md)."""
 
 
 class CudaBackend(DequantizingBackend):

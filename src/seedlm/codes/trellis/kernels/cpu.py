@@ -5,6 +5,8 @@ By the number of tokens:
     to `_few`  `numba_product`: decoded and multiplied in registers; rotated activations as 15-bit integers with a scale for
                each 256 columns (relative error about 6e-5), or int8 ("numba-int8", below 1e-2)
     more       `numba_weights`: a tile of rows at a time is formed in the transformed basis, in x's dtype, for torch's product
+
+Rows that are looked up come from `numba_rows`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,10 +23,9 @@ from seedlm.codes.threads import Job, Jobs, Kernel, kernel
 from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 from seedlm.codes.trellis.kernels import records
 
-_TIMES: Final[Mapping[torch.dtype, tuple[int, int]]] = {torch.bfloat16: (6, 6), torch.float32: (64, 64)}
-"""How often a weight is decoded, each time for as many tokens as share that, rather than formed for torch's product: at rates
-that divide 8, and at others, whose windows take longer. Torch's product of float32 is slower than the former however many
-tokens there are, but all their integers are in memory at once."""
+_TIMES: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 6, torch.float32: 64}
+"""How often a weight is decoded, each time for as many tokens as share that, rather than formed for torch's product. That of
+float32 is slower than the former however many tokens there are, but all their integers are in memory at once."""
 
 _HERE: Final = "seedlm.codes.trellis.kernels"
 
@@ -47,13 +48,13 @@ class NumbaBackend:
         return on_cpu.reason_unavailable(self.name, device)
 
     def prepare(self, parts: Mapping[str, Tensor], format: Format, shape: tuple[int, int]) -> list[Tensor]:
-        return [parts[CODES], parts["scales"].float() * parts["scale"]]
+        return [parts[CODES], (parts["scales"].float() * parts["scale"]).float()]
 
     def empty_transform(self, x: Tensor, format: Format, in_features: int) -> list[Tensor]:
         tokens = x.numel() // in_features
         if tokens == 0:
             return []
-        if tokens > _few(self.exact, x.dtype, cast(TrellisFormat, format).rate):
+        if tokens > _few(x.dtype):
             return [torch.empty(x.shape, dtype=x.dtype if x.dtype in KINDS else torch.float32, device=x.device)]
         return [
             torch.empty(
@@ -67,7 +68,7 @@ class NumbaBackend:
         made = self.empty_transform(x, format, in_features)
         if made:
             y, tokens = made[0], x.numel() // in_features
-            few = tokens <= _few(self.exact, x.dtype, cast(TrellisFormat, format).rate)
+            few = tokens <= _few(x.dtype)
             plan = _inputs(cast(TrellisFormat, format), in_features, tokens if few else 0, self.exact)
             at, kind = x.data_ptr(), KINDS[x.dtype]
             if few:
@@ -95,7 +96,7 @@ class NumbaBackend:
         tokens = x.numel() // shape[1]
         if tokens == 0:
             return x.new_empty(*x.shape[:-1], shape[0])
-        if tokens > _few(self.exact, x.dtype, trellis.rate):
+        if tokens > _few(x.dtype):
             (inputs,) = transformed or self.transform(x, format, shape[1])
             return on_cpu.tiled(
                 inputs,
@@ -115,7 +116,7 @@ class NumbaBackend:
         biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """`linear` by several weights: x is transformed once, and threads meet once where tokens are few."""
-        if x.dtype in KINDS and 0 < x.numel() // shapes[0][1] <= _few(self.exact, x.dtype, cast(TrellisFormat, format).rate):
+        if x.dtype in KINDS and 0 < x.numel() // shapes[0][1] <= _few(x.dtype):
             return self._products(x, prepared, cast(TrellisFormat, format), shapes, biases)
         transformed = self.transform(x, format, shapes[0][1])
         each = zip(prepared, shapes, biases, strict=True)
@@ -187,22 +188,33 @@ class NumbaBackend:
         return ys
 
 
-def rows(parts: Mapping[str, Tensor], format: TrellisFormat, shape: tuple[int, int], indices: Tensor) -> Tensor:
-    """As `Family.rows`, where numba compiles."""
-    wanted = indices.flatten().long().contiguous()
-    factors = parts["scales"].index_select(0, wanted).float() * parts["scale"]  # raises IndexError
-    found = torch.empty(len(wanted), shape[1], dtype=torch.float32, device=indices.device)
-    words, signs = parts[CODES].contiguous(), _signs(format.transform)
-    numbers = (len(wanted), format.segments(shape[0]), format.sequence_rows // SEGMENT_ROWS, shape[1])
-    where = wanted.data_ptr(), words.data_ptr(), factors.data_ptr(), found.data_ptr()
-    kernel(f"{_HERE}.numba_rows", "rows", format.rate, format.state_bits).share(
-        (*numbers, *where, format.transform, signs.data_ptr()), len(wanted)
-    )
+def rows(parts: Mapping[str, Tensor], format: TrellisFormat, shape: tuple[int, int], indices: Tensor) -> Tensor | None:
+    """As `Family.rows`; None for parts and indices that do not lie in memory as they are stored."""
+    words, scales, scale = (parts[name] for name in (CODES, "scales", "scale"))
+    wanted = format.parts(*shape)
+    if (
+        on_cpu.reason_unavailable("numba", indices.device)
+        or indices.dtype not in (torch.int32, torch.int64)
+        or torch._is_functional_tensor(indices)
+        or type(indices) is not Tensor
+        or not words.is_contiguous()
+        or any(type(each) is not Tensor or each.device != indices.device for each in (words, scales, scale))
+        or (words.dtype, scales.dtype, scale.dtype) != (torch.int32, torch.float16, torch.float32)
+        or (*words.shape,) != wanted[CODES].shape
+    ):
+        return None
+    numbers = indices.flatten().long().contiguous()
+    factors = scales.index_select(0, numbers).float() * scale  # raises IndexError
+    found = torch.empty(len(numbers), shape[1], dtype=torch.float32, device=indices.device)
+    kind = (len(numbers), format.segments(shape[0]), format.sequence_rows // SEGMENT_ROWS, shape[1])
+    where = numbers.data_ptr(), words.data_ptr(), factors.data_ptr(), found.data_ptr()
+    made = kernel(f"{_HERE}.numba_rows", "rows", format.rate, format.state_bits)
+    made.share((*kind, *where, format.transform, _signs(format.transform).data_ptr()), len(numbers))
     return found.view(*indices.shape, shape[1])
 
 
 class NumbaInt8Backend(NumbaBackend):
-    """The same with int8 activations, at a price, where the processor multiplies bytes."""
+    """The same with int8 activations for a few tokens, at a price, where the processor multiplies bytes."""
 
     name: ClassVar[str] = "numba-int8"
     exact: ClassVar[bool] = False
@@ -216,11 +228,9 @@ class NumbaInt8Backend(NumbaBackend):
 
 
 @lru_cache(maxsize=256)
-def _few(exact: bool, dtype: torch.dtype, rate: int) -> int:
+def _few(dtype: torch.dtype) -> int:
     """Up to how many tokens of a dtype weights are decoded in registers."""
-    aligned, others = _TIMES.get(dtype, _TIMES[torch.float32]) if records.in_pairs() else (2, 2)
-    times = others if 8 % rate else aligned
-    return times * records.at_once()
+    return (_TIMES.get(dtype, _TIMES[torch.float32]) if records.in_pairs() else 2) * records.at_once()
 
 
 class _Plan(NamedTuple):
@@ -300,7 +310,10 @@ def _signs(block: int) -> Tensor:
 def _form(
     weight: Tensor, first: int, prepared: Sequence[Tensor], format: TrellisFormat, shape: tuple[int, int], rotated: bool
 ) -> None:
-    """Write the rows from segment `first` on to weight [rows, in]: of `KINDS` in the transformed basis, else float32."""
+    """Write the rows from segment `first` on to weight [rows, in]: of `KINDS` in the transformed basis, else float32.
+
+    rows   whole segments, or all up to the weight's end
+    """
     words, factors, signs = prepared[0].contiguous(), prepared[1], _signs(format.transform)
     count = format.segments(len(weight))
     numbers = (count, first, format.segments(shape[0]), format.sequence_rows // SEGMENT_ROWS, shape[1], shape[0])

@@ -1,7 +1,7 @@
 """The trellis code's products where a processor has AVX-512 with VBMI and VNNI.
 
 A lane of 32 bits is eight rows of a column, four lanes are a column, four columns a register. At 4 bits these are the words as
-they lie in memory; at other rates bytes are permuted, those of the next segment that windows reach over into among them. Two to
+they lie in memory; at other rates bytes are permuted, those of the next segment that windows reach over into among them. One to
 four such registers, which begin at different bytes of the rows' bits (`_sources`), hold all windows. Each is a shift and a mask
 and waits for other units than products do; shuffles share one with these (docs/log/products_cpu.md). Then
 
@@ -45,7 +45,7 @@ ROWS: Final = 8
 """Of a lane."""
 
 _ROOM: Final = 18
-"""Registers for sums: more steps through the words if there are more of them."""
+"""Registers for sums. Rows that have no room are left to another walk through the words."""
 
 _AT_ONCE: Final = 2
 """Tokens whose int8 activations multiply a hash's bytes."""
@@ -123,7 +123,7 @@ def emit(builder, args: Sequence[ir.Value], integers: int, rate: int, state_bits
     words, after, record, steps, stride, sums, end, tail = args
     multiply = _AtOnce(builder) if not exact and tokens <= _AT_ONCE else _InPairs(builder, exact)
     places = [builder.add(record, builder.mul(stride, ir.Constant(I64, token))) for token in range(tokens)]
-    room, whole, size = max(1, _ROOM // tokens), [], columns(rate) * (2 if exact else 1)
+    room, whole, size = _ROOM // tokens, [], columns(rate) * (2 if exact else 1)
     for some in (range(first, min(first + room, ROWS)) for first in range(0, ROWS, room)):
         totals = [[cgutils.alloca_once(builder, INTS) for _ in places] for _ in some]
         for total in itertools.chain(*totals):
@@ -189,8 +189,8 @@ class _AtOnce:
         return hashes
 
     def add(self, total: ir.Value, weights: list[ir.Value], activations: list[ir.Value]) -> ir.Value:
-        for bytes, activation in zip(weights, activations, strict=True):
-            total = call(self._builder, "llvm.x86.avx512.vpdpbusd.512", INTS, total, bytes, activation)
+        for hashes, activation in zip(weights, activations, strict=True):
+            total = call(self._builder, "llvm.x86.avx512.vpdpbusd.512", INTS, total, hashes, activation)
         return total
 
 
@@ -323,13 +323,12 @@ class Lanes:
 
 
 def _over_columns(builder, totals: list[ir.Value]) -> list[ir.Value]:
-    """Add up what belongs to the same row: each register's parts of a column's lanes. What is left lies side by side."""
-    part, columns_lanes = LANES, LANES // COLUMNS
-    while part > columns_lanes:
+    """Add up what belongs to the same row: parts of a column's lanes, of eight registers. What is left lies side by side."""
+    part = LANES
+    while part > LANES // COLUMNS:
         part //= 2
         lower = [start + n for start in range(0, 2 * LANES, 2 * part) for n in range(part)]
-        paired = [totals[n : n + 2] if n + 1 < len(totals) else [totals[n]] * 2 for n in range(0, len(totals), 2)]
-        totals = [
-            builder.add(shuffle(builder, a, lower, b), shuffle(builder, a, [n + part for n in lower], b)) for a, b in paired
-        ]
+        upper = [n + part for n in lower]
+        pairs = zip(totals[::2], totals[1::2], strict=True)
+        totals = [builder.add(shuffle(builder, a, lower, b), shuffle(builder, a, upper, b)) for a, b in pairs]
     return totals

@@ -83,12 +83,12 @@ def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, r
     return types.void(*[types.intp] * 8, rate, state_bits, exact, tokens), codegen
 
 
-def _columns(rate: int, exact: bool) -> int:
+def _columns(rate: int) -> int:
     """Columns that are multiplied at a time."""
     return numba_pairs.columns(rate) if in_pairs() else LANES // rate
 
 
-def _rows(rate: int, state_bits: int, exact: bool) -> list[int]:
+def _rows(rate: int, state_bits: int) -> list[int]:
     """The row of a segment that each of a token's sums belongs to, -1 where it is none's."""
     if in_pairs():
         return numba_pairs.rows()
@@ -97,16 +97,16 @@ def _rows(rate: int, state_bits: int, exact: bool) -> list[int]:
 
 
 @intrinsic(prefer_literal=True)
-def _in_order(typingctx, sums, target, rate, state_bits, exact):
+def _in_order(typingctx, sums, target, rate, state_bits):
     """Write a token's sums to float32 [32] by rows."""
-    rows = _rows(*literal(rate, state_bits, exact))
+    rows = _rows(*literal(rate, state_bits))
 
     def codegen(context, builder, sig, args):
         some = load(builder, args[0], ir.VectorType(F32, len(rows)))
         store(builder, shuffle(builder, some, [rows.index(row) for row in range(SEGMENT_ROWS)]), args[1])
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, rate, state_bits, exact), codegen
+    return types.void(types.intp, types.intp, rate, state_bits), codegen
 
 
 def _emit(builder, args, rate: int, state_bits: int, exact: bool, tokens: int) -> None:
@@ -213,7 +213,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Any:
     Its job: pieces, how many of them are large, segments of these, of the others, in all, of a strip, width, rows, addresses
     of words, factors float32 [rows], bias or 0, records, y, y's kind (`on_cpu.KINDS`).
     """
-    columns, count = _columns(rate, exact), len(_rows(rate, state_bits, exact))
+    columns, count = _columns(rate), len(_rows(rate, state_bits))
     size, room = tokens * count, 4 * tokens * count
 
     @to_machine_code()
@@ -245,7 +245,7 @@ def product(rate: int, state_bits: int, exact: bool, tokens: int) -> Any:
                 used = min(32, rows - 32 * segment)
                 for token in range(tokens):
                     lift = np.float64(carray(as_pointer(records + stride * token), (1,), np.float32)[0])
-                    _in_order(place + 4 * count * token, found, rate, state_bits, exact)
+                    _in_order(place + 4 * count * token, found, rate, state_bits)
                     for r in range(used):
                         values[r] = np.float32(np.float64(values[r]) * np.float64(factors[32 * segment + r]) * lift)
                     write(found, y, kind, rows * token + 32 * segment, bias, 32 * segment, used)

@@ -36,8 +36,8 @@ from seedlm.codes.vectors import (
     store,
 )
 
-TAIL: Final = 7 * LANES
-"""Words of a step at most."""
+TAIL: Final = 4 * LANES
+"""Words of a step at most: of eight columns at 8 bits."""
 
 
 class Slot(NamedTuple):
