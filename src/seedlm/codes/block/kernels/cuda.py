@@ -1,6 +1,6 @@
 """The block code's backend on NVIDIA GPUs: products without weights in memory.
 
-By the number of tokens, for the presets of 16-bit seeds (`wide`: 4 and 3); weights of other formats are formed:
+By the number of tokens, for the presets (`batch`: but 2.5; `wide`: 4 and 3); weights of other formats are formed:
 
     1              `vector`: bits of the seeds against 16-bit integer activations on int8 tensor cores
     2 to 16        `batch`: weights formed in half precision on tensor cores
@@ -23,11 +23,12 @@ from seedlm.codes.block.format import PRESETS, BlockFormat
 from seedlm.codes.block.kernels import launch
 from seedlm.codes.dequantizing import DequantizingBackend
 
-_FUSED: Final = frozenset(PRESETS[bits] for bits in ("5", "4.5", "4", "3", "2"))
+_FUSED: Final = frozenset(PRESETS.values())
+_BATCHED: Final = _FUSED - {PRESETS["2.5"]}
 _WIDE: Final = frozenset(PRESETS[bits] for bits in ("4", "3"))
-"""What the products, and the one of many tokens, have been held against float64 for on a GPU as they are now. With seeds of 12
-and 14 bits (3.5, 2.5) weights are off to one side by 2e-4, so products of an input that is all alike by up to 1e-2
-(docs/log/products_block.md)."""
+"""What the products, those of more tokens than one, and the one of many, have been held against float64 for on a GPU. Weights
+that are formed from seeds of 14 bits are off to one side by 6e-5, which half precision has no place for; so products of an input
+that is all alike are by up to 3e-3 (docs/log/products_block.md)."""
 
 
 class CudaBackend(DequantizingBackend):
@@ -61,7 +62,7 @@ class CudaBackend(DequantizingBackend):
         rows = x.reshape(-1, shape[1]).contiguous()
         if len(rows) and rows.dtype in nvrtc.TYPES and format in _FUSED:
             index, vector_loads = nvrtc.index_of(x.device), launch.has_vector_loads(words, format)
-            if len(rows) <= launch.sources.MOST_BATCH:
+            if len(rows) == 1 or (len(rows) <= launch.sources.MOST_BATCH and format in _BATCHED):
                 if few := launch.plan(format, shape, len(rows), index, vector_loads):
                     return launch.product(rows, words, exponent_bias, few, bias).view(*x.shape[:-1], shape[0])
             elif (

@@ -5,9 +5,9 @@
 //     T[P-1]          = sum over c of G[c] * X[c] + seed * X[-1] - ..     X[c] = sum over d >= c of x[d] * 2^(-P (d - c))
 //     T[p-1] / 2^..   = T[p] / 2^.. - sum over c of x[c] * (top bit of V[c,p])                                    and constants
 //
-// up to the lowest bit of a state: the windows overlap, so the bits of one serve the next with a smaller weight, and the
-// activations' prefix sums X carry that. So the tensor cores' u8 operand is C bytes a block, each a G at its top, plus the
-// seed's two bytes, and then single bits of the same bytes; accumulators run on from T[P-1] down to T[0]. All is exact but
+// up to bits below a state's lowest, which are lost in truth and not here, so that a state is too large by a half on average:
+// `center` takes that away. The windows overlap, so the bits of one serve the next with a smaller weight, and the activations'
+// prefix sums X carry that. So the tensor cores' u8 operand is C bytes a block, each a G at its top, plus the seed's two bytes, and then single bits of the same bytes; accumulators run on from T[P-1] down to T[0]. All is exact but
 // the activations, which are 16-bit integers with a scale for each 4 blocks of columns, in two int8 parts.
 //
 // mma.m16n8k32: a lane owns its four blocks (rows g and g + 8), and the B operand is block-diagonal: columns 2t and 2t + 1 hold
@@ -49,7 +49,7 @@ constexpr int exponent_base = (127 - 22 - (1 << (EB - 1))) >> EB << EB;  // A mu
 constexpr float result_unit = (float)((1 << (K - 1)) / ((1 << (K - 1)) - 1.0) / 128) * (1u << (127 - (1 << (EB - 1)) - exponent_base));
 static_assert(K + EB <= 23 && EB <= 5, "no such fast path");
 
-// What one block of columns meets: B fragments, and -128 times the sum of its activations, for the states' center.
+// What one block of columns meets: B fragments, and -128 times the sum of its activations, for the states' center (and a half).
 struct Inputs { u32 main[main_registers], bit[registers]; int center; };
 
 // The part (0 high, 1 low) of four 16-bit integers, a byte each.
@@ -82,7 +82,7 @@ __device__ __forceinline__ Inputs make_inputs(const float* x, float scale, float
     for (int i = 0; i < main_registers; i++) in.main[i] = part_bytes(main + 4 * i, part);
 #pragma unroll
     for (int i = 0; i < registers; i++) in.bit[i] = part_bytes(bit + 4 * i, part);
-    in.center = __float2int_rn(-128 * sum);
+    in.center = __float2int_rn(-(128 + 128.0f / (1 << K)) * sum);
     return in;
 }
 

@@ -4,7 +4,9 @@
 //
 //     w = B[0] v + sum over j >= 1 of B[j] (b[j] - 1/2)        B[j] = sum over p >= j of q[p] 2^(j - p)
 //
-// up to the lowest bits of a state. The tables give a half word for each weight, and its parts are numbers as they are, without a
+// up to the lowest bit of state j - 1, which is lost: on average b[j] - 1/2 is too large by a quarter of 1 / center, and v by a half
+// of it, as the bits of its magnitude are flipped where it is negative. The constant takes both away with 12 bits; with 14 and
+// more it has no bits for that, where they are 6e-5 and 1e-5 of a weight. The tables give a half word for each weight, and its parts are numbers as they are, without a
 // conversion: bit 15 and bits 0 .. 10 are the sign and (as a denormal half, an integer times 2^-24) the magnitude of v, where
 // the magnitude's bits are flipped with the sign; bits 11, 12, 13 alone are 2^-13, 2^-11, 2^-7. So a pair of weights takes P
 // masks and P multiply-adds. Weights are right to about 2^-11 of their block's largest term (4e-4 of the whole, measured).
@@ -54,11 +56,14 @@ __device__ __forceinline__ Coefficients coefficients(const u32* code, u32 expone
     int b[P];  // B[j] 2^(P - 1 - j)
     suffix_sums<AT + K + EB, 0>(code, b);
     const float scale = __int_as_float((bits<AT>(code) << (23 - K) & low_bits(EB) << 23) ^ exponent_flip);
+    float constant = 0;
 #pragma unroll
-    for (int j = 0; j < P; j++) f.part[j] = both_halves((float)b[j] * (scale * exact_power(place(j) + j + 1 - P + exponent_rest)));
-    f.constant = 0x80008000u;
-#pragma unroll
-    for (int j = P - 1; j > 0; j--) f.constant = fma2(f.part[j], minus_half_place(j), f.constant);
+    for (int j = 0; j < P; j++) {
+        const float sum = (float)b[j] * (scale * exact_power(j + 1 - P + exponent_rest));
+        f.part[j] = both_halves(sum * exact_power(place(j)));
+        constant -= sum * (j ? 0.5f + exact_power(-K - 1) : exact_power(-K));
+    }
+    f.constant = both_halves(constant);
     return f;
 }
 
