@@ -27,8 +27,8 @@ _FUSED: Final = frozenset(PRESETS.values())
 _BATCHED: Final = _FUSED - {PRESETS["2.5"]}
 _WIDE: Final = frozenset(PRESETS[bits] for bits in ("4", "3"))
 """What the products, those of more tokens than one, and the one of many, have been held against float64 for on a GPU. Weights
-that are formed from seeds of 14 bits are off to one side by 6e-5, which half precision has no place for; so products of an input
-that is all alike are by up to 3e-3 (docs/log/products_block.md)."""
+that are formed from seeds of 14 bits are off to one side by 6e-5, which half precision has no place for, and products of an
+input that is all alike by up to 3e-3 (docs/log/products_block.md)."""
 
 
 class CudaBackend(DequantizingBackend):
