@@ -77,6 +77,15 @@ def test_explain_tells_every_kind_of_weight_and_why(folders, here):
     assert lines[0].endswith(f": {kinds[0]['backend']}")
 
 
+def test_explain_of_a_backend_by_name(folders, here):
+    kinds = json.loads(here("bench", folders[1], "--explain", "--device", "cpu", "--backend", "torch", "--json").stdout)
+    assert {kind["backend"] for kind in kinds} == {"torch"}
+    assert {kind["others"]["numba"] for kind in kinds} == {"works here, by --backend numba"}
+    done = here("bench", folders[1], "--explain", "--device", "cpu", "--backend", "tosch")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "tosch" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -49,5 +49,5 @@ def test_layers_of_a_family_that_has_none_of_that_name_stay_as_they_are(packed):
 
 
 def test_a_dense_model_has_none():
-    with pytest.raises(BackendError, match=r"^no packed layer has a backend 'auto'$"):
+    with pytest.raises(BackendError, match=r"^nothing is packed here that a backend could multiply by, so none can be 'auto'$"):
         set_backend(nn.Linear(8, 8), "auto")

@@ -37,7 +37,7 @@ def bench(
         Checkpoint.open(there.path)
         from seedlm.evaluation.speed import explain_backends
 
-        kinds = explain_backends(model, device)
+        kinds = explain_backends(model, device, backend)
         print(json.dumps(kinds, indent=2)) if as_json else _print_backends(kinds)
         return
     check_room(longest_text(there.path), settings)

@@ -38,8 +38,8 @@ Dequantize = Annotated[
 Backend = Annotated[
     str,
     typer.Option(
-        help="How packed layers multiply: auto, or a name that `seedlm bench MODEL --explain` lists. cuda-int8 rounds the "
-        "activations of few tokens to 8 bits: faster, for a little loss.",
+        help="How packed layers multiply: auto, or a name that `seedlm bench MODEL --explain` lists. cuda-int8 and "
+        "numba-int8 round the activations of few tokens to 8 bits: faster, for a little loss.",
         metavar="NAME",
     ),
 ]

@@ -82,8 +82,8 @@ def measure_speed(model: str, settings: Settings | None = None, on_progress: Pro
     }
 
 
-def explain_backends(model: str, device: str = "auto") -> list[dict[str, Any]]:
-    """For each format and shape of a compressed folder: how many weights have it, which backend "auto" takes, why not others.
+def explain_backends(model: str, device: str = "auto", name: str = backend.AUTO) -> list[dict[str, Any]]:
+    """For each format and shape of a compressed folder: how many weights have it, which backend a name takes, why not others.
 
     Only the files' headers are read. Raises SourceError, CheckpointError or BackendError.
     """
@@ -94,8 +94,8 @@ def explain_backends(model: str, device: str = "auto") -> list[dict[str, Any]]:
     found = []
     for (format, shape), count in kinds.items():
         reasons = backend.explain(where, format, shape)
-        chosen = backend.choose(backend.AUTO, where, format, shape).name
-        others = {name: reason or "slower, or chosen by name only" for name, reason in reasons.items() if name != chosen}
+        chosen = backend.choose(name, where, format, shape).name
+        others = {other: reason or f"works here, by --backend {other}" for other, reason in reasons.items() if other != chosen}
         found.append({"format": format.spec, "shape": [*shape], "weights": count, "backend": chosen, "others": others})
     return found
 

@@ -221,11 +221,12 @@ def set_backend(model: nn.Module, name: str) -> int:
     """Let packed layers multiply by a backend from the next call on.
 
     name      "auto", or a backend that `seedlm bench MODEL --explain` lists: "cuda-int8" and "numba-int8" round the activations
-              of few tokens to 8 bits, which is faster on a GPU, for a little loss (docs/quality.md)
+              of few tokens to 8 bits, which is about 10 % faster, for a little loss (docs/log/quality.md)
     returns   for how many layers, those of embeddings among them: others are of a family that has none of that name
-    Raises BackendError, with nothing changed, if no layer has it or one that has it cannot be served where it is.
+    Raises BackendError, with nothing changed, if nothing is packed, no layer has it, or one that has it cannot be served there.
     """
-    found, known = [], {backends.AUTO}
+    found: list[PackedModule] = []
+    known = {backends.AUTO}
     for where, module in packed_modules(model):
         reasons = backends.explain(module.device, module.format, module.shape)
         known |= reasons.keys()
@@ -234,9 +235,9 @@ def set_backend(model: nn.Module, name: str) -> int:
                 raise BackendError(f"{where}: {reason}")
             found.append(module)
     if not found:
-        raise BackendError(
-            f"no packed layer has a backend {name!r}" + (f", known: {', '.join(sorted(known))}" if known - {"auto"} else "")
-        )
+        if known == {backends.AUTO}:
+            raise BackendError(f"nothing is packed here that a backend could multiply by, so none can be {name!r}")
+        raise BackendError(f"no packed layer has a backend {name!r}, known: {', '.join(sorted(known))}")
     for module in found:
         module.backend = name
     return len(found)
