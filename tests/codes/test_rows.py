@@ -118,7 +118,7 @@ class TestWhatIsNotAsItIsStored:
             ("scales", torch.Tensor.float),
             ("scale", torch.Tensor.half),
         ],
-        ids=str,
+        ids=["int64", "columns first", "a subclass", "float32", "float16"],
     )
     def test_other_parts(self, parts, name, change):
         indices = torch.arange(70)
