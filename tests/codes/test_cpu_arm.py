@@ -252,7 +252,7 @@ def test_the_trellis_products(program, tmp_path, rate, state_bits, exact):
         for group in range(2):
             at = records.HEADER + records.RECORD * group
             activations[token, at : at + 4].view(np.float32)[0] = scales[token, group]
-    columns, count = vectors.LANES // rate, len(numba_product._rows(rate, state_bits, exact))
+    columns, count = vectors.LANES // rate, len(numba_product._rows(rate, state_bits))
 
     at_rows, at_records = program.place(rows), program.place(activations)
     for token in range(tokens):
@@ -260,7 +260,7 @@ def test_the_trellis_products(program, tmp_path, rate, state_bits, exact):
             record = program.number(token * stride + records.HEADER + records.RECORD * group, at_records)
             row = program.number(4 * (512 * token + 256 * group), at_rows)
             inverse = ir.Constant(vectors.F32, float(inverses[token, group]))
-            program.call(numba_product._quantize, row, inverse, record, rate, exact)
+            program.call(numba_product._quantize, row, inverse, record, exact)
     for segment in range(2):
         own, after = program.place(words[segment]), program.place(words[1 - segment])
         sums = program.place(np.zeros((tokens, count), np.float32))
@@ -281,7 +281,7 @@ def test_the_trellis_products(program, tmp_path, rate, state_bits, exact):
                 program.call(numba_product._multiply, *numbers, rate, state_bits, exact, some)
         for token in range(tokens):
             places = program.number(4 * count * token, sums), program.number(128 * token, found)
-            program.call(numba_product._in_order, *places, rate, state_bits, exact)
+            program.call(numba_product._in_order, *places, rate, state_bits)
     found = program.run(tmp_path, "sdot")[5::6]
 
     integers = np.rint(rows.reshape(tokens, 2, 256) * inverses[..., None]).reshape(tokens, 512)[:, :width].astype(np.int64)
