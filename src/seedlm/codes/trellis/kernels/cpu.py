@@ -191,7 +191,6 @@ class NumbaBackend:
 def rows(parts: Mapping[str, Tensor], format: TrellisFormat, shape: tuple[int, int], indices: Tensor) -> Tensor | None:
     """As `Family.rows`; None for parts and indices that do not lie in memory as they are stored."""
     words, scales, scale = (parts[name] for name in (CODES, "scales", "scale"))
-    wanted = format.parts(*shape)
     if (
         on_cpu.reason_unavailable("numba", indices.device)
         or indices.dtype not in (torch.int32, torch.int64)
@@ -200,7 +199,7 @@ def rows(parts: Mapping[str, Tensor], format: TrellisFormat, shape: tuple[int, i
         or not words.is_contiguous()
         or any(type(each) is not Tensor or each.device != indices.device for each in (words, scales, scale))
         or (words.dtype, scales.dtype, scale.dtype) != (torch.int32, torch.float16, torch.float32)
-        or (*words.shape,) != wanted[CODES].shape
+        or (*words.shape,) != (format.segments(shape[0]), shape[1] * format.rate)
     ):
         return None
     numbers = indices.flatten().long().contiguous()

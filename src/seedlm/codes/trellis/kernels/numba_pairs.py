@@ -240,7 +240,7 @@ class Lanes:
         shift, shifts = self._rate * row - 8 * source.byte, [self._rate * other - 8 * source.byte for other in source.rows]
         if self._state_bits == 16 and shift - 8 in shifts:
             found = self._builder.bitcast(self._shifted(register, source, shift - 8), BYTES)
-            return self._builder.bitcast(self._two_bytes(found, 1), INTS)
+            return self._builder.bitcast(self._upper_bytes(found), INTS)
         if self._state_bits == 16 and shift and row in _BY_BITS.get(self._rate, ()):
             bits = [(32 * lane + shift + 8 * byte) % 64 for lane in range(LANES) for byte in range(4)]
             found = self._builder.bitcast(self._shifted(register, source, 0), BYTES)
@@ -251,9 +251,9 @@ class Lanes:
             return found
         return self._builder.and_(found, constant([(1 << self._state_bits) - 1] * LANES))
 
-    def _two_bytes(self, lanes: ir.Value, first: int) -> ir.Value:
-        """Of each lane, zeros above them."""
-        places = [4 * lane + first + byte if byte < 2 else _REGISTER for lane in range(LANES) for byte in range(4)]
+    def _upper_bytes(self, lanes: ir.Value) -> ir.Value:
+        """Bytes 1 and 2 of each lane, zeros above them: a shift by a byte and a mask."""
+        places = [4 * lane + 1 + byte if byte < 2 else _REGISTER for lane in range(LANES) for byte in range(4)]
         return shuffle(self._builder, lanes, places, constant([0] * _REGISTER, I8))
 
     def _shifted(self, register: int, source: _Source, shift: int) -> ir.Value:
