@@ -11,7 +11,7 @@
 A plan holds all that calls of one shape have in common (loaded kernels, grids, offsets), so that a call only launches. On
 Hopper each kernel may start while the one before it ends: a product fetches its first weights while `rotate` is at work.
 
-The workspace of `kind` "exact" or "int8" holds x_parts, x_scale, x_sum, which products only read. That of kind "halves", for
+The workspace of `kind` "exact" or "int8" holds x_parts, x_scale, x_sum and the groups' multiples, which products only read. That of kind "halves", for
 `gemm`, holds halves, x_scale, and counters, which `rotate` clears and each `gemm` leaves clear: those of one workspace may
 follow each other on one stream, not run at once on two. What blocks of a product leave for each other is new memory of each
 call.
@@ -33,7 +33,7 @@ from seedlm.codes.trellis.kernels import sources
 from seedlm.codes.trellis.kernels.sources import DEPTH, PANEL_ROWS, STEP, Variant
 
 Kind = Literal["exact", "int8", "halves"]
-"""What activations become: 16-bit integers in two int8 parts, int8, or halves; with a scale for each token."""
+"""What activations become: 16-bit integers in two int8 parts, int8, or halves; with a scale for each token, int8 one for each group too."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,7 +85,8 @@ def workspace(in_features: int, tokens: int, kind: Kind, index: int) -> tuple[in
     parts = tokens * parts_of_token(kind)
     x_scale = sources.steps(in_features) * parts * STEP
     x_sum = x_scale + -(-4 * tokens // 16) * 16
-    end = x_sum + 32 * parts
+    multiples = x_sum + 32 * parts
+    end = multiples + (-(-in_features // sources.GROUP) * -(-4 * tokens // 16) * 16 if kind == "int8" else 0)
     return x_scale, x_sum, end, end // 4
 
 
@@ -178,7 +179,7 @@ def product_plan(
     return ProductPlan(
         kernel=nvrtc.load(
             sources.product_source(
-                format, variant, len(shapes), (in_features, nvrtc.TYPES[dtype], parts // tokens) if own else None
+                format, variant, parts // tokens, len(shapes), (in_features, nvrtc.TYPES[dtype]) if own else None
             ),
             "product",
             f"{{{'PPPPPiiii' * len(shapes)}}}PPPPiiiiiIII",

@@ -15,9 +15,12 @@
 //
 // A part is a token's int8 activations, or one of the two int8 halves of its 16-bit ones (exact mode).
 //
-// Work is a line of steps of 16 columns, panel after panel, cut into equal runs for the blocks of the grid; inside a block
-// WARPS warps take turns. A warp fetches its steps STAGES - 1 ahead into shared memory, where it alone reads them. At the
-// end of a panel it leaves its sums in shared memory and goes on; further warps add them up and finish the rows.
+// Work is a line of steps of 16 columns, panel after panel, cut into equal runs for the blocks of the grid; what a block has of a panel is
+// cut into runs for its WARPS warps. A warp fetches its steps STAGES - 1 ahead into shared memory, where it alone reads them. At the
+// end of its run it leaves its sums in shared memory and goes on; further warps add them up and finish the rows.
+//
+// GROUPED = 1 (int8): x has a scale for each group of 256 columns, a whole multiple of the token's (quantize.cuh). A warp leaves its
+// sums, times the multiple, at the end of each group.
 //
 // Sums are exact integers, so atomics in any order give the same bits. A row that several blocks share is one 64-bit word in
 // `sums`: the sum in its lower 48 bits, above it how many blocks have added theirs. Whoever makes it complete scales and
@@ -29,15 +32,17 @@
 //
 // Weights that read the same x (q, k, v; gate, up) are one line of panels: MEMBERS of them, each with its own y.
 //
-// x: [tokens, in], or int8 [steps][parts][16] with x_scale: float [tokens] and x_sum: int32 [parts][8]. words: int32
+// x: [tokens, in], or int8 [steps][parts][16] with x_scale: float [tokens] and x_sum: int32 [parts][8], behind it, if GROUPED, the
+// multiples, int32 [groups][parts]. words: int32
 // [segments, steps * 16 * R]. sums: int64 [slots], then [tokens][slots * 256], a slot for each panel, or for each block (a block
 // begins at most one shared panel), whichever are fewer. y: [tokens, out].
 //
 // Compile-time beside decode.cuh's, and with OWN_INPUT quantize.cuh's and hadamard.cuh's: OWN_INPUT, WARPS (that decode), FINISHERS
-// (threads), STAGES, UNROLL (steps of a turn of the loop), TILES (0 is narrow), DOTS, MEMBERS, NEIGHBOURS (1: the strip's next segment is
+// (threads), STAGES, UNROLL (steps of a turn of the loop), TILES (0 is narrow), DOTS, GROUPED, MEMBERS, NEIGHBOURS (1: the strip's next segment is
 // not always in the same panel, so its first words are fetched too).
 
-constexpr int STEP = 16;
+constexpr int STEP = 16, GROUP_STEPS = 256 / STEP;
+constexpr int APART = GROUPED ? 1 : WARPS;  // steps of a warp
 constexpr int THREADS = WARPS * 32 + FINISHERS, FINISHED = 256 / FINISHERS;  // rows of a finisher
 constexpr bool NARROW = TILES == 0;
 constexpr int FRAGMENTS = NARROW ? 8 : 16;
@@ -101,7 +106,7 @@ struct Problem {
   const Members& members;
   const u32* x_parts;
   const float* x_scale;
-  const int* x_sum;
+  const int *x_sum, *multiples;
   u64* sums;
   int steps, strip, tokens, parts_each, half_base, type;
   u32 run, longer, inverse;  // inverse: 2^32 / steps, rounded down
@@ -125,30 +130,57 @@ struct Problem {
   }
 };
 
+// Runs of steps: the first `longer` blocks have one step more than `run`, both worked out by the host.
+struct Share {
+  u32 run, longer, begin, end;
+  DEVICE Share(u32 run, u32 longer) : run(run), longer(longer) {
+    begin = blockIdx.x * run + min(blockIdx.x, longer);
+    end = begin + run + (blockIdx.x < longer);
+  }
+  DEVICE u32 block_of(u32 step) const {
+    const u32 in_longer = longer * (run + 1);
+    return step < in_longer ? step / (run + 1) : longer + (step - in_longer) / run;
+  }
+};
+
+// A warp's steps in a panel, of those that its block has: neighbours if GROUPED, else every WARPS-th. Who has one more than others goes round.
+struct Run {
+  int begin, count;
+  DEVICE Run(const Share& share, int panel, int steps, int warp) {
+    const int from = max((int)share.begin, panel * steps), size = min((int)share.end, (panel + 1) * steps) - from;
+    const u32 rank = (warp + WARPS - (from - share.begin) % WARPS) % WARPS, each = size / WARPS, more = size % WARPS;
+    begin = from + (GROUPED ? rank * each + min(rank, more) : rank), count = each + (rank < more);
+  }
+};
+
 // The warp's next step to fetch. Lane (g, t) copies chunks t, t + 4, ... of segment g, so that four lanes read whole sectors.
 struct Fetcher {
   const char* at;
   const u64 policy = read_once();
-  int panel, step, here, left;  // here: steps of the warp in this panel; left: in all that are behind it
+  int panel, step, here;  // here: steps of the warp that are left in this panel
 
-  DEVICE void place(const Problem& p, int lane) {
-    const Member& weight = p.member_of(panel);
-    const int segment = min((panel - weight.first) * 8 + lane / 4, weight.segments - 1);
-    at = (const char*)weight.words + ((u64)segment * p.steps + step) * (STEP * R * 4) + lane % 4 * 16;
-    here = min((p.steps - step - 1) / WARPS + 1, left);
-    left -= here;
+  // At the warp's first step in this panel, or in the next one that has any.
+  DEVICE void place(const Problem& p, const Share& share, int warp, int lane) {
+    for (here = 0; panel * p.steps < (int)share.end; panel++) {
+      const Run run(share, panel, p.steps, warp);
+      if (!run.count) continue;
+      const Member& weight = p.member_of(panel);
+      const int segment = min((panel - weight.first) * 8 + lane / 4, weight.segments - 1);
+      here = run.count, step = run.begin - panel * p.steps;
+      at = (const char*)weight.words + ((u64)segment * p.steps + step) * (STEP * R * 4) + lane % 4 * 16;
+      return;
+    }
   }
 
   // All stages but one are filled, from the warp's first step on.
-  DEVICE void fill(const Problem& p, int position, int end, u32 ring, int lane) {
-    panel = p.panel_of(position), step = position - panel * p.steps;
-    here = 0, left = position < end ? (end - position - 1) / WARPS + 1 : 0;
-    if (left) place(p, lane);
+  DEVICE void fill(const Problem& p, const Share& share, u32 ring, int warp, int lane) {
+    panel = p.panel_of(share.begin);
+    place(p, share, warp, lane);
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
       if (here) fetch(p, ring + s * STAGE + lane / 4 * PITCH + lane % 4 * 16, lane);
       copies_commit();
-      if (here) pass(p, 1, lane);
+      if (here) pass(p, share, 1, warp, lane);
     }
   }
 
@@ -160,17 +192,16 @@ struct Fetcher {
       else copy16(to + i * 64, at + i * 64, policy);
     }
     if (NEIGHBOURS) fetch_neighbours(p, to + 8 * PITCH - lane / 4 * PITCH + lane / 4 * 64, lane);
-    at += WARPS * STEP * R * 4;
-    if (NEIGHBOURS) step += WARPS;
+    at += APART * STEP * R * 4;
+    if (NEIGHBOURS) step += APART;
   }
 
   // So many steps of this panel have been fetched. Where it has no more, the next panel's first is found.
-  DEVICE void pass(const Problem& p, int steps, int lane) {
+  DEVICE void pass(const Problem& p, const Share& share, int steps, int warp, int lane) {
     here -= steps;
-    if (!NEIGHBOURS) step += steps * WARPS;
-    if (here || !left) return;
-    while (step >= p.steps) step -= p.steps, panel++;
-    place(p, lane);
+    if (here) return;
+    panel++;
+    place(p, share, warp, lane);
   }
 
   DEVICE void fetch_neighbours(const Problem& p, u32 to, int lane) {
@@ -232,8 +263,29 @@ DEVICE int warp_number() { return NARROW ? threadIdx.x >> 5 : __shfl_sync(~0u, t
 DEVICE void meet() { asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 DEVICE void finishers_meet() { asm volatile("barrier.sync 2, %0;" ::"n"(FINISHERS) : "memory"); }
 
-// Put the warp's accumulators where the block adds them up: side by side (narrow), or by atomics (wide).
-DEVICE void deposit(const int (&acc)[COLUMN_TILES][FRAGMENTS][4], int* totals, int parts, int warp, int lane) {
+// What a lane's sums count: the multiples of their parts in a group.
+struct Multiples {
+  int each[COLUMN_TILES][NARROW ? 1 : 2];
+
+  DEVICE Multiples(const Problem& p, int group, int parts, int lane) {
+#pragma unroll
+    for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+      for (int i = 0; i < (NARROW ? 1 : 2); i++) {
+        const int part = DOTS ? 0 : NARROW ? lane & 3 : n * 8 + 2 * (lane & 3) + i;
+        each[n][i] = GROUPED && part < parts ? p.multiples[group * parts + part] : 1;
+      }
+  }
+};
+
+DEVICE void leave(int4* to, int a, int b, int c, int d, int multiple, bool first) {
+  int4 before = {0, 0, 0, 0};
+  if (GROUPED && !first) before = *to;
+  *to = make_int4(before.x + a * multiple, before.y + b * multiple, before.z + c * multiple, before.w + d * multiple);
+}
+// Put the warp's sums, as often as the multiples say, where the block adds them up: side by side (narrow), or by atomics (wide).
+DEVICE void deposit(const int (&acc)[COLUMN_TILES][FRAGMENTS][4], int* totals, const Multiples& multiples, bool first, int parts,
+                    int warp, int lane) {
   const int g = lane >> 2, t = lane & 3;
   if (DOTS) {
     int half[16], quarter[8];
@@ -245,14 +297,14 @@ DEVICE void deposit(const int (&acc)[COLUMN_TILES][FRAGMENTS][4], int* totals, i
 #pragma unroll
     for (int i = 0; i < 8; i++) quarter[i] = (t & 1 ? half[8 + i] : half[i]) + __shfl_xor_sync(~0u, t & 1 ? half[i] : half[8 + i], 1);
     int4* to = (int4*)(totals + (warp * 8 + g) * ROW_PAD + t * 8);
-    to[0] = make_int4(quarter[0], quarter[1], quarter[2], quarter[3]);
-    to[1] = make_int4(quarter[4], quarter[5], quarter[6], quarter[7]);
+    leave(to, quarter[0], quarter[1], quarter[2], quarter[3], multiples.each[0][0], first);
+    leave(to + 1, quarter[4], quarter[5], quarter[6], quarter[7], multiples.each[0][0], first);
   } else if (NARROW) {
     if (t < parts)
 #pragma unroll
       for (int i = 0; i < FRAGMENTS; i++)
-        *(int4*)(totals + ((warp * parts + t) * 8 + g) * ROW_PAD + 4 * i) =
-            make_int4(acc[0][i][0], acc[0][i][2], acc[0][i][1], acc[0][i][3]);
+        leave((int4*)(totals + ((warp * parts + t) * 8 + g) * ROW_PAD + 4 * i), acc[0][i][0], acc[0][i][2], acc[0][i][1], acc[0][i][3],
+              multiples.each[0][0], first);
   } else {
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; n++)
@@ -260,7 +312,8 @@ DEVICE void deposit(const int (&acc)[COLUMN_TILES][FRAGMENTS][4], int* totals, i
       for (int i = 0; i < FRAGMENTS; i++)
 #pragma unroll
         for (int k = 0; k < 4; k++)
-          atomicAdd(totals + wide_slot(g * 32 + 2 * i + (k >> 1), n * 8 + 2 * t + (k & 1)), acc[n][i][k]);
+          atomicAdd(totals + wide_slot(g * 32 + 2 * i + (k >> 1), n * 8 + 2 * t + (k & 1)),
+                    acc[n][i][k] * multiples.each[n][NARROW ? 0 : k & 1]);
   }
 }
 
@@ -276,19 +329,6 @@ DEVICE int total(int* totals, int parts, int row, int part) {
   *slot = 0;
   return sum;
 }
-
-// Runs of steps: the first `longer` blocks have one step more than `run`, both worked out by the host.
-struct Share {
-  u32 run, longer, begin, end;
-  DEVICE Share(u32 run, u32 longer) : run(run), longer(longer) {
-    begin = blockIdx.x * run + min(blockIdx.x, longer);
-    end = begin + run + (blockIdx.x < longer);
-  }
-  DEVICE u32 block_of(u32 step) const {
-    const u32 in_longer = longer * (run + 1);
-    return step < in_longer ? step / (run + 1) : longer + (step - in_longer) / run;
-  }
-};
 
 // atomicAdd, or 0; without a branch, at the end of which the compiler would wait for the result.
 DEVICE u64 add_if(bool wanted, u64* word, u64 value) {
@@ -435,17 +475,17 @@ DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int*
   // calls illegal (tests/codes/test_trellis_kernels_gpu.py looks for it).
   const u32 first = pinned(ring + g * PITCH + t * QUARTER), base = NARROW ? 0 : first, reads = first - base;
   const u32 writes = TILES == 1 ? pinned(t * 16 - t * QUARTER) : pinned(ring + g * PITCH + t * 16) - base;
-  constexpr bool SUM = TILES == 2;  // `free` has `writes` in it: 3 % faster there, 2 % slower with one tile
-  int position = share.begin + warp, turn = 0;
+  constexpr bool SUM = TILES == 2;          // `free` has `writes` in it: 3 % faster there, 2 % slower with one tile
+  constexpr bool READS_FIRST = TILES == 2;  // 2 to 5 % faster there at 4 and 2 bits, slower elsewhere (docs/log/products.md, version 12)
+  int turn = 0;
   u32 stage = base, free = base + (STAGES - 1) * STAGE + (SUM ? writes : 0u);  // to be computed with, and to be filled
   for (int panel = p.panel_of(share.begin); panel * steps < (int)share.end; panel++, turn++) {
-    const int to = min((int)share.end, (panel + 1) * steps);
     const Member& weight = p.member_of(panel);
     const int begin = (panel - weight.first) * 8, segment = min(begin + g, weight.segments - 1);
     const int next = next_segment(segment, weight.segments, p.strip) - begin;
     const u32 ends_at = NARROW ? ring + next * PITCH + t * QUARTER : (next - g) * PITCH;
     const u32 ends = pinned(NEIGHBOURS ? ring + 8 * PITCH + lane * 16 - base : ends_at);
-    const int rounds = position < to ? (to - position - 1) / WARPS + 1 : 0;
+    const Run run(share, panel, steps, warp);
     const u32* x_at[COLUMN_TILES];
     u32 x_next[COLUMN_TILES];
     bool used[COLUMN_TILES];
@@ -453,46 +493,56 @@ DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int*
     for (int n = 0; n < COLUMN_TILES; n++) {
       const int part = DOTS ? 0 : NARROW ? g >> 1 : n * 8 + g;
       used[n] = part < parts;
-      x_at[n] = p.x_parts + ((u64)(position - panel * steps) * parts + part) * 4 + t;
-      x_next[n] = used[n] && rounds ? read_x(x_at[n]) : 0u;
+      x_at[n] = p.x_parts + ((u64)(run.begin - panel * steps) * parts + part) * 4 + t;
+      x_next[n] = used[n] && run.count ? read_x(x_at[n]) : 0u;
     }
-    int acc[COLUMN_TILES][FRAGMENTS][4] = {};
-    for (int round = rounds; round > 0;) {
-      const bool fetching = ahead.here > 0;
-      const int turns = fetching ? min(round, ahead.here) : round;
-#pragma unroll UNROLL
-      for (int last = round - turns; round > last; round--) {
-        u32 x[COLUMN_TILES];
-#pragma unroll
-        for (int n = 0; n < COLUMN_TILES; n++) {
-          x[n] = x_next[n];
-          x_at[n] += WARPS * parts * 4;
-          if (used[n] && round > 1) x_next[n] = read_x(x_at[n]);
-        }
-        copies_wait<STAGES - 2>();
-        __syncwarp();
-        if (fetching) ahead.fetch(p, SUM ? free : writes + free, lane);
-        copies_commit();
-        u32 w[4][R + 1];
-        const u32 end_of_stage = NEIGHBOURS ? 4 : R * 4;
-#pragma unroll
-        for (int i = 0; i < R; i++) {
-          const uint4 v = read16(reads + stage + i * 16);
-          w[4 * i / R][4 * i % R] = v.x, w[(4 * i + 1) / R][(4 * i + 1) % R] = v.y;
-          w[(4 * i + 2) / R][(4 * i + 2) % R] = v.z, w[(4 * i + 3) / R][(4 * i + 3) % R] = v.w;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j++) w[j][R] = read4(ends + stage + j * end_of_stage);
-        multiply(w, x, acc, lane);
-        free = SUM ? writes + stage : stage;
-        stage = stage == base + (STAGES - 1) * STAGE ? base : stage + STAGE;
-      }
-      if (fetching) ahead.pass(p, turns, lane);
-    }
-    position += rounds * WARPS;
     const int place = turn & 1;
-    if (turn >= 2) barrier_wait(drained + 8 * place, (turn >> 1 & 1) ^ 1);
-    deposit(acc, totals + place * totals_size, parts, warp, lane);
+    int round = run.count, at = run.begin - panel * steps;  // steps that are left of the run; the next one's place in the panel
+    do {  // one group, or all
+      const int left = GROUPED ? max(0, round - (GROUP_STEPS - at % GROUP_STEPS)) : 0;
+      const Multiples multiples(p, min(at, steps - 1) / GROUP_STEPS, parts, lane);
+      const bool first_group = round == run.count;
+      at += round - left;
+      int acc[COLUMN_TILES][FRAGMENTS][4] = {};
+      while (round > left) {
+        const bool fetching = ahead.here > 0;
+        const int turns = fetching ? min(round - left, ahead.here) : round - left;
+#pragma unroll UNROLL
+        for (int last = round - turns; round > last; round--) {
+          u32 x[COLUMN_TILES];
+#pragma unroll
+          for (int n = 0; n < COLUMN_TILES; n++) {
+            x[n] = x_next[n];
+            x_at[n] += APART * parts * 4;
+            if (used[n] && round > 1) x_next[n] = read_x(x_at[n]);
+          }
+          copies_wait<STAGES - 2>();
+          __syncwarp();
+          const auto fetch = [&] {
+            if (fetching) ahead.fetch(p, SUM ? free : writes + free, lane);
+            copies_commit();
+          };
+          if (!READS_FIRST) fetch();
+          u32 w[4][R + 1];
+          const u32 end_of_stage = NEIGHBOURS ? 4 : R * 4;
+#pragma unroll
+          for (int i = 0; i < R; i++) {
+            const uint4 v = read16(reads + stage + i * 16);
+            w[4 * i / R][4 * i % R] = v.x, w[(4 * i + 1) / R][(4 * i + 1) % R] = v.y;
+            w[(4 * i + 2) / R][(4 * i + 2) % R] = v.z, w[(4 * i + 3) / R][(4 * i + 3) % R] = v.w;
+          }
+#pragma unroll
+          for (int j = 0; j < 4; j++) w[j][R] = read4(ends + stage + j * end_of_stage);
+          if (READS_FIRST) fetch();
+          multiply(w, x, acc, lane);
+          free = SUM ? writes + stage : stage;
+          stage = stage == base + (STAGES - 1) * STAGE ? base : stage + STAGE;
+        }
+        if (fetching) ahead.pass(p, share, turns, warp, lane);
+      }
+      if (turn >= 2 && first_group) barrier_wait(drained + 8 * place, (turn >> 1 & 1) ^ 1);
+      deposit(acc, totals + place * totals_size, multiples, first_group, parts, warp, lane);
+    } while (round > 0);
     __syncwarp();
     if (lane == 0) barrier_arrive(full + 8 * place);
   }
@@ -500,9 +550,19 @@ DEVICE void decode_and_multiply(const Problem& p, Fetcher& ahead, u32 ring, int*
 
 #if OWN_INPUT
 struct Input {
-  u32 largest[MOST_PARTS];
+  u32 largest[MOST_PARTS * GROUPS];  // of a token's groups, or of a token
   float scales[MOST_PARTS];
   int sums[MOST_PARTS];
+  int multiples[GROUPS * MOST_PARTS];
+
+  DEVICE Quantizer quantizer(int token) const {
+    u32 top = 0;
+    int shares = 0;
+    for (int g = 0; g < GROUPS; g++) top = max(top, largest[token * GROUPS + g]);
+    if (GROUPED)
+      for (int g = 0; g < GROUPS; g++) shares += share_of(largest[token * GROUPS + g], top);
+    return Quantizer(top, shares);
+  }
 };
 
 // x as the products want it, into x_parts in shared memory: int8 [steps][parts][16]. All warps, which have met.
@@ -513,18 +573,21 @@ DEVICE void take_input(const Problem& p, const void* x, signed char* x_parts, In
   int unit = warp;
   for (; unit < p.tokens * pieces; unit += ALL) {
     const int token = unit / pieces, first = unit % pieces * PIECE + lane * E;
-    const u32 top = __reduce_max_sync(~0u, transformed(v, x, token, first, lane));
-    if (lane == 0) atomicMax(&input.largest[token], top);
+    const u32 top = largest_of_group(transformed(v, x, token, first, lane), lane);
+    if (first % GROUP == 0 && first < IN) atomicMax(&input.largest[token * GROUPS + (GROUPED ? first / GROUP : 0)], top);
   }
   meet();
   bool held = true;  // v is of the last piece
   for (unit -= ALL; unit >= 0; unit -= ALL, held = false) {
     const int token = unit / pieces, first = unit % pieces * PIECE + lane * E;
     if (!held) transformed(v, x, token, first, lane);
-    const Quantizer quantizer(input.largest[token]);
-    int high_sum = 0, low_sum = 0;
-    if (first < p.steps * STEP)
-      quantizer.store(x_parts + (first / STEP * parts + token * PARTS_EACH) * STEP + first % STEP, v, high_sum, low_sum);
+    const Quantizer quantizer = input.quantizer(token);
+    int high_sum = 0, low_sum = 0, multiple = 1;
+    if (first < p.steps * STEP) {
+      if (GROUPED) multiple = quantizer.multiple(input.largest[token * GROUPS + first / GROUP]);
+      if (GROUPED && first % GROUP == 0) input.multiples[first / GROUP * parts + token] = multiple;
+      quantizer.store(x_parts + (first / STEP * parts + token * PARTS_EACH) * STEP + first % STEP, v, multiple, high_sum, low_sum);
+    }
     high_sum = __reduce_add_sync(~0u, high_sum);
     low_sum = __reduce_add_sync(~0u, low_sum);
     if (lane < PARTS_EACH) atomicAdd(&input.sums[token * PARTS_EACH + lane], lane ? low_sum : high_sum);
@@ -537,7 +600,7 @@ DEVICE void take_input(const Problem& p, const void* x, signed char* x_parts, In
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 product(const __grid_constant__ Members members, const void* x, const float* x_scale, const int* x_sum, u64* sums,
         int steps, int strip, int tokens, int half_base, int type, u32 run, u32 longer, u32 inverse) {
-  Problem p = {members, (const u32*)x, x_scale, x_sum, sums, steps, strip, tokens, half_base ? 2 : 1, half_base, type,
+  Problem p = {members, (const u32*)x, x_scale, x_sum, x_sum + tokens * SUMS, sums, steps, strip, tokens, half_base ? 2 : 1, half_base, type,
                run, longer, inverse};
   extern __shared__ __align__(128) int4 memory[];  // so that `read_slot` may exchange bits
   __shared__ u64 barriers[4];
@@ -554,16 +617,17 @@ product(const __grid_constant__ Members members, const void* x, const float* x_s
     for (int i = threadIdx.x; i < 2 * totals_size; i += THREADS) totals[i] = 0;
 #if OWN_INPUT
   __shared__ Input input;
-  if (threadIdx.x < MOST_PARTS) input.largest[threadIdx.x] = input.sums[threadIdx.x] = 0;
+  if (threadIdx.x < MOST_PARTS) input.sums[threadIdx.x] = 0;
+  if (threadIdx.x < MOST_PARTS * GROUPS) input.largest[threadIdx.x] = 0;
 #endif
   Fetcher ahead;
-  if (warp < WARPS) ahead.fill(p, share.begin + warp, share.end, ring, lane);
+  if (warp < WARPS) ahead.fill(p, share, ring, warp, lane);
   meet();
   wait_for_previous_kernel();
 #if OWN_INPUT
   signed char* x_parts = (signed char*)(totals + 2 * totals_size);
   take_input(p, x, x_parts, input);
-  p.x_parts = (const u32*)x_parts, p.x_scale = input.scales, p.x_sum = input.sums;
+  p.x_parts = (const u32*)x_parts, p.x_scale = input.scales, p.x_sum = input.sums, p.multiples = input.multiples;
 #endif
   if (warp < WARPS) decode_and_multiply(p, ahead, ring, totals, totals_size, full, drained);
   else finish(p, totals, totals_size, full, drained);

@@ -1,7 +1,7 @@
-// Activations for the products: x [tokens, in] -> signs, Hadamard blocks, int8 with one scale a token, or 16 bits in two int8.
+// Activations for the products: x -> signs, Hadamard blocks, int8 with a scale for each group of 256 columns, or 16 bits in two int8.
 //
-// A token is the work of CLUSTER blocks. The largest magnitude goes round (warp, block, cluster); then each lane quantises what
-// it still holds (quantize.cuh).
+// A token is the work of CLUSTER blocks. Each warp tells all of them the largest magnitudes of its pieces; then each lane quantises
+// what it still holds (quantize.cuh).
 //
 // What is transformed, by SOURCE:
 //   0   x
@@ -10,7 +10,8 @@
 //   2   silu(x) * also
 //
 // x_parts: int8 [steps][tokens * PARTS_EACH][16], zero past `in`. x_scale: float [tokens]. x_sum: int32 [parts][8], of which each
-// block of a token's cluster writes one: the sum of its int8.
+// block of a token's cluster writes one: the sum of its int8, as often as the multiples say; behind it, for int8, the multiples of
+// x_scale, int32 [groups][tokens].
 //
 // HALVES = 1, for `gemm`: no int8, but halves, x_parts being half [column blocks][padded][64] in that kernel's swizzle; a
 // token's scale is a power of two that takes its largest number to 2^13 .. 2^14. `zero`: int32 [zeros], a multiple of 4, that
@@ -19,12 +20,42 @@
 // Compile-time beside quantize.cuh's and hadamard.cuh's: WARPS, CLUSTER, ROUNDS (pieces of a warp), HALVES (with
 // SOURCE 0 alone), SOURCE.
 
-// What a block, and then the cluster, knows of a token: the largest magnitude, as bits, and the sum of squares (SOURCE 1).
-struct Known {
-  u32 top;
-  float squares;
+constexpr int PIECES = (IN + 32 * E - 1) / (32 * E);
 
-  DEVICE void add(const Known& other) { top = max(top, other.top), squares += other.squares; }
+// What is known of a piece: the largest magnitudes, as bits, of its groups, and the sum of squares (SOURCE 1).
+struct __align__(E) Piece {
+  u32 tops[E / 8];
+  float squares;
+#if LANE_NUMBERS == 16
+  u32 nothing;
+#endif
+};
+
+// And of a token: the largest, the shares of its groups, and the sum of squares. Every lane of the warp takes part; all find the same.
+struct Known {
+  u32 top = 0;
+  int shares = 0;
+  float squares = 0.0f;
+
+  DEVICE Known(const Piece (&pieces)[PIECES], int lane) {
+    Piece mine[(PIECES + 31) / 32] = {};
+#pragma unroll
+    for (int i = 0; i < (PIECES + 31) / 32; i++) {
+      if (i * 32 + lane < PIECES) mine[i] = pieces[i * 32 + lane];
+#pragma unroll
+      for (int k = 0; k < E / 8; k++) top = max(top, mine[i].tops[k]);
+      squares += mine[i].squares;
+    }
+    top = __reduce_max_sync(~0u, top);
+    if (SOURCE == 1)
+      for (int lanes = 16; lanes; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
+    if (HALF_BASE || HALVES) return;
+#pragma unroll
+    for (int i = 0; i < (PIECES + 31) / 32; i++)
+#pragma unroll
+      for (int k = 0; k < E / 8; k++) shares += share_of(mine[i].tops[k], top);
+    shares = __reduce_add_sync(~0u, shares);
+  }
 };
 
 DEVICE float as_stored(float value) {
@@ -63,14 +94,13 @@ __cluster_dims__(CLUSTER, 1, 1)
 __launch_bounds__(WARPS * 32)
 rotate(void* x, const void* also, const void* weight, signed char* x_parts, float* x_scale, int* x_sum, int4* zero,
        int zeros, int tokens, int padded_tokens, float epsilon) {
-  __shared__ Known of_warps[WARPS];
-  __shared__ __align__(8) Known of_blocks[CLUSTER];
+  __shared__ Piece pieces[PIECES];
   __shared__ u64 inbox;
   __shared__ int sums[PARTS_EACH];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rank = blockIdx.x % CLUSTER;
   const int token = blockIdx.x / CLUSTER;
   constexpr int UNIT = HALVES ? 64 : 16, PADDED = (IN + UNIT - 1) / UNIT * UNIT;
-  open_inbox(&inbox, sizeof(of_blocks));
+  open_inbox(&inbox, sizeof(pieces));
   if (threadIdx.x < PARTS_EACH) sums[threadIdx.x] = 0;
   let_next_kernel_start();
   float v[ROUNDS][E], weights[ROUNDS][E];
@@ -85,28 +115,30 @@ rotate(void* x, const void* also, const void* weight, signed char* x_parts, floa
     return;
   }
 
-  Known known = {0, 0.0f};
+  u32 tops[ROUNDS];
+  float squares[ROUNDS];
 #pragma unroll
   for (int k = 0; k < ROUNDS; k++) {
     const int first = column(k, warp, rank, lane);
     if (first - lane * E >= IN) continue;
-    known.squares += read_source(v[k], x, also, weights[k], token, first);
-    known.top = max(known.top, transform(v[k], first, lane));
+    squares[k] = read_source(v[k], x, also, weights[k], token, first);
+    tops[k] = largest_of_group(transform(v[k], first, lane), lane);
+    if (SOURCE == 1)
+      for (int lanes = 16; lanes; lanes /= 2) squares[k] += __shfl_xor_sync(~0u, squares[k], lanes);
   }
-  known.top = __reduce_max_sync(~0u, known.top);
-  if (SOURCE == 1)
-    for (int lanes = 16; lanes; lanes /= 2) known.squares += __shfl_xor_sync(~0u, known.squares, lanes);
-  if (lane == 0) of_warps[warp] = known;
   inboxes_open();
-  __syncthreads();
-  if (threadIdx.x < CLUSTER) {
-    known = of_warps[0];
-    for (int i = 1; i < WARPS; i++) known.add(of_warps[i]);
-    tell(&of_blocks[rank], &inbox, threadIdx.x, known.top, __float_as_uint(known.squares));
+#pragma unroll
+  for (int k = 0; k < ROUNDS; k++) {
+    const int first = column(k, warp, rank, lane);
+    if (first - lane * E >= IN) continue;
+    Piece* mine = &pieces[first / (32 * E)];
+    const u32 upper = GROUPS_OF_PIECE == 1 ? 0 : __shfl_sync(~0u, tops[k], 31);
+    if (lane >= CLUSTER) continue;
+    if (GROUPS_OF_PIECE == 1) tell(mine, &inbox, lane, tops[k], __float_as_uint(squares[k]));
+    else tell(mine, &inbox, lane, tops[k], upper, __float_as_uint(squares[k]), 0);
   }
   await_inbox(&inbox);
-  known = of_blocks[0];
-  for (int i = 1; i < CLUSTER; i++) known.add(of_blocks[i]);  // in their order, so that all find the same
+  const Known known(pieces, lane);
   const u32 top = known.top;
 
 #if HALVES
@@ -129,13 +161,18 @@ rotate(void* x, const void* also, const void* weight, signed char* x_parts, floa
     }
   }
 #else
-  const Quantizer quantizer(top);
+  const Quantizer quantizer(top, known.shares);
   int high_sum = 0, low_sum = 0;
 #pragma unroll
   for (int k = 0; k < ROUNDS; k++) {
     const int first = column(k, warp, rank, lane);
     if (first >= PADDED) continue;
-    quantizer.store(x_parts + ((u64)(first / 16) * (tokens * PARTS_EACH) + token * PARTS_EACH) * 16 + first % 16, v[k], high_sum, low_sum);
+    int multiple = 1;
+    if (!HALF_BASE) {
+      multiple = quantizer.multiple(tops[k]);
+      if (first % GROUP == 0) x_sum[tokens * 8 + first / GROUP * tokens + token] = multiple;
+    }
+    quantizer.store(x_parts + ((u64)(first / 16) * (tokens * PARTS_EACH) + token * PARTS_EACH) * 16 + first % 16, v[k], multiple, high_sum, low_sum);
   }
   high_sum = __reduce_add_sync(~0u, high_sum);
   low_sum = __reduce_add_sync(~0u, low_sum);

@@ -25,6 +25,9 @@ from seedlm.codes.trellis.format import SEGMENT_ROWS, TrellisFormat
 STEP: Final = 16
 """Columns of a step of `product`; packed weights are padded to whole steps."""
 
+GROUP: Final = 256
+"""Columns that share a scale of int8 activations."""
+
 DEPTH: Final = 64
 """Columns of a stage of `gemm`."""
 
@@ -278,10 +281,11 @@ def rotate_source(
 def product_source(
     format: TrellisFormat,
     variant: Variant,
+    parts_each: int,
     members: int = 1,
-    own_input: tuple[int, int, int] | None = None,
+    own_input: tuple[int, int] | None = None,
 ) -> str:
-    """The text of `product`; own_input: in_features, type and parts of a token of the x that it takes as it is."""
+    """The text of `product` for tokens of so many int8 parts; own_input: in_features and type of the x that it takes as it is."""
     choices = (
         ("WARPS", variant.warps),
         ("FINISHERS", variant.finishers),
@@ -289,6 +293,7 @@ def product_source(
         ("UNROLL", variant.unroll),
         ("TILES", variant.tiles),
         ("DOTS", int(variant.dots)),
+        ("GROUPED", int(parts_each == 1)),
         ("MEMBERS", members),
         ("NEIGHBOURS", int(needs_neighbours(format))),
         ("OWN_INPUT", int(own_input is not None)),
@@ -296,7 +301,7 @@ def product_source(
     defines = (*_decoding(format, variant.masks_by_dot), *choices)
     if own_input is None:
         return _text("product", ("decode.cuh",), defines)
-    defines = (*defines, *_quantizing(format.transform, *own_input))
+    defines = (*defines, *_quantizing(format.transform, *own_input, parts_each))
     return _text("product", ("decode.cuh", "hadamard.cuh", "quantize.cuh"), defines)
 
 
