@@ -60,6 +60,12 @@ REFUSED = [
     ("bench SOURCE --repeats 0", "repeats must be at least 1, got 0"),
     ("bench SOURCE --compile --device cpu", "transformers compiles for CUDA devices only, this is cpu"),
     ("bench SOURCE --explain", "has no quantization_config; this is not a compressed model"),
+    ("inspect nosuch", "nosuch: no such folder"),
+    ("inspect taken.txt", "taken.txt: is a file; a compressed model is a folder of config.json and safetensors"),
+    ("inspect model.gguf", "model.gguf: is a GGUF file; a compressed model is a folder of config.json and safetensors, which"),
+    ("inspect damaged.safetensors", "damaged.safetensors: is a safetensors file without a config.json beside it; a compressed"),
+    ("inspect model/model.safetensors", "model/model.safetensors: is a safetensors file; name its folder, model"),
+    ("inspect pipe --check", "pipe: is neither a folder nor a file; a compressed model is a folder"),
     ("evaluate SOURCE", "give a text: --wikitext FILE"),
     ("evaluate nosuch --text long.txt", "nosuch: no such file or folder"),
     ("evaluate SOURCE --text nosuch.txt", "nosuch.txt: cannot be read"),
@@ -108,6 +114,11 @@ def refusals(tmp_path_factory):
     (folder / "long.txt").write_text("Once upon a time there was a dog. " * 200)
     (folder / "bytes.txt").write_bytes(b"\xff\xfe" * 400)
     (folder / "damaged.safetensors").write_bytes(b"abc")
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "model.safetensors").write_bytes(b"abc")
+    os.mkfifo(folder / "pipe")
     for name in ("held.partial", "held.safetensors.partial"):
         (folder / name).mkdir()
         (folder / name / "lock").touch()
