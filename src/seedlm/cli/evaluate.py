@@ -154,6 +154,11 @@ def _print_results(results: dict[str, Any]) -> None:
         show(f"of the reference  {estimate('reference_perplexity')}; ratio {estimate('perplexity_ratio')}")
         show(f"KL divergence     {estimate('kl')} nats a token")
         show(f"same top token    {estimate('top1_agreement')} of all")
+    for role, label, key in (("model", "multiplied by", "backends"), ("reference", "the reference", "reference_backends")):
+        packed = results[role] and results[role]["calibrated"] is not None
+        if packed and not (role == "model" and run["baseline"]):
+            used = ", ".join(f"{name} ({count} layers)" for name, count in (run[key] or {}).items())
+            show(f"{label:17} {used or 'torch, its weights dequantized after loading'}")
     speed = [f"{run['tokens_per_second']:,.0f} tokens/s"] if run["tokens_per_second"] else []
     memory = [f"at most {in_bytes(run['peak_memory_bytes'])} of memory"] if run["peak_memory_bytes"] else []
     for task, answer in results["tasks"].items():

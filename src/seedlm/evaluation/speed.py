@@ -27,7 +27,7 @@ from seedlm.inference import backend
 from seedlm.integrations.transformers import models
 from seedlm.integrations.transformers.decoder import fuse_decoding, static_cache
 from seedlm.integrations.transformers.decoder_reasons import reason_unfused
-from seedlm.modeling.quantize import choose_modules, dequantize_model, seed_linears, set_backend
+from seedlm.modeling.quantize import backends_used, choose_modules, dequantize_model, set_backend
 from seedlm.progress import Progress
 from seedlm.storage.checkpoint import Checkpoint
 from seedlm.storage.source import locate
@@ -51,13 +51,10 @@ def measure_speed(model: str, settings: Settings | None = None, on_progress: Pro
     check_room(models.longest_text(network), settings)
     fuse_decoding(network)
     rows, left_out = [], {}
-    layers = [layer for _, layer in seed_linears(network)]
     if settings.backend != backend.AUTO:
         set_backend(network, settings.backend)
-    if layers:
-        kinds = [(layer.backend, layer.format, (layer.out_features, layer.in_features)) for layer in layers]
-        used = Counter(backend.choose(name, device, format, shape).name for name, format, shape in kinds)
-        rows.append({"what": "packed", "backends": dict(used), **_time(network, settings, "packed", progress)})
+    if used := backends_used(network):
+        rows.append({"what": "packed", "backends": used, **_time(network, settings, "packed", progress)})
         dequantize_model(network, network.dtype)
     else:
         left_out["packed"] = "the model is not compressed"
