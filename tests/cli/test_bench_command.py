@@ -54,9 +54,8 @@ def test_a_backend_by_name_multiplies_and_one_that_is_not_there_is_refused_in_a_
     found = json.loads(here("bench", folders[1], *FEW, "--backend", "torch", "--json").stdout)
     assert found["rows"][0]["backends"] == {"torch": 35}
     done = here("bench", folders[1], *FEW, "--backend", "tosch")
-    (line,) = told(done.stderr)
-    assert done.returncode == 2
-    assert "no packed layer has a backend 'tosch', known: auto, " in line
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "no packed layer has a backend 'tosch', known: auto, " in done.stderr
 
 
 def test_generate_multiplies_by_a_backend_by_name(folders, here):
@@ -64,7 +63,7 @@ def test_generate_multiplies_by_a_backend_by_name(folders, here):
     assert here(*asked, "torch").stdout.startswith("Once")
     done = here(*asked, "tosch")
     assert (done.returncode, done.stdout) == (2, "")
-    assert told(done.stderr)[-1].endswith("no packed layer has a backend 'tosch', known: auto, cuda, numba, torch")
+    assert done.stderr.startswith("seedlm: no packed layer has a backend 'tosch', known: auto, cuda, ")
 
 
 def test_explain_tells_every_kind_of_weight_and_why(folders, here):

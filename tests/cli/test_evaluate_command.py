@@ -81,7 +81,7 @@ class TestCommand:
         assert used == [{"torch"}, {"auto"}]
         done = here("evaluate", folders[1], *options, "tosch")
         assert (done.returncode, done.stdout) == (2, "")
-        assert told(done.stderr) == ["seedlm: no packed layer has a backend 'tosch', known: auto, cuda, numba, torch"]
+        assert done.stderr.startswith("seedlm: no packed layer has a backend 'tosch', known: auto, cuda, ")
         done = here("evaluate", folders[1], *options, "cuda")
         assert (done.returncode, done.stdout, len(told(done.stderr))) == (2, "", 1)
         assert len(used) == 2

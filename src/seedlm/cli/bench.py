@@ -26,13 +26,14 @@ def bench(
 ) -> None:
     """Measure how fast a model generates here: compressed, dense, and in bitsandbytes' NF4 where that is installed."""
     from seedlm.evaluation.settings import SpeedSettings, check_room
-    from seedlm.integrations.transformers.before import find, longest_text
+    from seedlm.integrations.transformers.before import check_backend, find, longest_text
     from seedlm.storage.checkpoint import Checkpoint
 
     counts: dict[str, Any] = {"tokens": tokens, "prompt_tokens": prompt_tokens, "repeats": repeats}
     where: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "trust_remote_code": trust_remote_code}
     settings = SpeedSettings(**counts, compiled=compiled, **where)
     there = find(model, tell=note)
+    check_backend(backend, there.path)
     if explain:
         Checkpoint.open(there.path)
         from seedlm.evaluation.speed import explain_backends

@@ -69,7 +69,7 @@ def evaluate(
     from seedlm.evaluation.prompts import PROMPTS, read_prompts
     from seedlm.evaluation.settings import TASKS, Settings, check_context, check_request
     from seedlm.evaluation.text import Text
-    from seedlm.integrations.transformers.before import find, longest_text
+    from seedlm.integrations.transformers.before import check_backend, find, longest_text
 
     if (wikitext is None) == (text is None):
         raise EvaluationError("give a text: --wikitext FILE (wiki.test.raw) or --text FILE, one of them")
@@ -96,6 +96,7 @@ def evaluate(
     check_request(content, settings, out, tokens_out)
     try:
         models = [find(model, revision, note), *([] if reference is None else [find(reference, tell=note)])]
+        check_backend(backend, models[0].path)
         for found in models:
             check_context(longest_text(found.path), settings)
         against = "" if reference is None else f", against {reference}: {models[1]}"

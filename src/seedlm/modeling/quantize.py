@@ -16,7 +16,7 @@ from torch import nn
 
 from seedlm.codes.base import Format, relative_error
 from seedlm.codes.encoded import encode
-from seedlm.codes.registry import family_of, parse_format
+from seedlm.codes.registry import family_of, parse_format, reason_no_product
 from seedlm.errors import BackendError, SourceError, TensorError
 from seedlm.inference import backend as backends
 from seedlm.modeling.embedding import SeedEmbedding, TiedLinear, find_tables, replace_embedding, unpack
@@ -227,18 +227,15 @@ def set_backend(model: nn.Module, name: str) -> int:
     Raises BackendError, with nothing changed, if nothing is packed, no layer has it, or one that has it cannot be served there.
     """
     found: list[PackedModule] = []
-    known = {backends.AUTO}
+    families = set()
     for where, module in packed_modules(model):
-        reasons = backends.explain(module.device, module.format, module.shape)
-        known |= reasons.keys()
-        if name == backends.AUTO or name in reasons:
+        families.add(module.format.family)
+        if name == backends.AUTO or name in family_of(module.format).products:
             if reason := backends.reason_no_backend(name, module.device, module.format, module.shape):
                 raise BackendError(f"{where}: {reason}")
             found.append(module)
-    if not found:
-        if known == {backends.AUTO}:
-            raise BackendError(f"nothing is packed here that a backend could multiply by, so none can be {name!r}")
-        raise BackendError(f"no packed layer has a backend {name!r}, known: {', '.join(sorted(known))}")
+    if reason := reason_no_product(name, families):
+        raise BackendError(reason)
     for module in found:
         module.backend = name
     return len(found)
