@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from seedlm.errors import EvaluationError
 from tiny_models import SMALL, told
 
 FEW = ["--tokens", 3, "--prompt-tokens", 5, "--repeats", 1, "--device", "cpu"]
@@ -26,6 +28,9 @@ class TestTable:
     def test_numbers_are_positive(self, found):
         for row in found["rows"]:
             assert all(row[name] > 0 for name in NUMBERS)
+            for name in ("tokens_per_second", "first_token_seconds"):
+                least, most = row[f"{name}_range"]
+                assert 0 < least <= row[name] <= most
             assert row["peak_bytes"] is None
             assert row["unfused"] == "on a cpu transformers' own forward is as fast"
 
@@ -40,6 +45,47 @@ class TestTable:
         found = json.loads(here("bench", folders[0], *FEW, "--json").stdout)
         assert [row["what"] for row in found["rows"]] == ["dense"]
         assert found["left_out"]["packed"] == "the model is not compressed"
+
+
+class TestTimes:
+    """By clocks of our own: what is told does not depend on how fast this machine is."""
+
+    def test_they_are_those_at_which_tokens_arrive(self, monkeypatch):
+        from seedlm.evaluation import speed
+
+        class Writes:
+            def generate(self, prompt, *, streamer, max_new_tokens, **_):
+                for piece in (prompt, *max_new_tokens * [prompt[0, :1]]):
+                    streamer.put(piece)
+                streamer.end()
+
+        class WritesAtOnce:
+            def generate(self, prompt, *, streamer, **_):
+                streamer.put(prompt)
+                streamer.put(prompt[0])
+
+        prompt, clock = torch.ones(1, 4, dtype=torch.int64), iter([10.0, 10.5, 13.0, 14.0, 15.5, 20.0, 21.0, 22.0])
+        monkeypatch.setattr(speed, "perf_counter", lambda: next(clock))
+        assert speed._generate(Writes(), prompt, 3, False) == (3.0, 2.5)
+        with pytest.raises(EvaluationError, match="gives 1 pieces for 3 tokens"):
+            speed._generate(WritesAtOnce(), prompt, 3, False)
+
+    def test_medians_with_the_least_and_the_most(self, folders, here, monkeypatch):
+        from seedlm.evaluation import speed
+
+        asked = ["bench", folders[0], "--tokens", 2, "--prompt-tokens", 6, "--device", "cpu"]
+        for options in ([], ["--json"]):
+            runs = iter([(99.0, 99.0), (2.0, 0.5), (4.0, 0.25), (3.0, 1.0)])
+            with monkeypatch.context() as context:
+                context.setattr(speed, "_generate", lambda *_, runs=runs: next(runs))
+                shown = here(*asked, *options).stdout
+            if not options:
+                line = next(line for line in shown.splitlines() if line.startswith("dense"))
+                assert "2.0 (1.0 to 4.0)  3000.0 ms (2000.0 to 4000.0)              2.0 " in line
+        (row,) = json.loads(shown)["rows"]
+        assert (row["tokens_per_second"], row["tokens_per_second_range"]) == (2.0, [1.0, 4.0])
+        assert (row["first_token_seconds"], row["first_token_seconds_range"]) == (3.0, [2.0, 4.0])
+        assert row["prompt_tokens_per_second"] == 2.0
 
 
 def test_summary(folders, here):
