@@ -1,10 +1,13 @@
 """`seedlm bench`: what the table holds and what is refused. No test says how fast anything is."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
 
+from seedlm.device import peak_host_memory, resident_memory
 from seedlm.errors import EvaluationError
 from tiny_models import SMALL, told
 
@@ -33,6 +36,12 @@ class TestTable:
                 assert 0 < least <= row[name] <= most
             assert row["peak_bytes"] is None
             assert row["unfused"] == "on a cpu transformers' own forward is as fast"
+
+    def test_only_the_first_row_has_a_process_of_its_own(self, found):
+        first, second = (row["process_bytes"] for row in found["rows"])
+        assert second is None
+        if sys.platform == "linux":
+            assert found["rows"][0]["weight_bytes"] < first <= peak_host_memory()
 
     def test_codes_take_less_memory(self, found):
         packed, dense = (row["weight_bytes"] for row in found["rows"])
@@ -88,12 +97,34 @@ class TestTimes:
         assert row["prompt_tokens_per_second"] == 2.0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="told by Linux alone")
+def test_what_the_process_gave_back_is_no_memory_of_it():
+    before = resident_memory()
+    held = torch.ones(1 << 25)  # 134 MB
+    there = resident_memory()
+    del held
+    assert there - before > 120_000_000
+    assert there - resident_memory() > 120_000_000
+
+
+@pytest.mark.parametrize("compiler", [False, True])
+def test_memory_of_the_process_stands_in_the_table_and_whether_a_compiler_is_in_it(folders, here, monkeypatch, compiler):
+    from seedlm.evaluation import speed
+
+    timed = speed._time
+    monkeypatch.setattr(speed, "resident_memory", lambda: 123_450_000)
+    monkeypatch.setattr(speed, "_time", lambda *asked: timed(*asked) | {"compiler": compiler})
+    shown = here("bench", folders[0], *FEW).stdout
+    assert re.search(r"weights +process\ndense .* MB +123.45 MB\n", shown)
+    assert ("process has numba and LLVM in it" in shown) == compiler
+
+
 def test_summary(folders, here):
     done = here("bench", folders[1], *FEW)
     assert (done.returncode, told(done.stderr)) == (0, [])
     assert "3 tokens after 5, batch 1" in done.stdout
-    starts = [line.split()[0] for line in done.stdout.splitlines()[-4:]]
-    assert starts == ["tokens/s", "packed", "dense", "nf4"]
+    starts = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    assert [start for start in starts if start != "process"] == ["tokens/s", "packed", "dense", "nf4"]
 
 
 def test_a_backend_by_name_multiplies_and_one_that_is_not_there_is_refused_in_a_line(folders, here):

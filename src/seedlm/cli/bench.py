@@ -24,7 +24,12 @@ def bench(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Measure how fast a model generates here: compressed, dense, and in bitsandbytes' NF4 where that is installed."""
+    """Measure how fast a model generates here: compressed, dense, and in bitsandbytes' NF4 where that is installed.
+
+    Memory is that of all weights ("weights"), and on a GPU the most that torch had at a time ("peak"). On a CPU it is that of
+    this process, with libraries and mapped files ("process"), when its first row is done: later rows would have in it what
+    went before. So what a dense model takes is shown by `seedlm bench` of its own folder.
+    """
     from seedlm.evaluation.settings import SpeedSettings, check_room
     from seedlm.integrations.transformers.before import check_backend, find, longest_text
     from seedlm.storage.checkpoint import Checkpoint
@@ -60,9 +65,10 @@ def _print_rows(found: dict[str, Any]) -> None:
     compiled = "compiled" if found["compiled"] else "not compiled"
     show(f"{found['model']}: {found['tokens']} tokens after {found['prompt_tokens']}, batch 1, {found['dtype']}, {compiled}")
     show(f"{found['device_name']} ({found['device']}), {versions}")
-    table = [["", "tokens/s", "first token", "prompt tokens/s", "weights", "peak"]]
+    memory = "process" if found["rows"][0]["process_bytes"] is not None else "peak"
+    table = [["", "tokens/s", "first token", "prompt tokens/s", "weights", memory]]
     for row in found["rows"]:
-        peak = in_bytes(row["peak_bytes"]) if row["peak_bytes"] is not None else "-"
+        peak = in_bytes(row[f"{memory}_bytes"]) if row[f"{memory}_bytes"] is not None else "-"
         rate, first = _spread(row, "tokens_per_second"), _spread(row, "first_token_seconds", 1e3, " ms")
         prompt = f"{row['prompt_tokens_per_second']:.1f}"
         table.append([row["what"], rate, first, prompt, in_bytes(row["weight_bytes"]), peak])
@@ -71,6 +77,8 @@ def _print_rows(found: dict[str, Any]) -> None:
         backends = ", ".join(f"{name} ({count} layers)" for name, count in row.get("backends", {}).items())
         line = "  ".join(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
         show(f"{cells[0]:8}{line}  {backends}".rstrip())
+    if memory == "process" and found["rows"][0]["compiler"]:
+        show("process has numba and LLVM in it, which compiled kernels; once more, it may do without")
     for what, reason in found["left_out"].items():
         show(f"{what:8}{reason}")
 

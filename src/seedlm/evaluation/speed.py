@@ -4,12 +4,16 @@ Every row goes through `model.generate`, batch 1, greedy, from the same random p
 it: with a static cache where tokens then go through our own decoder ("unfused" says why not). A streamer notes when each token
 arrives, as who reads along sees it: the first token's time is that from the call on, tokens per second are those after it, of
 the same run. A run waits for nothing more by that: `generate` brings each token to the host anyway, to know whether it was the
-last. The graph or the record of a text's steps is made after its first token, so it counts among the others. Memory is that of
-all weights, and on CUDA the most that torch had allocated while generating.
+last. The graph or the record of a text's steps is made after its first token, so it counts among the others.
+
+Memory is that of all weights, and on CUDA the most that torch had allocated while generating. On a CPU it is that of the
+process when its first row is done, as `bench/memory_cpu.py` counts it after `malloc_trim`. A later row has none: pages of the
+packed file, kernels and perhaps a compiler are still there then, which a process of its own would not have.
 """
 
 import gc
 import statistics
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from time import perf_counter
@@ -22,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from seedlm.codes.base import Format
 from seedlm.codes.registry import parse_format
-from seedlm.device import choose_device
+from seedlm.device import choose_device, resident_memory
 from seedlm.errors import EvaluationError
 from seedlm.evaluation.settings import SpeedSettings as Settings
 from seedlm.evaluation.settings import check_room, no_compiler
@@ -41,7 +45,9 @@ def measure_speed(model: str, settings: Settings | None = None, on_progress: Pro
     """The table of a model, packed or not.
 
     on_progress   told how far it is, in runs of each row
-    returns   what it was measured with; "rows", what was measured of "packed", "dense", "nf4"; "left_out", why others were not
+    returns   what it was measured with; "rows", what was measured of "packed", "dense", "nf4"; "left_out", why others were not.
+              "process_bytes" is None in all rows but a CPU's first; numba and LLVM are in it, as "compiler" says, where kernels
+              were compiled: 100 to 160 MB that later processes do not have, on Linux
     Raises EvaluationError, SourceError, CheckpointError or BackendError.
     """
     settings = settings or Settings()
@@ -67,6 +73,8 @@ def measure_speed(model: str, settings: Settings | None = None, on_progress: Pro
     else:
         _to_nf4(network)
         rows.append({"what": "nf4", **_time(network, settings, "nf4", progress)})
+    for row in rows[1:]:
+        row["process_bytes"] = None  # what the rows before it left is in it
     return {
         "model": model,
         "device": str(device),
@@ -134,6 +142,8 @@ def _time(network: Any, settings: Settings, row: str, progress: Progress) -> dic
         "prompt_tokens_per_second": settings.prompt_tokens / statistics.median(firsts),
         "weight_bytes": sum(weights.values()),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "process_bytes": resident_memory() if device.type == "cpu" else None,
+        "compiler": "llvmlite" in sys.modules,
     }
 
 
