@@ -57,6 +57,7 @@ class ToyEncoder:
 
 class ToyFamily:
     name, since_version, searches, feedback, fused, tables = "toy", 2, (), None, True, None
+    products = ("toy",)
     presets: ClassVar = {"4": ToyFormat(4), "3": ToyFormat(3)}
     mixture: ClassVar = {ToyFormat(4): 0.01, ToyFormat(3): 0.05}
     defaults: ClassVar = {"flavour": "plain"}

@@ -11,6 +11,8 @@ import pytest
 
 from tiny_models import STORIES
 
+BLOCK = "known: auto, cuda, numba, torch"
+"""Backends of the block code, in which the packed folder is."""
 REFUSED = [
     ("compress SOURCE held", "held.partial: another run is writing this output"),
     ("compress SOURCE taken.txt/out", "taken.txt: is not a folder"),
@@ -60,6 +62,12 @@ REFUSED = [
     ("bench SOURCE --repeats 0", "repeats must be at least 1, got 0"),
     ("bench SOURCE --compile --device cpu", "transformers compiles for CUDA devices only, this is cpu"),
     ("bench SOURCE --explain", "has no quantization_config; this is not a compressed model"),
+    ("inspect nosuch", "nosuch: no such folder"),
+    ("inspect taken.txt", "taken.txt: is a file; a compressed model is a folder of config.json and safetensors"),
+    ("inspect model.gguf", "model.gguf: is a GGUF file; a compressed model is a folder of config.json and safetensors, which"),
+    ("inspect damaged.safetensors", "damaged.safetensors: is a safetensors file without a config.json beside it; a compressed"),
+    ("inspect model/model.safetensors", "model/model.safetensors: is a safetensors file; name its folder, model"),
+    ("inspect pipe --check", "pipe: is neither a folder nor a file; a compressed model is a folder"),
     ("evaluate SOURCE", "give a text: --wikitext FILE"),
     ("evaluate nosuch --text long.txt", "nosuch: no such file or folder"),
     ("evaluate SOURCE --text nosuch.txt", "nosuch.txt: cannot be read"),
@@ -68,6 +76,24 @@ REFUSED = [
     ("evaluate SOURCE --text long.txt --context 513", "the model knows 512 positions, a window has 513"),
     ("evaluate SOURCE --text long.txt --reference nosuch", "nosuch: no such file or folder"),
     ("evaluate SOURCE --text long.txt --backend torch", "packed weights, which are dequantized here: add --packed"),
+    ("evaluate SOURCE --text long.txt --packed --backend tosch", "no packed layer has a backend 'tosch', known: auto, cuda, "),
+    ("evaluate SOURCE --text long.txt --packed --backend torch", "nothing is packed here that a backend could multiply by"),
+    ("evaluate PACKED --text long.txt --packed --backend numba-int8", f"'numba-int8', {BLOCK}"),
+    (
+        "bench SOURCE --backend tosch",
+        "no packed layer has a backend 'tosch', known: auto, cuda, cuda-int8, numba, numba-int8, torch",
+    ),
+    ("bench SOURCE --backend torch", "nothing is packed here that a backend could multiply by, so none can be 'torch'"),
+    ("bench PACKED --backend numba-int8", f"packed: no packed layer has a backend 'numba-int8', {BLOCK}"),
+    ("bench PACKED --explain --backend numba-int8", f"packed: no packed layer has a backend 'numba-int8', {BLOCK}"),
+    ("generate PACKED TEXT --backend tosch", "no packed layer has a backend 'tosch', known: auto, cuda, "),
+    ("generate PACKED TEXT --backend numba-int8", f"packed: no packed layer has a backend 'numba-int8', {BLOCK}"),
+    ("generate PACKED TEXT --backend torch --dequantize", "are dequantized here: no --dequantize with 'torch'"),
+    ("chat PACKED --backend tosch", "no packed layer has a backend 'tosch', known: auto, cuda, "),
+    ("chat PACKED --backend numba-int8", f"packed: no packed layer has a backend 'numba-int8', {BLOCK}"),
+    ("serve PACKED --backend tosch", "no packed layer has a backend 'tosch', known: auto, cuda, "),
+    ("serve PACKED --backend numba-int8", f"packed: no packed layer has a backend 'numba-int8', {BLOCK}"),
+    ("serve owner/name --backend tosch", "no packed layer has a backend 'tosch', known: auto, cuda, "),
     ("evaluate SOURCE --text long.txt --limit 0", "limit must be at least 1, got 0"),
     ("evaluate SOURCE --text long.txt --baseline nosuch", "unknown baseline 'nosuch'"),
     ("evaluate SOURCE --text long.txt --calibration nosuch.txt", "calibration text is for a baseline"),
@@ -101,19 +127,24 @@ json.dump(found, sys.stdout)
 
 
 @pytest.fixture(scope="module")
-def refusals(tmp_path_factory):
+def refusals(tmp_path_factory, folders):
     """What each line of `REFUSED` is answered, and what has been imported by then. All in one process: none begins to work."""
     folder = tmp_path_factory.mktemp("refused")
     (folder / "taken.txt").write_text("Once.")
     (folder / "long.txt").write_text("Once upon a time there was a dog. " * 200)
     (folder / "bytes.txt").write_bytes(b"\xff\xfe" * 400)
     (folder / "damaged.safetensors").write_bytes(b"abc")
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "model.safetensors").write_bytes(b"abc")
+    os.mkfifo(folder / "pipe")
     for name in ("held.partial", "held.safetensors.partial"):
         (folder / name).mkdir()
         (folder / name / "lock").touch()
     (folder / "held.json.partial").touch()
     before = sorted(folder.rglob("*"))
-    lines = [[STORIES if word == "SOURCE" else word for word in line.split()] for line, _ in REFUSED]
+    lines = [[{"SOURCE": STORIES, "PACKED": folders[1]}.get(word, word) for word in line.split()] for line, _ in REFUSED]
     with contextlib.ExitStack() as held:
         for name in ("held.partial/lock", "held.safetensors.partial/lock", "held.json.partial"):
             fcntl.flock(held.enter_context(open(folder / name, "ab")), fcntl.LOCK_EX)

@@ -146,7 +146,7 @@ def test_a_server_multiplies_by_a_backend_by_name(talking, monkeypatch, here):
     assert served == [{"auto"}, {"torch"}]
     done = here(*asked, "--backend", "tosch")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1] == "seedlm: no packed layer has a backend 'tosch', known: auto, cuda, numba, torch"
+    assert done.stderr.startswith("seedlm: no packed layer has a backend 'tosch', known: auto, cuda, ")
     done = here(*asked, "--backend", "cuda")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].startswith("seedlm: model.layers.0.")

@@ -100,6 +100,7 @@ class TestRun:
                 runs.append(evaluate.evaluate(str(folders[1]), story, settings))
             layers.append(len(called))
         assert layers == [0, 35]
+        assert [run["run"]["backends"] for run in runs] == [None, {"numba": 35}]
         assert runs[0]["metrics"]["nll"]["mean"] == pytest.approx(runs[1]["metrics"]["nll"]["mean"], rel=1e-6)
 
     def test_dtype_and_limit(self, folders, story):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from seedlm.codes import on_cpu
+import toy_family  # noqa: F401 (registers its family)
+from seedlm.codes import on_cpu, registry
 from seedlm.codes.block.format import parse_spec
 from seedlm.errors import BackendError
 from seedlm.inference import backend
@@ -27,6 +28,12 @@ def test_auto_falls_back_where_a_name_is_held_to(no_numba):
     assert backend.choose("auto", CPU, SMALL, (6, 20)).name == "torch"
     with pytest.raises(BackendError, match=r"backend 'numba' needs numba: pip install numba"):
         backend.choose("numba", CPU, SMALL, (6, 20))
+
+
+@pytest.mark.parametrize("name", ["trellis", "block", "toy"])
+def test_names_that_are_known_without_torch_are_those_of_the_backends(name):
+    family = registry.family(name)
+    assert [*family.products] == [each.name for each in family.backends()]
 
 
 def test_every_backend_is_explained():

@@ -126,6 +126,23 @@ def test_a_streamer_hears_what_it_would_hear(monkeypatch, ahead):
     assert len(ahead) == 2
 
 
+def test_a_reader_has_the_first_token_before_the_step_that_may_be_captured(monkeypatch, ahead):
+    model, steps, step = model_of("llama"), [], decoder_steps.step
+    fuse_decoding(model)
+    monkeypatch.setattr(decoder_steps, "step", lambda *args: steps.append(1) or step(*args))
+
+    class Counts(Streamer):
+        def put(self, value):
+            self.heard.append(len(steps))
+
+    Counts.__module__ = "seedlm.evaluation.speed"
+    streamer = Counts()
+    asked = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "cache_implementation": "static"}
+    model.generate(IDS, streamer=streamer, **asked)
+    assert streamer.heard == [0, 0, 2, 3, 4, 4, "end"]  # the prompt, the first token, three with a step ahead, the last
+    assert len(ahead) == 1
+
+
 def test_what_it_does_not_understand_is_left_to_transformers(monkeypatch, ahead):
     model = model_of("llama")
     fuse_decoding(model)

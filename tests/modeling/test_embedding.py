@@ -177,6 +177,22 @@ def test_codes_that_are_not_in_memory_are_asked_for():
         model.lm_head(torch.randn(1, 32))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("spec", [TOY, "trellis-r3-l12-t32-h8", SMALL])
+def test_rows_of_codes_without_values_have_none_wherever_indices_are(spec, device):
+    """As torch's own embedding has it."""
+    dense = nn.Embedding(64, 32, dtype=torch.bfloat16, device="meta")
+    found, expected = SeedEmbedding(dense, parse_format(spec))(IDS.to(device)), dense(IDS.to(device))
+    assert (found.device, found.dtype, found.shape) == (expected.device, expected.dtype, expected.shape)
+    assert found.is_meta
+
+
+def test_rows_of_indices_without_values_have_none():
+    """Where torch's embedding gives memory that nobody has written to."""
+    embedding = packed().model.embed_tokens
+    assert embedding(IDS.to("meta")).is_meta
+
+
 def test_gradients_reach_adapters_in_front_of_a_tied_head():
     model = packed()
     x = torch.randn(2, 32, requires_grad=True)

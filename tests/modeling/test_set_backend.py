@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from seedlm.errors import BackendError
-from seedlm.modeling.quantize import compress_model, seed_linears, set_backend
+from seedlm.modeling.quantize import backends_used, compress_model, seed_linears, set_backend
+from tiny_models import tiny_model
 
 
 @pytest.fixture
@@ -51,3 +52,13 @@ def test_layers_of_a_family_that_has_none_of_that_name_stay_as_they_are(packed):
 def test_a_dense_model_has_none():
     with pytest.raises(BackendError, match=r"^nothing is packed here that a backend could multiply by, so none can be 'auto'$"):
         set_backend(nn.Linear(8, 8), "auto")
+
+
+def test_what_multiplies_is_counted_with_heads_tied_to_embeddings():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    compress_model(model, "trellis-r4-l16-t32-h32", embeddings="trellis-r6-l12-t32-h32")
+    linears = len(list(seed_linears(model)))
+    assert backends_used(model) == {"numba": linears + 1}
+    model.lm_head.codes.backend = "torch"
+    assert backends_used(model) == {"numba": linears, "torch": 1}
+    assert backends_used(nn.Linear(8, 8)) == {}

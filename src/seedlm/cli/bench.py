@@ -13,7 +13,7 @@ def bench(
     model: Annotated[str, typer.Argument(help="Model folder or Hub repository, compressed or not.")],
     tokens: Annotated[int, typer.Option(help="New tokens.", metavar="N")] = 128,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens before them, random ones.", metavar="N")] = 512,
-    repeats: Annotated[int, typer.Option(help="Runs of which the median is shown.", metavar="N")] = 3,
+    repeats: Annotated[int, typer.Option(help="Runs: the median is shown, with the least and the most.", metavar="N")] = 3,
     compiled: Annotated[
         bool, typer.Option("--compile", help="A static cache, compiled by transformers, with CUDA graphs. Takes minutes.")
     ] = False,
@@ -24,15 +24,21 @@ def bench(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Measure how fast a model generates here: compressed, dense, and in bitsandbytes' NF4 where that is installed."""
+    """Measure how fast a model generates here: compressed, dense, and in bitsandbytes' NF4 where that is installed.
+
+    Memory is that of all weights ("weights"), and on a GPU the most that torch had at a time ("peak"). On a CPU it is that of
+    this process, with libraries and mapped files ("process"), when its first row is done: later rows would have in it what
+    went before. So what a dense model takes is shown by `seedlm bench` of its own folder.
+    """
     from seedlm.evaluation.settings import SpeedSettings, check_room
-    from seedlm.integrations.transformers.before import find, longest_text
+    from seedlm.integrations.transformers.before import check_backend, find, longest_text
     from seedlm.storage.checkpoint import Checkpoint
 
     counts: dict[str, Any] = {"tokens": tokens, "prompt_tokens": prompt_tokens, "repeats": repeats}
     where: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "trust_remote_code": trust_remote_code}
     settings = SpeedSettings(**counts, compiled=compiled, **where)
     there = find(model, tell=note)
+    check_backend(backend, there.path)
     if explain:
         Checkpoint.open(there.path)
         from seedlm.evaluation.speed import explain_backends
@@ -59,16 +65,28 @@ def _print_rows(found: dict[str, Any]) -> None:
     compiled = "compiled" if found["compiled"] else "not compiled"
     show(f"{found['model']}: {found['tokens']} tokens after {found['prompt_tokens']}, batch 1, {found['dtype']}, {compiled}")
     show(f"{found['device_name']} ({found['device']}), {versions}")
-    show(f"{'':8}{'tokens/s':>10}{'first token':>14}{'prompt tokens/s':>18}{'weights':>12}{'peak':>12}")
+    memory = "process" if found["rows"][0]["process_bytes"] is not None else "peak"
+    table = [["", "tokens/s", "first token", "prompt tokens/s", "weights", memory]]
     for row in found["rows"]:
-        peak = in_bytes(row["peak_bytes"]) if row["peak_bytes"] is not None else "-"
+        peak = in_bytes(row[f"{memory}_bytes"]) if row[f"{memory}_bytes"] is not None else "-"
+        rate, first = _spread(row, "tokens_per_second"), _spread(row, "first_token_seconds", 1e3, " ms")
+        prompt = f"{row['prompt_tokens_per_second']:.1f}"
+        table.append([row["what"], rate, first, prompt, in_bytes(row["weight_bytes"]), peak])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells, row in zip(table, [{}, *found["rows"]], strict=True):
         backends = ", ".join(f"{name} ({count} layers)" for name, count in row.get("backends", {}).items())
-        show(
-            f"{row['what']:8}{row['tokens_per_second']:>10.1f}{1e3 * row['first_token_seconds']:>11.1f} ms"
-            f"{row['prompt_tokens_per_second']:>18.1f}{in_bytes(row['weight_bytes']):>12}{peak:>12}  {backends}".rstrip()
-        )
+        line = "  ".join(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        show(f"{cells[0]:8}{line}  {backends}".rstrip())
+    if memory == "process" and found["rows"][0]["compiler"]:
+        show("process has numba and LLVM in it, which compiled kernels; once more, it may do without")
     for what, reason in found["left_out"].items():
         show(f"{what:8}{reason}")
+
+
+def _spread(row: dict[str, Any], name: str, scale: float = 1.0, unit: str = "") -> str:
+    """The median of the runs, and the least and the most of them, if there were several."""
+    median, least, most = (scale * value for value in (row[name], *row[f"{name}_range"]))
+    return f"{median:.1f}{unit}" + (f" ({least:.1f} to {most:.1f})" if least != most else "")
 
 
 def _print_backends(kinds: list[dict[str, Any]]) -> None:

@@ -33,9 +33,10 @@ def chat(
 
     It remembers what was said until /reset. Ctrl-C stops an answer and not the program; /exit or Ctrl-D ends it.
     """
-    from seedlm.integrations.transformers.before import check_chat, check_new_tokens, find
+    from seedlm.integrations.transformers.before import check_backend, check_chat, check_new_tokens, find
 
     found = find(model)
+    check_backend(backend, found.path, dequantized=dequantize)
     check_new_tokens(found.path, max_new_tokens)
     if not trust_remote_code:
         check_chat(model, found.path)

@@ -69,7 +69,7 @@ def evaluate(
     from seedlm.evaluation.prompts import PROMPTS, read_prompts
     from seedlm.evaluation.settings import TASKS, Settings, check_context, check_request
     from seedlm.evaluation.text import Text
-    from seedlm.integrations.transformers.before import find, longest_text
+    from seedlm.integrations.transformers.before import check_backend, find, longest_text
 
     if (wikitext is None) == (text is None):
         raise EvaluationError("give a text: --wikitext FILE (wiki.test.raw) or --text FILE, one of them")
@@ -96,6 +96,7 @@ def evaluate(
     check_request(content, settings, out, tokens_out)
     try:
         models = [find(model, revision, note), *([] if reference is None else [find(reference, tell=note)])]
+        check_backend(backend, models[0].path)
         for found in models:
             check_context(longest_text(found.path), settings)
         against = "" if reference is None else f", against {reference}: {models[1]}"
@@ -154,6 +155,11 @@ def _print_results(results: dict[str, Any]) -> None:
         show(f"of the reference  {estimate('reference_perplexity')}; ratio {estimate('perplexity_ratio')}")
         show(f"KL divergence     {estimate('kl')} nats a token")
         show(f"same top token    {estimate('top1_agreement')} of all")
+    for role, label, key in (("model", "multiplied by", "backends"), ("reference", "the reference", "reference_backends")):
+        packed = results[role] and results[role]["calibrated"] is not None
+        if packed and not (role == "model" and run["baseline"]):
+            used = ", ".join(f"{name} ({count} layers)" for name, count in (run[key] or {}).items())
+            show(f"{label:17} {used or 'torch, its weights dequantized after loading'}")
     speed = [f"{run['tokens_per_second']:,.0f} tokens/s"] if run["tokens_per_second"] else []
     memory = [f"at most {in_bytes(run['peak_memory_bytes'])} of memory"] if run["peak_memory_bytes"] else []
     for task, answer in results["tasks"].items():

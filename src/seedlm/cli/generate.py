@@ -30,9 +30,10 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate text, printed as it comes; then, on stderr, the speed."""
-    from seedlm.integrations.transformers.before import check_chat, check_new_tokens, find
+    from seedlm.integrations.transformers.before import check_backend, check_chat, check_new_tokens, find
 
     found = find(model)
+    check_backend(backend, found.path, dequantized=dequantize)
     check_new_tokens(found.path, max_new_tokens)
     if chat and not trust_remote_code:
         check_chat(model, found.path)

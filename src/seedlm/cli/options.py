@@ -20,6 +20,13 @@ def _dtype(value: str) -> str:
     return value
 
 
+def _backend(value: str) -> str:
+    from seedlm.integrations.transformers.before import check_backend
+
+    check_backend(value)
+    return value
+
+
 Device = Annotated[
     str, typer.Option(help="Where to run: auto (the GPU if there is one), cpu, cuda, cuda:1, ...", callback=device_names)
 ]
@@ -41,6 +48,7 @@ Backend = Annotated[
         help="How packed layers multiply: auto, or a name that `seedlm bench MODEL --explain` lists. cuda-int8 and "
         "numba-int8 round the activations of few tokens to 8 bits: faster, for a little loss.",
         metavar="NAME",
+        callback=_backend,
     ),
 ]
 TrustRemoteCode = Annotated[

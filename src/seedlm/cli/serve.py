@@ -28,7 +28,7 @@ def serve(
 
     The server is transformers' own; `seedlm run transformers serve` has all of its options.
     """
-    from seedlm.integrations.transformers.before import find, has_chat_template
+    from seedlm.integrations.transformers.before import check_backend, find, has_chat_template
     from seedlm.storage.source import is_repository
 
     chats, loaded = None, model
@@ -36,6 +36,7 @@ def serve(
         found = find(model)
         if found.path.is_file():
             raise BackendError(f"{model}: a server takes folders and Hub repositories; compress the file first")
+        check_backend(backend, found.path)
         chats, loaded = has_chat_template(found.path), f"{model}: {found}"
     for name in ("fastapi", "uvicorn", "openai"):
         if importlib.util.find_spec(name) is None:

@@ -285,6 +285,7 @@ class Family(Protocol):
     since_version   the first version of checkpoints that can hold it
     presets         bits as written on the command line -> format
     searches        encoding backends by name, fastest first; "auto" stands for one of them
+    products        names of `backends`, in their order, for which no torch is imported
     defaults        settings of encoding and their default values, such as ``{"rounding": "best"}``; all are text
     mixture         formats that mixed precision chooses from -> ||W - W^||^2 / ||W||^2 that they leave on normal weights
     feedback        what "auto" is for error feedback: "own", a text that the model writes, or "none", which a user may have
@@ -298,6 +299,7 @@ class Family(Protocol):
     since_version: int
     presets: Mapping[str, Format]
     searches: Sequence[str]
+    products: Sequence[str]
     defaults: Mapping[str, str]
     mixture: Mapping[Format, float]
     feedback: Literal["own", "none"] | None

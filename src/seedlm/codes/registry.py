@@ -1,7 +1,7 @@
 """The families of codes by name, each imported when it is first asked for, and formats from what people and files write."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from seedlm.codes.base import Family, Format
@@ -44,6 +44,16 @@ def family(name: object) -> Family:
 def family_of(format: Format) -> Family:
     """The family of a format."""
     return family(format.family)
+
+
+def reason_no_product(backend: str, families: Iterable[str]) -> str | None:
+    """Why no weight in codes of these families is multiplied by a backend of that name; None if one may be, and for "auto"."""
+    known = {product for name in families for product in family(name).products}
+    if not known:
+        return f"nothing is packed here that a backend could multiply by, so none can be {backend!r:.80}"
+    if backend == "auto" or backend in known:
+        return None
+    return f"no packed layer has a backend {backend!r:.80}, known: {', '.join(['auto', *sorted(known)])}"
 
 
 def parse_format(format: "str | float | Format", code: str | None = None) -> Format:

@@ -35,7 +35,7 @@ from seedlm.evaluation.settings import Settings, check_context, check_request
 from seedlm.evaluation.text import Text
 from seedlm.evaluation.zeroshot import check_tasks, zero_shot
 from seedlm.integrations.transformers import models
-from seedlm.modeling.quantize import set_backend
+from seedlm.modeling.quantize import backends_used, set_backend
 from seedlm.progress import Progress
 from seedlm.storage.source import locate
 from seedlm.storage.written import replacing
@@ -192,9 +192,13 @@ def _score(
     device: torch.device,
     on_progress: Progress | None,
 ) -> dict[str, Any]:
-    """Score the windows that the journal lacks: what that was like."""
+    """Score the windows that the journal lacks: what that was like.
+
+    "backends" tell how many packed layers multiply by which; None where nothing is packed, and torch multiplies.
+    """
     model, reference = loaded[0], loaded[1] if len(loaded) > 1 else None
     dtypes = [str(network.dtype).removeprefix("torch.") for network in loaded]
+    used = [backends_used(network) or None for network in loaded]
     done = resumed = sum(map(len, journal.records))
     speeds = []
     if on_progress:
@@ -209,6 +213,8 @@ def _score(
     return {
         "dtype": dtypes[0],
         "reference_dtype": dtypes[1] if len(dtypes) > 1 else None,
+        "backends": used[0],
+        "reference_backends": used[1] if len(used) > 1 else None,
         "resumed_windows": resumed,
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "peak_memory_bytes": _peak_memory(device),

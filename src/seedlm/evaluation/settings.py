@@ -108,7 +108,7 @@ class SpeedSettings:
 
     tokens          new tokens, at least 2
     prompt_tokens   random tokens before them
-    repeats         runs of which the median is taken, after one that does not count
+    repeats         runs of which the median is taken, and the least and the most, after one that does not count
     compiled        a static cache, for which transformers compiles the model and uses CUDA graphs: CUDA only
     device, dtype   as for `generate`
     backend         how packed layers multiply (`modeling.quantize.set_backend`)

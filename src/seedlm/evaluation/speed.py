@@ -1,25 +1,32 @@
 """How fast a model writes on a user's own device: packed as it is, dequantized, and in bitsandbytes' NF4.
 
 Every row goes through `model.generate`, batch 1, greedy, from the same random prompt, as `seedlm generate` asks for
-it: with a static cache where tokens then go through our own decoder ("unfused" says why not). The time to the first token is a
-run of one new token; tokens per second are those of the others, from the difference to a whole run. Memory is that of all
-weights, and on CUDA the most that torch had allocated while generating.
+it: with a static cache where tokens then go through our own decoder ("unfused" says why not). A streamer notes when each token
+arrives, as who reads along sees it: the first token's time is that from the call on, tokens per second are those after it, of
+the same run. A run waits for nothing more by that: `generate` brings each token to the host anyway, to know whether it was the
+last. The graph or the record of a text's steps is made after its first token, so it counts among the others.
+
+Memory is that of all weights, and on CUDA the most that torch had allocated while generating. On a CPU it is that of the
+process when its first row is done, as `bench/memory_cpu.py` counts it after `malloc_trim`. A later row has none: pages of the
+packed file, kernels and perhaps a compiler are still there then, which a process of its own would not have.
 """
 
 import gc
 import statistics
-import time
+import sys
 from collections import Counter
 from importlib.util import find_spec
+from time import perf_counter
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
 
 from seedlm.codes.base import Format
 from seedlm.codes.registry import parse_format
-from seedlm.device import choose_device
+from seedlm.device import choose_device, resident_memory
 from seedlm.errors import EvaluationError
 from seedlm.evaluation.settings import SpeedSettings as Settings
 from seedlm.evaluation.settings import check_room, no_compiler
@@ -27,7 +34,7 @@ from seedlm.inference import backend
 from seedlm.integrations.transformers import models
 from seedlm.integrations.transformers.decoder import fuse_decoding, static_cache
 from seedlm.integrations.transformers.decoder_reasons import reason_unfused
-from seedlm.modeling.quantize import choose_modules, dequantize_model, seed_linears, set_backend
+from seedlm.modeling.quantize import backends_used, choose_modules, dequantize_model, set_backend
 from seedlm.progress import Progress
 from seedlm.storage.checkpoint import Checkpoint
 from seedlm.storage.source import locate
@@ -38,7 +45,9 @@ def measure_speed(model: str, settings: Settings | None = None, on_progress: Pro
     """The table of a model, packed or not.
 
     on_progress   told how far it is, in runs of each row
-    returns   what it was measured with; "rows", what was measured of "packed", "dense", "nf4"; "left_out", why others were not
+    returns   what it was measured with; "rows", what was measured of "packed", "dense", "nf4"; "left_out", why others were not.
+              "process_bytes" is None in all rows but a CPU's first; numba and LLVM are in it, as "compiler" says, where kernels
+              were compiled: 100 to 160 MB that later processes do not have, on Linux
     Raises EvaluationError, SourceError, CheckpointError or BackendError.
     """
     settings = settings or Settings()
@@ -51,13 +60,10 @@ def measure_speed(model: str, settings: Settings | None = None, on_progress: Pro
     check_room(models.longest_text(network), settings)
     fuse_decoding(network)
     rows, left_out = [], {}
-    layers = [layer for _, layer in seed_linears(network)]
     if settings.backend != backend.AUTO:
         set_backend(network, settings.backend)
-    if layers:
-        kinds = [(layer.backend, layer.format, (layer.out_features, layer.in_features)) for layer in layers]
-        used = Counter(backend.choose(name, device, format, shape).name for name, format, shape in kinds)
-        rows.append({"what": "packed", "backends": dict(used), **_time(network, settings, "packed", progress)})
+    if used := backends_used(network):
+        rows.append({"what": "packed", "backends": used, **_time(network, settings, "packed", progress)})
         dequantize_model(network, network.dtype)
     else:
         left_out["packed"] = "the model is not compressed"
@@ -67,6 +73,8 @@ def measure_speed(model: str, settings: Settings | None = None, on_progress: Pro
     else:
         _to_nf4(network)
         rows.append({"what": "nf4", **_time(network, settings, "nf4", progress)})
+    for row in rows[1:]:
+        row["process_bytes"] = None  # what the rows before it left is in it
     return {
         "model": model,
         "device": str(device),
@@ -111,13 +119,15 @@ def _time(network: Any, settings: Settings, row: str, progress: Progress) -> dic
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        runs = [settings.tokens if settings.compiled else 2, *settings.repeats * [settings.tokens], *settings.repeats * [1]]
-        seconds = []
-        progress(row, 0, len(runs))
-        for count in runs:
-            seconds.append(_generate(network, prompt, count, settings.compiled))
-            progress(row, len(seconds), len(runs))
-        whole, first = (statistics.median(part) for part in (seconds[1 : 1 + settings.repeats], seconds[-settings.repeats :]))
+        progress(row, 0, 1 + settings.repeats)
+        _generate(network, prompt, settings.tokens if settings.compiled else 2, settings.compiled)
+        firsts, rates = [], []
+        for done in range(1, 1 + settings.repeats):
+            progress(row, done, 1 + settings.repeats)
+            first, rest = _generate(network, prompt, settings.tokens, settings.compiled)
+            firsts.append(first)
+            rates.append((settings.tokens - 1) / rest)
+        progress(row, 1 + settings.repeats, 1 + settings.repeats)
     except torch.OutOfMemoryError:
         raise EvaluationError(f"generating does not fit into the memory of {device}") from None
     states = (getattr(parameter, "quant_state", None) for parameter in network.parameters())  # bitsandbytes' scales
@@ -125,24 +135,45 @@ def _time(network: Any, settings: Settings, row: str, progress: Progress) -> dic
     weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*network.parameters(), *network.buffers(), *scales)}
     return {
         "unfused": reason_unfused(network),
-        "tokens_per_second": (settings.tokens - 1) / max(whole - first, 1e-9),
-        "first_token_seconds": first,
-        "prompt_tokens_per_second": settings.prompt_tokens / first,
+        "tokens_per_second": statistics.median(rates),
+        "tokens_per_second_range": [min(rates), max(rates)],
+        "first_token_seconds": statistics.median(firsts),
+        "first_token_seconds_range": [min(firsts), max(firsts)],
+        "prompt_tokens_per_second": settings.prompt_tokens / statistics.median(firsts),
         "weight_bytes": sum(weights.values()),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "process_bytes": resident_memory() if device.type == "cpu" else None,
+        "compiler": "llvmlite" in sys.modules,
     }
 
 
-def _generate(network: Any, prompt: Tensor, count: int, compiled: bool) -> float:
-    """Seconds of a run."""
+class Arrivals(BaseStreamer):
+    """A streamer that notes when it is given something, in seconds: the prompt, then each token."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.seconds.append(perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to be noted."""
+
+
+def _generate(network: Any, prompt: Tensor, count: int, compiled: bool) -> tuple[float, float]:
+    """Seconds of a run from its start to the first token, and from there to the last."""
     options: dict[str, Any] = static_cache(network, prompt.shape[1] + count)
     if compiled:
         options = {"cache_implementation": "static", "compile_config": transformers.CompileConfig()}
     options |= {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    start = time.perf_counter()
-    output = network.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    output.tolist()  # waits for the device
-    return time.perf_counter() - start
+    arrivals, start = Arrivals(), perf_counter()
+    network.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=arrivals, **options)
+    tokens = arrivals.seconds[1:]
+    if len(tokens) != count:
+        raise EvaluationError(
+            f"this model gives {len(tokens)} pieces for {count} tokens, so when each comes cannot be measured"
+        )
+    return tokens[0] - start, tokens[-1] - tokens[0]
 
 
 def _reason_no_nf4(device: torch.device) -> str | None:

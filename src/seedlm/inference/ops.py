@@ -311,7 +311,8 @@ def _rows(indices: Tensor, parts: list[Tensor], code: str, dtype: torch.dtype) -
 
 def _rows_fake(indices: Tensor, parts: list[Tensor], code: str, dtype: torch.dtype) -> Tensor:
     _, shape = _looked_up(indices, code, dtype)
-    return indices.new_empty(*indices.shape, shape[1], dtype=dtype)
+    like = parts[0] if parts[0].is_meta else indices  # as of `nn.Embedding`, whose rows are where its weight is
+    return like.new_empty(*indices.shape, shape[1], dtype=dtype)
 
 
 def _looked_up(indices: Tensor, code: str, dtype: torch.dtype) -> tuple[Format, tuple[int, int]]:

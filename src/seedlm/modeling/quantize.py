@@ -6,6 +6,7 @@ set_backend(model, name)  how packed layers multiply
 share_inputs(model)       packed layers that read the same tensor: what comes before their products is done once
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Final, cast
@@ -15,10 +16,10 @@ from torch import nn
 
 from seedlm.codes.base import Format, relative_error
 from seedlm.codes.encoded import encode
-from seedlm.codes.registry import family_of, parse_format
+from seedlm.codes.registry import family_of, parse_format, reason_no_product
 from seedlm.errors import BackendError, SourceError, TensorError
 from seedlm.inference import backend as backends
-from seedlm.modeling.embedding import SeedEmbedding, find_tables, replace_embedding, unpack
+from seedlm.modeling.embedding import SeedEmbedding, TiedLinear, find_tables, replace_embedding, unpack
 from seedlm.modeling.experts import SeedExperts, compress_experts, stacks_of
 from seedlm.modeling.linear import PackedModule, SeedLinear, compress_module, is_linear, share_input
 from seedlm.progress import Tell, counted
@@ -226,21 +227,25 @@ def set_backend(model: nn.Module, name: str) -> int:
     Raises BackendError, with nothing changed, if nothing is packed, no layer has it, or one that has it cannot be served there.
     """
     found: list[PackedModule] = []
-    known = {backends.AUTO}
+    families = set()
     for where, module in packed_modules(model):
-        reasons = backends.explain(module.device, module.format, module.shape)
-        known |= reasons.keys()
-        if name == backends.AUTO or name in reasons:
+        families.add(module.format.family)
+        if name == backends.AUTO or name in family_of(module.format).products:
             if reason := backends.reason_no_backend(name, module.device, module.format, module.shape):
                 raise BackendError(f"{where}: {reason}")
             found.append(module)
-    if not found:
-        if known == {backends.AUTO}:
-            raise BackendError(f"nothing is packed here that a backend could multiply by, so none can be {name!r}")
-        raise BackendError(f"no packed layer has a backend {name!r}, known: {', '.join(sorted(known))}")
+    if reason := reason_no_product(name, families):
+        raise BackendError(reason)
     for module in found:
         module.backend = name
     return len(found)
+
+
+def backends_used(model: nn.Module) -> dict[str, int]:
+    """By which backends a model's packed layers multiply, how many by each. A head tied to embeddings in codes is one."""
+    layers = [module for module in model.modules() if isinstance(module, SeedLinear | TiedLinear)]
+    packed = [layer.codes if isinstance(layer, TiedLinear) else layer for layer in layers]
+    return dict(Counter(backends.choose(each.backend, each.device, each.format, each.shape).name for each in packed))
 
 
 def share_inputs(model: nn.Module) -> None:

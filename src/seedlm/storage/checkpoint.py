@@ -43,6 +43,7 @@ from seedlm.storage.metadata import (
     stored_name,
     version_of,
 )
+from seedlm.storage.refusals import no_packed_folder
 from seedlm.storage.safetensors import TensorFiles, TensorInfo, digest
 from seedlm.storage.untrusted import read_config
 
@@ -108,7 +109,7 @@ class Checkpoint:
         """
         folder = Path(folder)
         if not os.path.isdir(folder):
-            raise CheckpointError(f"{folder}: no such folder")
+            raise CheckpointError(no_packed_folder(folder))
         if not os.path.lexists(folder / "config.json"):
             raise CheckpointError(f"{folder}: has no config.json; it is not a model folder, or a run that has not finished")
         config = read_config(folder, CheckpointError)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from seedlm.errors import SeedLMError, SourceError
+from seedlm.errors import CheckpointError, SeedLMError, SourceError
 from seedlm.storage.safetensors import INDEX_NAME, SINGLE_NAME, TensorInfo
 from seedlm.storage.side_files import PICKLE_SUFFIXES
 from seedlm.storage.untrusted import opened, read_config, read_json
@@ -77,6 +77,24 @@ def no_weights(folder: Path) -> str:
     if below:
         return f"{folder}: holds no model itself, the folder {below[0]} in it does"
     return f"{folder}: has no {SINGLE_NAME}, no {INDEX_NAME} and no .gguf file"
+
+
+def no_packed_folder(path: Path) -> str:
+    """Why what is no folder is no compressed model: what it is, and what is one. CheckpointError if it cannot be read."""
+    if not os.path.lexists(path):
+        return f"{path}: no such folder"
+    wanted = "a compressed model is a folder of config.json and safetensors"
+    if not os.path.isfile(path):
+        return f"{path}: is neither a folder nor a file; {wanted}"
+    with opened(path, CheckpointError) as file:
+        start = file.read(4)
+    if start == b"GGUF":
+        return f"{path}: is a GGUF file; {wanted}, which `seedlm compress {path} OUT` makes of it"
+    if path.suffix != ".safetensors":
+        return f"{path}: is a file; {wanted}"
+    if os.path.isfile(path.parent / "config.json"):
+        return f"{path}: is a safetensors file; name its folder, {path.parent}"
+    return f"{path}: is a safetensors file without a config.json beside it; {wanted}"
 
 
 def refuse_pickle(path: Path) -> str:

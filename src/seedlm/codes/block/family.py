@@ -37,6 +37,7 @@ class BlockFamily:
     since_version: Final = 1
     presets: Mapping[str, Format] = PRESETS
     searches: Final = SEARCHES
+    products: Final = ("cuda", "numba", "torch")
     defaults: Mapping[str, str] = {"rounding": "best"}
     mixture = _NMSE
     feedback: Final = "none"

@@ -25,6 +25,7 @@ class TrellisFamily:
     since_version: Final = 2
     presets: Mapping[str, Format] = PRESETS
     searches: Final = SEARCHES
+    products: Final = ("cuda", "cuda-int8", "numba", "numba-int8", "torch")
     defaults: Mapping[str, str] = {"feedback": "none"}
     """What errors were weighed by, for the record: "none", "own text", or the name of a text that was data."""
 

@@ -10,8 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from seedlm.errors import EvaluationError, SeedLMError, SourceError
-from seedlm.integrations.transformers.files import check_model
+from seedlm.codes.registry import names, reason_no_product
+from seedlm.errors import BackendError, EvaluationError, SeedLMError, SourceError
+from seedlm.integrations.transformers.files import check_model, is_packed
+from seedlm.storage.checkpoint import Checkpoint
 from seedlm.storage.gguf_check import gguf_sizes, read_gguf_header
 from seedlm.storage.source import is_repository, locate, open_source
 from seedlm.storage.untrusted import read_config, read_json
@@ -26,6 +28,25 @@ def check_dtype(name: str) -> None:
     """Raise EvaluationError for a dtype that no model is opened in."""
     if name not in DTYPES:
         raise EvaluationError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r:.80}")
+
+
+def check_backend(name: str, path: Path | None = None, *, dequantized: bool = False) -> None:
+    """Raise BackendError for a backend by which no packed layer can multiply; whether it runs here, its layers will tell.
+
+    path          the model, whose codes have to know it; None if it is not known yet, and all codes count
+    dequantized   all layers will be
+    """
+    if name == "auto":
+        return
+    if dequantized:
+        raise BackendError(
+            f"a backend multiplies by packed weights, which are dequantized here: no --dequantize with {name!r:.80}"
+        )
+    families = names() if path is None else []
+    if path is not None and is_packed(path):
+        families = [info.format.family for info in Checkpoint.open(path).packed.values()]
+    if reason := reason_no_product(name, families):
+        raise BackendError(reason if path is None else f"{path}: {reason}")
 
 
 @dataclass(frozen=True)

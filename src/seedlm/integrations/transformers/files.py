@@ -39,14 +39,20 @@ def check_model(path: Path) -> list[int] | None:
         return [prod(tensor.shape) for tensor in read_gguf_header(path, gguf_sizes(path)).tensors.values()]
     if not os.path.isdir(path):
         return None
-    section = read_config(path, SourceError).get("quantization_config")
-    if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD:
+    if is_packed(path):
         checkpoint = Checkpoint.open(path)
         return [*(info.weights for info in checkpoint.packed.values()), *(prod(i.shape) for i in checkpoint.dense.values())]
+    section = read_config(path, SourceError).get("quantization_config")
     if not any(os.path.lexists(path / file) for file in (SINGLE_NAME, INDEX_NAME)):
         return None
     infos = [entry.info for entry in TensorFiles.open(path, SourceError).entries.values()]
     return [_CODES_OF_A_BYTE * info.nbytes if section else prod(info.shape) for info in infos]
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a local path is a folder in our codes, by its config.json. Raises SourceError if that cannot be read."""
+    section = read_config(path, SourceError).get("quantization_config") if os.path.isdir(path) else None
+    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
 
 
 def check_folder(name: Any) -> None:

@@ -6,7 +6,8 @@ is one too many, and taken back. Tokens are transformers' to the bit, random one
 
 One text, batch 1, over a static cache, whose result is its tokens; the prompt and the first token are left to transformers.
 The rest is the loop that is documented there: processors, the choice, criteria, a streamer, in this order. A streamer that is
-not transformers' or ours hears of a token before the next step, as it would there. On a CPU no step is ahead.
+not transformers' or ours hears of a token before the next step, as it would there, and every streamer of the first one:
+the step after it may be captured, for which a reader need not wait. On a CPU no step is ahead.
 """
 
 from collections.abc import Callable, Mapping
@@ -69,11 +70,13 @@ def sample(
     answer, positions, longest = _Answer(input_ids.device), arguments.get("position_ids"), stopping_criteria.max_length
     room = cache.layers[0].max_cache_len - int(cache.layers[0].cumulative_length)
     step = stepper(all(map(_is_known, (streamer, *logits_processor, *stopping_criteria))))
+    begun = streamer is None
     while True:
         positions = None if positions is None else positions[:, -1:] + 1
         answer.ask(stopping_criteria(input_ids, None), input_ids[:, -1])
         more = longest is None or input_ids.shape[1] < longest
-        ahead = more and room > 0 and input_ids.device.type in AHEAD and _is_known(streamer)
+        ahead = more and room > 0 and input_ids.device.type in AHEAD and _is_known(streamer) and begun
+        begun = True
         logits = step(input_ids[:, -1:], positions) if ahead else None
         try:
             last, token = answer.wait()
