@@ -5,14 +5,15 @@
 
 MODEL is a folder or a GGUF file. It is compressed as `seedlm compress` does it, embeddings and head in 6 bits too; what is made
 is kept under WORK, where what is there is not made again. Then each packed linear layer, the head among them, becomes a dense
-one whose weight is in the rotated basis, and a hook before it rotates its input (`hadamard`) and rounds that with one scale a
-token, in float32 by the arithmetic of `quantize.cuh`. Look-ups read no activations. Every token is rounded, as if all had come
+one whose weight is in the rotated basis, and a hook before it rotates its input (`hadamard`) and rounds that, in float32 by the
+arithmetic of `quantize.cuh`. Look-ups read no activations. Every token is rounded, as if all had come
 one by one: on a GPU a prompt of more than 16 tokens is multiplied in 16 bits.
 
-    float32     as it is
-    16 bits     integers of two int8, the default of a GPU (`cuda`)
-    int8        `cuda-int8`
-    int8/256    the same with a scale for each 256 columns: `numba-int8` on a CPU
+    float32      as it is
+    16 bits      integers of two int8 with one scale a token, the default of a GPU (`cuda`)
+    cuda-int8    int8 with a scale for each 256 columns, a whole multiple of the token's, all of which together are bounded
+    numba-int8   int8 with a scale of their own for each 256 columns, on a CPU
+    one scale    int8 with one for the token, which no backend has
 
 Before a window is scored, one layer of every shape is held against exact sums of integers in the rotated basis, on random x.
 KL is to the unquantized model, in nats; the difference is to the same weights with float32 activations, over the same windows,
@@ -56,31 +57,50 @@ ROWS = 2048
 
 @dataclass(frozen=True)
 class Rounding:
-    """How activations become integers: int8 in so many parts, one scale for so many columns (0: for a token)."""
+    """How activations become integers: in so many int8 parts, with a scale for so many columns (0: for a token)."""
 
     name: str
-    parts: int
+    parts: int = 1
     columns: int = 0
+    multiples: bool = False  # scales are multiples of the token's
 
     def integers(self, rotated: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What `Quantizer` (quantize.cuh) makes of float32 [tokens, in]: whole numbers, in float32, of each scale; and it."""
         width = rotated.shape[-1]
         levels, base = sources.levels(width), sources.half_base(width, self.parts)
         limit = torch.tensor(float(levels * base + levels))  # a tensor, since a number over one is a reciprocal's multiple
-        found = []
-        for some in rotated.split(self.columns or width, -1):
-            most = some.abs().amax(-1, keepdim=True)
-            boost = torch.where(most < 2.0**-100, 2.0**100, 1.0)
-            inverse = torch.where(most > 0, limit / (most * boost), 0.0)
-            found.append(((some * boost * inverse).round(), most / limit))
-        return found
+        groups = rotated.split(self.columns or width, -1)
+        largest = torch.cat([some.abs().amax(-1, keepdim=True) for some in groups], -1)
+        multiples, many = torch.ones_like(largest), torch.ones_like(largest)
+        if self.multiples:
+            multiples, many = bounded_multiples(largest, levels)
+            largest = largest.amax(-1, keepdim=True).expand_as(largest)
+        boost = torch.where(largest < 2.0**-100, 2.0**100, 1.0)
+        inverse = torch.where(largest > 0, limit / (largest * boost), 0.0) * (many / multiples)
+        scales = largest / limit / many * multiples
+        each = zip(groups, boost.split(1, -1), inverse.split(1, -1), scales.split(1, -1), strict=True)
+        return [((some * up * factor).round(), scale) for some, up, factor, scale in each]
 
     def __call__(self, rotated: Tensor) -> Tensor:
         """What a layer's product is of."""
         return torch.cat([whole * scale for whole, scale in self.integers(rotated)], -1)
 
 
-ROUNDINGS = (Rounding("16 bits", 2), Rounding("int8", 1), Rounding("int8/256", 1, 256))
+def bounded_multiples(largest: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Of a token's unit for its groups, whose largest magnitudes are [tokens, groups]; and what the largest group has."""
+    top = largest.amax(-1, keepdim=True).clamp_min(1e-30)
+    shares = (largest / top * 256).ceil().sum(-1, keepdim=True).clamp_min(1)
+    budget = int(2e9 / (510 * sources.GROUP * levels)) - largest.shape[-1]
+    many = (budget * 256 / shares).floor().clamp(1, 16)
+    return (largest / top * many * 0.99999).ceil().clamp(1, 16), many.expand_as(largest)
+
+
+ROUNDINGS = (
+    Rounding("16 bits", parts=2),
+    Rounding("cuda-int8", columns=sources.GROUP, multiples=True),
+    Rounding("numba-int8", columns=sources.GROUP),
+    Rounding("one scale"),
+)
 
 
 class Emulated:

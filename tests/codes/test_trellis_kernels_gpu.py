@@ -295,6 +295,17 @@ class TestOnADevice:
             assert relative_error(INT8.linear(some, prepared, format, shape, None), reference) < 3e-3
 
     @pytest.mark.parametrize("backend", [EXACT, INT8], ids=["exact", "int8"])
+    @pytest.mark.parametrize("tokens", [1, 2, 8])
+    def test_blocks_that_have_many_panels(self, tokens, backend):
+        format, shape = TrellisFormat(rate=4), (300_000, 272)
+        parts = random_parts(format, *shape)
+        x = torch.randn(tokens, shape[1], device="cuda")
+        y = backend.linear(x, backend.prepare(parts, format, shape), format, shape, None)
+        rotated = hadamard.forward(x, format.transform)
+        rotated = whole_numbers_of_groups(rotated) if backend is INT8 else rotated.double()
+        assert relative_error(y, rotated @ exact_weight(parts, format, shape).T) < (3e-3 if backend is INT8 else 1e-4)
+
+    @pytest.mark.parametrize("backend", [EXACT, INT8], ids=["exact", "int8"])
     @pytest.mark.parametrize("width", [4096, 28672, 40000])
     @pytest.mark.parametrize("tokens", [1, 8])
     def test_the_largest_sums_fit(self, tokens, width, backend):

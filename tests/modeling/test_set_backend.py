@@ -6,19 +6,26 @@ import pytest
 import torch
 from torch import nn
 
+from seedlm.codes.registry import parse_format
 from seedlm.errors import BackendError
+from seedlm.inference.backend import reason_no_backend
 from seedlm.modeling.quantize import backends_used, compress_model, seed_linears, set_backend
 from tiny_models import tiny_model
+
+FORMAT = "trellis-r4-l16-t256-h32"
+REASON = reason_no_backend("numba-int8", torch.device("cpu"), parse_format(FORMAT), (96, 64))
+INT8 = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 @pytest.fixture
 def packed():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32, bias=False))
-    compress_model(model, "trellis-r4-l16-t256-h32")
+    compress_model(model, FORMAT)
     return model
 
 
+@INT8
 def test_layers_multiply_by_it_until_another_is_set(packed):
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     before = packed(x)
@@ -43,6 +50,7 @@ def test_one_that_cannot_be_had_is_refused_and_nothing_changes(packed, name, mes
     assert {layer.backend for _, layer in seed_linears(packed)} == {"auto"}
 
 
+@INT8
 def test_layers_of_a_family_that_has_none_of_that_name_stay_as_they_are(packed):
     compress_model(packed.append(nn.Linear(32, 16)), "block-k8-c8-p3-q4-e4")
     assert set_backend(packed, "numba-int8") == 2

@@ -3,8 +3,8 @@
 By the number of tokens:
 
     to 8 (16 in int8)   `product`: decoded and multiplied on int8 tensor cores; activations as 16-bit integers with a scale for
-                        each token (relative error 1e-4 and less), or int8 ("cuda-int8", about 5e-3); made by the same launch
-                        where they are few
+                        each token (relative error 1e-4 and less), or int8 with one for each 256 columns ("cuda-int8", about
+                        6e-3); made by the same launch where they are few
     to 1023, on Hopper  `gemm`, for 16-bit x: decoded into tensor-core tiles, activations rounded to half precision in the
                         transformed basis
     all others          the weight is formed in the transformed basis, in x's dtype, for torch's product

@@ -11,10 +11,10 @@
 A plan holds all that calls of one shape have in common (loaded kernels, grids, offsets), so that a call only launches. On
 Hopper each kernel may start while the one before it ends: a product fetches its first weights while `rotate` is at work.
 
-The workspace of `kind` "exact" or "int8" holds x_parts, x_scale, x_sum and the groups' multiples, which products only read. That of kind "halves", for
-`gemm`, holds halves, x_scale, and counters, which `rotate` clears and each `gemm` leaves clear: those of one workspace may
-follow each other on one stream, not run at once on two. What blocks of a product leave for each other is new memory of each
-call.
+The workspace of `kind` "exact" or "int8" holds x_parts, x_scale, x_sum and the multiples of groups, which products only read.
+That of kind "halves", for `gemm`, holds halves, x_scale, and counters, which `rotate` clears and each `gemm` leaves clear:
+those of one workspace may follow each other on one stream, not run at once on two. What blocks of a product leave for each
+other is new memory of each call.
 
 A weight that was formed in the transformed basis (`dequantize`) is multiplied by what `transform` makes of x.
 """
@@ -33,7 +33,7 @@ from seedlm.codes.trellis.kernels import sources
 from seedlm.codes.trellis.kernels.sources import DEPTH, PANEL_ROWS, STEP, Variant
 
 Kind = Literal["exact", "int8", "halves"]
-"""What activations become: 16-bit integers in two int8 parts, int8, or halves; with a scale for each token, int8 one for each group too."""
+"""What activations become: 16-bit integers in two int8 parts, or halves, with a scale a token; int8 with one a group."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,7 +19,7 @@
 // cut into runs for its WARPS warps. A warp fetches its steps STAGES - 1 ahead into shared memory, where it alone reads them. At the
 // end of its run it leaves its sums in shared memory and goes on; further warps add them up and finish the rows.
 //
-// GROUPED = 1 (int8): x has a scale for each group of 256 columns, a whole multiple of the token's (quantize.cuh). A warp leaves its
+// GROUPED = 1 (int8): x has a scale for each GROUP columns, a whole multiple of the token's (quantize.cuh). A warp leaves its
 // sums, times the multiple, at the end of each group.
 //
 // Sums are exact integers, so atomics in any order give the same bits. A row that several blocks share is one 64-bit word in
@@ -33,15 +33,14 @@
 // Weights that read the same x (q, k, v; gate, up) are one line of panels: MEMBERS of them, each with its own y.
 //
 // x: [tokens, in], or int8 [steps][parts][16] with x_scale: float [tokens] and x_sum: int32 [parts][8], behind it, if GROUPED, the
-// multiples, int32 [groups][parts]. words: int32
-// [segments, steps * 16 * R]. sums: int64 [slots], then [tokens][slots * 256], a slot for each panel, or for each block (a block
-// begins at most one shared panel), whichever are fewer. y: [tokens, out].
+// multiples, int32 [groups][parts]. words: int32 [segments, steps * 16 * R]. sums: int64 [slots], then [tokens][slots * 256], a slot
+// for each panel, or for each block (a block begins at most one shared panel), whichever are fewer. y: [tokens, out].
 //
 // Compile-time beside decode.cuh's, and with OWN_INPUT quantize.cuh's and hadamard.cuh's: OWN_INPUT, WARPS (that decode), FINISHERS
-// (threads), STAGES, UNROLL (steps of a turn of the loop), TILES (0 is narrow), DOTS, GROUPED, MEMBERS, NEIGHBOURS (1: the strip's next segment is
-// not always in the same panel, so its first words are fetched too).
+// (threads), STAGES, UNROLL (steps of a turn of the loop), TILES (0 is narrow), DOTS, GROUPED, GROUP (columns), MEMBERS, NEIGHBOURS (1:
+// the strip's next segment is not always in the same panel, so its first words are fetched too).
 
-constexpr int STEP = 16, GROUP_STEPS = 256 / STEP;
+constexpr int STEP = 16, GROUP_STEPS = GROUP / STEP;
 constexpr int APART = GROUPED ? 1 : WARPS;  // steps of a warp
 constexpr int THREADS = WARPS * 32 + FINISHERS, FINISHED = 256 / FINISHERS;  // rows of a finisher
 constexpr bool NARROW = TILES == 0;

@@ -4,15 +4,15 @@
 // so a NaN or Inf is the largest of all and becomes the token's scale: its outputs are not finite, as they should be.
 //
 // HALF_BASE > 0: the integer is high * HALF_BASE + low, both in -LEVELS..LEVELS, and a token has one scale.
-// HALF_BASE = 0: a token is one part of -LEVELS..LEVELS, and each group of 256 columns has a scale of its own, since after the transform
+// HALF_BASE = 0: a token is one part of -LEVELS..LEVELS, and each GROUP columns have a scale of their own, since after the transform
 // groups may differ as columns did before. So that sums stay integers it is a whole multiple, 1 to 16, of the token's. All its
 // multiples together are bounded, which keeps sums in int32 (`BUDGET`): where groups are many and alike, the multiples are small.
 //
 // Compile-time, since this runs once a kernel and so takes as long as its instructions take to arrive: IN (columns of x), TYPE (of its
-// numbers), HALF_BASE, LEVELS.
+// numbers), HALF_BASE, LEVELS, GROUP.
 
 constexpr int PARTS_EACH = HALF_BASE ? 2 : 1;
-constexpr int GROUP = 256, GROUPS = HALF_BASE ? 1 : (IN + GROUP - 1) / GROUP;
+constexpr int GROUPS = HALF_BASE ? 1 : (IN + GROUP - 1) / GROUP;
 constexpr int MOST_MULTIPLE = 16, BUDGET = (int)(2e9 / (510.0 * GROUP * LEVELS));  // 2^31 and a margin for sums that are off their middle
 constexpr int GROUPS_OF_PIECE = 32 * E / GROUP;
 

@@ -1,4 +1,4 @@
-// Activations for the products: x -> signs, Hadamard blocks, int8 with a scale for each group of 256 columns, or 16 bits in two int8.
+// Activations for the products: x -> signs, Hadamard blocks, int8 with a scale for each GROUP columns, or 16 bits in two int8.
 //
 // A token is the work of CLUSTER blocks. Each warp tells all of them the largest magnitudes of its pieces; then each lane quantises
 // what it still holds (quantize.cuh).
@@ -102,6 +102,7 @@ rotate(void* x, const void* also, const void* weight, signed char* x_parts, floa
   constexpr int UNIT = HALVES ? 64 : 16, PADDED = (IN + UNIT - 1) / UNIT * UNIT;
   open_inbox(&inbox, sizeof(pieces));
   if (threadIdx.x < PARTS_EACH) sums[threadIdx.x] = 0;
+  __syncthreads();  // which the inbox does not make up for
   let_next_kernel_start();
   float v[ROUNDS][E], weights[ROUNDS][E];
   if (SOURCE == 1 && token < tokens)  // while the kernel before this one is at work, which does not write it

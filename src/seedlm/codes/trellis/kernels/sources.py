@@ -271,6 +271,7 @@ def rotate_source(
         ("WARPS", warps),
         ("CLUSTER", cluster),
         ("ROUNDS", rounds),
+        ("GROUP", GROUP),
         ("HALVES", int(halves)),
         ("SOURCE", _ORIGINS[origin]),
     )
@@ -285,7 +286,10 @@ def product_source(
     members: int = 1,
     own_input: tuple[int, int] | None = None,
 ) -> str:
-    """The text of `product` for tokens of so many int8 parts; own_input: in_features and type of the x that it takes as it is."""
+    """The text of `product`.
+
+    parts_each: int8 parts of a token; own_input: in_features and type of the x that it takes as it is.
+    """
     choices = (
         ("WARPS", variant.warps),
         ("FINISHERS", variant.finishers),
@@ -294,6 +298,7 @@ def product_source(
         ("TILES", variant.tiles),
         ("DOTS", int(variant.dots)),
         ("GROUPED", int(parts_each == 1)),
+        ("GROUP", GROUP),
         ("MEMBERS", members),
         ("NEIGHBOURS", int(needs_neighbours(format))),
         ("OWN_INPUT", int(own_input is not None)),
