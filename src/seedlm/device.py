@@ -87,6 +87,8 @@ def resident_memory() -> int | None:
 
     First its C library gives back what it holds free.
     """
+    if sys.platform != "linux":  # and Windows' ctypes fails at a library without a name
+        return None
     with suppress(OSError, AttributeError):  # musl has no such call
         ctypes.CDLL(None).malloc_trim(0)
     try:

@@ -47,7 +47,7 @@ def family_of(format: Format) -> Family:
 
 
 def reason_no_product(backend: str, families: Iterable[str]) -> str | None:
-    """Why no weight in codes of these families is multiplied by a backend of that name; None if one may be, and for "auto"."""
+    """Why no weight in codes of these families is multiplied by a backend of that name; None if one may be, by "auto" any."""
     known = {product for name in families for product in family(name).products}
     if not known:
         return f"nothing is packed here that a backend could multiply by, so none can be {backend!r:.80}"
