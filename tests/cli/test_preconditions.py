@@ -68,6 +68,7 @@ REFUSED = [
     ("inspect damaged.safetensors", "damaged.safetensors: is a safetensors file without a config.json beside it; a compressed"),
     ("inspect model/model.safetensors", "model/model.safetensors: is a safetensors file; name its folder, model"),
     ("inspect pipe --check", "pipe: is neither a folder nor a file; a compressed model is a folder"),
+    ("inspect nowhere", "nowhere: is a link to nothing that is there; a compressed model is a folder"),
     ("evaluate SOURCE", "give a text: --wikitext FILE"),
     ("evaluate nosuch --text long.txt", "nosuch: no such file or folder"),
     ("evaluate SOURCE --text nosuch.txt", "nosuch.txt: cannot be read"),
@@ -139,6 +140,7 @@ def refusals(tmp_path_factory, folders):
     (folder / "model" / "config.json").write_text("{}")
     (folder / "model" / "model.safetensors").write_bytes(b"abc")
     os.mkfifo(folder / "pipe")
+    (folder / "nowhere").symlink_to("nosuch")
     for name in ("held.partial", "held.safetensors.partial"):
         (folder / name).mkdir()
         (folder / name / "lock").touch()

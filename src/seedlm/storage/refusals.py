@@ -84,6 +84,8 @@ def no_packed_folder(path: Path) -> str:
     if not os.path.lexists(path):
         return f"{path}: no such folder"
     wanted = "a compressed model is a folder of config.json and safetensors"
+    if not os.path.exists(path):
+        return f"{path}: is a link to nothing that is there; {wanted}"
     if not os.path.isfile(path):
         return f"{path}: is neither a folder nor a file; {wanted}"
     with opened(path, CheckpointError) as file:
