@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from seedlm.codes.registry import family, parse_format
 from seedlm.device import peak_host_memory, resident_memory
-from seedlm.errors import EvaluationError
+from seedlm.errors import BackendError, EvaluationError
 from tiny_models import SMALL, told
 
 FEW = ["--tokens", 3, "--prompt-tokens", 5, "--repeats", 1, "--device", "cpu"]
@@ -119,6 +122,34 @@ def test_memory_of_the_process_stands_in_the_table_and_whether_a_compiler_is_in_
     assert ("process has numba and LLVM in it" in shown) == compiler
 
 
+def test_where_linux_tells_nothing_there_is_no_memory_of_the_process(monkeypatch):
+    def no_name(name):  # as on Windows
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    monkeypatch.setattr("ctypes.CDLL", no_name)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert resident_memory() is None
+
+
+OWN_WAYS = {"num_beams": 2, "num_return_sequences": 2, "stop_strings": "e", "max_time": 1e-5}
+"""Settings of a model by which there would be no greedy text of one token after the other."""
+
+
+@pytest.mark.parametrize("name", OWN_WAYS)
+def test_a_model_with_ways_of_its_own_is_measured_as_others_are(folders, tmp_path, here, name):
+    folder = shutil.copytree(folders[0], tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 2, name: OWN_WAYS[name]}))
+    (row,) = json.loads(here("bench", folder, *FEW, "--json").stdout)["rows"]
+    assert row["tokens_per_second"] > 0
+
+
+def test_generate_writes_one_text_whatever_the_model_itself_would(folders, tmp_path, here):
+    folder = shutil.copytree(folders[0], tmp_path / "model")
+    asked = ["Once upon", "--max-new-tokens", 8, "--device", "cpu"]
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 2, "num_return_sequences": 2}))
+    assert here("generate", folder, *asked).stdout == here("generate", folders[0], *asked).stdout != ""
+
+
 def test_summary(folders, here):
     done = here("bench", folders[1], *FEW)
     assert (done.returncode, told(done.stderr)) == (0, [])
@@ -160,6 +191,22 @@ def test_explain_of_a_backend_by_name(folders, here):
     done = here("bench", folders[1], "--explain", "--device", "cpu", "--backend", "tosch")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "tosch" in done.stderr
+
+
+def test_explain_of_a_backend_that_some_codes_have(monkeypatch):
+    """As the model would run: what a family has none of that name for stays at "auto"."""
+    from seedlm.evaluation import speed
+
+    formats = [parse_format(SMALL), parse_format("trellis-r4-l16-t256-h32")]
+    packed = {str(format): SimpleNamespace(format=format, shape=(96, 64)) for format in formats}
+    monkeypatch.setattr(speed.Checkpoint, "open", lambda folder: SimpleNamespace(packed=packed))
+    monkeypatch.setattr(speed, "locate", lambda model: model)
+    (int8,) = [each for each in family("trellis").backends() if each.name == "numba-int8"]
+    monkeypatch.setattr(type(int8), "reason_unavailable", lambda *_: None)
+    block, trellis = speed.explain_backends("model", "cpu", "numba-int8")
+    assert (block["backend"], trellis["backend"]) == ("numba", "numba-int8")
+    with pytest.raises(BackendError, match="no packed layer has a backend 'tosch'"):
+        speed.explain_backends("model", "cpu", "tosch")
 
 
 @pytest.mark.parametrize(

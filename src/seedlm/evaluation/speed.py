@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from seedlm.codes.base import Format
-from seedlm.codes.registry import parse_format
+from seedlm.codes.registry import parse_format, reason_no_product
 from seedlm.device import choose_device, resident_memory
-from seedlm.errors import EvaluationError
+from seedlm.errors import BackendError, EvaluationError
 from seedlm.evaluation.settings import SpeedSettings as Settings
 from seedlm.evaluation.settings import check_room, no_compiler
 from seedlm.inference import backend
@@ -99,10 +99,13 @@ def explain_backends(model: str, device: str = "auto", name: str = backend.AUTO)
     kinds: Counter[tuple[Format, tuple[int, int]]] = Counter(
         (info.format, info.shape) for info in Checkpoint.open(locate(model)).packed.values()
     )
+    if reason := reason_no_product(name, {format.family for format, _ in kinds}):
+        raise BackendError(reason)
     found = []
     for (format, shape), count in kinds.items():
         reasons = backend.explain(where, format, shape)
-        chosen = backend.choose(name, where, format, shape).name
+        asked = name if name in reasons else backend.AUTO  # as `set_backend` leaves a family that has none of that name
+        chosen = backend.choose(asked, where, format, shape).name
         others = {other: reason or f"works here, by --backend {other}" for other, reason in reasons.items() if other != chosen}
         found.append({"format": format.spec, "shape": [*shape], "weights": count, "backend": chosen, "others": others})
     return found
@@ -161,11 +164,12 @@ class Arrivals(BaseStreamer):
 
 
 def _generate(network: Any, prompt: Tensor, count: int, compiled: bool) -> tuple[float, float]:
-    """Seconds of a run from its start to the first token, and from there to the last."""
+    """Seconds of a run from its start to the first token, and from there to the last, whatever the model's own settings are."""
     options: dict[str, Any] = static_cache(network, prompt.shape[1] + count)
     if compiled:
         options = {"cache_implementation": "static", "compile_config": transformers.CompileConfig()}
     options |= {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    options |= {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None, "max_time": None}
     arrivals, start = Arrivals(), perf_counter()
     network.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=arrivals, **options)
     tokens = arrivals.seconds[1:]

@@ -150,6 +150,7 @@ class Writer:
         from seedlm.integrations.transformers.decoder import static_cache
 
         options: dict[str, Any] = {"max_new_tokens": drawing.max_new_tokens, "do_sample": drawing.temperature > 0}
+        options |= {"num_beams": 1, "num_return_sequences": 1}  # whatever the model's own settings are: one text is streamed
         if drawing.temperature > 0:
             torch.manual_seed(drawing.seed)
             options |= {"temperature": drawing.temperature, "top_p": drawing.top_p}
