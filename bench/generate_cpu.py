@@ -37,6 +37,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from products_cpu import int4
+from seedlm.codes.processor import byte_products
 from seedlm.codes.registry import parse_format
 from seedlm.inference import ops
 from seedlm.integrations.transformers.decoder import fuse_decoding
@@ -291,7 +292,8 @@ def main() -> None:
                 rows[f"{bits} bits {name} + tables {options.tables}"] = partial(generate, with_tables, prompt, None)
                 rows[f"the same, static cache ({bits} bits {name})"] = partial(generate, with_tables, prompt, "static")
             rows[f"{bits} bits {name}, products"] = products(model)
-            if options.tables and (coarse := packed(options.shapes, dtype, bits, options.tables)):
+            if options.tables and byte_products() in ("vnni512", "vnni", "dot"):  # else there is no such backend
+                coarse = packed(options.shapes, dtype, bits, options.tables)
                 set_backend(coarse, "numba-int8")
                 fuse_decoding(coarse)
                 check_decoder(coarse, prompt, 0.1)

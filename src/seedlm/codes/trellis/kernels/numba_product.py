@@ -23,7 +23,7 @@ from numba.core import cgutils
 from seedlm.codes.compiled import to_machine_code
 from seedlm.codes.hadamard_numba import largest_bits, rotate_row
 from seedlm.codes.trellis.format import SEGMENT_ROWS
-from seedlm.codes.trellis.kernels import numba_pairs
+from seedlm.codes.trellis.kernels import numba_lanes, numba_pairs
 from seedlm.codes.trellis.kernels.numba_windows import TAIL, Products, Windows, add_group, copy_end, neighbours, slots
 from seedlm.codes.trellis.kernels.records import GROUP, INTEGERS, LEVELS, PADDED, RECORD, in_pairs
 from seedlm.codes.vectors import (
@@ -74,6 +74,8 @@ def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, r
         inside = ir.IRBuilder(function.append_basic_block())
         if in_pairs():
             numba_pairs.emit(inside, function.args, INTEGERS, *numbers)
+        elif numba_lanes.in_lanes():
+            numba_lanes.emit(inside, function.args, *numbers)
         else:
             _emit(inside, function.args, *numbers)
         inside.ret_void()
@@ -85,7 +87,9 @@ def _multiply(typingctx, words, after, record, steps, stride, sums, end, tail, r
 
 def _columns(rate: int) -> int:
     """Columns that are multiplied at a time."""
-    return numba_pairs.columns(rate) if in_pairs() else LANES // rate
+    if in_pairs():
+        return numba_pairs.columns(rate)
+    return numba_lanes.columns(rate) if numba_lanes.in_lanes() else LANES // rate
 
 
 def _rows(rate: int, state_bits: int) -> list[int]:
@@ -126,7 +130,7 @@ def _emit(builder, args, rate: int, state_bits: int, exact: bool, tokens: int) -
             windows.load_step(builder, words, after, loop.index, end, tail)
             size = windows.columns * (1 if products.narrow else 2)
             column = builder.add(builder.mul(loop.index, ir.Constant(I64, size)), ir.Constant(I64, INTEGERS))
-            activations = [products.activations(builder, builder.add(place, column), windows, PADDED) for place in records]
+            activations = [products.activations(builder, builder.add(place, column), windows.column, PADDED) for place in records]
             for slot, of_slot in zip(windows.slots[first:last], totals, strict=True):
                 found = products.bytes(builder, windows.mixed(builder, slot))
                 for of_token, given in zip(of_slot, activations, strict=True):

@@ -119,56 +119,59 @@ class Windows:
 class Products:
     """Emits sums of bytes times activations.
 
+    lanes   of vectors
     parts   accumulators of a slot: 2 if activations are two int8, else 1
     excess  what a weight's four bytes are too large by
     """
 
-    def __init__(self, exact: bool) -> None:
-        self.way = byte_products()
+    def __init__(self, exact: bool, lanes: int = LANES) -> None:
+        self.way, self.lanes = byte_products(), lanes
         self.narrow = self.way in ("vnni512", "vnni", "dot")
         self.integer = I8 if self.narrow else I16
         self.parts = 2 if exact and self.narrow else 1
         self.excess = -2 if self.way == "dot" else 510
         self.room = 16 if self.way == "vnni512" else 4
 
-    def activations(self, builder, address: ir.Value, windows: Windows, distance: int) -> list[ir.Value]:
-        """Each column's activation in all of its lanes, from the address of the first one's integer.
+    def activations(self, builder, address: ir.Value, columns: Sequence[int], distance: int) -> list[ir.Value]:
+        """Each lane's activation, from the address of the first column's integer.
 
+        columns    of the lanes
         distance   bytes from the first part of an activation to the second
         """
         if not self.narrow:
-            some = load(builder, address, ir.VectorType(I16, LANES))
+            some = load(builder, address, ir.VectorType(I16, self.lanes))
             if self.way == "plain":
-                return [builder.sext(shuffle(builder, some, windows.column), INTS)]
-            return [shuffle(builder, some, [column for column in windows.column for _ in range(2)])]
-        lanes = [column for column in windows.column for _ in range(4)]
-        of = ir.VectorType(I8, LANES)
-        return [shuffle(builder, load(builder, address, of, part * distance), lanes) for part in range(self.parts)]
+                return [builder.sext(shuffle(builder, some, columns), ir.VectorType(I32, self.lanes))]
+            return [shuffle(builder, some, [column for column in columns for _ in range(2)])]
+        of, places = ir.VectorType(I8, self.lanes), [column for column in columns for _ in range(4)]
+        return [shuffle(builder, load(builder, address, of, part * distance), places) for part in range(self.parts)]
 
     def ones(self, builder) -> ir.Value:
         """The activation 1."""
         if self.way == "plain":
-            return constant([1] * LANES)
-        return constant([1] * 4 * LANES, I8) if self.narrow else constant([1] * 2 * LANES, I16)
+            return constant([1] * self.lanes)
+        return constant([1] * 4 * self.lanes, I8) if self.narrow else constant([1] * 2 * self.lanes, I16)
 
     def bytes(self, builder, mixed: ir.Value) -> ir.Value:
         """What is done to a slot's bytes once for all activations."""
         if self.way == "dot":
-            return builder.xor(mixed, constant([0x80808080] * LANES))
+            return builder.xor(mixed, constant([0x80808080] * self.lanes))
         if self.way == "pairs":
             width, name = (
                 (64, "avx512.pmaddubs.w.512")
-                if "avx512bw" in features()
+                if "avx512bw" in features() and self.lanes == LANES
                 else ((32, "avx2.pmadd.ub.sw") if "avx2" in features() else (16, "ssse3.pmadd.ub.sw.128"))
             )
-            ones = constant([1] * 4 * LANES, I8)
+            ones = constant([1] * 4 * self.lanes, I8)
             part = ir.VectorType(I16, width // 2)
-            return in_parts(builder, f"llvm.x86.{name}", part, builder.bitcast(mixed, BYTES), ones)
+            return in_parts(builder, f"llvm.x86.{name}", part, builder.bitcast(mixed, ones.type), ones)
         if self.way == "plain":
-            low = constant([0x00FF00FF] * LANES)
-            pairs = builder.add(builder.and_(mixed, low), builder.and_(builder.lshr(mixed, constant([8] * LANES)), low))
-            both = builder.add(pairs, builder.lshr(pairs, constant([16] * LANES)))
-            return builder.and_(both, constant([0xFFFF] * LANES))
+            low = constant([0x00FF00FF] * self.lanes)
+            pairs = builder.add(
+                builder.and_(mixed, low), builder.and_(builder.lshr(mixed, constant([8] * self.lanes)), low)
+            )
+            both = builder.add(pairs, builder.lshr(pairs, constant([16] * self.lanes)))
+            return builder.and_(both, constant([0xFFFF] * self.lanes))
         return mixed
 
     def add(self, builder, total: ir.Value, found: ir.Value, activation: ir.Value) -> ir.Value:
@@ -178,22 +181,23 @@ class Products:
         if self.way == "pairs":
             width, name = (
                 (32, "avx512.pmaddw.d.512")
-                if "avx512bw" in features()
+                if "avx512bw" in features() and self.lanes == LANES
                 else ((16, "avx2.pmadd.wd") if "avx2" in features() else (8, "sse2.pmadd.wd"))
             )
             part = ir.VectorType(I32, width // 2)
             return builder.add(total, in_parts(builder, f"llvm.x86.{name}", part, found, activation))
         if self.way == "dot":
-            found, part, name = builder.bitcast(found, BYTES), ir.VectorType(I32, 4), "aarch64.neon.sdot.v4i32.v16i8"
+            bytes_, part, name = ir.VectorType(I8, 4 * self.lanes), ir.VectorType(I32, 4), "aarch64.neon.sdot.v4i32.v16i8"
+            found = builder.bitcast(found, bytes_)
         else:
-            activation = builder.bitcast(activation, INTS)
-            lanes = 16 if self.way == "vnni512" else 8
+            activation = builder.bitcast(activation, total.type)
+            lanes = 16 if self.way == "vnni512" and self.lanes == LANES else 8
             part, name = ir.VectorType(I32, lanes), f"x86.avx512.vpdpbusd.{32 * lanes}"
         return in_parts(builder, f"llvm.{name}", part, total, found, activation)
 
     def whole(self, builder, parts: Sequence[ir.Value]) -> ir.Value:
         """A total of its parts."""
-        return parts[0] if len(parts) == 1 else builder.add(builder.shl(parts[0], constant([8] * LANES)), parts[1])
+        return parts[0] if len(parts) == 1 else builder.add(builder.shl(parts[0], constant([8] * self.lanes)), parts[1])
 
 
 def add_group(builder, totals: Sequence[ir.Value], record: ir.Value, sums: ir.Value, first: int) -> None:
