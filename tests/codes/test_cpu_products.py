@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from seedlm.codes import on_cpu
 from seedlm.codes.block import packing
 from seedlm.codes.block.format import PRESETS
 from seedlm.codes.registry import family_of, parse_format
@@ -153,6 +154,21 @@ def test_dtypes_layouts_and_shared_inputs(spec, dtype):
         assert [(each.shape, each.dtype) for each in transformed] == [(each.shape, each.dtype) for each in empty]
         assert torch.equal(weight.multiply(x.unsqueeze(0), bias, transformed), found)
     assert weight.multiply(torch.empty(0, 70, dtype=dtype)).shape == (0, 45)
+
+
+@pytest.mark.parametrize("spec", [TRELLIS[3], PRESETS["4"].spec])
+@pytest.mark.parametrize("fast", [False, True])
+def test_many_tokens_are_multiplied_in_float32_where_torch_is_slow_in_bfloat16(spec, fast, monkeypatch):
+    monkeypatch.setattr(on_cpu, "has_bfloat16_products", lambda: fast)
+    dtypes, linear = set(), torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: (dtypes.add(args[0].dtype), linear(*args))[1])
+    weight = Weight(spec, (300, 700))
+    x, bias = torch.randn(600, 700).bfloat16(), torch.randn(300).bfloat16()
+    found = weight.multiply(x, bias)
+    assert found.dtype == torch.bfloat16
+    assert dtypes == {torch.bfloat16 if fast else torch.float32}
+    expected = x.double() @ weight.dense.T + bias.double()
+    assert float((found.double() - expected).norm() / expected.norm()) < 2e-2
 
 
 @pytest.mark.parametrize("spec", [TRELLIS[3], BLOCK[2], "block-k8-c5-p2-q3-e3"])

@@ -38,6 +38,15 @@ def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None  # looks into folders: 0.2 ms, and it is asked for each layer
 
 
+@cache
+def has_bfloat16_products() -> bool:
+    """Whether torch multiplies bfloat16 by oneDNN here. By its own code it takes eight times as long as float32 (AVX2)."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return False
+
+
 def bits(value: float) -> int:
     """Of a float32, as jobs hold it."""
     found: int = struct.unpack("i", struct.pack("f", value))[0]
@@ -45,12 +54,14 @@ def bits(value: float) -> int:
 
 
 def tiled(x: Tensor, rows: int, step: int, form: Callable[[Tensor, int], None], bias: Tensor | None) -> Tensor:
-    """The product x W^T + bias of x [..., in], a tile of W's rows at a time.
+    """The product x W^T + bias of x [..., in], a tile of W's rows at a time; in float32 where torch is slow in bfloat16.
 
     rows      of W
     step      a tile has a multiple of so many rows, but for the last
-    form      form(tile, first) writes the rows of W from `first` on to a tile [.., in] of x's dtype
+    form      form(tile, first) writes the rows of W from `first` on to a tile [.., in] of x's dtype, or of float32
     """
+    if x.dtype == torch.bfloat16 and not has_bfloat16_products():
+        return tiled(x.float(), rows, step, form, bias).to(x.dtype)
     most = max(1, _TILE_BYTES // (x.element_size() * x.shape[-1] * step)) * step
     size = min(most, rows) * x.shape[-1] * x.element_size()
     weight = scratch(size)[0][:size].view(x.dtype).view(-1, x.shape[-1])

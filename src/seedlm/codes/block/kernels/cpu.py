@@ -107,7 +107,7 @@ class NumbaBackend(DequantizingBackend):
             scratch = torch.empty(pieces * plan.width, dtype=torch.float32, device=tile.device)
             places = (words[first:].data_ptr(), prepared[1].data_ptr(), plan.tables.data_ptr(), 0, scratch.data_ptr())
             numbers = (pieces, len(tile), words.shape[1], plan.groups)
-            rows.share((*numbers, *places, tile.data_ptr(), KINDS[x.dtype]), pieces)
+            rows.share((*numbers, *places, tile.data_ptr(), KINDS[tile.dtype]), pieces)
 
         return on_cpu.tiled(x, shape[0], 1, form, bias)
 

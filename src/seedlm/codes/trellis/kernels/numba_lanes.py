@@ -44,11 +44,12 @@ def emit(builder, args: Sequence[ir.Value], rate: int, state_bits: int, exact: b
     products, found = Products(exact, LANES), slots(rate, state_bits)
     records = [builder.add(record, builder.mul(stride, ir.Constant(I64, token))) for token in range(tokens)]
     phases, registers = lcm(LANES, rate) // LANES, rate * columns(rate) // LANES
-    room = max(1, _ROOM // (products.parts * tokens))
+    passes = -(-len(found) // max(1, _ROOM // (products.parts * tokens)))
+    edges = [len(found) * i // passes for i in range(passes + 1)]
     size, integer = columns(rate), 1 if products.narrow else 2
     over_columns: dict[tuple[int, int], ir.Value] = {}
-    for phase, first in itertools.product(range(phases), range(0, len(found), room)):
-        some = found[first : first + room]
+    for phase, (first, last) in itertools.product(range(phases), itertools.pairwise(edges)):
+        some = found[first:last]
         totals = [[[cgutils.alloca_once(builder, INTS) for _ in range(products.parts)] for _ in records] for _ in some]
         for total in itertools.chain(*itertools.chain(*totals)):
             builder.store(constant([0] * LANES), total)

@@ -130,7 +130,9 @@ def _emit(builder, args, rate: int, state_bits: int, exact: bool, tokens: int) -
             windows.load_step(builder, words, after, loop.index, end, tail)
             size = windows.columns * (1 if products.narrow else 2)
             column = builder.add(builder.mul(loop.index, ir.Constant(I64, size)), ir.Constant(I64, INTEGERS))
-            activations = [products.activations(builder, builder.add(place, column), windows.column, PADDED) for place in records]
+            activations = [
+                products.activations(builder, builder.add(place, column), windows.column, PADDED) for place in records
+            ]
             for slot, of_slot in zip(windows.slots[first:last], totals, strict=True):
                 found = products.bytes(builder, windows.mixed(builder, slot))
                 for of_token, given in zip(of_slot, activations, strict=True):

@@ -167,9 +167,7 @@ class Products:
             return in_parts(builder, f"llvm.x86.{name}", part, builder.bitcast(mixed, ones.type), ones)
         if self.way == "plain":
             low = constant([0x00FF00FF] * self.lanes)
-            pairs = builder.add(
-                builder.and_(mixed, low), builder.and_(builder.lshr(mixed, constant([8] * self.lanes)), low)
-            )
+            pairs = builder.add(builder.and_(mixed, low), builder.and_(builder.lshr(mixed, constant([8] * self.lanes)), low))
             both = builder.add(pairs, builder.lshr(pairs, constant([16] * self.lanes)))
             return builder.and_(both, constant([0xFFFF] * self.lanes))
         return mixed
