@@ -1,10 +1,10 @@
 """The trellis code's products where registers have eight lanes (AVX2): lanes are words as they lie in memory.
 
-`numba_windows` lays 16 // R columns word by word, which AVX2 has no instruction for: it takes some forty for 16 words, at 3 bits
-a hundred. Here lane n of a step is its n-th word, that of column n // R, and nothing is moved. What a window reaches over into
-is the word after, which is loaded 4 bytes on; a column's last word reaches into the next segment, whose words are loaded in these
-lanes alone. Registers whose lanes hold the same words of their columns are a *phase*: R phases but for what R has in common
-with 8, one at 1, 2, 4 and 8 bits.
+`numba_windows` lays 16 // R columns word by word, which AVX2 has no instruction for: it takes some forty for 16 words, at 3
+bits a hundred. Here lane n of a step is its n-th word, that of column n // R, and nothing is moved. What a window reaches over
+into is the word after, which is loaded 4 bytes on; a column's last word reaches into the next segment, whose words are loaded
+in these lanes alone. Registers whose lanes hold the same words of their columns are a *phase*: one at 1, 2, 4 and 8 bits,
+three at 3 and 6, five and seven at 5 and 7.
 """
 
 import itertools
@@ -19,10 +19,13 @@ from seedlm.codes.processor import byte_products, features
 from seedlm.codes.trellis.format import MULTIPLIERS
 from seedlm.codes.trellis.kernels.numba_windows import TAIL, Products, Slot, add_group, slots
 from seedlm.codes.trellis.kernels.records import INTEGERS, PADDED
-from seedlm.codes.vectors import I32, I64, call, constant, load, pointer, shuffle
+from seedlm.codes.vectors import I8, I32, I64, call, constant, load, pointer, shuffle
 
 LANES: Final = 8
 INTS: Final = ir.VectorType(I32, LANES)
+
+AHEAD: Final = 4096
+"""Bytes from the words that are multiplied to those that are asked for."""
 
 _ROOM: Final = 8
 """Registers for sums, of 16. Rows that have no room are left to another walk through the words."""
@@ -54,7 +57,9 @@ def emit(builder, args: Sequence[ir.Value], rate: int, state_bits: int, exact: b
         for total in itertools.chain(*itertools.chain(*totals)):
             builder.store(constant([0] * LANES), total)
         with cgutils.for_range(builder, steps) as loop:
-            step = _Step(builder, words, after, loop.index, end, tail, rate, state_bits)
+            step = _Step(builder, words, after, loop.index, end, tail, rate)
+            if not phase and not first:
+                step.ask_ahead()
             column = builder.add(builder.mul(loop.index, ir.Constant(I64, integer * size)), ir.Constant(I64, INTEGERS))
             places = [builder.add(place, column) for place in records]
             for register in range(phase, registers, phases):
@@ -88,13 +93,19 @@ def emit(builder, args: Sequence[ir.Value], rate: int, state_bits: int, exact: b
 class _Step:
     """The words of a step. Arguments as in `numba_windows.Windows.load_step`."""
 
-    def __init__(self, builder, words, after, step, end, tail, rate: int, state_bits: int) -> None:
+    def __init__(self, builder, words, after, step, end, tail, rate: int) -> None:
         self._builder, self._rate = builder, rate
         at = builder.mul(step, ir.Constant(I64, 4 * rate * columns(rate)))
         ends = builder.icmp_signed("==", step, end)
         others = builder.add(tail, ir.Constant(I64, 4 * TAIL))
         self._own = builder.select(ends, tail, builder.add(words, at))
-        self._others = builder.select(ends, others, builder.add(after, at))
+        self._ahead = builder.add(after, at)
+        self._others = builder.select(ends, others, self._ahead)
+
+    def ask_ahead(self) -> None:
+        for first in range(0, 4 * self._rate * columns(self._rate), 64):
+            place = pointer(self._builder, self._ahead, I8, AHEAD + first)
+            call(self._builder, "llvm.prefetch.p0", ir.VoidType(), place, *(ir.Constant(I32, each) for each in (0, 3, 1)))
 
     def words(self, register: int) -> tuple[ir.Value, ir.Value]:
         """Of a register's lanes, and those that follow."""

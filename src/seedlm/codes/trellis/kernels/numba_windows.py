@@ -17,7 +17,6 @@ from numba import carray
 from seedlm.codes.processor import byte_products, features
 from seedlm.codes.trellis.format import MULTIPLIERS, SEGMENT_ROWS
 from seedlm.codes.vectors import (
-    BYTES,
     F32,
     I8,
     I16,
