@@ -4,8 +4,8 @@ Activations are integers: the inputs are rotated, and each group of 256 columns 
 127, "int8"). Within a group sums are exact in int32, so that every processor finds the same; groups are added up in float32 in
 their order. A weight's bytes are 510 too large, which is taken off a group's sum.
 
-How weights are made is in `numba_windows`, and in `numba_pairs` for processors that have what it takes. What a processor adds
-products of bytes with (`processor.byte_products`) decides how activations lie in memory:
+How weights are made is in `numba_windows`, in `numba_lanes` for AVX2, and in `numba_pairs` for AVX-512 that has what it takes.
+What a processor adds products of bytes with (`processor.byte_products`) decides how activations lie in memory:
 
     numba_pairs     int16, of two columns side by side (int8: one int8, in order)
     vnni, dot       two int8 parts, of which the first counts 256 (int8: one)
