@@ -422,9 +422,7 @@ struct Rows {
           sum -= arrived << 48;
         }
         if (row >= weight->out) continue;
-        // GROUPED: a weight's bytes are 510 too large, and so sums may have left int32. What they are without that fits (`BUDGET`).
-        const long long whole = (long long)sum - 510 * tokens.middles[i];
-        const float value = (GROUPED ? (float)(int)whole : (float)whole) * factors[k] * tokens.scales[i];
+        const float value = (float)((long long)sum - 510 * tokens.middles[i]) * factors[k] * tokens.scales[i];
         store_number(weight->y, (u64)token * weight->out + row, p.type, weight->bias ? value + biases[k] : value);
       }
     }

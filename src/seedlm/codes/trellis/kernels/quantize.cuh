@@ -6,14 +6,14 @@
 // HALF_BASE > 0: the integer is high * HALF_BASE + low, both in -LEVELS..LEVELS, and a token has one scale.
 // HALF_BASE = 0: a token is one part of -LEVELS..LEVELS, and each GROUP columns have a scale of their own, since after the transform
 // groups may differ as columns did before. So that sums stay integers it is a whole multiple, 1 to 16, of the token's. All its
-// multiples together are bounded, so that sums of weights fit int32 (`BUDGET`): where groups are many and alike, the multiples are small.
+// multiples together are bounded, which keeps sums in int32 (`BUDGET`): where groups are many and alike, the multiples are small.
 //
 // Compile-time, since this runs once a kernel and so takes as long as its instructions take to arrive: IN (columns of x), TYPE (of its
 // numbers), HALF_BASE, LEVELS, GROUP.
 
 constexpr int PARTS_EACH = HALF_BASE ? 2 : 1;
 constexpr int GROUPS = HALF_BASE ? 1 : (IN + GROUP - 1) / GROUP;
-constexpr int MOST_MULTIPLE = 16, BUDGET = (int)(2e9 / (510.0 * GROUP * LEVELS));  // weights are -510..510
+constexpr int MOST_MULTIPLE = 16, BUDGET = (int)(2e9 / (510.0 * GROUP * LEVELS));  // 2^31 and a margin for sums that are off their middle
 constexpr int GROUPS_OF_PIECE = 32 * E / GROUP;
 
 // Transform a piece, of which a lane has the numbers from column `first` on; returns the largest magnitude of what they become.
@@ -51,8 +51,7 @@ DEVICE float boost_of(u32 top) { return __uint_as_float(top) < 0x1p-100f ? 0x1p1
 // How large a group is beside the largest, in 256ths, rounded up.
 DEVICE int share_of(u32 group_top, u32 top) {
   const float boost = boost_of(top);
-  const float eighth = __uint_as_float(top) * boost * 0.125f;  // __fdividef gives 0 for a divisor beyond 2^126
-  return __float2int_ru(__uint_as_float(group_top) * boost * __fdividef(32.0f, eighth));
+  return __float2int_ru(__uint_as_float(group_top) * boost * __fdividef(256.0f, __uint_as_float(top) * boost));
 }
 
 // How a token becomes integers; `shares` are those of all groups.
