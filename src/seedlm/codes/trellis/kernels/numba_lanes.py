@@ -1,10 +1,10 @@
 """The trellis code's products where registers have eight lanes (AVX2): lanes are words as they lie in memory.
 
-`numba_windows` lays 16 // R columns word by word, which AVX2 has no instruction for: it takes some forty for 16 words, at 3
-bits a hundred. Here lane n of a step is its n-th word, that of column n // R, and nothing is moved. What a window reaches over
-into is the word after, which is loaded 4 bytes on; a column's last word reaches into the next segment, whose words are loaded
-in these lanes alone. Registers whose lanes hold the same words of their columns are a *phase*: one at 1, 2, 4 and 8 bits,
-three at 3 and 6, five and seven at 5 and 7.
+`numba_windows` lays 16 // R columns word by word, for which AVX2 has no instruction (docs/log/products_cpu.md). Here lane n of
+a step is its n-th word, that of column n // R, and nothing is moved. What a window reaches over into is the word after, which
+is loaded 4 bytes on; a column's last word reaches into the next segment, whose words are loaded in these lanes alone. Registers
+whose lanes hold the same words of their columns are a *phase*: one at 1, 2, 4 and 8 bits, three at 3 and 6, five and seven at
+5 and 7.
 """
 
 import itertools
